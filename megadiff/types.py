@@ -1,0 +1,128 @@
+"""The nouns that cross the doors between rooms.
+
+Legend: B samples of a micro-batch, S tokens (positions) of one modality, D width, C channels, H height, W width, R rows.
+Everything a model receives or returns is a NamedTuple, dict or tensor, because DeepSpeed's ZeRO-3 hooks look for
+tensors inside tuples and dicts only (deepspeed.runtime.zero.utils.apply_to_tensors_only).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of clean samples.
+
+    Attributes:
+        states: per modality the clean state: float [B, C, H, W] for a grid, int64 [B, S] for tokens.
+        keys: int64 [B]; one random key per sample, a function of (run seed, epoch, sample index, data step).
+        slots: int64 [B]; the sample's place in the global batch, 0 <= slot < global_samples.
+        weight: float32 [B]; 1 for a sample that was read, 0 for one that could not be (it keeps its slot).
+        ids: B names for logs.
+        data_step: which global batch this is part of.
+        global_samples: samples of the global batch over all ranks and micro-batches.
+    """
+
+    states: dict[str, Tensor]
+    keys: Tensor
+    slots: Tensor
+    weight: Tensor
+    ids: tuple[str, ...]
+    data_step: int
+    global_samples: int
+
+
+class Noised(NamedTuple):
+    """What a denoiser reads.
+
+    Attributes:
+        states: per modality the noised state, shaped like Batch.states.
+        clocks: per modality float32 [B]; the time input of the network (the process decides: its time t, or its
+            marginal standard deviation at t).
+        visible: per modality bool [B, S], False where a position must be hidden as an attention key; None for all visible.
+    """
+
+    states: dict[str, Tensor]
+    clocks: dict[str, Tensor]
+    visible: dict[str, Tensor | None]
+
+
+class Stream(NamedTuple):
+    """What flows between the blocks of a model: tokens per modality and one conditioning vector per modality.
+
+    Attributes:
+        tokens: per modality [B, S, D].
+        conditioning: per modality [B, D]; never attended to, never updated.
+        visible: per modality bool [B, S] or None (all visible as keys).
+    """
+
+    tokens: dict[str, Tensor]
+    conditioning: dict[str, Tensor]
+    visible: dict[str, Tensor | None]
+
+
+class Dense(NamedTuple):
+    """Readout: the whole output. Grid: [B, C, H, W]. Tokens: logits [B, S, V]: only for small vocabularies and tests."""
+
+
+class TokenLosses(NamedTuple):
+    """Readout: cross entropy per token, float32 [B, S], zero where `scored` is False; logits exist for scored rows only.
+
+    Attributes:
+        targets: int64 [B, S], ids below the vocabulary size.
+        scored: bool [B, S].
+    """
+
+    targets: Tensor
+    scored: Tensor
+
+
+class RowLogits(NamedTuple):
+    """Readout: float32 logits [R, V] of chosen positions.
+
+    Attributes:
+        rows: int64 [R], indices into the flattened [B * S] positions.
+    """
+
+    rows: Tensor
+
+
+Readout = Dense | TokenLosses | RowLogits
+
+Prediction = dict[str, Tensor]
+"""Per modality that was read out: what its readout describes."""
+
+
+class Denoiser(Protocol):
+    """A network, or anything that stands in for one (an exact posterior in tests).
+
+    Only the modalities named in `readout` are predicted; towers of the others are not run.
+    """
+
+    def __call__(self, noised: Noised, readout: Mapping[str, Readout]) -> Prediction: ...
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """The loss of one micro-batch, sums and counts apart (divide once, after the reduction over ranks).
+
+    Attributes:
+        total: scalar to back-propagate, already scaled for the engine (data ranks x accumulation / global counts).
+        sums: per modality the detached loss sum over the micro-batch, scalar.
+        counts: per modality the number of scored elements, scalar.
+        sample_sums: per modality float32 [B], detached.
+        sample_counts: per modality float32 [B].
+        times: per modality float32 [B].
+    """
+
+    total: Tensor
+    sums: dict[str, Tensor]
+    counts: dict[str, Tensor]
+    sample_sums: dict[str, Tensor]
+    sample_counts: dict[str, Tensor]
+    times: dict[str, Tensor]
