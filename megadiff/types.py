@@ -8,9 +8,10 @@ tensors inside tuples and dicts only (deepspeed.runtime.zero.utils.apply_to_tens
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -35,6 +36,13 @@ class Batch:
     ids: tuple[str, ...]
     data_step: int
     global_samples: int
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on `device`."""
+        states = {name: state.to(device) for name, state in self.states.items()}
+        return replace(
+            self, states=states, keys=self.keys.to(device), slots=self.slots.to(device), weight=self.weight.to(device)
+        )
 
 
 class Noised(NamedTuple):

@@ -1,0 +1,145 @@
+"""The run's folder as the launcher sees it: the resolved run, what is done, and a lock against a second launch."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megadiff.config.errors import UserError
+from megadiff.config.load import dump_run
+from megadiff.config.schema import Run
+
+RUN, DEEPSPEED, DONE, LOCK, ERROR = "run.yaml", "deepspeed.json", "DONE", ".lock", "error.txt"
+FREE = ("launch", "showcase")
+"""Sections that may change between two launches of one run: they leave the training as it is."""
+
+_SHOWN = 6
+
+
+def done(run: Run, stage: str) -> bool:
+    """Whether a stage has been trained to its end."""
+    return (Path(run.folder) / stage / DONE).exists()
+
+
+def check_unchanged(run: Run) -> None:
+    """A folder holds one run: a launch that goes on there must be of the same configuration.
+
+    Raises:
+        UserError: naming the keys that differ and their values.
+    """
+    stored = _stored(run)
+    differing = [] if stored is None else differences(stored, run.model_dump(mode="json"))
+    if differing:
+        more = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
+        raise UserError(
+            f"{run.folder} holds a run of another configuration: {'; '.join(differing[:_SHOWN])}{more}; "
+            "name a new folder (folder=...), or go on with the new values by --allow-changes"
+        )
+
+
+def write(run: Run, deepspeed: Mapping[str, Any]) -> None:
+    """Keep the resolved run and the DeepSpeed JSON in the folder; a stage that now has more steps is no longer done.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    folder = Path(run.folder)
+    stored = _stored(run)
+    try:
+        _replace(folder / RUN, dump_run(run))
+        _replace(folder / DEEPSPEED, json.dumps(deepspeed, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}; name another with folder=...") from None
+    before = {stage["name"]: stage["steps"] for stage in (stored or {}).get("stages", [])}
+    for stage in run.stages:
+        if before.get(stage.name, stage.steps) < stage.steps:
+            (folder / stage.name / DONE).unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(run: Run) -> Iterator[int]:
+    """Hold the folder; yields the lock's file descriptor.
+
+    The launched processes inherit it, so that ranks which outlive a killed launcher still keep a second launch out.
+
+    Raises:
+        UserError: another launch holds it, or the folder cannot be made.
+    """
+    folder = Path(run.folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}; name another with folder=...") from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 32).decode().strip() or "unknown"
+            raise UserError(
+                f"{folder} is in use by another launch (process {holder}, or ranks it left behind); wait for it or end it"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Where two resolved runs differ, as `key (old there, new here)`; stages are matched by name, FREE sections left out."""
+    old, new = ({key: value for key, value in tree.items() if key not in FREE} for tree in (before, after))
+    return list(_differ(_named(old), _named(new), ""))
+
+
+def _named(tree: dict[str, Any]) -> dict[str, Any]:
+    stages = tree.get("stages") or []
+    order = [stage["name"] for stage in stages]
+    return {**tree, "stages": {**{stage["name"]: stage for stage in stages}, "(order)": order}}
+
+
+def _differ(old: Any, new: Any, place: str) -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            yield from _differ(old.get(key, _ABSENT), new.get(key, _ABSENT), f"{place}.{key}" if place else str(key))
+    elif old != new:
+        yield f"{place} ({_short(old)} there, {_short(new)} here)"
+
+
+_ABSENT = object()
+
+
+def _short(value: Any) -> str:
+    if value is _ABSENT:
+        return "absent"
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _stored(run: Run) -> dict[str, Any] | None:
+    path = Path(run.folder) / RUN
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        tree = None
+    if not isinstance(tree, dict) or not all(isinstance(stage, dict) and "name" in stage for stage in tree.get("stages") or []):
+        raise UserError(
+            f"{path} is damaged, so this folder's configuration is unknown; delete it to go on, or name a new folder"
+        )
+    return tree
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write aside, then rename: a reader never sees half a file."""
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)

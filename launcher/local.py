@@ -1,0 +1,269 @@
+"""`megadiff launch` on this machine: a run's stages, one after the other, through DeepSpeed's launcher. No torch here."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from megadiff.config.deepspeed import resolve_run
+from megadiff.config.errors import UserError
+from megadiff.config.schema import Run, Stage
+from megadiff.launcher import folder
+from megadiff.launcher.devices import Devices, find_devices, processes_for, threads_for
+
+ERROR_FILE = "MEGADIFF_ERROR_FILE"
+"""Ranks that stop for a user's mistake leave the sentence in the file that this variable names; the launcher says it once."""
+
+_GRACE_S = 45.0
+"""DeepSpeed's launcher gives its ranks 30 s after SIGTERM."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a launch will do.
+
+    Attributes:
+        environment: what is added to the environment of every rank.
+    """
+
+    run: Run
+    deepspeed: Mapping[str, Any]
+    devices: Devices
+    processes: int
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def command(self, stage: Stage, port: int | str) -> list[str]:
+        """The command that trains one stage on all processes."""
+        chosen = self.devices.chosen
+        # Without --include DeepSpeed's launcher overrides CUDA_VISIBLE_DEVICES and takes the first GPUs of the machine.
+        ranks = ["--num_accelerators", str(self.processes)]
+        if chosen is not None:
+            ranks = ["--include", "localhost:" + ",".join(map(str, chosen[: self.processes]))]
+        kept = Path(self.run.folder)
+        return [
+            *(sys.executable, "-m", "deepspeed.launcher.runner"),
+            *("--hostfile", os.devnull),  # the default, /job/hostfile, may exist and would start ssh
+            *ranks,
+            *("--master_port", str(port), "--no_local_rank", "--quiet", "--module"),
+            *("megadiff", "train", str(kept / folder.RUN), "--stage", stage.name, "--deepspeed", str(kept / folder.DEEPSPEED)),
+        ]
+
+    def showcase(self) -> list[str]:
+        """The command that makes the sheet of samples after the last stage."""
+        return [sys.executable, "-m", "megadiff", "showcase", str(Path(self.run.folder) / folder.RUN)]
+
+
+def plan_launch(run: Run, deepspeed: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> Plan:
+    """Check everything that can be checked without data and without torch.
+
+    Raises:
+        UserError: the DeepSpeed JSON, the batch or the devices do not fit the run.
+    """
+    devices = find_devices(environment)
+    processes = processes_for(run.launch, devices)
+    resolve_run(deepspeed, run, data_ranks=processes, accelerator=devices.accelerated)
+    added = {"OMP_NUM_THREADS": str(threads_for(run.launch, processes, environment))}
+    if not devices.accelerated:
+        added = {"DS_ACCELERATOR": "cpu", **added}
+    return Plan(run, deepspeed, devices, processes, added)
+
+
+def missing_files(run: Run) -> list[str]:
+    """Local files that the run names and that are not there, as `key: path`."""
+    named = {"data.train": run.data.train, "data.held_out": run.data.held_out}
+    named |= {f"data.fields.{name}.tokenizer": getattr(source, "tokenizer", None) for name, source in run.data.fields.items()}
+    return [f"{key}: {path}" for key, path in named.items() if path and "://" not in path and not Path(path).exists()]
+
+
+def describe(plan: Plan) -> str:
+    """The exact commands, as a shell would take them."""
+    prefix = " ".join(f"{key}={shlex.quote(value)}" for key, value in plan.environment.items())
+    lines = []
+    for number, stage in enumerate(plan.run.stages, 1):
+        state = " (done already)" if folder.done(plan.run, stage.name) else ""
+        lines += [f"# stage {number} of {len(plan.run.stages)}, {stage.name}: {stage.steps:,} steps{state}"]
+        if not state:
+            lines += [f"{prefix} {shlex.join(plan.command(stage, 'PORT'))}"]
+    if plan.run.showcase:
+        lines += ["# samples", shlex.join(plan.showcase())]
+    return "\n".join(lines)
+
+
+def launch(plan: Plan, *, allow_changes: bool = False, say: Say = print) -> int:
+    """Train every stage that is not done, from its newest checkpoint, then make the showcase.
+
+    Returns:
+        0, or the exit code of the child that failed (2 where a rank reported a user's mistake); 128 + n after signal n.
+
+    Raises:
+        UserError: before anything is started.
+    """
+    run = plan.run
+    absent = missing_files(run)
+    if absent:
+        raise UserError(f"not found: {'; '.join(absent)}; paths are relative to the folder where megadiff is started")
+    with folder.locked(run) as lock:
+        if not allow_changes:
+            folder.check_unchanged(run)
+        folder.write(run, plan.deepspeed)
+        if run.launch.processes not in ("accelerators", plan.processes):
+            wanted = run.launch.processes
+            say(f"this machine has {plan.devices}: starting {plan.processes} of {wanted} processes (the global batch stays)")
+        say(f"run {run.name}: {plan.processes} processes on {plan.devices}, folder {run.folder}")
+        say(f"watch: {tensorboard_command(run)}")
+        with _Signals() as signals:
+            return _stages(plan, lock, signals, say)
+
+
+def tensorboard_command(run: Run) -> str:
+    """How to open the run's log; the program beside this interpreter, so that no environment need be active."""
+    program = Path(sys.executable).parent / "tensorboard"
+    shown = os.path.relpath(program) if program.exists() else "tensorboard"
+    return shlex.join([min(shown, str(program), key=len), "--logdir", str(Path(run.folder) / "tensorboard")])
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _stages(plan: Plan, lock: int, signals: _Signals, say: Say) -> int:
+    run = plan.run
+    for number, stage in enumerate(run.stages, 1):
+        if folder.done(run, stage.name):
+            say(f"stage {number} of {len(run.stages)}, {stage.name}: done already")
+            continue
+        say(f"stage {number} of {len(run.stages)}, {stage.name}: {stage.steps:,} steps")
+        code = _train(plan, stage, lock, signals)
+        if code:
+            return code
+    code = 0
+    if run.showcase:
+        say("samples")
+        code = _child(plan.showcase(), plan.environment, lock, signals)
+        if signals.received:
+            _complain("interrupted while sampling; the same command starts it again")
+            return 128 + signals.received
+    say(f"log: {Path(run.folder) / 'tensorboard'}; open it with: {tensorboard_command(run)}")
+    return code
+
+
+def _train(plan: Plan, stage: Stage, lock: int, signals: _Signals) -> int:
+    """Train one stage; on failure say in one sentence what happened and where to look."""
+    home = Path(plan.run.folder) / stage.name
+    home.mkdir(parents=True, exist_ok=True)
+    error = home / folder.ERROR
+    error.unlink(missing_ok=True)
+    code = _child(plan.command(stage, free_port()), {**plan.environment, ERROR_FILE: str(error)}, lock, signals)
+    logs = home / "logs"
+    if signals.received:
+        _complain(f"interrupted in stage {stage.name}; the same command goes on from its newest checkpoint")
+        return 128 + signals.received
+    if error.exists():
+        _complain(f"error: stage {stage.name}: {error.read_text(encoding='utf-8').strip()}")
+        return code or 2
+    if code or not folder.done(plan.run, stage.name):
+        # DeepSpeed's launcher ends with 0 when a signal has killed the process that watches the ranks.
+        _complain(f"error: stage {stage.name} ended with {_ending(code)}; see {logs}")
+        return code or 1
+    return 0
+
+
+def _complain(message: str) -> None:
+    print(f"megadiff: {message}", file=sys.stderr, flush=True)
+
+
+def _ending(code: int) -> str:
+    for number in (-code, 256 - code):
+        if 0 < number < 65:
+            return f"signal {number} ({signal.Signals(number).name})" if number in set(signal.Signals) else f"signal {number}"
+    return f"exit code {code}" if code else "exit code 0 before its last step"
+
+
+class _Signals:
+    """SIGINT, SIGTERM and SIGHUP go to the children; a second one kills them."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> _Signals:
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._handle) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        again, self.received = bool(self.received), number
+        if self.process is not None:
+            (_kill if again else _terminate)(self.process)
+
+
+@contextmanager
+def _running(command: list[str], environment: Mapping[str, str], lock: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A child with a process group of its own; nothing of it is left afterwards."""
+    process = subprocess.Popen(command, env={**os.environ, **environment}, start_new_session=True, pass_fds=(lock,))
+    try:
+        yield process
+    finally:
+        _kill(process)
+        process.wait()
+
+
+def _child(command: list[str], environment: Mapping[str, str], lock: int, signals: _Signals) -> int:
+    """Run a child to its end; returns its exit code, negative for a signal."""
+    if signals.received:
+        return 1
+    with _running(command, environment, lock) as process:
+        signals.process = process
+        if signals.received:  # it came between the check above and the start
+            _terminate(process)
+        deadline = None
+        while process.poll() is None:
+            if signals.received and deadline is None:
+                deadline = time.monotonic() + _GRACE_S
+            if deadline is not None and time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        signals.process = None
+        code = process.poll()
+    return 1 if code is None else code
+
+
+def _terminate(process: subprocess.Popen[bytes]) -> None:
+    """Ask for an end. DeepSpeed's runner knows no SIGTERM, but the process that it waits for ends its ranks on one."""
+    try:
+        watchers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="ascii").split()
+    except OSError:
+        watchers = []
+    for watcher in watchers:
+        _send(os.kill, int(watcher))
+    if not watchers:
+        _send(os.killpg, process.pid)
+
+
+def _send(how: Callable[[int, int], None], target: int, number: int = signal.SIGTERM) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        how(target, number)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    _send(os.killpg, process.pid, signal.SIGKILL)

@@ -1,0 +1,45 @@
+"""Arguments that several verbs share."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+Verbs = Any
+"""What argparse's add_subparsers returns (its class is private)."""
+
+
+def add_verb(verbs: Verbs, name: str, summary: str, description: str, examples: str = "") -> argparse.ArgumentParser:
+    """A verb's parser: a line for the list of verbs, a description and examples for its own help."""
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=f"examples:\n{examples}" if examples else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    return parser
+
+
+def add_run(parser: argparse.ArgumentParser, *, overrides: bool = True) -> None:
+    """RUN.yaml and, after it, overrides."""
+    parser.add_argument("run_file", metavar="RUN.yaml", help="the run: model, data and stages")
+    if overrides:
+        parser.add_argument(
+            "overrides",
+            metavar="a.b=value",
+            nargs="*",
+            help="values that win over the file; stages by name (stages.joint.steps=100) or all at once (stages.*.steps=100)",
+        )
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return value

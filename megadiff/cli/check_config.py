@@ -1,0 +1,140 @@
+"""`megadiff check-config`: is this run sound, and what follows from it? Without torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from megadiff.cli.arguments import Verbs, add_run, add_verb, positive
+from megadiff.config.deepspeed import load_deepspeed, resolve_run, zero_stage
+from megadiff.config.derived import summary
+from megadiff.config.load import load_run
+from megadiff.config.schema import Run
+from megadiff.launcher.devices import find_devices, processes_for
+
+EXAMPLES = """\
+  megadiff check-config configs/run/quickstart.yaml
+  megadiff check-config configs/run/paper.yaml --deepspeed ds_configs/zero3.json --processes 64
+  megadiff check-config configs/run/quickstart.yaml --json stages.joint.steps=500
+"""
+
+
+def add(verbs: Verbs) -> None:
+    parser = add_verb(
+        verbs,
+        "check-config",
+        "check a run and print the numbers that follow from it",
+        "Check a run file, and a DeepSpeed JSON against it, and print what follows for each stage: parameters in all and\n"
+        "per part, trained and frozen, the batch equation, tokens and FLOPs per sample, bytes per rank.\n"
+        "Reads no data and imports no torch.",
+        EXAMPLES,
+    )
+    add_run(parser)
+    parser.add_argument("--deepspeed", metavar="DS.json", help="check this DeepSpeed JSON against every stage")
+    parser.add_argument("--processes", metavar="N", type=positive, help="data-parallel ranks (default: as launch)")
+    parser.add_argument("--json", action="store_true", help="print the resolved configuration and the derived numbers as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    loaded = load_run(arguments.run_file, arguments.overrides)
+    devices = find_devices()
+    ranks = arguments.processes or processes_for(loaded.launch, devices)
+    resolved = None
+    if arguments.deepspeed:
+        tree = load_deepspeed(arguments.deepspeed)
+        resolved = resolve_run(tree, loaded, data_ranks=ranks, accelerator=devices.accelerated)
+    stages = [summary(loaded, stage, ranks) for stage in loaded.stages]
+    if arguments.json:
+        report = {"run": loaded.model_dump(mode="json"), "deepspeed": resolved, "stages": stages}
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+    else:
+        print(table(loaded, stages, ranks, resolved))
+    return 0
+
+
+def table(loaded: Run, stages: list[dict[str, Any]], ranks: int, resolved: dict[str, Any] | None) -> str:
+    """The report for people: one column per stage."""
+    rows: list[tuple[str, list[str]]] = [
+        ("stage", [s["stage"] for s in stages]),
+        ("steps", [f"{s['batch']['steps']:,}" for s in stages]),
+        ("samples", [f"{s['batch']['samples']:,}" for s in stages]),
+        ("predicts", [", ".join(s["predicted"]) for s in stages]),
+        ("starts from", [_source(stage.initialise.source, stage.initialise.weights) for stage in loaded.stages]),
+        ("parameters", [_count(s["parameters"]["total"]) for s in stages]),
+        ("  trained", [_count(s["parameters"]["trained"]) for s in stages]),
+        ("  frozen", [_count(s["parameters"]["frozen"]) for s in stages]),
+    ]
+    for part in ("joint", *loaded.model.modalities):
+        rows.append((f"  {part}", [_part(s["parameters"]["parts"].get(part)) for s in stages]))
+    batch = [s["batch"] for s in stages]
+    rows += [
+        ("global batch", [f"{b['global_samples']:,}" for b in batch]),
+        ("  = micro batch", [f"{b['micro_batch']:,}" for b in batch]),
+        ("  x data ranks", [f"{b['data_ranks']:,}" for b in batch]),
+        ("  x accumulation", [f"{b['accumulation']:,}" for b in batch]),
+        ("lanes per rank", [f"{b['lanes_per_rank']:,}" for b in batch]),
+        ("tokens per sample", [_tokens(s["tokens_per_sample"]) for s in stages]),
+        ("FLOPs per sample", [_flops(s["flops_per_sample"]) for s in stages]),
+        ("FLOPs per step", [_flops(s["flops_per_step"]) for s in stages]),
+    ]
+    if resolved is not None:
+        rows += _sharing(stages, resolved)
+    text = f"run {loaded.name}, folder {loaded.folder}, seed {loaded.seed}, {ranks} data-parallel rank{'s' * (ranks > 1)}\n\n"
+    return text + _columns(rows) + "\n\nsound"
+
+
+def _sharing(stages: list[dict[str, Any]], resolved: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    trees = [resolved[s["stage"]] for s in stages]
+    sizes = [s["bytes_per_rank"][f"zero{zero_stage(tree)}"] for s, tree in zip(stages, trees, strict=True)]
+    return [
+        ("ZeRO stage", [str(zero_stage(tree)) for tree in trees]),
+        ("precision here", ["bf16" if tree["bf16"]["enabled"] else "fp32" for tree in trees]),
+        (f"bytes per rank, {stages[0]['bytes_per_rank']['precision']}", [_bytes(size["total"]) for size in sizes]),
+        *((f"  {part}", [_bytes(size[part]) for size in sizes]) for part in sizes[0] if part != "total"),
+    ]
+
+
+def _columns(rows: list[tuple[str, list[str]]]) -> str:
+    label = max(len(name) for name, _ in rows)
+    widths = [max(len(cells[column]) for _, cells in rows) for column in range(len(rows[0][1]))]
+    lines = []
+    for name, cells in rows:
+        values = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+        lines.append(f"{name.ljust(label)}  {values}")
+    return "\n".join(lines)
+
+
+def _source(source: str | None, weights: str) -> str:
+    if source is None:
+        return "fresh"
+    return f"{'stage before' if source == 'previous' else source} ({weights})"
+
+
+def _count(value: int) -> str:
+    return f"{value:,}"
+
+
+def _part(part: dict[str, int] | None) -> str:
+    if part is None:
+        return "-"
+    return f"{part['total']:,}" + ("" if part["trained"] else " (frozen)")
+
+
+def _tokens(tokens: dict[str, Any]) -> str:
+    return f"{tokens['total']} ({' + '.join(str(count) for count in tokens['modalities'].values())})"
+
+
+def _flops(value: float) -> str:
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9)):
+        if value >= size:
+            return f"{value / size:,.2f} {unit}"
+    return f"{value / 1e6:,.2f} M"
+
+
+def _bytes(value: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if value >= size:
+            return f"{value / size:,.2f} {unit}"
+    return f"{value / 2**10:,.1f} KiB"

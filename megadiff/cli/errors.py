@@ -1,0 +1,31 @@
+"""How a user's mistake is said."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from megadiff.config.errors import UserError
+from megadiff.launcher.local import ERROR_FILE
+
+
+def say(error: UserError) -> None:
+    """One line on stderr; in a rank, left for `megadiff launch`, which says it once for all ranks."""
+    if not _left_for_launcher(str(error)):
+        print(f"megadiff: error: {error}", file=sys.stderr)
+
+
+def _left_for_launcher(message: str) -> bool:
+    """Whether there is a launcher to say it; the first rank to fail wins."""
+    path = os.environ.get(ERROR_FILE)
+    if not path:
+        return False
+    try:
+        with Path(path).open("x", encoding="utf-8") as file:
+            file.write(message + "\n")
+    except FileExistsError:
+        pass
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,58 @@
+"""`megadiff <verb>`: find the verb, run it, turn a user's mistake into one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from megadiff import __version__
+from megadiff.cli import check_config, data, errors, export, launch, sample, showcase, train
+from megadiff.config.errors import UserError
+
+VERBS = (check_config, launch, train, sample, showcase, export, data)
+"""Modules with `add(verbs)`; each parser that they add sets `run`, a function: parsed arguments -> exit code."""
+
+EXAMPLES = """\
+examples:
+  megadiff check-config configs/run/quickstart.yaml
+  megadiff launch configs/run/quickstart.yaml --deepspeed ds_configs/zero3.json
+  megadiff sample --checkpoint runs/quickstart --task text-to-image --prompt "red heart" --out samples
+
+A user's mistake ends with one sentence and exit code 2.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; returns its exit code."""
+    parsed = parser().parse_args(arguments)
+    try:
+        code: int = parsed.run(parsed)
+        sys.stdout.flush()
+    except UserError as error:
+        errors.say(error)
+        return 2
+    except KeyboardInterrupt:
+        print("megadiff: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) has gone; the interpreter's own flush at exit must not complain about it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of every verb."""
+    top = argparse.ArgumentParser(
+        prog="megadiff",
+        description="Train and sample one network that diffuses several modalities, each on its own clock.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"megadiff {__version__}")
+    verbs = top.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for verb in VERBS:
+        verb.add(verbs)
+    return top

@@ -1,0 +1,95 @@
+"""`megadiff train`: one rank of one stage. A launcher starts it once per rank."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from megadiff.cli import errors
+from megadiff.cli.arguments import Verbs, add_run, add_verb
+from megadiff.config.deepspeed import load_deepspeed
+from megadiff.config.errors import UserError
+from megadiff.config.load import load_run
+from megadiff.distributed.ranks import Ranks
+
+
+def add(verbs: Verbs) -> None:
+    parser = add_verb(
+        verbs,
+        "train",
+        "one rank of one stage (launch starts it; so may srun or torchrun)",
+        "Train one stage as one rank. RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT say which; without them this\n"
+        "is the only rank. Goes on from the stage's newest checkpoint.",
+        "  torchrun --nproc-per-node 8 -m megadiff train runs/paper/run.yaml --stage joint --deepspeed ds_configs/zero2.json\n",
+    )
+    add_run(parser)
+    parser.add_argument("--stage", metavar="NAME", required=True, help="the stage to train")
+    parser.add_argument("--deepspeed", metavar="DS.json", required=True, help="how the ranks share the work")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    loaded = load_run(arguments.run_file, arguments.overrides)
+    tree = load_deepspeed(arguments.deepspeed)
+    ranks = Ranks.from_environment()
+    names = [stage.name for stage in loaded.stages]
+    if arguments.stage not in names:
+        raise UserError(f"the run has no stage {arguments.stage}; its stages: {', '.join(names)}")
+    _log_to(Path(loaded.folder) / arguments.stage / "logs" / f"rank_{ranks.rank}.log", ranks)
+    from megadiff.evaluation.periodic import PeriodicSamples
+    from megadiff.training.loop import Callback, train_stage
+
+    stage = loaded.stages[names.index(arguments.stage)]
+    try:
+        callbacks: list[Callback] = [PeriodicSamples(loaded, stage, ranks)] if stage.samples else []
+        train_stage(loaded, stage.name, tree, callbacks)
+    except UserError as error:
+        logging.getLogger("megadiff").error("%s", error)
+        if ranks.world == 1:
+            raise
+        errors.say(error)
+        _leave_at_once(2)
+    except Exception:
+        logging.getLogger("megadiff").exception("rank %d of %d failed", ranks.rank, ranks.world)
+        if ranks.world == 1:
+            raise
+        _leave_at_once(1)
+    _leave_group()
+    return 0
+
+
+def _log_to(path: Path, ranks: Ranks) -> None:
+    """This program's log goes to the rank's own file, which grows over restarts; rank 0's warnings to the terminal as well."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}; name another folder with folder=...") from None
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("megadiff")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(file)
+    if ranks.rank == 0:
+        terminal = logging.StreamHandler(sys.stderr)
+        terminal.setLevel(logging.WARNING)
+        terminal.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        logger.addHandler(terminal)
+    logger.info("process %d is rank %d of %d (local rank %d)", os.getpid(), ranks.rank, ranks.world, ranks.local_rank)
+
+
+def _leave_group() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _leave_at_once(code: int) -> None:
+    """End a rank that has failed while others may wait for it in a collective: leaving in order could wait for them."""
+    sys.stderr.flush()
+    sys.stdout.flush()
+    logging.shutdown()
+    os._exit(code)

@@ -1,0 +1,372 @@
+"""Numbers that follow from the configuration, by pure arithmetic and without torch. The one owner of these formulas.
+
+Legend: D width, I = heads x head_dim (the attention's inner width), S tokens of one modality, N tokens of all modalities.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megadiff.config.errors import ConfigError
+from megadiff.config.schema import GridSpace, Model, Run, Stage, StageModality, TokenSpace
+
+TIME_FEATURES = 256
+"""Sinusoids of a clock."""
+_BLOCK_SLOTS = 6
+_HEAD_SLOTS = 2
+_SWIGLU_MULTIPLE = 8
+
+
+# --------------------------------------------------------------------------------------------------------------- sizes
+
+
+def token_count(space: GridSpace | TokenSpace) -> int:
+    """Tokens of one sample of a modality."""
+    if isinstance(space, GridSpace):
+        return (space.height // space.patch) * (space.width // space.patch)
+    return space.length
+
+
+def tokens(model: Model) -> dict[str, int]:
+    """Tokens per sample, per modality."""
+    return {name: token_count(modality.space) for name, modality in model.modalities.items()}
+
+
+def mlp_hidden(model: Model) -> int:
+    """Hidden width of an MLP: ratio x D for gelu; for swiglu 2/3 of it, rounded up to a multiple of 8."""
+    hidden = model.mlp_ratio * model.width
+    if model.mlp == "gelu":
+        return math.ceil(hidden - 1e-9)
+    return math.ceil(hidden * 2 / 3 / _SWIGLU_MULTIPLE - 1e-9) * _SWIGLU_MULTIPLE
+
+
+def head_outputs(space: GridSpace | TokenSpace) -> int:
+    """Rows of a head: the numbers of a patch, or the vocabulary (the mask state is no class)."""
+    return _patch_numbers(space) if isinstance(space, GridSpace) else space.vocabulary
+
+
+def _patch_numbers(space: GridSpace) -> int:
+    return space.channels * space.patch**2
+
+
+# ---------------------------------------------------------------------------------------------------------- parameters
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameter counts.
+
+    Attributes:
+        embeddings: per modality: states, learned positions, time.
+        joint: the joint blocks and the norm after them.
+        towers: per predicted modality.
+        heads: per predicted modality.
+    """
+
+    embeddings: dict[str, int]
+    joint: int
+    towers: dict[str, int]
+    heads: dict[str, int]
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """By the names that `freeze` uses: `joint` is the embeddings and the joint blocks, a modality its tower and head."""
+        joint = sum(self.embeddings.values()) + self.joint
+        return {"joint": joint} | {name: self.towers[name] + self.heads[name] for name in self.heads}
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def parameters(model: Model, predicted: Collection[str]) -> Parameters:
+    """What a model that predicts these modalities holds."""
+    names = [name for name in model.modalities if name in predicted]
+    return Parameters(
+        embeddings={name: _embedding_parameters(model, name) for name in model.modalities},
+        joint=len(model.modalities) * (model.joint_depth * _block_parameters(model) + _norm_parameters(model)),
+        towers={name: _tower_parameters(model, model.modalities[name].tower_depth) for name in names},
+        heads={name: _head_parameters(model, model.modalities[name].space) for name in names},
+    )
+
+
+def predicted(stage: Stage) -> tuple[str, ...]:
+    """The modalities that have a tower and a head in a stage."""
+    return tuple(name for name, modality in stage.modalities.items() if modality.predicted)
+
+
+def trainable(model: Model, stage: Stage) -> int:
+    """Parameters that a stage trains; the others of `parameters(model, predicted(stage))` are frozen."""
+    return sum(count for part, count in parameters(model, predicted(stage)).parts.items() if part not in stage.freeze)
+
+
+def _linear(inputs: int, outputs: int, *, bias: bool = True) -> int:
+    return inputs * outputs + (outputs if bias else 0)
+
+
+def _embedding_parameters(model: Model, name: str) -> int:
+    modality, width = model.modalities[name], model.width
+    time = _linear(TIME_FEATURES, width) + _linear(width, width)
+    positions = token_count(modality.space) * width if modality.positions == "learned" else 0
+    if isinstance(modality.space, GridSpace):
+        return time + positions + _linear(_patch_numbers(modality.space), width)
+    return time + positions + (modality.space.vocabulary + 1) * width
+
+
+def _block_parameters(model: Model) -> int:
+    """One modality's share of a block."""
+    width, inner, hidden = model.width, model.heads * model.head_dim, mlp_hidden(model)
+    modulation = _linear(width, _BLOCK_SLOTS * width)
+    attention = _linear(width, 3 * inner, bias=model.attention_bias) + _linear(inner, width, bias=model.attention_bias)
+    gains = 2 * inner if model.qk_norm else 0
+    return modulation + attention + gains + _linear(width, _up_outputs(model)) + _linear(hidden, width)
+
+
+def _up_outputs(model: Model) -> int:
+    return mlp_hidden(model) * (2 if model.mlp == "swiglu" else 1)
+
+
+def _norm_parameters(model: Model) -> int:
+    return model.width if model.trunk_norm else 0
+
+
+def _tower_parameters(model: Model, depth: int) -> int:
+    return depth * _block_parameters(model) + (_norm_parameters(model) if depth else 0)
+
+
+def _head_parameters(model: Model, space: GridSpace | TokenSpace) -> int:
+    return _linear(model.width, _HEAD_SLOTS * model.width) + _linear(model.width, head_outputs(space))
+
+
+# --------------------------------------------------------------------------------------------------------------- FLOPs
+
+
+def flops_per_sample(model: Model, stage: Stage) -> int:
+    """Model FLOPs of training on one sample: forward and backward, a multiply-add counted as two.
+
+    Counted are the products of linear maps and of attention (4 N^2 I forward); a linear map of a n-token input costs
+    2 n x inputs x outputs forward. Backward, per linear map: once the forward's cost if its weight is trained, and once more if
+    anything before it is trained (then the gradient of its input is needed); attention: twice, in the latter case. So trained
+    parts cost 3 x forward, frozen ones with trained parts before them 2 x, frozen ones before all trained parts 1 x.
+    Towers and heads run for modalities with a loss weight above 0. A token head counts the expected share of scored positions:
+    1 for the plain loss, 1/2 for the NELBO (times are uniform), less the samples in which the modality is only a condition.
+    Recomputation under activation checkpointing is not counted, nor are norms, softmax, activations and lookups.
+    """
+    scored = {name: _scored_share(model, name, modality) for name, modality in stage.modalities.items() if _is_read(modality)}
+    trained = {part for part in ("joint", *model.modalities) if part not in stage.freeze}
+    return round(_flops(model, scored, trained))
+
+
+def forward_flops(model: Model, scored: Mapping[str, float]) -> int:
+    """FLOPs of one forward pass over one sample.
+
+    Args:
+        scored: the modalities that are read out, with the share of positions whose logits are computed (1 for grids).
+    """
+    return round(_flops(model, scored, trained=set()))
+
+
+def _is_read(modality: StageModality) -> bool:
+    return modality.predicted and modality.loss_weight > 0
+
+
+def _scored_share(model: Model, name: str, modality: StageModality) -> float:
+    process = model.modalities[name].process
+    if process.kind == "gaussian":
+        return 1.0
+    share = 1.0 if process.loss == "plain" else 0.5
+    return share * (1 - modality.conditioning.clean - modality.conditioning.absent)
+
+
+def _flops(model: Model, scored: Mapping[str, float], trained: Collection[str]) -> float:
+    """Forward FLOPs, and the backward's of everything that the trained parts need."""
+    counts, joint = tokens(model), "joint" in trained
+    total = 0.0
+    for name in model.modalities:
+        leads = model.joint_depth > 0 or name in scored
+        total += _embedding_flops(model, name, joint and leads)
+    for index in range(model.joint_depth):
+        last = index == model.joint_depth - 1
+        for name, count in counts.items():
+            # What an unread modality computes after the last joint attention leads to no loss.
+            leads = not last or name in scored
+            total += _block_flops(model, count, weights=joint, inputs=joint, leads_to_loss=leads)
+        total += _attention_flops(model, sum(counts.values()), inputs=joint)
+    for name, share in scored.items():
+        own = name in trained
+        for _ in range(model.modalities[name].tower_depth):
+            total += _block_flops(model, counts[name], weights=own, inputs=joint)
+            total += _attention_flops(model, counts[name], inputs=joint or own)
+        outputs = head_outputs(model.modalities[name].space)
+        total += _matmul(1, model.width, _HEAD_SLOTS * model.width, own, joint)
+        total += share * _matmul(counts[name], model.width, outputs, own, joint or own)
+    return total
+
+
+def _matmul(rows: int, inputs: int, outputs: int, weights: bool, gradient: bool) -> int:
+    """A linear map; `weights`: it is trained; `gradient`: its input needs a gradient."""
+    return 2 * rows * inputs * outputs * (1 + weights + gradient)
+
+
+def _embedding_flops(model: Model, name: str, trained: bool) -> int:
+    space = model.modalities[name].space
+    time = _matmul(1, TIME_FEATURES, model.width, trained, False) + _matmul(1, model.width, model.width, trained, trained)
+    if isinstance(space, GridSpace):
+        return time + _matmul(token_count(space), _patch_numbers(space), model.width, trained, False)
+    return time
+
+
+def _block_flops(model: Model, count: int, *, weights: bool, inputs: bool, leads_to_loss: bool = True) -> int:
+    """One modality's linear maps in a block; `inputs`: its tokens and conditioning need a gradient."""
+    width, inner = model.width, model.heads * model.head_dim
+    within = inputs or weights  # the modulation, first of all, is trained or passes a gradient on: so does all after it
+    after = (weights and leads_to_loss, within and leads_to_loss)
+    return (
+        _matmul(1, width, _BLOCK_SLOTS * width, weights, inputs)
+        + _matmul(count, width, 3 * inner, weights, within)
+        + _matmul(count, inner, width, *after)
+        + _matmul(count, width, _up_outputs(model), *after)
+        + _matmul(count, mlp_hidden(model), width, *after)
+    )
+
+
+def _attention_flops(model: Model, count: int, *, inputs: bool) -> int:
+    return 4 * count**2 * model.heads * model.head_dim * (3 if inputs else 1)
+
+
+# --------------------------------------------------------------------------------------------------------------- batch
+
+
+def accumulation(stage: Stage, data_ranks: int) -> int:
+    """Micro-batches per rank and optimizer step: global_samples / (micro_batch x data ranks).
+
+    Raises:
+        ConfigError: it does not come out whole.
+    """
+    batch = stage.batch
+    at_once = batch.micro_batch * data_ranks
+    if batch.global_samples % at_once:
+        raise ConfigError(
+            f"stage {stage.name}: batch.global_samples ({batch.global_samples}) must be a multiple of micro_batch "
+            f"({batch.micro_batch}) x data ranks ({data_ranks}) = {at_once}; nearest: {_nearest(batch.global_samples, at_once)}"
+        )
+    return batch.global_samples // at_once
+
+
+def lanes_per_rank(run: Run, data_ranks: int) -> int:
+    """Lanes of the sample order that one rank owns.
+
+    Raises:
+        ConfigError: the lanes do not divide over the ranks.
+    """
+    lanes = run.data.lanes
+    if lanes % data_ranks:
+        raise ConfigError(
+            f"data.lanes ({lanes}) must be a multiple of the data ranks ({data_ranks}); nearest: {_nearest(lanes, data_ranks)}"
+        )
+    return lanes // data_ranks
+
+
+def _nearest(value: int, step: int) -> str:
+    below = value // step * step
+    return f"{below} or {below + step}" if below else f"{step}"
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+Precision = Literal["bf16", "fp32"]
+
+
+def bytes_per_rank(model: Model, stage: Stage, data_ranks: int, *, zero_stage: int, precision: Precision) -> dict[str, int]:
+    """Bytes that weights and optimizer take on one rank; activations, buffers and gathered weights are not in it.
+
+    weights: 2 (bf16) or 4 bytes a parameter, divided over the ranks by ZeRO-3. gradients: likewise for trained ones, divided
+    from ZeRO-2 on. master: float32 copies of all parameters (ZeRO-0 in fp32: of frozen ones only). adam: two float32 moments
+    of trained ones. ema: float32 per profile of trained ones. The last three are divided from ZeRO-1 on, and copies of frozen
+    parameters always; bf16 with ZeRO-0 runs as ZeRO-1.
+    """
+    zero = 1 if zero_stage == 0 and precision == "bf16" else zero_stage
+    size = 2 if precision == "bf16" else 4
+    total = parameters(model, predicted(stage)).total
+    trained = trainable(model, stage)
+    optimizer_share = data_ranks if zero >= 1 else 1
+    copied = total if zero >= 1 else total - trained
+    parts = {
+        "weights": _ceil(size * total, data_ranks if zero >= 3 else 1),
+        "gradients": _ceil(size * trained, data_ranks if zero >= 2 else 1),
+        "master": _ceil(4 * copied, data_ranks),
+        "adam": _ceil(8 * trained, optimizer_share),
+        "ema": _ceil(4 * trained * len(stage.ema), optimizer_share),
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+def _ceil(value: int, ranks: int) -> int:
+    return -(-value // ranks)
+
+
+# ------------------------------------------------------------------------------------------------------------- summary
+
+
+def summary(run: Run, stage: Stage, data_ranks: int) -> dict[str, Any]:
+    """The derived numbers of a stage as `check-config --json` prints them.
+
+    Where the stage's precision is `auto`, bytes are those of bf16 (an accelerator).
+
+    Raises:
+        ConfigError: the batch or the lanes do not divide over the ranks.
+    """
+    precision: Precision = "bf16" if stage.precision == "auto" else stage.precision
+    counts = parameters(run.model, predicted(stage))
+    per_sample = tokens(run.model)
+    flops = flops_per_sample(run.model, stage)
+    trained = trainable(run.model, stage)
+    return {
+        "stage": stage.name,
+        "predicted": list(predicted(stage)),
+        "parameters": {
+            "total": counts.total,
+            "trained": trained,
+            "frozen": counts.total - trained,
+            "parts": {
+                part: {"total": count, "trained": 0 if part in stage.freeze else count} for part, count in counts.parts.items()
+            },
+            "embeddings": counts.embeddings,
+            "joint_blocks": counts.joint,
+            "towers": counts.towers,
+            "heads": counts.heads,
+        },
+        "batch": _batch_summary(run, stage, data_ranks),
+        "tokens_per_sample": {"total": sum(per_sample.values()), "modalities": per_sample},
+        "flops_per_sample": flops,
+        "flops_per_step": flops * stage.batch.global_samples,
+        "bytes_per_rank": {
+            "precision": precision,
+            **{
+                f"zero{zero}": bytes_per_rank(run.model, stage, data_ranks, zero_stage=zero, precision=precision)
+                for zero in range(4)
+            },
+        },
+    }
+
+
+def _batch_summary(run: Run, stage: Stage, data_ranks: int) -> dict[str, Any]:
+    batch, steps = stage.batch, accumulation(stage, data_ranks)
+    return {
+        "equation": (
+            f"global_samples {batch.global_samples} = micro_batch {batch.micro_batch} x data ranks {data_ranks} "
+            f"x accumulation {steps}"
+        ),
+        "global_samples": batch.global_samples,
+        "micro_batch": batch.micro_batch,
+        "data_ranks": data_ranks,
+        "accumulation": steps,
+        "lanes": run.data.lanes,
+        "lanes_per_rank": lanes_per_rank(run, data_ranks),
+        "steps": stage.steps,
+        "samples": stage.steps * batch.global_samples,
+    }

@@ -1,0 +1,50 @@
+"""The few collectives that are ours. All of them work, and cost nothing, in one process without a process group."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megadiff.config.errors import UserError
+
+Value = TypeVar("Value")
+
+
+def _several() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Element-wise sum over all ranks, float64 [n]; equal on all of them."""
+    total = values.to(torch.float64).clone()
+    if _several():
+        dist.all_reduce(total)
+    return total
+
+
+def gather_objects(value: Value) -> list[Value]:
+    """Every rank's value, in rank order, on every rank. For small things."""
+    if not _several():
+        return [value]
+    out: list[Value | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(out, value)
+    return out  # type: ignore[return-value]
+
+
+def barrier() -> None:
+    if _several():
+        dist.barrier()
+
+
+def raise_together(error: UserError | None) -> None:
+    """Raise the first rank's error on every rank, so that none waits for one that has stopped. Collective.
+
+    Raises:
+        UserError: of the first rank that has one.
+    """
+    for found in gather_objects(error):
+        if found is not None:
+            raise found

@@ -1,0 +1,289 @@
+"""Checkpoints keyed by parameter name: any layout of ranks writes them, any other reads them.
+
+A checkpoint is a folder: one safetensors file of flat fp32 ranges per rank (weight, exp_avg, exp_avg_sq and one average per
+EMA profile for trained parameters; weight for frozen ones), and manifest.json with the ranges, sizes and hashes. It is
+written under a hidden name and renamed when whole; then `latest` is replaced to name it. There is no state of a random
+generator in it: all random numbers of a run are functions of its seed and of the progress stored here (megadiff.rng).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megadiff.config.errors import UserError
+from megadiff.config.schema import Checkpointing
+
+FORMAT, VERSION = "megadiff-checkpoint", 1
+MANIFEST, LATEST = "manifest.json", "latest"
+_STEP, _PARTIAL = "step_", ".partial-"
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged, or does not fit what it is loaded into."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One rank's file: `ranges` maps a parameter's name to the flat range [start, stop) that it holds."""
+
+    name: str
+    bytes: int
+    sha256: str
+    ranges: dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds.
+
+    Attributes:
+        parameters: by name the whole shape and whether the parameter was trained.
+        ema: names of the EMA profiles, the first is the default.
+        progress: counters of the run (see megadiff.training.loop.Progress) and of the optimizer.
+        config: the resolved run as YAML.
+    """
+
+    stage: str
+    parameters: dict[str, tuple[tuple[int, ...], bool]]
+    ema: tuple[str, ...]
+    progress: dict[str, Any]
+    config: str
+    files: tuple[FileEntry, ...]
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_rank_file(folder: Path, rank: int, tensors: Mapping[str, Tensor], ranges: Mapping[str, tuple[int, int]]) -> FileEntry:
+    """Write one rank's tensors (keys `kind:parameter`, see `tensor_key`) and see them on the disk."""
+    name = f"rank_{rank:05d}.safetensors"
+    path = folder / name
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+    _sync(path)
+    return FileEntry(name, path.stat().st_size, _sha256(path), dict(ranges))
+
+
+def tensor_key(kind: str, parameter: str) -> str:
+    """`kind` is weight, exp_avg, exp_avg_sq or ema.<profile>."""
+    return f"{kind}:{parameter}"
+
+
+def partial_folder(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"{_PARTIAL}{_STEP}{step:08d}"
+
+
+def begin(checkpoints: Path, step: int) -> None:
+    """Make an empty folder to write into; what an interrupted save left is removed. For one process."""
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    for leftover in checkpoints.glob(f"{_PARTIAL}*"):
+        shutil.rmtree(leftover)
+    partial_folder(checkpoints, step).mkdir()
+
+
+def publish(checkpoints: Path, step: int, manifest: Manifest, rule: Checkpointing) -> Path:
+    """Give a wholly written folder its name, point `latest` at it, retire old ones. For one process."""
+    partial, final = partial_folder(checkpoints, step), checkpoints / f"{_STEP}{step:08d}"
+    tree = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
+    (partial / MANIFEST).write_text(json.dumps(tree), encoding="utf-8")
+    _sync(partial / MANIFEST)
+    _sync(partial)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    _sync(checkpoints)
+    pointer = checkpoints / f"{_PARTIAL}{LATEST}"
+    pointer.write_text(final.name, encoding="utf-8")
+    _sync(pointer)
+    pointer.replace(checkpoints / LATEST)
+    _sync(checkpoints)
+    for old in retired([_step_of(path) for path in _steps(checkpoints)], rule):
+        shutil.rmtree(checkpoints / f"{_STEP}{old:08d}")
+    return final
+
+
+def retired(steps: Iterable[int], rule: Checkpointing) -> list[int]:
+    """Which of the existing checkpoints go: all but the newest `keep` and multiples of `keep_every_steps`."""
+    newest_first = sorted(steps, reverse=True)
+    stays = set(newest_first[: rule.keep])
+    if rule.keep_every_steps:
+        stays |= {step for step in newest_first if step % rule.keep_every_steps == 0}
+    return sorted(step for step in newest_first if step not in stays)
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def latest_checkpoint(checkpoints: Path) -> Path | None:
+    """The newest published checkpoint, or None. A pointer to nothing falls back to the newest folder."""
+    pointer = checkpoints / LATEST
+    if pointer.exists():
+        named = checkpoints / pointer.read_text(encoding="utf-8").strip()
+        if (named / MANIFEST).exists():
+            return named
+    steps = _steps(checkpoints)
+    return steps[-1] if steps else None
+
+
+class CheckpointReader:
+    """Ranges of a checkpoint's tensors by parameter name."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises CheckpointError if the folder is no checkpoint or a file is missing or has another size."""
+        self.folder = folder
+        self.manifest = _read_manifest(folder)
+        self._handles: dict[str, Any] = {}
+        for entry in self.manifest.files:
+            path = folder / entry.name
+            size = path.stat().st_size if path.exists() else -1
+            if size != entry.bytes:
+                found = "is missing" if size < 0 else f"has {size} bytes instead of {entry.bytes}"
+                raise CheckpointError(f"{path} {found}; delete {folder} to go on from the checkpoint before it")
+
+    def damaged(self, files: Sequence[FileEntry]) -> list[str]:
+        """Names of those files whose hash is wrong (reads them whole)."""
+        return [entry.name for entry in files if _sha256(self.folder / entry.name) != entry.sha256]
+
+    def read(self, kind: str, parameter: str, start: int, stop: int) -> Tensor:
+        """Float32 [stop - start]: a flat range of one parameter.
+
+        An `ema.*` kind of a parameter that was frozen is its weight.
+
+        Raises:
+            CheckpointError: part of the range is in no file.
+        """
+        _, trained = self.manifest.parameters[parameter]
+        kind = kind if trained else "weight"
+        out = torch.empty(stop - start, dtype=torch.float32)
+        filled = 0
+        for entry in self.manifest.files:
+            begin, end = entry.ranges.get(parameter, (0, 0))
+            low, high = max(begin, start), min(end, stop)
+            if low < high:
+                piece = self._handle(entry.name).get_slice(tensor_key(kind, parameter))[low - begin : high - begin]
+                out[low - start : high - start] = piece
+                filled += high - low
+        if filled != stop - start:
+            raise CheckpointError(f"{self.folder}: {kind} of {parameter} covers {filled} of {stop - start} elements")
+        return out
+
+    def read_whole(self, kind: str, parameter: str) -> Tensor:
+        """The whole parameter in its shape, float32."""
+        shape, _ = self.manifest.parameters[parameter]
+        size = 1
+        for length in shape:
+            size *= length
+        return self.read(kind, parameter, 0, size).reshape(shape)
+
+    def weight_kind(self, weights: str, profile: str | None = None) -> str:
+        """The tensor kind of `raw` or `ema` weights."""
+        if weights == "raw":
+            return "weight"
+        name = profile or self.manifest.ema[0]
+        if name not in self.manifest.ema:
+            raise CheckpointError(f"{self.folder} has no EMA profile {name}; it has {', '.join(self.manifest.ema)}")
+        return f"ema.{name}"
+
+    def _handle(self, name: str) -> Any:
+        if name not in self._handles:
+            try:
+                self._handles[name] = safe_open(self.folder / name, framework="pt")
+            except SafetensorError as error:
+                raise CheckpointError(f"{self.folder / name} is damaged ({error}); delete {self.folder}") from None
+        return self._handles[name]
+
+
+def check_names(
+    reader: CheckpointReader,
+    wanted: Mapping[str, tuple[int, ...]],
+    *,
+    new: Sequence[str] = (),
+    dropped: Sequence[str] = (),
+    parts: Mapping[str, str],
+) -> list[str]:
+    """The names to load out of `reader`; everything that does not fit is listed and refused.
+
+    Args:
+        wanted: by name the shape of every parameter of the model.
+        new, dropped: parts or name patterns that may be missing on either side.
+        parts: by name the part a parameter belongs to, for both sides.
+
+    Raises:
+        CheckpointError: parameters are missing, unexpected, or have other shapes.
+    """
+    held = {name: shape for name, (shape, _) in reader.manifest.parameters.items()}
+    missing = [name for name in wanted if name not in held and not _matches(name, parts, new)]
+    unexpected = [name for name in held if name not in wanted and not _matches(name, parts, dropped)]
+    shapes = [f"{name} {held[name]} -> {wanted[name]}" for name in wanted if name in held and held[name] != wanted[name]]
+    faults = []
+    for title, names, way_out in (
+        ("lacks", missing, "name them under initialise.new to start them fresh"),
+        ("has parameters the model lacks:", unexpected, "name them under initialise.dropped to leave them out"),
+        ("has other shapes:", shapes, "use the model configuration it was trained with"),
+    ):
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            faults.append(f"{title} {', '.join(names[:5])}{more} ({way_out})")
+    if faults:
+        raise CheckpointError(f"{reader.folder} does not fit this stage: it " + "; it ".join(faults))
+    return [name for name in wanted if name in held and not _matches(name, parts, new)]
+
+
+def _matches(name: str, parts: Mapping[str, str], patterns: Collection[str]) -> bool:
+    return parts.get(name) in patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        if tree["format"] != FORMAT or tree["version"] != VERSION:
+            raise CheckpointError(f"{path} is a {tree['format']} of version {tree['version']}; this program reads {VERSION}")
+        return Manifest(
+            stage=tree["stage"],
+            parameters={name: (tuple(shape), bool(trained)) for name, (shape, trained) in tree["parameters"].items()},
+            ema=tuple(tree["ema"]),
+            progress=tree["progress"],
+            config=tree["config"],
+            files=tuple(
+                FileEntry(f["name"], f["bytes"], f["sha256"], {k: (a, b) for k, (a, b) in f["ranges"].items()})
+                for f in tree["files"]
+            ),
+        )
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); delete {folder}") from None
+
+
+def _steps(checkpoints: Path) -> list[Path]:
+    return sorted(path for path in checkpoints.glob(f"{_STEP}*") if (path / MANIFEST).exists())
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix(_STEP))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

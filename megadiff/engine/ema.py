@@ -1,0 +1,74 @@
+"""Exponential moving averages of the weights, in fp32, on each rank's own shard of the masters. Never gathered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megadiff.config.schema import ConstantEma, EmaProfile
+from megadiff.engine.shards import ShardedWeights
+
+
+def power_exponent(length: float) -> float:
+    """The gamma whose power-function profile has relative standard deviation `length`.
+
+    Source: Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models", CVPR 2024, eq. 126 and
+    algorithm 2: gamma is the largest real root of g^3 + 7 g^2 + (16 - s^-2) g + (12 - s^-2) with s = length.
+    """
+    inverse_square = length**-2.0
+    return float(np.roots([1, 7, 16 - inverse_square, 12 - inverse_square]).real.max())
+
+
+def decay(profile: EmaProfile, update: int) -> float:
+    """The factor on the average at update number `update` (1 is the first)."""
+    if isinstance(profile, ConstantEma):
+        return min(profile.decay, update / (9 + update)) if profile.warmup else profile.decay
+    return (1 - 1 / update) ** (power_exponent(profile.length) + 1)
+
+
+class Ema:
+    """Averages of every trainable shard, one list per profile."""
+
+    def __init__(self, profiles: Mapping[str, EmaProfile], weights: ShardedWeights) -> None:
+        self.profiles = dict(profiles)
+        self.weights = weights
+        self.updates = 0
+        self.averages: dict[str, list[Tensor]] = {name: [s.master.clone() for s in weights.trained] for name in self.profiles}
+
+    def reset(self) -> None:
+        """Start again from the present weights."""
+        self.updates = 0
+        for averages in self.averages.values():
+            for average, shard in zip(averages, self.weights.trained, strict=True):
+                average.copy_(shard.master)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights of one more applied step."""
+        self.updates += 1
+        masters = [shard.master for shard in self.weights.trained]
+        for name, profile in self.profiles.items():
+            if masters:
+                torch._foreach_lerp_(self.averages[name], masters, 1 - decay(profile, self.updates))
+
+    @contextmanager
+    def swapped_in(self, profile: str | None = None) -> Iterator[None]:
+        """Within the block the model computes with the averages (of the first profile by default). Collective."""
+        averages = self.averages[profile or next(iter(self.profiles))]
+        masters = [shard.master for shard in self.weights.trained]
+        kept = [master.clone() for master in masters]
+        try:
+            self._write(masters, averages)
+            yield
+        finally:
+            self._write(masters, kept)
+
+    def _write(self, masters: list[Tensor], values: list[Tensor]) -> None:
+        with torch.no_grad():
+            for master, value in zip(masters, values, strict=True):
+                master.copy_(value)
+        self.weights.publish()

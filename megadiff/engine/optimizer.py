@@ -1,0 +1,40 @@
+"""AdamW over two parameter groups, and its learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from megadiff.config.schema import Optimizer
+
+
+def learning_rate(config: Optimizer, step: int, total_steps: int) -> float:
+    """The learning rate of the optimizer step with index `step` (0 is the first): linear warm-up, then the schedule."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
+    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    remaining = 1 - min(progress, 1.0)
+    if config.schedule == "cosine":
+        remaining = 0.5 * (1 - math.cos(math.pi * remaining))
+    return config.learning_rate * (config.final_ratio + (1 - config.final_ratio) * remaining)
+
+
+def build_optimizer(module: nn.Module, config: Optimizer, decayed: Iterable[str]) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters.
+
+    Args:
+        decayed: names of parameters that are weight-decayed (linear weights) unless `config.decay_all` decays all.
+    """
+    names = set(decayed)
+    trainable = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    decay = [parameter for name, parameter in trainable if config.decay_all or name in names]
+    rest = [parameter for name, parameter in trainable if not (config.decay_all or name in names)]
+    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True
+    )

@@ -1,0 +1,82 @@
+"""What one set of weights can be asked for: any modality given the others, or all of them from nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megadiff.config.errors import UserError
+from megadiff.config.schema import Model, Sampling
+from megadiff.diffusion.sampler import Sampler
+from megadiff.types import Denoiser
+
+JOINT = "joint"
+
+
+@dataclass(frozen=True)
+class Task:
+    """`given` modalities are held at time 0, `generated` ones are sampled."""
+
+    name: str
+    given: tuple[str, ...]
+    generated: tuple[str, ...]
+
+
+def tasks_of(modalities: Sequence[str], predicted: Collection[str]) -> list[Task]:
+    """Every task that a model with these heads can do: one per predicted modality, and joint where all are predicted."""
+    tasks = []
+    for target in modalities:
+        given = tuple(name for name in modalities if name != target)
+        if target in predicted and given:
+            tasks.append(Task(f"{'+'.join(given)}-to-{target}", given, (target,)))
+    if set(modalities) <= set(predicted):
+        tasks.append(Task(JOINT, (), tuple(modalities)))
+    return tasks
+
+
+def find_task(name: str, modalities: Sequence[str], predicted: Collection[str]) -> Task:
+    """Raises UserError naming what the model can do."""
+    known = tasks_of(modalities, predicted)
+    for task in known:
+        if task.name == name:
+            return task
+    raise UserError(f"this model cannot do {name}; it can do: {', '.join(task.name for task in known)}")
+
+
+def draw(
+    denoiser: Denoiser,
+    model: Model,
+    sampling: Sampling,
+    task: Task,
+    keys: Tensor,
+    given: Mapping[str, Tensor],
+    *,
+    batch: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Tensor]:
+    """Samples for a task, in batches.
+
+    Args:
+        keys: int64 [N]; the sample of a key is the same in any batch.
+        given: states [N, ...] of the task's given modalities.
+        progress: called with (samples' steps done, in all).
+
+    Returns:
+        The generated modalities' states, [N, ...].
+    """
+    sampler = Sampler(model, sampling)
+    parts: list[dict[str, Tensor]] = []
+    batches = [slice(start, start + batch) for start in range(0, len(keys), batch)]
+    for index, part in enumerate(batches):
+        report = None if progress is None else _offset(progress, index, len(batches))
+        conditions = {name: given[name][part] for name in task.given}
+        drawn = sampler.sample(denoiser, keys[part], generate=task.generated, given=conditions, progress=report)
+        parts.append({name: drawn[name] for name in task.generated})
+    return {name: torch.cat([part[name] for part in parts]) for name in task.generated}
+
+
+def _offset(progress: Callable[[int, int], None], index: int, batches: int) -> Callable[[int, int], None]:
+    return lambda done, total: progress(index * total + done, batches * total)

@@ -1,0 +1,86 @@
+"""What a finished run shows of itself: one sheet with samples of every task, and whether its conditions are used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from megadiff import rng
+from megadiff.config.errors import UserError
+from megadiff.config.schema import CaptionField, Run, Showcase
+from megadiff.data.encode import Codec
+from megadiff.data.loader import HeldOut, read_held_out
+from megadiff.evaluation.gap import conditioning_gap
+from megadiff.evaluation.report import Cell, Section, contact_sheet
+from megadiff.evaluation.tasks import Task, draw, tasks_of
+from megadiff.interfaces.weights import Loaded, load
+
+SHEET = "samples.png"
+
+
+def make_showcase(run: Run) -> int:
+    """Write `samples.png` into the run's folder and print the conditioning gap in every direction.
+
+    Returns:
+        0 if every gap's 95 % interval lies above 0, else 1.
+
+    Raises:
+        UserError: the run has no showcase section, no checkpoint, or too few held-out pairs.
+    """
+    rule = run.showcase
+    if rule is None:
+        raise UserError(f"run {run.name} has no showcase section")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = load(run.folder, "ema", device)
+    held = read_held_out(run.data.held_out or run.data.train, run.data, run.model, rule.gap_pairs)
+    if len(held.ids) < rule.gap_pairs:
+        raise UserError(f"showcase.gap_pairs is {rule.gap_pairs}, but the held-out data has {len(held.ids)} pairs")
+    tasks = tasks_of(list(run.model.modalities), loaded.predicted)
+    sections = [_section(loaded, task, rule, held, run.seed, device) for task in tasks]
+    path = Path(run.folder) / SHEET
+    contact_sheet(sections).save(path)
+    print(f"samples: {path}")
+    fine = True
+    states = {name: state.to(device) for name, state in held.states.items()}
+    for target in loaded.predicted:
+        with torch.no_grad():
+            gap = conditioning_gap(loaded.module, run.model, states, target=target, seed=run.seed)
+        print(f"conditioning gap, {gap}", flush=True)
+        fine &= gap.excludes_zero
+    return 0 if fine else 1
+
+
+def _section(loaded: Loaded, task: Task, rule: Showcase, held: HeldOut, seed: int, device: torch.device) -> Section:
+    codecs = loaded.codecs()
+    given = {name: _condition(name, loaded, rule, held, codecs[name]) for name in task.given}
+    count = min([rule.count, *(len(state) for state in given.values())])
+    keys = rng.sample_keys(seed, torch.arange(count)).to(device)
+    moved = {name: state[:count].to(device) for name, state in given.items()}
+    with tqdm(desc=task.name, unit="step", disable=None) as bar, torch.no_grad():
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        drawn = draw(loaded.module, loaded.model, rule.sampling, task, keys, moved, batch=count, progress=report)
+    cells = []
+    for index in range(count):
+        values = {name: codecs[name].decode((moved | drawn)[name][index].cpu()) for name in (*task.given, *task.generated)}
+        pictures = [value for value in values.values() if isinstance(value, Image.Image)]
+        texts = [("→ " if k in task.generated else "") + str(v) for k, v in values.items() if not isinstance(v, Image.Image)]
+        cells.append(Cell(pictures[0] if pictures else None, " ".join(texts)))
+    return Section(_title(task), cells)
+
+
+def _title(task: Task) -> str:
+    return f"{' and '.join(task.generated)} for a given {' and '.join(task.given)}" if task.given else "everything from nothing (joint)"
+
+
+def _condition(name: str, loaded: Loaded, rule: Showcase, held: HeldOut, codec: Codec) -> Tensor:
+    if rule.prompts and isinstance(loaded.data.fields[name], CaptionField):
+        return torch.stack([codec.encode(prompt) for prompt in rule.prompts])
+    return held.states[name]

@@ -1,0 +1,120 @@
+"""A network and its codecs, ready to sample from: out of a run, a checkpoint, an export, or a Hugging Face repository."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+
+from megadiff.config.errors import UserError
+from megadiff.config.load import validate
+from megadiff.config.schema import Data, Model
+from megadiff.data.encode import Codec, build_codecs
+from megadiff.engine.checkpoint import MANIFEST, CheckpointError, CheckpointReader
+from megadiff.interfaces import export
+from megadiff.models.mmdit import MMDiT, build_model
+from megadiff.training.stages import newest_checkpoint, stage_of
+
+HUB = "hf:"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A network in evaluation mode.
+
+    Attributes:
+        predicted: the modalities that it has heads for.
+        source: what was loaded, for people.
+    """
+
+    model: Model
+    data: Data
+    predicted: tuple[str, ...]
+    module: MMDiT
+    source: str
+
+    def codecs(self) -> dict[str, Codec]:
+        return build_codecs(self.data, self.model)
+
+
+def load(address: str, weights: str = "ema", device: torch.device | str = "cpu") -> Loaded:
+    """Load weights for sampling.
+
+    Args:
+        address: a run's folder (its newest checkpoint), a checkpoint's folder, an export's folder, or hf:ORG/NAME (an export
+            in a Hugging Face repository).
+        weights: `ema` or `raw`; an export holds one of the two and is taken as it is.
+
+    Raises:
+        UserError: nothing loadable is there.
+    """
+    folder = Path(_download(address.removeprefix(HUB)) if address.startswith(HUB) else address)
+    if not folder.is_dir():
+        raise UserError(f"{address} is no folder; give a run, a checkpoint, an export, or hf:ORG/NAME")
+    if (folder / export.CONFIG).exists():
+        loaded = export.read(folder)
+        module = _build(loaded.model, loaded.predicted, loaded.tensors, device)
+        return Loaded(loaded.model, loaded.data, loaded.predicted, module, f"export {address}")
+    if not (folder / MANIFEST).exists():
+        folder = _newest(folder)
+    checkpoint = from_checkpoint(folder, weights)
+    module = _build(checkpoint.model, checkpoint.predicted, checkpoint.tensors, device)
+    return Loaded(checkpoint.model, checkpoint.data, checkpoint.predicted, module, f"{folder} ({weights} weights)")
+
+
+def from_checkpoint(folder: Path, weights: str) -> export.Exported:
+    """A checkpoint's configuration and whole tensors on the CPU."""
+    reader = CheckpointReader(folder)
+    damaged = reader.damaged(reader.manifest.files)
+    if damaged:
+        raise CheckpointError(f"{folder}: {', '.join(damaged)} is damaged (its hash differs); delete {folder}")
+    run = validate(yaml.safe_load(reader.manifest.config), f"{folder / MANIFEST} (config)")
+    stage = stage_of(run, reader.manifest.stage)
+    kind = reader.weight_kind(weights)
+    tensors = {name: reader.read_whole(kind, name) for name in reader.manifest.parameters}
+    predicted = tuple(name for name, modality in stage.modalities.items() if modality.predicted)
+    return export.Exported(run.model, run.data, predicted, tensors)
+
+
+def export_run(source: str, out: str, weights: str = "ema") -> None:
+    """Export a run's newest checkpoint, or one checkpoint's folder.
+
+    Raises:
+        UserError: there is no checkpoint, or `out` is not empty.
+    """
+    folder = Path(source)
+    export.write(Path(out), from_checkpoint(folder if (folder / MANIFEST).exists() else _newest(folder), weights))
+
+
+def _newest(folder: Path) -> Path:
+    stored = folder / "run.yaml"
+    if not stored.exists():
+        raise UserError(f"{folder} is neither a run (no run.yaml), nor a checkpoint (no {MANIFEST}), nor an export (no {export.CONFIG})")
+    run = validate(yaml.safe_load(stored.read_text(encoding="utf-8")), str(stored))
+    return newest_checkpoint(folder, [stage.name for stage in run.stages])
+
+
+def _build(model: Model, predicted: tuple[str, ...], tensors: dict[str, torch.Tensor], device: torch.device | str) -> MMDiT:
+    with torch.device("meta"):
+        module = build_model(model, predicted)
+    wanted, held = dict(module.named_parameters()), set(tensors)
+    if set(wanted) != held:
+        differing = sorted(set(wanted) ^ held)
+        raise UserError(f"the weights do not fit their own configuration: {', '.join(differing[:5])} stand on one side only")
+    with torch.device(device):
+        module = build_model(model, predicted)
+    module.load_state_dict({name: tensor.to(device) for name, tensor in tensors.items()})
+    return module.eval().requires_grad_(False)
+
+
+def _download(repository: str) -> str:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return str(snapshot_download(repository))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"hf:{repository} cannot be had: {first_line}") from None

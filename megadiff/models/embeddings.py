@@ -1,0 +1,179 @@
+"""From states and clocks to tokens and conditioning vectors: patches, token ids, positions, times.
+
+Legend: B samples, S tokens, D width, C channels, H height, W width of a grid, p patch side, d channels of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megadiff.config.derived import TIME_FEATURES, token_count
+from megadiff.config.schema import GridSpace, Modality, Model, TokenSpace
+from megadiff.models.layers import INITIAL_DEVIATION, Linear, Table
+from megadiff.types import Noised, Stream
+
+TOKEN_ROTARY_BASE = 10000.0
+GRID_ROTARY_BASE = 100.0
+"""Grids are tens of patches wide: with 10,000 most channels of a small head would hardly turn at all."""
+
+
+# ------------------------------------------------------------------------------------------------------------- patches
+
+
+def patchify(grid: Tensor, patch: int) -> Tensor:
+    """[B, C, H, W] -> [B, (H/p) (W/p), p p C]: patches row by row, inside each (row, column, channel)."""
+    batch, channels, height, width = grid.shape
+    blocks = grid.reshape(batch, channels, height // patch, patch, width // patch, patch)
+    return blocks.permute(0, 2, 4, 3, 5, 1).reshape(batch, (height // patch) * (width // patch), patch * patch * channels)
+
+
+def unpatchify(patches: Tensor, space: GridSpace) -> Tensor:
+    """The inverse of `patchify`: [B, S, p p C] -> [B, C, H, W]."""
+    rows, columns = space.height // space.patch, space.width // space.patch
+    blocks = patches.reshape(len(patches), rows, columns, space.patch, space.patch, space.channels)
+    return blocks.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), space.channels, space.height, space.width)
+
+
+# ----------------------------------------------------------------------------------------------------------- positions
+
+
+def sincos_positions(space: GridSpace, width: int, device: torch.device) -> Tensor:
+    """Fixed positions, float32 [S, D]: the first half of the channels for the column, the second for the row.
+
+    Each half is [sin, cos] of index * 10000^(-k / (D/4)) (the paper's released network).
+    """
+    column, row = _grid_coordinates(space, device)
+    rates = 10000.0 ** (-torch.arange(width // 4, device=device, dtype=torch.float64) / (width // 4))
+    halves = [axis.double()[:, None] * rates for axis in (column, row)]
+    return torch.cat([wave(half) for half in halves for wave in (torch.sin, torch.cos)], dim=-1).float()
+
+
+def rotary_table(space: GridSpace | TokenSpace, head_dim: int, device: torch.device) -> Tensor:
+    """Cosines and sines of the rotary angles, float32 [2, S, 1, d/2].
+
+    Tokens turn by their index; grids by their row in the first half of the angles and by their column in the second.
+    Source: Su et al., "RoFormer", arXiv 2104.09864, and its usual extension to two axes.
+    """
+    if isinstance(space, GridSpace):
+        column, row = _grid_coordinates(space, device)
+        axes, base = [row, column], GRID_ROTARY_BASE
+    else:
+        axes, base = [torch.arange(space.length, device=device)], TOKEN_ROTARY_BASE
+    count = head_dim // 2 // len(axes)
+    rates = base ** (-torch.arange(count, device=device, dtype=torch.float64) / count)
+    angles = torch.cat([axis.double()[:, None] * rates for axis in axes], dim=-1)
+    return torch.stack([angles.cos(), angles.sin()]).float()[:, :, None]
+
+
+def rotate(vectors: Tensor, table: Tensor) -> Tensor:
+    """Turn channel pairs (i, i + d/2) of [B, S, H, d] by a rotary table; sequences may be shorter than the table."""
+    cosine, sine = table[:, : vectors.shape[1]]
+    first, second = vectors.float().chunk(2, dim=-1)
+    turned = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+    return turned.to(vectors.dtype)
+
+
+def _grid_coordinates(space: GridSpace, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(column, row) of every patch, int64 [S] each, row by row."""
+    columns = space.width // space.patch
+    index = torch.arange(token_count(space), device=device)
+    return index % columns, index // columns
+
+
+# ---------------------------------------------------------------------------------------------------------- embeddings
+
+
+class PatchEmbedding(nn.Module):
+    """A grid's patches through one linear map, plus positions."""
+
+    def __init__(self, space: GridSpace, width: int, positions: str) -> None:
+        super().__init__()
+        self.patch = space.patch
+        self.projection = Linear(space.channels * space.patch**2, width)
+        self.positions = nn.Parameter(torch.empty(token_count(space), width)) if positions == "learned" else None
+        self.fixed = Table(partial(sincos_positions, space, width)) if positions == "sincos" else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.positions is not None:
+            nn.init.normal_(self.positions, std=INITIAL_DEVIATION)
+
+    def forward(self, grid: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, S, D]."""
+        tokens: Tensor = self.projection(patchify(grid, self.patch))
+        if self.positions is not None:
+            tokens = tokens + self.positions
+        if self.fixed is not None:
+            tokens = tokens + self.fixed(tokens.device).to(tokens.dtype)
+        return tokens
+
+
+class TokenEmbedding(nn.Module):
+    """One row per token id and a last one for the mask state, plus positions."""
+
+    def __init__(self, space: TokenSpace, width: int, positions: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(space.vocabulary + 1, width))
+        self.positions = nn.Parameter(torch.empty(space.length, width)) if positions == "learned" else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=INITIAL_DEVIATION)
+        if self.positions is not None:
+            nn.init.normal_(self.positions, std=INITIAL_DEVIATION)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """int64 [B, S] -> [B, S, D]; sequences may be shorter than the space's length."""
+        tokens = F.embedding(ids, self.weight)
+        return tokens if self.positions is None else tokens + self.positions[: ids.shape[1]]
+
+
+class TimeEmbedding(nn.Module):
+    """A clock to a conditioning vector: sinusoids of clock * scale, linear, SiLU, linear."""
+
+    def __init__(self, width: int, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.up = Linear(TIME_FEATURES, width, rule="normal")
+        self.down = Linear(width, width, rule="normal")
+
+    def forward(self, clock: Tensor) -> Tensor:
+        """float32 [B] -> [B, D]."""
+        conditioning: Tensor = self.down(F.silu(self.up(time_features(clock, self.scale))))
+        return conditioning
+
+
+def time_features(clock: Tensor, scale: float) -> Tensor:
+    """float32 [B, 256]: [cos, sin] of clock * scale at frequencies 10000^(-k / 128)."""
+    half = TIME_FEATURES // 2
+    frequencies = torch.exp(-math.log(10000.0) / half * torch.arange(half, device=clock.device, dtype=torch.float32))
+    angles = clock.float()[:, None] * scale * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class Embed(nn.Module):
+    """The first layer: a Noised to a Stream."""
+
+    def __init__(self, config: Model) -> None:
+        super().__init__()
+        self.states = nn.ModuleDict({name: embedding_of(m, config.width) for name, m in config.modalities.items()})
+        self.clocks = nn.ModuleDict({name: TimeEmbedding(config.width, config.time_scale) for name in config.modalities})
+
+    def forward(self, noised: Noised) -> Stream:
+        return Stream(
+            tokens={name: embedding(noised.states[name]) for name, embedding in self.states.items()},
+            conditioning={name: embedding(noised.clocks[name]) for name, embedding in self.clocks.items()},
+            visible={name: noised.visible.get(name) for name in self.states},
+        )
+
+
+def embedding_of(modality: Modality, width: int) -> PatchEmbedding | TokenEmbedding:
+    """The embedding that a modality's space asks for."""
+    if isinstance(modality.space, GridSpace):
+        return PatchEmbedding(modality.space, width, modality.positions)
+    return TokenEmbedding(modality.space, width, modality.positions)

@@ -1,0 +1,104 @@
+"""Modulated heads. A head owns its weight and executes the readout inside its forward (under ZeRO-3 it is empty elsewhere).
+
+Legend: B samples, S tokens, D width, V vocabulary, C channels, H height, W width of a grid, R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megadiff.config.derived import head_outputs
+from megadiff.config.schema import GridSpace, Model
+from megadiff.kernels.masked_cross_entropy import masked_cross_entropy, row_logits
+from megadiff.models.embeddings import unpatchify
+from megadiff.models.layers import Modulation, Rule, initialise_linear
+from megadiff.types import Dense, Prediction, Readout, RowLogits, Stream, TokenLosses
+
+HEAD_NORM_EPS = 1e-6
+
+
+class Head(nn.Module):
+    """LayerNorm, modulation by the conditioning vector, one linear map. Everything it returns is float32."""
+
+    def __init__(self, config: Model, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.one_plus_scale = config.head_modulation == "one_plus_scale"
+        self.rule: Rule = "zero" if config.gates == "zero" else "torch"
+        # A plain scale that starts at zero, before a weight that starts at zero, would never get a gradient.
+        ones = [1] if self.rule == "zero" and not self.one_plus_scale else []
+        self.modulation = Modulation(config.width, 2, rule=self.rule, ones=ones)
+        outputs = head_outputs(config.modalities[name].space)
+        self.weight = nn.Parameter(torch.empty(outputs, config.width))
+        self.bias = nn.Parameter(torch.empty(outputs))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        initialise_linear(self.weight, self.bias, self.rule)
+
+    def normalised(self, tokens: Tensor, conditioning: Tensor) -> Tensor:
+        shift, scale = self.modulation(conditioning)
+        normal = F.layer_norm(tokens, tokens.shape[-1:], eps=HEAD_NORM_EPS)
+        modulated: Tensor = normal * (1 + scale if self.one_plus_scale else scale) + shift
+        return modulated
+
+    def refuse(self, readout: Readout) -> TypeError:
+        return TypeError(f"the head of {self.name} cannot give {type(readout).__name__}")
+
+
+class GridHead(Head):
+    """Reads out the whole grid."""
+
+    def __init__(self, config: Model, name: str, space: GridSpace) -> None:
+        super().__init__(config, name)
+        self.space = space
+
+    def forward(self, tokens: Tensor, conditioning: Tensor, readout: Readout) -> Tensor:
+        """[B, S, D], [B, D] -> [B, C, H, W]."""
+        if not isinstance(readout, Dense):
+            raise self.refuse(readout)
+        hidden = self.normalised(tokens, conditioning)
+        patches = F.linear(hidden.float(), self.weight.float(), self.bias.float())
+        return unpatchify(patches, self.space)
+
+
+class TokenHead(Head):
+    """Reads out logits over the vocabulary (the mask state is no class), losses, or the logits of chosen rows."""
+
+    def forward(self, tokens: Tensor, conditioning: Tensor, readout: Readout) -> Tensor:
+        """[B, S, D], [B, D] -> what the readout describes: [B, S, V], [B, S] or [R, V]."""
+        hidden = self.normalised(tokens, conditioning)
+        match readout:
+            case TokenLosses():
+                return masked_cross_entropy(hidden, self.weight, self.bias, readout.targets, readout.scored)
+            case RowLogits():
+                return row_logits(hidden, self.weight, self.bias, readout.rows)
+            case Dense():
+                rows = torch.arange(hidden.shape[0] * hidden.shape[1], device=hidden.device)
+                return row_logits(hidden, self.weight, self.bias, rows).view(*hidden.shape[:2], -1)
+            case _:
+                raise self.refuse(readout)
+
+
+class Heads(nn.ModuleDict):
+    """The last layer: a Stream and what to read out of it to a Prediction, in the model's order of modalities."""
+
+    def __init__(self, config: Model, names: Sequence[str]) -> None:
+        super().__init__({name: head_of(config, name) for name in names})
+
+    def forward(self, stream: Stream, readout: Mapping[str, Readout]) -> Prediction:
+        return {
+            name: head(stream.tokens[name], stream.conditioning[name], readout[name])
+            for name, head in self.items()
+            if name in readout
+        }
+
+
+def head_of(config: Model, name: str) -> Head:
+    """The head that a modality's space asks for."""
+    space = config.modalities[name].space
+    return GridHead(config, name, space) if isinstance(space, GridSpace) else TokenHead(config, name)

@@ -1,0 +1,145 @@
+"""The smallest modules. Each initialises its own parameters, so that a model can be built under zero.Init or on meta.
+
+Legend: B samples, S tokens of one modality, D width.
+
+ZeRO-3 empties a parameter outside the forward of the module that owns it directly. So a module here owns its parameters through
+nn.Linear or nn.Parameter, uses them only in its own forward, and never touches those of another module.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Rule = Literal["xavier", "normal", "torch", "zero"]
+"""How a linear map starts: xavier uniform; normal with deviation 0.02; torch's nn.Linear default; zero. Biases start at 0
+(torch: its default)."""
+
+INITIAL_DEVIATION = 0.02
+
+
+class Linear(nn.Linear):
+    """nn.Linear with an initialisation rule; inputs are cast to the weight's dtype."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = True, rule: Rule = "xavier") -> None:
+        self.rule: Rule = rule  # before nn.Linear's own __init__, which calls reset_parameters
+        super().__init__(inputs, outputs, bias=bias)
+
+    def reset_parameters(self) -> None:
+        initialise_linear(self.weight, self.bias, self.rule)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input.to(self.weight.dtype), self.weight, self.bias)
+
+
+def initialise_linear(weight: Tensor, bias: Tensor | None, rule: Rule) -> None:
+    """Fill a linear map's parameters in place by `rule`."""
+    match rule:
+        case "xavier":
+            nn.init.xavier_uniform_(weight)
+        case "normal":
+            nn.init.normal_(weight, std=INITIAL_DEVIATION)
+        case "zero":
+            nn.init.zeros_(weight)
+        case "torch":
+            bound = weight.shape[1] ** -0.5  # what nn.Linear's kaiming_uniform_(a=sqrt(5)) amounts to
+            nn.init.uniform_(weight, -bound, bound)
+            if bias is not None:
+                nn.init.uniform_(bias, -bound, bound)
+            return
+    if bias is not None:
+        nn.init.zeros_(bias)
+
+
+class Modulation(Linear):
+    """adaLN: shifts, scales and gates out of a conditioning vector, by one linear map of its SiLU.
+
+    Source: Peebles and Xie, "Scalable Diffusion Models with Transformers" (DiT), section 3.2.
+    """
+
+    def __init__(self, width: int, slots: int, *, rule: Rule = "zero", ones: Sequence[int] = ()) -> None:
+        """Make `slots` vectors of `width`; the bias of those in `ones` starts at 1."""
+        self.slots = slots
+        self.ones = tuple(ones)
+        super().__init__(width, slots * width, rule=rule)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        with torch.no_grad():
+            for slot in self.ones:
+                self.bias[slot * self.in_features : (slot + 1) * self.in_features].fill_(1.0)
+
+    def forward(self, input: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """[B, D] -> `slots` tensors [B, 1, D]."""
+        return super().forward(F.silu(input))[:, None].chunk(self.slots, dim=-1)
+
+
+class RmsNorm(nn.Module):
+    """x / max(|x|, 1e-12) * sqrt(D) * gain over the last axis, in float32 inside."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.empty(width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.gain)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return rms_normalise(tokens, self.gain)
+
+
+def rms_normalise(vectors: Tensor, gain: Tensor) -> Tensor:
+    """x / max(|x|, 1e-12) * sqrt(d) * gain over the last axis (size d); float32 inside, the input's dtype outside."""
+    unit = F.normalize(vectors.float(), dim=-1, eps=1e-12)
+    return (unit * math.sqrt(vectors.shape[-1]) * gain.float()).to(vectors.dtype)
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, linear; or SwiGLU: (SiLU(first half) * second half) of one linear, then a linear."""
+
+    def __init__(self, width: int, hidden: int, kind: Literal["gelu", "swiglu"]) -> None:
+        super().__init__()
+        self.gated = kind == "swiglu"
+        self.up = Linear(width, 2 * hidden if self.gated else hidden)
+        self.down = Linear(hidden, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        raised: Tensor = self.up(tokens)
+        if self.gated:
+            gate, value = raised.chunk(2, dim=-1)
+            raised = F.silu(gate) * value
+        else:
+            raised = F.gelu(raised)
+        lowered: Tensor = self.down(raised)
+        return lowered
+
+
+class Table:
+    """A constant float32 tensor, made on first use on each device.
+
+    Not a buffer: DeepSpeed casts buffers to bfloat16, zero.Init rounds what a constructor computes, and a model on the meta
+    device would lose them.
+    """
+
+    def __init__(self, make: Callable[[torch.device], Tensor]) -> None:
+        self.make = make
+        self.made: dict[torch.device, Tensor] = {}
+
+    def __call__(self, device: torch.device) -> Tensor:
+        if device in self.made:
+            return self.made[device]
+        # An inference-mode tensor, once cached, could not be used in training later.
+        with torch.inference_mode(False), torch.no_grad():
+            table = self.make(device)
+        if type(table) is torch.Tensor and not torch.compiler.is_compiling():  # fake tensors must not outlive their mode
+            self.made[device] = table
+        return table
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"make": self.make, "made": {}}

@@ -1,0 +1,167 @@
+"""The training of one stage on one rank: one step, one screen."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from megadiff.config import derived
+from megadiff.config.load import dump_run
+from megadiff.config.schema import Run, Stage
+from megadiff.data.loader import Loader, check_unreadable
+from megadiff.diffusion.objective import Objective
+from megadiff.distributed.ranks import Ranks
+from megadiff.distributed.reduce import barrier, sum_over_ranks
+from megadiff.engine.checkpoint import latest_checkpoint
+from megadiff.engine.zero import ZeroEngine
+from megadiff.training.health import Health
+from megadiff.training.monitor import METRICS, Monitor
+from megadiff.training.stages import DONE, checkpoints_folder, initialise, stage_folder, stage_of, stage_seed
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """How far a stage is. `skipped` holds ranges of data steps that were passed over."""
+
+    optimizer_step: int = 0
+    data_step: int = 0
+    samples: int = 0
+    loader: dict[str, Any] = field(default_factory=dict)
+    skipped: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass
+class Training:
+    """Everything that a callback may look at."""
+
+    run: Run
+    stage: Stage
+    ranks: Ranks
+    engine: ZeroEngine
+    monitor: Monitor
+    progress: Progress
+
+
+class Callback(Protocol):
+    """Something done between steps, at the same steps on every rank."""
+
+    def due(self, training: Training) -> bool: ...
+    def __call__(self, training: Training) -> None: ...
+
+
+def train_stage(run: Run, stage_name: str, deepspeed: Mapping[str, Any], callbacks: Sequence[Callback] = ()) -> None:
+    """Train a stage to its end, from its newest checkpoint if it has one. Runs on every rank.
+
+    Raises:
+        UserError: the configuration, the data or a checkpoint is at fault; one sentence.
+    """
+    stage, ranks = stage_of(run, stage_name), Ranks.from_environment()
+    seed = stage_seed(run, stage)
+    engine = ZeroEngine(run.model, stage, deepspeed, seed=seed, ranks=ranks)
+    newest = latest_checkpoint(checkpoints_folder(run, stage))
+    if newest is None:
+        initialise(engine, run, stage)
+        progress = Progress()
+    else:
+        saved = engine.load(newest)
+        progress = Progress(**{key: saved[key] for key in asdict(Progress())})
+    loader = _loader(run, stage, ranks, seed, progress)
+    monitor = _monitor(run, stage, ranks, engine)
+    if newest:
+        monitor.say(f"{stage.name} resumes from {newest} at step {progress.optimizer_step}")
+    training = Training(run, stage, ranks, engine, monitor, progress)
+    try:
+        _train(training, loader, Objective(run.model, stage, seed), callbacks)
+    finally:
+        loader.close()
+        monitor.close()
+    barrier()
+    if ranks.rank == 0:
+        (stage_folder(run, stage) / DONE).touch()
+
+
+def _train(training: Training, loader: Loader, objective: Objective, callbacks: Sequence[Callback]) -> None:
+    engine, progress, monitor = training.engine, training.progress, training.monitor
+    health = Health()
+    for step in _steps(training):
+        began = time.perf_counter()
+        batches = [batch.to(engine.device) for batch in loader.take()]
+        waited = time.perf_counter() - began
+        result = engine.step(batches, objective)
+        health.check(result, step)
+        if result.applied:
+            engine.ema.update()
+        progress.optimizer_step, progress.data_step = step, loader.data_step
+        progress.samples += result.samples
+        progress.loader = loader.state()
+        unreadable = _check_data(training, loader) if step % training.stage.log_every_steps == 0 else 0
+        monitor.record(step, result, data_wait_s=waited, unreadable=unreadable)
+        paused = monitor.pause()
+        if step % training.stage.checkpoint.every_steps == 0 or step == training.stage.steps:
+            save(training)
+        for callback in callbacks:
+            if callback.due(training):
+                callback(training)
+        monitor.resume(paused)
+
+
+def _steps(training: Training) -> Iterator[int]:
+    return iter(range(training.progress.optimizer_step + 1, training.stage.steps + 1))
+
+
+def save(training: Training) -> None:
+    """Write a checkpoint of this moment. Collective."""
+    folder = checkpoints_folder(training.run, training.stage)
+    training.engine.save(folder, asdict(training.progress), dump_run(training.run))
+
+
+def _check_data(training: Training, loader: Loader) -> int:
+    """How many samples could not be read, over all ranks.
+
+    Raises:
+        DataError: on all ranks alike, if it is too large a share.
+    """
+    stats = loader.stats()
+    read, unreadable = sum_over_ranks(torch.tensor([stats.read, stats.unreadable], dtype=torch.float64)).tolist()
+    check_unreadable(int(read), int(unreadable), training.run.data.max_unreadable_share)
+    return int(unreadable)
+
+
+def _loader(run: Run, stage: Stage, ranks: Ranks, seed: int, progress: Progress) -> Loader:
+    loader = Loader(
+        run.data,
+        run.model,
+        seed=seed,
+        global_samples=stage.batch.global_samples,
+        micro_batch=stage.batch.micro_batch,
+        data_rank=ranks.rank,
+        data_ranks=ranks.world,
+        data_step=progress.data_step,
+    )
+    if progress.loader:
+        loader.load_state(progress.loader)
+    return loader
+
+
+def _monitor(run: Run, stage: Stage, ranks: Ranks, engine: ZeroEngine) -> Monitor:
+    return Monitor(
+        tensorboard=stage_folder(run, stage).parent / "tensorboard" / stage.name,
+        metrics=stage_folder(run, stage) / METRICS,
+        stage=stage.name,
+        total_steps=stage.steps,
+        first_step=engine.optimizer_step,
+        log_every=stage.log_every_steps,
+        global_samples=stage.batch.global_samples,
+        tokens_per_sample=sum(derived.tokens(run.model).values()),
+        flops_per_sample=derived.flops_per_sample(run.model, stage),
+        device=engine.device,
+        ranks=ranks.world,
+        active=ranks.rank == 0,
+    )

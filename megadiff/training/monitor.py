@@ -1,0 +1,185 @@
+"""What people watch while a stage trains: a progress bar or plain lines, TensorBoard, and metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from megadiff.engine.api import StepResult
+
+QUARTERS = ("0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00")
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "V100": 125e12}
+"""Dense bf16 (V100: fp16) tensor-core peaks by name, from the makers' data sheets."""
+METRICS = "metrics.jsonl"
+
+
+def peak_flops(device: torch.device) -> float:
+    """FLOP/s that utilisation is measured against: the data sheet's on a known GPU, else what a matrix product reaches here."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for model, peak in PEAK_FLOPS.items():
+            if model in name:
+                return peak
+    size = 1024
+    matrix = torch.ones(size, size, device=device)
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        _ = (matrix @ matrix).sum().item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+class Monitor:
+    """Records steps on rank 0; on other ranks nothing is written and every call is cheap."""
+
+    def __init__(
+        self,
+        *,
+        tensorboard: Path,
+        metrics: Path,
+        stage: str,
+        total_steps: int,
+        first_step: int,
+        log_every: int,
+        global_samples: int,
+        tokens_per_sample: int,
+        flops_per_sample: float,
+        device: torch.device,
+        ranks: int,
+        active: bool,
+    ) -> None:
+        self.stage, self.total_steps, self.log_every, self.active = stage, total_steps, log_every, active
+        self.global_samples, self.tokens_per_sample = global_samples, tokens_per_sample
+        self.flops_per_sample = flops_per_sample
+        self._device = device
+        self._peak = peak_flops(device) * ranks if active else 1.0
+        self._since, self._steps, self._waited = time.perf_counter(), 0, 0.0
+        if not active:
+            return
+        tensorboard.mkdir(parents=True, exist_ok=True)
+        metrics.parent.mkdir(parents=True, exist_ok=True)
+        _drop_after(metrics, first_step)
+        self._writer = SummaryWriter(str(tensorboard), purge_step=first_step if first_step else None)  # type: ignore[no-untyped-call]
+        self._metrics = metrics.open("a", encoding="utf-8")
+        self._bar = tqdm(
+            total=total_steps, initial=first_step, desc=stage, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
+        )
+
+    def record(self, step: int, result: StepResult, *, data_wait_s: float, unreadable: int) -> None:
+        """Take in one step (step 1 is the first); every `log_every` steps and at the end it is written out."""
+        self._steps += 1
+        self._waited += data_wait_s
+        if not self.active:
+            return
+        self._metrics.write(json.dumps({"step": step, **_row(result)}) + "\n")
+        if step % self.log_every and step != self.total_steps:
+            self._bar.update(1)
+            return
+        self._metrics.flush()
+        elapsed = max(time.perf_counter() - self._since, 1e-9)
+        rate = self._steps * self.global_samples / elapsed
+        self._write(step, result, rate, self._waited / elapsed, unreadable)
+        self._show(step, result, rate)
+        self._since, self._steps, self._waited = time.perf_counter(), 0, 0.0
+
+    def pause(self) -> float:
+        """The clock, before something that is no training (a checkpoint, samples); give it back to `resume`."""
+        return time.perf_counter()
+
+    def resume(self, paused_at: float) -> None:
+        self._since += time.perf_counter() - paused_at
+
+    def picture(self, tag: str, image: Image.Image, step: int) -> None:
+        if self.active:
+            self._writer.add_image(tag, np.asarray(image.convert("RGB")), step, dataformats="HWC")  # type: ignore[no-untyped-call]
+
+    def text(self, tag: str, text: str, step: int) -> None:
+        if self.active:
+            self._writer.add_text(tag, text, step)  # type: ignore[no-untyped-call]
+
+    def say(self, message: str) -> None:
+        """A line above the progress bar, or in the log."""
+        if self.active:
+            tqdm.write(message, file=sys.stderr)
+
+    def close(self) -> None:
+        if self.active:
+            self._bar.close()
+            self._metrics.close()
+            self._writer.close()  # type: ignore[no-untyped-call]
+
+    def _write(self, step: int, result: StepResult, rate: float, waiting: float, unreadable: int) -> None:
+        scalars: dict[str, float] = {
+            "1 loss/total": result.total,
+            "3 optimizer/gradient norm": result.grad_norm,
+            "3 optimizer/learning rate": result.learning_rate,
+            "4 speed/samples per s": rate,
+            "4 speed/tokens per s": rate * self.tokens_per_sample,
+            "4 speed/model FLOPs utilisation": rate * self.flops_per_sample / self._peak,
+            "4 speed/data-wait share": waiting,
+            "5 memory/host peak GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            "6 data/unreadable samples": unreadable,
+        }
+        if self._device.type == "cuda":
+            scalars["5 memory/device peak GiB"] = torch.cuda.max_memory_allocated(self._device) / 2**30
+        for name, loss in result.losses.items():
+            scalars[f"1 loss/{name}"] = loss
+            for quarter, value in zip(QUARTERS, result.quartiles[name], strict=True):
+                scalars[f"2 loss by time/{name} t {quarter}"] = value
+        for tag, value in scalars.items():
+            if math.isfinite(value):
+                self._writer.add_scalar(tag, value, step)  # type: ignore[no-untyped-call]
+        self._writer.flush()  # type: ignore[no-untyped-call]
+
+    def _show(self, step: int, result: StepResult, rate: float) -> None:
+        losses = " ".join(f"{name} {loss:.4f}" for name, loss in result.losses.items())
+        if not self._bar.disable:
+            self._bar.set_postfix_str(f"loss {result.total:.4f} ({losses}), {rate:.1f} samples/s", refresh=False)
+            self._bar.update(1)
+            return
+        left = (self.total_steps - step) * self.global_samples / rate
+        clock = time.strftime("%H:%M:%S", time.gmtime(left))
+        self.say(
+            f"{self.stage} {step}/{self.total_steps}: loss {result.total:.4f} ({losses}), gradient norm {result.grad_norm:.3f}, "
+            f"{rate:.1f} samples/s, {clock} left"
+        )
+
+
+def _row(result: StepResult) -> dict[str, Any]:
+    return {
+        "loss": result.total,
+        "losses": _finite(result.losses),
+        "grad_norm": result.grad_norm,
+        "learning_rate": result.learning_rate,
+        "applied": result.applied,
+        "samples": result.samples,
+    }
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _drop_after(metrics: Path, step: int) -> None:
+    """A run that resumes at `step` repeats what came after it: those lines go (and a line cut off by a crash)."""
+    if metrics.exists():
+        metrics.write_text("".join(line + "\n" for line in read_lines(metrics) if json.loads(line)["step"] <= step), encoding="utf-8")
+
+
+def read_lines(metrics: Path) -> Sequence[str]:
+    """The whole lines of a metrics file."""
+    return [line for line in metrics.read_text(encoding="utf-8").split("\n")[:-1] if line]

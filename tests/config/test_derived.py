@@ -1,0 +1,256 @@
+"""Derived numbers: equal to what the built model holds and does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megadiff.config import derived
+from megadiff.config.errors import ConfigError
+from megadiff.config.schema import Model, Run, Stage
+from megadiff.models.mmdit import build_model, part_of
+from megadiff.types import Dense, Noised, TokenLosses
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "model"
+
+
+def model_file(name: str) -> Model:
+    return Model.model_validate(yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["model"])
+
+
+def small(*, depths=(1, 2), positions=("rope", "rope"), **changes) -> Model:
+    modalities = {
+        "text": {
+            "space": {"kind": "tokens", "vocabulary": 37, "length": 7},
+            "process": {"kind": "masked", "loss": "plain"},
+            "tower_depth": depths[0],
+            "positions": positions[0],
+        },
+        "image": {
+            "space": {"kind": "grid", "channels": 3, "height": 8, "width": 4, "patch": 2},
+            "process": {"kind": "gaussian"},
+            "tower_depth": depths[1],
+            "positions": positions[1],
+        },
+    }
+    sizes = {"width": 20, "heads": 2, "head_dim": 12, "joint_depth": 3}
+    return Model.model_validate({"modalities": modalities, **sizes, **changes})
+
+
+MODELS = {
+    "paper": model_file("paper"),
+    "emoji32": model_file("emoji32"),
+    "rope and swiglu": small(),
+    "learned, sincos and gelu": small(positions=("learned", "sincos"), mlp="gelu", mlp_ratio=3.3),
+    "learned grid, biases, no norm of q and k": small(positions=("learned", "learned"), attention_bias=True, qk_norm=False),
+    "trunk norm without towers": small(depths=(0, 0), trunk_norm=True),
+    "trunk norm with towers": small(trunk_norm=True),
+    "no joint blocks": small(joint_depth=0),
+}
+
+
+def stage(**changes) -> Stage:
+    tree = {
+        "name": "all",
+        "steps": 10,
+        "modalities": {"text": {}, "image": {}},
+        "batch": {"global_samples": 64, "micro_batch": 4},
+        "ema": {"main": {"kind": "constant"}},
+    }
+    return Stage.model_validate({**tree, **changes})
+
+
+def run(model: Model, **changes) -> Run:
+    fields = {"text": {"kind": "caption", "tokenizer": "t.json"}, "image": {"kind": "pixels"}}
+    data = {"train": "here", "fields": fields, "lanes": 8, **changes}
+    return Run.model_validate({"name": "r", "folder": "runs/r", "model": model, "data": data, "stages": [stage()]})
+
+
+# ---------------------------------------------------------------------------------------------------------- parameters
+
+
+def test_the_paper_model_has_578_33_million_parameters():
+    total = derived.parameters(MODELS["paper"], ["text", "image"]).total
+    assert f"{total / 1e6:.2f}" == "578.33"
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("predicted", [("text", "image"), ("image",), ()])
+def test_parameters_equal_those_of_the_built_model(name, predicted):
+    with torch.device("meta"):
+        model = build_model(MODELS[name], predicted)
+    built: dict[str, int] = {}
+    for key, parameter in model.named_parameters():
+        assert parameter.is_meta
+        kind, owner = key.split(".")[0], key.split(".")[1]
+        entry = {"embed": f"embed.{key.split('.')[2]}", "joint": "joint", "trunk_norm": "joint"}.get(kind, f"{kind}.{owner}")
+        built[entry] = built.get(entry, 0) + parameter.numel()
+    counted = derived.parameters(MODELS[name], predicted)
+    flat = {f"embed.{key}": count for key, count in counted.embeddings.items()}
+    flat |= {"joint": counted.joint}
+    flat |= {f"towers.{key}": count for key, count in counted.towers.items()}
+    flat |= {f"heads.{key}": count for key, count in counted.heads.items()}
+    assert built == {key: count for key, count in flat.items() if count}
+    parts = {part: sum(p.numel() for k, p in model.named_parameters() if part_of(k) == part) for part in counted.parts}
+    assert parts == counted.parts
+    assert counted.total == sum(built.values())
+
+
+def test_trainable_leaves_out_frozen_parts_and_parts_that_do_not_exist():
+    model = MODELS["rope and swiglu"]
+    parts = derived.parameters(model, ["text", "image"]).parts
+    assert derived.trainable(model, stage()) == sum(parts.values())
+    assert derived.trainable(model, stage(freeze=["joint", "image"])) == parts["text"]
+    image_only = stage(modalities={"text": {"predicted": False}, "image": {}}, freeze=["text"])
+    assert derived.trainable(model, image_only) == parts["joint"] + parts["image"]
+
+
+# --------------------------------------------------------------------------------------------------------------- FLOPs
+
+
+def counted_flops(model: Model, read: list[str], freeze: tuple[str, ...] = (), *, backward: bool) -> float:
+    """What torch counts, per sample."""
+    batch = 2
+    module = build_model(model, list(model.modalities))
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(part_of(name) not in freeze)
+    spaces = {name: modality.space for name, modality in model.modalities.items()}
+    length = spaces["text"].length
+    states = {
+        "text": torch.zeros(batch, length, dtype=torch.int64),
+        "image": torch.randn(batch, spaces["image"].channels, spaces["image"].height, spaces["image"].width),
+    }
+    noised = Noised(states, {name: torch.rand(batch) for name in spaces}, dict.fromkeys(spaces))
+    all_scored = TokenLosses(states["text"], torch.ones(batch, length, dtype=torch.bool))
+    readout = {name: all_scored if name == "text" else Dense() for name in read}
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        prediction = module(noised, readout)
+        if backward:
+            sum(output.sum() for output in prediction.values()).backward()
+    return counter.get_total_flops() / batch
+
+
+FLOP_MODELS = [name for name in MODELS if name != "paper"]
+
+
+@pytest.mark.parametrize("name", FLOP_MODELS)
+@pytest.mark.parametrize("read", [["text", "image"], ["image"]])
+def test_forward_flops_equal_what_torch_counts(name, read):
+    assert derived.forward_flops(MODELS[name], dict.fromkeys(read, 1.0)) == counted_flops(MODELS[name], read, backward=False)
+
+
+STAGES = {
+    "all": stage(),
+    "text is only read": stage(modalities={"text": {"predicted": False}, "image": {}}),
+    "joint frozen": stage(freeze=["joint"]),
+    "only text trained": stage(modalities={"text": {}, "image": {"loss_weight": 0}}, freeze=["joint", "image"]),
+    "image frozen": stage(freeze=["image"]),
+}
+
+
+@pytest.mark.parametrize("name", FLOP_MODELS)
+@pytest.mark.parametrize("which", STAGES)
+def test_training_flops_equal_what_torch_counts_within_one_percent(name, which):
+    model, chosen = MODELS[name], STAGES[which]
+    if model.modalities["text"].process.loss != "plain":
+        text = model.modalities["text"]
+        process = text.process.model_copy(update={"loss": "plain"})
+        model = model.model_copy(
+            update={"modalities": {**model.modalities, "text": text.model_copy(update={"process": process})}}
+        )
+    read = [key for key, modality in chosen.modalities.items() if modality.predicted and modality.loss_weight > 0]
+    counted = counted_flops(model, read, chosen.freeze, backward=True)
+    assert derived.flops_per_sample(model, chosen) == pytest.approx(counted, rel=0.01)
+
+
+def test_the_nelbo_scores_half_of_the_positions_less_the_conditioning_samples():
+    plain, nelbo = small(), small()
+    text = nelbo.modalities["text"]
+    process = text.process.model_copy(update={"loss": "nelbo"})
+    nelbo = nelbo.model_copy(update={"modalities": {**nelbo.modalities, "text": text.model_copy(update={"process": process})}})
+    head = 3 * 2 * 7 * 20 * 37
+    assert derived.flops_per_sample(plain, stage()) - derived.flops_per_sample(nelbo, stage()) == head / 2
+    conditioned = stage(modalities={"text": {"conditioning": {"clean": 0.2, "absent": 0.3}}, "image": {}})
+    assert derived.flops_per_sample(plain, stage()) - derived.flops_per_sample(plain, conditioned) == pytest.approx(head / 2)
+
+
+# --------------------------------------------------------------------------------------------------------------- batch
+
+
+def test_accumulation_is_what_is_left_of_the_batch_equation():
+    assert derived.accumulation(stage(), 4) == 4
+    assert derived.accumulation(stage(), 16) == 1
+
+
+@pytest.mark.parametrize(
+    ("samples", "micro_batch", "ranks", "numbers"),
+    [
+        (1000, 8, 64, r"\(1000\) must be a multiple of micro_batch \(8\) x data ranks \(64\) = 512; nearest: 512 or 1024"),
+        (100, 8, 64, r"\(100\) must be a multiple of micro_batch \(8\) x data ranks \(64\) = 512; nearest: 512$"),
+    ],
+)
+def test_a_batch_that_does_not_divide_names_the_nearest_that_do(samples, micro_batch, ranks, numbers):
+    with pytest.raises(ConfigError, match=r"stage all: batch.global_samples " + numbers):
+        derived.accumulation(stage(batch={"global_samples": samples, "micro_batch": micro_batch}), ranks)
+
+
+def test_lanes_divide_over_the_ranks_or_the_nearest_numbers_are_named():
+    whole = run(MODELS["emoji32"])
+    assert derived.lanes_per_rank(whole, 2) == 4
+    with pytest.raises(ConfigError, match=r"data.lanes \(8\) must be a multiple of the data ranks \(3\); nearest: 6 or 9"):
+        derived.lanes_per_rank(whole, 3)
+    with pytest.raises(ConfigError, match=r"data ranks \(16\); nearest: 16$"):
+        derived.lanes_per_rank(whole, 16)
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def test_bytes_are_divided_over_the_ranks_as_far_as_the_zero_stage_says():
+    model = MODELS["emoji32"]
+    count = derived.parameters(model, ["text", "image"]).total
+    frozen = derived.parameters(model, ["text", "image"]).parts["joint"]
+    sizes = {z: derived.bytes_per_rank(model, stage(), 4, zero_stage=z, precision="bf16") for z in range(4)}
+    assert sizes[0] == sizes[1]
+    assert sizes[1] == {
+        "weights": 2 * count,
+        "gradients": 2 * count,
+        "master": count,
+        "adam": 2 * count,
+        "ema": count,
+        "total": 8 * count,
+    }
+    assert sizes[2]["gradients"] == sizes[3]["weights"] == count / 2
+    full = derived.bytes_per_rank(model, stage(), 4, zero_stage=0, precision="fp32")
+    assert (full["weights"], full["master"], full["adam"]) == (4 * count, 0, 8 * count)
+    partly = derived.bytes_per_rank(model, stage(freeze=["joint"]), 1, zero_stage=3, precision="bf16")
+    assert (partly["gradients"], partly["master"], partly["weights"]) == (2 * (count - frozen), 4 * count, 2 * count)
+
+
+# ------------------------------------------------------------------------------------------------------------- summary
+
+
+def test_the_summary_is_json_and_adds_up():
+    whole = run(MODELS["emoji32"])
+    frozen = stage(freeze=["joint"])
+    numbers = json.loads(json.dumps(derived.summary(whole, frozen, 2)))
+    counts = numbers["parameters"]
+    assert counts["total"] == counts["trained"] + counts["frozen"] == sum(part["total"] for part in counts["parts"].values())
+    assert counts["parts"]["joint"]["trained"] == 0
+    assert numbers["batch"]["equation"] == "global_samples 64 = micro_batch 4 x data ranks 2 x accumulation 8"
+    assert numbers["batch"]["lanes_per_rank"] == 4
+    assert numbers["tokens_per_sample"] == {"total": 88, "modalities": {"text": 24, "image": 64}}
+    assert numbers["flops_per_step"] == 64 * derived.flops_per_sample(whole.model, frozen)
+    assert set(numbers["bytes_per_rank"]) == {"precision", "zero0", "zero1", "zero2", "zero3"}
+
+
+def test_swiglu_is_as_wide_as_costs_the_same_rounded_up_to_eight():
+    assert derived.mlp_hidden(small(mlp="gelu")) == 80
+    assert derived.mlp_hidden(small()) == 56
+    assert derived.mlp_hidden(MODELS["emoji32"]) == 512

@@ -1,0 +1,126 @@
+"""The checkpoint format without any process: ranges, publishing, damage, retirement."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megadiff.config.schema import Checkpointing
+from megadiff.engine import checkpoint
+from megadiff.engine.checkpoint import CheckpointError, CheckpointReader, Manifest, check_names, latest_checkpoint, tensor_key
+
+WHOLE = torch.arange(12, dtype=torch.float32)
+
+
+def publish(checkpoints: Path, step: int, *, cut: int = 5, keep: int = 3) -> Path:
+    """A checkpoint of one trained parameter [3, 4] in two files, cut anywhere, and one frozen scalar-like parameter [2]."""
+    checkpoint.begin(checkpoints, step)
+    folder = checkpoint.partial_folder(checkpoints, step)
+    files = []
+    for rank, (start, stop) in enumerate(((0, cut), (cut, 12))):
+        tensors = {tensor_key("weight", "a"): WHOLE[start:stop] + step, tensor_key("ema.main", "a"): WHOLE[start:stop] * 2}
+        ranges = {"a": (start, stop)}
+        if rank == 1:
+            tensors[tensor_key("weight", "frozen")] = torch.tensor([7.0, 8.0])
+            ranges["frozen"] = (0, 2)
+        files.append(checkpoint.write_rank_file(folder, rank, tensors, ranges))
+    parameters = {"a": ((3, 4), True), "frozen": ((2,), False)}
+    manifest = Manifest("first", parameters, ("main",), {"optimizer_step": step}, "config", tuple(files))
+    return checkpoint.publish(checkpoints, step, manifest, Checkpointing(keep=keep))
+
+
+@pytest.mark.parametrize("cut", [1, 5, 11])
+@pytest.mark.parametrize(("start", "stop"), [(0, 12), (3, 9), (4, 5), (11, 12), (6, 6)])
+def test_any_range_is_read_across_any_cut(tmp_path: Path, cut: int, start: int, stop: int) -> None:
+    reader = CheckpointReader(publish(tmp_path, 1, cut=cut))
+    assert torch.equal(reader.read("weight", "a", start, stop), WHOLE[start:stop] + 1)
+    assert torch.equal(reader.read_whole("ema.main", "a"), (WHOLE * 2).reshape(3, 4))
+
+
+def test_the_average_of_a_frozen_parameter_is_its_weight(tmp_path: Path) -> None:
+    assert CheckpointReader(publish(tmp_path, 1)).read_whole("ema.main", "frozen").tolist() == [7.0, 8.0]
+
+
+def test_latest_names_the_newest_whole_checkpoint(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path) is None
+    publish(tmp_path, 1)
+    newest = publish(tmp_path, 2)
+    checkpoint.begin(tmp_path, 3)
+    assert latest_checkpoint(tmp_path) == newest
+    (tmp_path / "latest").write_text("step_00000009")
+    assert latest_checkpoint(tmp_path) == newest
+
+
+def test_an_interrupted_save_is_invisible_and_is_cleared_by_the_next(tmp_path: Path) -> None:
+    publish(tmp_path, 1)
+    checkpoint.begin(tmp_path, 2)
+    (checkpoint.partial_folder(tmp_path, 2) / "rank_00000.safetensors").write_bytes(b"half")
+    assert [path.name for path in tmp_path.glob("step_*")] == ["step_00000001"]
+    publish(tmp_path, 3)
+    assert not checkpoint.partial_folder(tmp_path, 2).exists()
+
+
+def test_old_checkpoints_are_retired_by_the_rule(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        publish(tmp_path, step, keep=2)
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_00000004", "step_00000005"]
+    assert checkpoint.retired(range(1, 11), Checkpointing(keep=2, keep_every_steps=4)) == [1, 2, 3, 5, 6, 7]
+
+
+def test_a_missing_or_truncated_file_is_named(tmp_path: Path) -> None:
+    folder = publish(tmp_path, 1)
+    path = folder / "rank_00001.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(CheckpointError, match=r"rank_00001\.safetensors has \d+ bytes instead of \d+"):
+        CheckpointReader(folder)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"rank_00001\.safetensors is missing"):
+        CheckpointReader(folder)
+
+
+def test_a_changed_byte_is_found_by_the_hash(tmp_path: Path) -> None:
+    folder = publish(tmp_path, 1)
+    path = folder / "rank_00000.safetensors"
+    whole = bytearray(path.read_bytes())
+    whole[-1] ^= 1
+    path.write_bytes(bytes(whole))
+    reader = CheckpointReader(folder)
+    assert reader.damaged(reader.manifest.files) == ["rank_00000.safetensors"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "megadiff-checkpoint", "version": 1}', '{"format": "x", "version": 1}'])
+def test_a_damaged_manifest_is_one_sentence(tmp_path: Path, text: str) -> None:
+    folder = publish(tmp_path, 1)
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(CheckpointError) as caught:
+        CheckpointReader(folder)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_range_that_no_file_holds_is_an_error(tmp_path: Path) -> None:
+    reader = CheckpointReader(publish(tmp_path, 1))
+    with pytest.raises(CheckpointError, match="covers 12 of 14 elements"):
+        reader.read("weight", "a", 0, 14)
+
+
+def test_names_that_do_not_fit_are_listed_and_refused_unless_declared(tmp_path: Path) -> None:
+    reader = CheckpointReader(publish(tmp_path, 1))
+    parts = {"a": "joint", "frozen": "joint", "heads.text.b": "text"}
+    wanted = {"a": (3, 4), "heads.text.b": (1,)}
+    with pytest.raises(CheckpointError, match=r"lacks heads\.text\.b.*initialise\.new.*lacks: frozen.*initialise\.dropped"):
+        check_names(reader, wanted, parts=parts)
+    assert check_names(reader, wanted, new=["text"], dropped=["froz*"], parts=parts) == ["a"]
+    with pytest.raises(CheckpointError, match=r"other shapes: a \(3, 4\) -> \(4, 3\)"):
+        check_names(reader, {"a": (4, 3), "frozen": (2,)}, parts=parts)
+
+
+def test_an_unknown_ema_profile_names_the_known_ones(tmp_path: Path) -> None:
+    reader = CheckpointReader(publish(tmp_path, 1))
+    assert reader.weight_kind("raw") == "weight"
+    assert reader.weight_kind("ema") == "ema.main"
+    with pytest.raises(CheckpointError, match="no EMA profile other; it has main"):
+        reader.weight_kind("ema", "other")

@@ -1,0 +1,56 @@
+"""The learning rate and the averages as functions of the step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megadiff.config.schema import ConstantEma, Optimizer, PowerEma
+from megadiff.engine.ema import decay, power_exponent
+from megadiff.engine.optimizer import build_optimizer, learning_rate
+
+
+def test_the_warm_up_is_linear_and_reaches_the_peak() -> None:
+    config = Optimizer(learning_rate=1.0, warmup_steps=4)
+    assert [learning_rate(config, step, 10) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_a_decaying_schedule_ends_at_the_final_ratio(schedule: str) -> None:
+    config = Optimizer(learning_rate=2.0, warmup_steps=0, schedule=schedule, final_ratio=0.1)  # type: ignore[arg-type]
+    rates = [learning_rate(config, step, 100) for step in range(101)]
+    assert rates[0] == pytest.approx(2.0)
+    assert rates[50] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
+    assert rates[100] == pytest.approx(0.2)
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_only_named_weights_are_decayed_unless_all_are() -> None:
+    module = torch.nn.Linear(2, 2)
+    some = build_optimizer(module, Optimizer(weight_decay=0.5), ["weight"])
+    assert {group["weight_decay"]: len(group["params"]) for group in some.param_groups} == {0.5: 1, 0.0: 1}
+    everything = build_optimizer(module, Optimizer(weight_decay=0.5, decay_all=True), ["weight"])
+    assert [len(group["params"]) for group in everything.param_groups] == [2]
+
+
+def test_a_constant_average_is_dominated_by_recent_weights_while_it_warms_up() -> None:
+    assert decay(ConstantEma(decay=0.9999), 1) == pytest.approx(0.1)
+    assert decay(ConstantEma(decay=0.9999), 10**6) == 0.9999
+    assert decay(ConstantEma(decay=0.9999, warmup=False), 1) == 0.9999
+
+
+@pytest.mark.parametrize("length", [0.05, 0.1, 0.2])
+def test_the_power_profile_has_the_relative_deviation_it_is_named_by(length: float) -> None:
+    steps = 20_000
+    weights = torch.ones(steps, dtype=torch.float64)
+    decays = torch.tensor([decay(PowerEma(length=length), update) for update in range(1, steps + 1)], dtype=torch.float64)
+    # The weight of update t in the average after all: (1 - decay_t) * product of all later decays.
+    later = torch.flip(torch.cumprod(torch.flip(decays, [0]), 0), [0]).roll(-1)
+    later[-1] = 1.0
+    weights = (1 - decays) * later
+    times = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+    assert weights.sum() == pytest.approx(1.0)
+    mean = (weights * times).sum()
+    deviation = ((weights * (times - mean) ** 2).sum()).sqrt()
+    assert deviation == pytest.approx(length, rel=1e-2)
+    assert power_exponent(length) > 0

@@ -1,0 +1,163 @@
+"""The ZeRO engine over real processes: one curve whatever the layout, resume to the bit, stages, averages."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megadiff.engine.checkpoint import CheckpointReader, latest_checkpoint
+from megadiff.interfaces.weights import load
+from tests.engine.worker import probe_input
+from tests.ranks import ROOT, run_ranks, start_ranks
+
+pytestmark = pytest.mark.distributed
+
+WORKER = ROOT / "tests" / "engine" / "worker.py"
+GATHER_ALL = {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0, "stage3_prefetch_bucket_size": 0}
+
+
+def train(folder: Path, world: int, zero: int, *, stages: tuple[str, ...] = ("first",), **request: Any) -> dict[str, Any]:
+    """Rank 0's report; all ranks must agree on the error, if there is one."""
+    reports = run_ranks(
+        WORKER,
+        world,
+        {"folder": str(folder), "deepspeed": f"ds_configs/zero{zero}.json", "stages": list(stages), **request},
+    )
+    assert len({report.get("error") for report in reports}) == 1
+    return reports[0]
+
+
+def assert_same_curve(report: dict[str, Any], reference: dict[str, Any]) -> None:
+    assert report["steps"] == reference["steps"]
+    torch.testing.assert_close(torch.tensor(report["loss"]), torch.tensor(reference["loss"]), rtol=1e-4, atol=0)
+    torch.testing.assert_close(torch.tensor(report["grad_norm"]), torch.tensor(reference["grad_norm"]), rtol=1e-4, atol=0)
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """All three stages on one rank without ZeRO."""
+    folder = tmp_path_factory.mktemp("one_rank")
+    reports = {}
+    for index, stage in enumerate(("first", "second", "third")):
+        reports[stage] = train(folder, 1, 0, stages=("first", "second", "third")[index : index + 1])
+    return {"folder": folder, **reports}
+
+
+@pytest.fixture(scope="module")
+def zero3(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """All three stages on two ranks with ZeRO-3, every parameter partitioned."""
+    folder = tmp_path_factory.mktemp("zero3")
+    reports = {}
+    for index, stage in enumerate(("first", "second", "third")):
+        chosen = ("first", "second", "third")[index : index + 1]
+        reports[stage] = train(folder, 2, 3, stages=chosen, zero=GATHER_ALL, watch_gathered=True)
+    return {"folder": folder, **reports}
+
+
+@pytest.mark.parametrize("stage", ["first", "second", "third"])
+def test_zero3_on_two_ranks_follows_the_curve_of_one_rank(stage: str, one_rank: dict[str, Any], zero3: dict[str, Any]) -> None:
+    assert_same_curve(zero3[stage], one_rank[stage])
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_other_zero_stages_on_two_ranks_follow_the_curve_of_one_rank(zero: int, one_rank: dict[str, Any], tmp_path: Path) -> None:
+    assert_same_curve(train(tmp_path, 2, zero), one_rank["first"])
+
+
+def test_the_split_into_micro_batches_does_not_change_the_curve(one_rank: dict[str, Any], tmp_path: Path) -> None:
+    overrides = ["stages.*.batch.micro_batch=2", "stages.*.activation_checkpointing=true"]
+    assert_same_curve(train(tmp_path, 2, 3, overrides=overrides), one_rank["first"])
+
+
+def test_under_zero3_every_parameter_is_partitioned_and_no_rank_ever_holds_the_model(zero3: dict[str, Any]) -> None:
+    for stage in ("first", "third"):
+        report = zero3[stage]
+        assert report["all_partitioned"]
+        assert report["held_between_steps"] < report["whole"] * 0.01
+        # The largest single layer here is the token head or embedding with a third of all parameters.
+        assert 0 < report["most_gathered"] < report["whole"] * 0.6
+
+
+def test_a_run_killed_and_resumed_repeats_the_uninterrupted_curve_to_the_bit(tmp_path: Path) -> None:
+    steps = ["stages.*.steps=20"]
+    whole = train(tmp_path / "whole", 2, 3, overrides=steps)
+    request = {"folder": str(tmp_path / "cut"), "deepspeed": "ds_configs/zero3.json", "stages": ["first"], "overrides": steps}
+    for process in start_ranks(WORKER, 2, {**request, "kill_at": 12}):
+        process.communicate(timeout=240)
+        assert process.returncode == -signal.SIGKILL
+    assert latest_checkpoint(tmp_path / "cut" / "first" / "checkpoints").name == "step_00000010"  # type: ignore[union-attr]
+    resumed = train(tmp_path / "cut", 2, 3, overrides=steps)
+    assert resumed["steps"] == list(range(1, 21))
+    assert resumed["loss"] == whole["loss"]
+    assert resumed["grad_norm"] == whole["grad_norm"]
+
+
+@pytest.mark.parametrize(("world", "zero"), [(1, 0), (2, 1), (1, 3)])
+def test_a_checkpoint_of_zero3_on_two_ranks_continues_in_another_layout(
+    world: int, zero: int, zero3_at_5: dict[str, Any], tmp_path: Path
+) -> None:
+    import shutil
+
+    shutil.copytree(zero3_at_5["folder"], tmp_path / "run")
+    continued = train(tmp_path / "run", world, zero, overrides=["stages.*.steps=8"])
+    assert_same_curve(continued, zero3_at_5["uninterrupted"])
+
+
+@pytest.fixture(scope="module")
+def zero3_at_5(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("zero3_at_5")
+    train(folder / "cut", 2, 3, overrides=["stages.*.steps=5"])
+    uninterrupted = train(folder / "whole", 2, 3, overrides=["stages.*.steps=8"])
+    return {"folder": folder / "cut", "uninterrupted": uninterrupted}
+
+
+def test_the_frozen_part_stays_as_the_averaged_weights_of_the_stage_before(zero3: dict[str, Any]) -> None:
+    first = CheckpointReader(latest_checkpoint(zero3["folder"] / "first" / "checkpoints"))  # type: ignore[arg-type]
+    second = CheckpointReader(latest_checkpoint(zero3["folder"] / "second" / "checkpoints"))  # type: ignore[arg-type]
+    moved, trained = 0, 0
+    for name, (_, was_trained) in second.manifest.parameters.items():
+        if was_trained:
+            trained += 1
+            continue
+        assert torch.equal(second.read_whole("weight", name), first.read_whole("ema.main", name)), name
+        moved += not torch.equal(first.read_whole("ema.main", name), first.read_whole("weight", name))
+    assert moved > 0
+    assert trained > 0
+
+
+def test_new_parameters_must_be_declared(zero3: dict[str, Any]) -> None:
+    report = train(zero3["folder"], 1, 0, stages=("second",), overrides=["stages.second.name=undeclared", "stages.undeclared.initialise.new=[]"])
+    assert "undeclared" not in report.get("steps", [])
+
+
+def test_averaged_weights_sample_alike_under_zero3_and_in_one_process(zero3: dict[str, Any]) -> None:
+    report = zero3["third"]
+    assert report["masters_restored"]
+    noised, readout = probe_input()
+    for weights, key in (("ema", "averaged"), ("raw", "trained")):
+        module = load(str(latest_checkpoint(zero3["folder"] / "third" / "checkpoints")), weights).module
+        with torch.no_grad():
+            expected = module(noised, readout)["image"].flatten()[:64]
+        torch.testing.assert_close(torch.tensor(report[key]), expected, rtol=1e-4, atol=1e-5)
+    assert report["averaged"] != report["trained"]
+
+
+def test_a_damaged_file_stops_all_ranks_with_one_sentence(zero3_at_5: dict[str, Any], tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(zero3_at_5["folder"], tmp_path / "run")
+    newest = latest_checkpoint(tmp_path / "run" / "first" / "checkpoints")
+    assert newest is not None
+    path = newest / "rank_00001.safetensors"
+    damaged = bytearray(path.read_bytes())
+    damaged[-100] ^= 0xFF
+    path.write_bytes(bytes(damaged))
+    report = train(tmp_path / "run", 2, 3, overrides=["stages.*.steps=8"])
+    assert "rank_00001.safetensors is damaged" in report["error"]
+    assert "\n" not in report["error"]
+    assert json.dumps(report["error"])

@@ -1,0 +1,130 @@
+"""One rank of an engine test: trains a stage of tests/tiny.yaml and prints what it saw as one JSON line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megadiff.config.deepspeed import load_deepspeed
+from megadiff.config.errors import UserError
+from megadiff.config.load import load_run
+from megadiff.training import loop
+from megadiff.types import Dense, Noised
+
+
+class KillAt:
+    """A callback that ends this rank as a crash would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def due(self, training: Any) -> bool:
+        return bool(training.progress.optimizer_step == self.step)
+
+    def __call__(self, training: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Probe:
+    """At the last step, what the averaged weights predict, and that the trained weights are back afterwards."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Any] = {}
+
+    def due(self, training: Any) -> bool:
+        return bool(training.progress.optimizer_step == training.stage.steps)
+
+    def __call__(self, training: Any) -> None:
+        noised, readout = probe_input()
+        before = [shard.master.clone() for shard in training.engine.weights.trained]
+        with training.engine.ema_denoiser() as denoiser:
+            averaged = denoiser(noised, readout)
+        with torch.no_grad():
+            trained = training.engine.module(noised, readout)
+        after = [shard.master for shard in training.engine.weights.trained]
+        self.seen = {
+            "averaged": averaged["image"].flatten()[:64].tolist(),
+            "trained": trained["image"].flatten()[:64].tolist(),
+            "masters_restored": all(torch.equal(a, b) for a, b in zip(before, after, strict=True)),
+        }
+
+
+def probe_input() -> tuple[Noised, dict[str, Dense]]:
+    generator = torch.Generator().manual_seed(3)
+    states = {"text": torch.randint(0, 2000, (2, 24), generator=generator), "image": torch.randn(2, 3, 32, 32, generator=generator)}
+    clocks = {"text": torch.tensor([0.0, 0.4]), "image": torch.tensor([0.3, 0.9])}
+    return Noised(states, clocks, {"text": None, "image": None}), {"image": Dense()}
+
+
+def held_elements(module: torch.nn.Module) -> int:
+    """Elements of all parameters that this rank can read right now."""
+    return sum(parameter.data.numel() for parameter in module.parameters())
+
+
+class Gathered:
+    """Records the largest number of gathered elements: while the model is built, and in every module's forward."""
+
+    def __init__(self) -> None:
+        self.most = 0
+        self._alive: list[torch.nn.Parameter] = []
+        torch.nn.modules.module.register_module_parameter_registration_hook(self._registered)
+        torch.nn.modules.module.register_module_forward_hook(lambda *_: self._look())
+
+    def _registered(self, module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        if parameter is not None:
+            self._alive.append(parameter)
+        self._look()
+
+    def _look(self) -> None:
+        self.most = max(self.most, sum(parameter.data.numel() for parameter in self._alive))
+
+
+def main(request: dict[str, Any]) -> None:
+    run = load_run("tests/tiny.yaml", [f"folder={request['folder']}", *request.get("overrides", [])])
+    tree = load_deepspeed(request["deepspeed"])
+    tree.setdefault("zero_optimization", {}).update(request.get("zero", {}))
+    gathered = Gathered() if request.get("watch_gathered") else None
+    probe = Probe()
+    seen: dict[str, Any] = {}
+
+    def look(training: Any) -> None:
+        module = training.engine.module
+        seen["whole"] = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+        seen["held_between_steps"] = held_elements(module)
+        seen["all_partitioned"] = all(hasattr(p, "ds_tensor") for p in module.parameters())
+
+    class Look:
+        def due(self, training: Any) -> bool:
+            return True
+
+        def __call__(self, training: Any) -> None:
+            look(training)
+
+    callbacks: list[Any] = [Look(), probe]
+    if "kill_at" in request:
+        callbacks.append(KillAt(request["kill_at"]))
+    try:
+        for stage in request["stages"]:
+            loop.train_stage(run, stage, tree, callbacks)
+    except UserError as error:
+        seen["error"] = str(error)
+    metrics = Path(request["folder"]) / request["stages"][-1] / "metrics.jsonl"
+    if metrics.exists():
+        rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+        seen["loss"] = [row["loss"] for row in rows]
+        seen["grad_norm"] = [row["grad_norm"] for row in rows]
+        seen["steps"] = [row["step"] for row in rows]
+    if gathered is not None:
+        seen["most_gathered"] = gathered.most
+    print(json.dumps({**seen, **probe.seen}))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(json.loads(sys.argv[1]))

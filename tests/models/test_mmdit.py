@@ -1,0 +1,259 @@
+"""The MMDiT as a whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from megadiff.config.errors import ConfigError, UserError
+from megadiff.models.mmdit import build_model, decayed_names, part_of
+from megadiff.types import Dense, RowLogits, TokenLosses
+from tests.models.small import small_config, small_model, small_noised
+
+BOTH = {"words": Dense(), "picture": Dense()}
+VARIANTS = {
+    "modern": small_config(("rope", "rope")),
+    "paper": small_config(
+        ("learned", "sincos"), mlp="gelu", gates="one", trunk_norm=True, head_modulation="scale", time_scale=1.0
+    ),
+    "plain": small_config(("learned", "learned"), qk_norm=False, attention_bias=True, trunk_norm=True),
+    "no towers": small_config(depths=(0, 0)),
+    "no joint blocks": small_config(joint_depth=0),
+}
+
+
+def losses(count=3):
+    scored = torch.rand(count, 5) < 0.5
+    scored[0, 0] = True
+    return TokenLosses(torch.randint(11, (count, 5)), scored)
+
+
+def modules_run(model, readout):
+    """Names of the modules that a forward runs, in order."""
+    run = []
+    hooks = [module.register_forward_pre_hook(lambda *_, name=name: run.append(name)) for name, module in model.named_modules()]
+    model(small_noised(), readout)
+    for hook in hooks:
+        hook.remove()
+    return run
+
+
+def gradients(model, noised, readout):
+    model.zero_grad()
+    torch.manual_seed(1)
+    sum((output * torch.randn_like(output)).sum() for output in model(noised, readout).values()).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_readout_has_its_shape_and_is_float32(variant):
+    model = small_model(VARIANTS[variant])
+    noised = small_noised()
+    words = {Dense(): (3, 5, 11), losses(): (3, 5), RowLogits(torch.tensor([14, 0])): (2, 11)}
+    for readout, shape in words.items():
+        prediction = model(noised, {"words": readout, "picture": Dense()})
+        assert list(prediction) == ["words", "picture"]
+        assert prediction["words"].shape == shape
+        assert prediction["picture"].shape == (3, 3, 4, 6)
+        assert {output.dtype for output in prediction.values()} == {torch.float32}
+
+
+def test_token_losses_are_the_cross_entropy_of_dense_logits_and_row_logits_their_rows():
+    model, noised, wanted = small_model(), small_noised(), losses()
+    dense = model(noised, {"words": Dense()})["words"]
+    entropy = F.cross_entropy(dense.flatten(0, 1), wanted.targets.flatten(), reduction="none").view(3, 5)
+    assert torch.allclose(model(noised, {"words": wanted})["words"], entropy * wanted.scored, atol=1e-5)
+    rows = torch.tensor([14, 0, 7])
+    assert torch.allclose(model(noised, {"words": RowLogits(rows)})["words"], dense.flatten(0, 1)[rows], atol=1e-6)
+
+
+def test_a_modality_that_is_not_read_out_runs_neither_tower_nor_head():
+    model = small_model()
+    run = modules_run(model, {"picture": Dense()})
+    assert not [name for name in run if part_of(name) == "words"]
+    assert [name for name in run if part_of(name) == "picture"]
+    both = model(noised := small_noised(), BOTH)
+    assert torch.equal(model(noised, {"picture": Dense()})["picture"], both["picture"])
+
+
+def test_the_same_modules_run_in_the_same_order_whatever_the_readout_asks_or_its_order():
+    model = small_model()
+    nothing = TokenLosses(torch.zeros(3, 5, dtype=torch.int64), torch.zeros(3, 5, dtype=torch.bool))
+    first = modules_run(model, {"words": losses(), "picture": Dense()})
+    assert modules_run(model, {"picture": Dense(), "words": nothing}) == first
+    assert modules_run(model, {"words": RowLogits(torch.tensor([], dtype=torch.int64)), "picture": Dense()}) == first
+
+
+def test_layers_run_in_order_give_what_forward_gives():
+    model, noised = small_model(VARIANTS["paper"]), small_noised()
+    embed, *blocks, heads = model.layers()
+    stream = embed(noised)
+    for block in blocks:
+        stream = block(stream)
+    for name, output in heads(stream, BOTH).items():
+        assert torch.equal(output, model(noised, BOTH)[name])
+    assert len(model.layers()) - len(model.layers(["words"])) == 2 + 1  # the picture's blocks and their norm
+
+
+@pytest.mark.parametrize("variant", ["modern", "paper"])
+def test_hidden_keys_do_not_influence_visible_outputs(variant):
+    model, noised = small_model(VARIANTS[variant]), small_noised()
+    before = model(noised, BOTH)
+    noised.states["words"][0, 3:] = (noised.states["words"][0, 3:] + 1) % 12
+    after = model(noised, BOTH)
+    assert torch.allclose(before["picture"], after["picture"], atol=1e-6)
+    assert torch.allclose(before["words"][0, :3], after["words"][0, :3], atol=1e-6)
+    assert not torch.allclose(before["words"][0, 3:], after["words"][0, 3:], atol=1e-3)
+
+
+def test_every_visible_state_and_every_clock_influences_both_outputs():
+    model, noised = small_model(), small_noised()
+    before = model(noised, BOTH)
+    for field in ("states", "clocks"):
+        for name in BOTH:
+            changed = {**getattr(noised, field), name: getattr(noised, field)[name].flip(0)}
+            after = model(noised._replace(**{field: changed}), BOTH)
+            assert all(not torch.allclose(before[other], after[other], atol=1e-4) for other in BOTH), (field, name)
+
+
+def test_an_all_true_mask_equals_no_mask():
+    model, noised = small_model(), small_noised()
+    everything = noised._replace(visible={"words": torch.ones(3, 5, dtype=torch.bool), "picture": None})
+    nothing = noised._replace(visible={"words": None, "picture": None})
+    for name, output in model(everything, BOTH).items():
+        assert torch.allclose(output, model(nothing, BOTH)[name], atol=1e-6)
+
+
+def test_permuting_the_batch_permutes_the_outputs():
+    model, noised, order = small_model(), small_noised(), torch.tensor([2, 0, 1])
+    permuted = type(noised)(*({k: v if v is None else v[order] for k, v in field.items()} for field in noised))
+    outputs = model(permuted, BOTH)
+    for name, output in model(noised, BOTH).items():
+        assert torch.allclose(outputs[name], output[order], atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_reach_every_parameter(variant):
+    grads = gradients(small_model(VARIANTS[variant]), small_noised(), BOTH)
+    assert not [name for name, gradient in grads.items() if gradient is None or not gradient.any()]
+
+
+def test_a_readout_without_rows_still_gives_the_head_zero_gradients():
+    nothing = TokenLosses(torch.zeros(3, 5, dtype=torch.int64), torch.zeros(3, 5, dtype=torch.bool))
+    grads = gradients(small_model(), small_noised(), {"words": nothing, "picture": Dense()})
+    own = {name: gradient for name, gradient in grads.items() if part_of(name) == "words"}
+    assert own
+    assert all(gradient is not None and not gradient.any() for gradient in own.values())
+
+
+@pytest.mark.parametrize("variant", ["modern", "paper"])
+def test_activation_checkpointing_changes_neither_values_nor_gradients(variant):
+    model, noised, readout = small_model(VARIANTS[variant]), small_noised(), {"words": losses(), "picture": Dense()}
+    plain, outputs = gradients(model, noised, readout), model(noised, readout)
+    model.activation_checkpointing = True
+    runs = []
+    model.joint[0].register_forward_pre_hook(lambda *_: runs.append(1))
+    recomputed = gradients(model, noised, readout)
+    assert len(runs) == 2
+    assert all(torch.equal(output, outputs[name]) for name, output in model(noised, readout).items())
+    assert all(torch.equal(gradient, plain[name]) for name, gradient in recomputed.items())
+
+
+def test_checkpointing_keeps_gradients_when_the_joint_part_is_frozen():
+    model, noised = small_model(), small_noised()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) == "words")
+    plain = gradients(model, noised, {"words": Dense()})
+    model.activation_checkpointing = True
+    recomputed = gradients(model, noised, {"words": Dense()})
+    assert {name for name, gradient in plain.items() if gradient is not None} == {
+        name for name, _ in model.named_parameters() if part_of(name) == "words"
+    }
+    assert all(torch.equal(recomputed[name], gradient) for name, gradient in plain.items() if gradient is not None)
+
+
+def test_zero_gates_start_with_zero_outputs_and_blocks_that_change_nothing():
+    model, noised = small_model(VARIANTS["modern"], random=False), small_noised()
+    assert all(not output.any() for output in model(noised, BOTH).values())
+    stream = model.embed(noised)
+    for name, tokens in model.joint[0](stream).tokens.items():
+        assert torch.equal(tokens, stream.tokens[name])
+
+
+def test_one_gates_start_as_a_plain_transformer():
+    model, noised = small_model(VARIANTS["paper"], random=False), small_noised()
+    assert all(output.std() > 1e-3 for output in model(noised, BOTH).values())
+    modulated = model.joint[0].parts["words"].modulation(torch.randn(2, 16))
+    assert [float(slot.detach().mean()) for slot in modulated] == [0, 0, 1, 0, 0, 1]
+
+
+@pytest.mark.parametrize("modulation", ["scale", "one_plus_scale"])
+def test_a_zero_initialised_head_can_learn(modulation):
+    model = small_model(small_config(gates="zero", head_modulation=modulation), random=False)
+    grads = gradients(model, small_noised(), BOTH)
+    assert grads["heads.words.weight"].any()
+    assert grads["heads.picture.weight"].any()
+
+
+def test_initial_values_follow_the_seed():
+    states = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        states.append(build_model(small_config(), ["words", "picture"]).state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not torch.equal(states[0]["embed.states.words.weight"], states[2]["embed.states.words.weight"])
+
+
+def test_a_model_in_bfloat16_reads_float32_inputs_and_answers_in_float32():
+    model, noised = small_model(VARIANTS["modern"]), small_noised()
+    wanted = model(noised, BOTH)
+    outputs = model.bfloat16()(noised, BOTH)
+    for name, output in outputs.items():
+        assert output.dtype == torch.float32
+        assert (output - wanted[name]).norm() < 0.1 * wanted[name].norm()
+
+
+def test_a_clock_of_one_thousandth_is_told_from_zero_in_bfloat16():
+    model = small_model(VARIANTS["modern"]).bfloat16()
+    clocks = model.embed.clocks["words"](torch.tensor([0.5, 0.501]))
+    assert not torch.equal(clocks[0], clocks[1])
+
+
+def test_only_predicted_modalities_have_a_tower_and_a_head():
+    model = small_model(predicted=["picture"])
+    assert {part_of(name) for name, _ in model.named_parameters()} == {"joint", "picture"}
+    with pytest.raises(UserError, match="no head for words; it predicts picture"):
+        model(small_noised(), {"words": Dense()})
+
+
+def test_a_grid_refuses_a_readout_for_tokens():
+    with pytest.raises(TypeError, match="head of picture cannot give TokenLosses"):
+        small_model()(small_noised(), {"picture": losses()})
+
+
+def test_parameters_belong_to_their_parts():
+    assert part_of("towers.words.0.parts.words.mlp.up.weight") == "words"
+    assert part_of("heads.picture.weight") == "picture"
+    assert part_of("embed.states.words.weight") == part_of("joint.0.parts.words.output.weight") == "joint"
+    assert part_of("trunk_norm.norms.words.gain") == "joint"
+
+
+def test_weight_decay_is_for_linear_maps_only():
+    decayed = set(decayed_names(small_model(VARIANTS["plain"])))
+    assert {"heads.words.weight", "embed.states.picture.projection.weight", "joint.0.parts.words.mlp.up.weight"} <= decayed
+    kept = {"embed.states.words.weight", "embed.states.words.positions", "heads.words.bias", "joint.0.parts.words.mlp.up.bias"}
+    assert not decayed & kept
+    model = small_model(VARIANTS["paper"])
+    assert decayed <= {name for name, _ in small_model(VARIANTS["plain"]).named_parameters()}
+    assert not [name for name in decayed_names(model) if "gain" in name]
+
+
+@pytest.mark.parametrize("name", ["joint", "values", "type"])
+def test_a_name_that_cannot_be_a_module_is_refused(name):
+    config = small_config()
+    renamed = config.model_copy(update={"modalities": {name: config.modalities["words"]}})
+    with pytest.raises(ConfigError, match=f"{name} cannot be the name of a modality"):
+        build_model(renamed, [name])
+    with pytest.raises(ConfigError, match="predicted names sound"):
+        build_model(config, ["sound"])
