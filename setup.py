@@ -46,6 +46,7 @@ setup(
     ],
     extras_require={
         "test": [
+            "setuptools>=77",
             "pytest>=8.4",
             "pytest-timeout>=2.4",
             "hypothesis>=6.130",

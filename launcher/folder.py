@@ -10,10 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from megadiff.config.errors import UserError
-from megadiff.config.load import dump_run
+from megadiff.config.errors import ConfigError, UserError
+from megadiff.config.load import dump_run, load_run
 from megadiff.config.schema import Run
 
 RUN, DEEPSPEED, DONE, LOCK, ERROR = "run.yaml", "deepspeed.json", "DONE", ".lock", "error.txt"
@@ -35,7 +33,7 @@ def check_unchanged(run: Run) -> None:
         UserError: naming the keys that differ and their values.
     """
     stored = _stored(run)
-    differing = [] if stored is None else differences(stored, run.model_dump(mode="json"))
+    differing = [] if stored is None else differences(stored, run)
     if differing:
         more = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
         raise UserError(
@@ -57,7 +55,7 @@ def write(run: Run, deepspeed: Mapping[str, Any]) -> None:
         _replace(folder / DEEPSPEED, json.dumps(deepspeed, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}; name another with folder=...") from None
-    before = {stage["name"]: stage["steps"] for stage in (stored or {}).get("stages", [])}
+    before = {stage.name: stage.steps for stage in stored.stages} if stored else {}
     for stage in run.stages:
         if before.get(stage.name, stage.steps) < stage.steps:
             (folder / stage.name / DONE).unlink(missing_ok=True)
@@ -93,16 +91,15 @@ def locked(run: Run) -> Iterator[int]:
         os.close(descriptor)
 
 
-def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Where two resolved runs differ, as `key (old there, new here)`; stages are matched by name, FREE sections left out."""
-    old, new = ({key: value for key, value in tree.items() if key not in FREE} for tree in (before, after))
-    return list(_differ(_named(old), _named(new), ""))
+def differences(before: Run, after: Run) -> list[str]:
+    """Where two runs differ, as `key (old there, new here)`; stages are matched by name, FREE sections left out."""
+    return list(_differ(_comparable(before), _comparable(after), ""))
 
 
-def _named(tree: dict[str, Any]) -> dict[str, Any]:
-    stages = tree.get("stages") or []
-    order = [stage["name"] for stage in stages]
-    return {**tree, "stages": {**{stage["name"]: stage for stage in stages}, "(order)": order}}
+def _comparable(run: Run) -> dict[str, Any]:
+    tree = {key: value for key, value in run.model_dump(mode="json").items() if key not in FREE}
+    stages = tree["stages"]
+    return {**tree, "stages": {**{stage["name"]: stage for stage in stages}, "(order)": [stage["name"] for stage in stages]}}
 
 
 def _differ(old: Any, new: Any, place: str) -> Iterator[str]:
@@ -123,19 +120,16 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _stored(run: Run) -> dict[str, Any] | None:
+def _stored(run: Run) -> Run | None:
     path = Path(run.folder) / RUN
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        tree = None
-    if not isinstance(tree, dict) or not all(isinstance(stage, dict) and "name" in stage for stage in tree.get("stages") or []):
+    try:
+        return load_run(path)
+    except ConfigError as error:
         raise UserError(
-            f"{path} is damaged, so this folder's configuration is unknown; delete it to go on, or name a new folder"
-        )
-    return tree
+            f"what {run.folder} holds is unknown, for its {RUN} cannot be read ({error}); delete that file or name a new folder"
+        ) from None
 
 
 def _replace(path: Path, text: str) -> None:

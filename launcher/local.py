@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -36,14 +36,14 @@ class Plan:
     """What a launch will do.
 
     Attributes:
-        environment: what is added to the environment of every rank.
+        environment: what is added to the environment of every rank; OMP_NUM_THREADS is always in it.
     """
 
     run: Run
     deepspeed: Mapping[str, Any]
     devices: Devices
     processes: int
-    environment: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str]
 
     def command(self, stage: Stage, port: int | str) -> list[str]:
         """The command that trains one stage on all processes."""
@@ -57,9 +57,13 @@ class Plan:
             *(sys.executable, "-m", "deepspeed.launcher.runner"),
             *("--hostfile", os.devnull),  # the default, /job/hostfile, may exist and would start ssh
             *ranks,
-            *("--master_port", str(port), "--no_local_rank", "--quiet", "--module"),
+            *("--master_port", str(port), "--no_local_rank", "--log_level", "critical", "--module"),
             *("megadiff", "train", str(kept / folder.RUN), "--stage", stage.name, "--deepspeed", str(kept / folder.DEEPSPEED)),
         ]
+
+    def showcase_environment(self) -> dict[str, str]:
+        """Samples are drawn by one process, which takes the threads of all ranks."""
+        return {**self.environment, "OMP_NUM_THREADS": str(int(self.environment["OMP_NUM_THREADS"]) * self.processes)}
 
     def showcase(self) -> list[str]:
         """The command that makes the sheet of samples after the last stage."""
@@ -90,23 +94,26 @@ def missing_files(run: Run) -> list[str]:
 
 def describe(plan: Plan) -> str:
     """The exact commands, as a shell would take them."""
-    prefix = " ".join(f"{key}={shlex.quote(value)}" for key, value in plan.environment.items())
     lines = []
     for number, stage in enumerate(plan.run.stages, 1):
         state = " (done already)" if folder.done(plan.run, stage.name) else ""
         lines += [f"# stage {number} of {len(plan.run.stages)}, {stage.name}: {stage.steps:,} steps{state}"]
         if not state:
-            lines += [f"{prefix} {shlex.join(plan.command(stage, 'PORT'))}"]
+            lines += [f"{_shell(plan.environment)} {shlex.join(plan.command(stage, 'PORT'))}"]
     if plan.run.showcase:
-        lines += ["# samples", shlex.join(plan.showcase())]
+        lines += ["# samples", f"{_shell(plan.showcase_environment())} {shlex.join(plan.showcase())}"]
     return "\n".join(lines)
+
+
+def _shell(environment: Mapping[str, str]) -> str:
+    return " ".join(f"{key}={shlex.quote(value)}" for key, value in environment.items())
 
 
 def launch(plan: Plan, *, allow_changes: bool = False, say: Say = print) -> int:
     """Train every stage that is not done, from its newest checkpoint, then make the showcase.
 
     Returns:
-        0, or the exit code of the child that failed (2 where a rank reported a user's mistake); 128 + n after signal n.
+        0, or the exit code of the child that failed (2: a rank reported a user's mistake; 128 + n: signal n).
 
     Raises:
         UserError: before anything is started.
@@ -155,7 +162,7 @@ def _stages(plan: Plan, lock: int, signals: _Signals, say: Say) -> int:
     code = 0
     if run.showcase:
         say("samples")
-        code = _child(plan.showcase(), plan.environment, lock, signals)
+        code = _child(plan.showcase(), plan.showcase_environment(), lock, signals)
         if signals.received:
             _complain("interrupted while sampling; the same command starts it again")
             return 128 + signals.received
@@ -180,7 +187,7 @@ def _train(plan: Plan, stage: Stage, lock: int, signals: _Signals) -> int:
     if code or not folder.done(plan.run, stage.name):
         # DeepSpeed's launcher ends with 0 when a signal has killed the process that watches the ranks.
         _complain(f"error: stage {stage.name} ended with {_ending(code)}; see {logs}")
-        return code or 1
+        return 128 - code if code < 0 else code or 1
     return 0
 
 

@@ -19,6 +19,7 @@ def add_verb(verbs: Verbs, name: str, summary: str, description: str, examples: 
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.set_defaults(parser=parser)
     return parser
 
 

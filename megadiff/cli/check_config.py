@@ -8,7 +8,7 @@ from typing import Any
 
 from megadiff.cli.arguments import Verbs, add_run, add_verb, positive
 from megadiff.config.deepspeed import load_deepspeed, resolve_run, zero_stage
-from megadiff.config.derived import summary
+from megadiff.config.derived import Precision, bytes_per_rank, summary
 from megadiff.config.load import load_run
 from megadiff.config.schema import Run
 from megadiff.launcher.devices import find_devices, processes_for
@@ -80,18 +80,23 @@ def table(loaded: Run, stages: list[dict[str, Any]], ranks: int, resolved: dict[
         ("FLOPs per step", [_flops(s["flops_per_step"]) for s in stages]),
     ]
     if resolved is not None:
-        rows += _sharing(stages, resolved)
+        rows += _sharing(loaded, ranks, resolved)
     text = f"run {loaded.name}, folder {loaded.folder}, seed {loaded.seed}, {ranks} data-parallel rank{'s' * (ranks > 1)}\n\n"
     return text + _columns(rows) + "\n\nsound"
 
 
-def _sharing(stages: list[dict[str, Any]], resolved: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    trees = [resolved[s["stage"]] for s in stages]
-    sizes = [s["bytes_per_rank"][f"zero{zero_stage(tree)}"] for s, tree in zip(stages, trees, strict=True)]
+def _sharing(loaded: Run, ranks: int, resolved: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """What the DeepSpeed JSON makes of it, in the precision of this machine."""
+    zeros = [zero_stage(resolved[stage.name]) for stage in loaded.stages]
+    precisions: list[Precision] = ["bf16" if resolved[stage.name]["bf16"]["enabled"] else "fp32" for stage in loaded.stages]
+    sizes = [
+        bytes_per_rank(loaded.model, stage, ranks, zero_stage=zero, precision=precision)
+        for stage, zero, precision in zip(loaded.stages, zeros, precisions, strict=True)
+    ]
     return [
-        ("ZeRO stage", [str(zero_stage(tree)) for tree in trees]),
-        ("precision here", ["bf16" if tree["bf16"]["enabled"] else "fp32" for tree in trees]),
-        (f"bytes per rank, {stages[0]['bytes_per_rank']['precision']}", [_bytes(size["total"]) for size in sizes]),
+        ("ZeRO stage", [str(zero) for zero in zeros]),
+        ("precision", list(precisions)),
+        ("bytes per rank", [_bytes(size["total"]) for size in sizes]),
         *((f"  {part}", [_bytes(size[part]) for size in sizes]) for part in sizes[0] if part != "total"),
     ]
 

@@ -21,8 +21,8 @@ def _add_emoji(actions: Verbs) -> None:
         actions,
         "emoji",
         "emoji pictures with captions as tar shards (npm packages with permissive licences)",
-        "Fetch emoji art with `npm pack`, draw it at a size, caption it, and write tar shards, manifests (train and held out, split\n"
-        "by base emoji) and a tokenizer. Deterministic; a second start goes on where the first stopped.",
+        "Fetch emoji art with `npm pack`, draw it at a size, caption it, and write tar shards, manifests (train and held out,\n"
+        "split by base emoji) and a tokenizer. Deterministic; a second start goes on where the first stopped.",
         "  megadiff data emoji --size 64 data/emoji64\n  megadiff data emoji --size 32 --sets noto s3://bucket/emoji32\n",
     )
     parser.add_argument("out", metavar="OUT", help="a folder, or an s3:// address")
@@ -30,6 +30,13 @@ def _add_emoji(actions: Verbs) -> None:
     parser.add_argument(
         "--sets", metavar="A,B", type=_sets, default=EMOJI_SETS, help=f"which sets (default: {','.join(EMOJI_SETS)})"
     )
+    parser.add_argument(
+        "--skin-tones",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="with the variants in skin tones (default: yes)",
+    )
+    parser.add_argument("--vocabulary", metavar="V", type=positive, default=2000, help="ids of the tokenizer (default: 2000)")
     parser.set_defaults(run=make_emoji)
 
 
@@ -38,12 +45,11 @@ def _add_index(actions: Verbs) -> None:
         actions,
         "index",
         "write the manifest of tar shards that exist",
-        "Read tar shards (WebDataset: members of one sample share a name up to the first dot), count their samples, and write the\n"
-        "manifest that a run's data.train names.",
-        "  megadiff data index 'data/mine/*.tar' data/mine/manifest.json\n",
+        "Read the tar shards of a folder (WebDataset: members of one sample share a name up to the first dot), count their\n"
+        "samples, and write FOLDER/manifest.json, which a run's data.train names.",
+        "  megadiff data index data/mine/train\n  megadiff data index s3://bucket/mine/train\n",
     )
-    parser.add_argument("shards", metavar="SHARD", nargs="+", help="tar files or addresses")
-    parser.add_argument("manifest", metavar="MANIFEST", help="the file to write")
+    parser.add_argument("folder", metavar="FOLDER", help="a folder, or an s3:// address")
     parser.set_defaults(run=index)
 
 
@@ -58,13 +64,27 @@ def _sets(text: str) -> tuple[str, ...]:
 def make_emoji(arguments: argparse.Namespace) -> int:
     from megadiff.data.recipes import emoji
 
-    emoji.make_emoji(arguments.out, size=arguments.size, sets=arguments.sets)
+    emoji.make_emoji(
+        arguments.out,
+        size=arguments.size,
+        sets=arguments.sets,
+        skin_tones=arguments.skin_tones,
+        vocabulary=arguments.vocabulary,
+    )
     return 0
 
 
 def index(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
     from megadiff.data import shards
 
-    shards.write_manifest(shards.index_shards(arguments.shards), arguments.manifest)
-    print(f"manifest: {arguments.manifest}")
+    with tqdm(desc="shards", unit="shard", disable=None) as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        manifest = shards.index_shards(arguments.folder, report)
+    print(f"manifest: {shards.write_manifest(arguments.folder, manifest)} ({manifest.samples:,} samples)")
     return 0

@@ -26,7 +26,7 @@ A user's mistake ends with one sentence and exit code 2.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns its exit code."""
-    parsed = parser().parse_args(arguments)
+    parsed = parse(arguments)
     try:
         code: int = parsed.run(parsed)
         sys.stdout.flush()
@@ -41,6 +41,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return code
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The parsed command line; exits with code 2 and the verb's usage if it cannot be."""
+    parsed, extras = parser().parse_known_args(arguments)
+    # argparse gives a `*` positional up at the first option, so that overrides after one arrive here.
+    if hasattr(parsed, "overrides"):
+        parsed.overrides += [extra for extra in extras if not extra.startswith("-")]
+        extras = [extra for extra in extras if extra.startswith("-")]
+    if extras:
+        parsed.parser.error(f"unrecognized arguments: {' '.join(extras)}")
+    return parsed
 
 
 def parser() -> argparse.ArgumentParser:

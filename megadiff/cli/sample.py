@@ -12,7 +12,7 @@ EXAMPLES = """\
   megadiff sample --checkpoint runs/quickstart --task text-to-image --prompt "red heart" --guidance 3 --out samples
   megadiff sample --checkpoint runs/quickstart --task image-to-text --image cat.png --out captions
   megadiff sample --checkpoint exports/quickstart --task joint -n 16 --seed 1 --out joint
-  megadiff sample --checkpoint runs/quickstart --task text-to-image --data examples/emoji32/held_out.json -n 64 --out held_out
+  megadiff sample --checkpoint runs/quickstart --task text-to-image --data examples/emoji32/held_out -n 64 --out held_out
 """
 
 
@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     check(arguments)
     from megadiff.interfaces.generate import GenerateRequest, generate
 
-    flags = {key: value for key, value in vars(arguments).items() if key != "run"}
+    flags = {key: value for key, value in vars(arguments).items() if key not in ("run", "parser")}
     fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in flags.items()}
     print(f"samples: {generate(GenerateRequest(**fields))}")
     return 0

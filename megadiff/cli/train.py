@@ -39,15 +39,15 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.stage not in names:
         raise UserError(f"the run has no stage {arguments.stage}; its stages: {', '.join(names)}")
     _log_to(Path(loaded.folder) / arguments.stage / "logs" / f"rank_{ranks.rank}.log", ranks)
-    from megadiff.evaluation.periodic import PeriodicSamples
-    from megadiff.training.loop import Callback, train_stage
-
     stage = loaded.stages[names.index(arguments.stage)]
     try:
+        from megadiff.evaluation.periodic import PeriodicSamples
+        from megadiff.training.loop import Callback, train_stage
+
         callbacks: list[Callback] = [PeriodicSamples(loaded, stage, ranks)] if stage.samples else []
         train_stage(loaded, stage.name, tree, callbacks)
     except UserError as error:
-        logging.getLogger("megadiff").error("%s", error)
+        logging.getLogger("megadiff").info("stopped: %s", error)  # the terminal gets it once, below or from the launcher
         if ranks.world == 1:
             raise
         errors.say(error)

@@ -1,0 +1,43 @@
+# `make help` lists the targets.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help quickstart install test test-all lint clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+quickstart: $(VENV)/.installed  ## install, train the three stages on the emoji that ship here, draw samples
+	$(BIN)/megadiff launch configs/run/quickstart.yaml --deepspeed ds_configs/zero3.json
+
+install: $(VENV)/.installed  ## make .venv with megadiff in it
+
+lint: $(VENV)/.installed-test  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy megadiff
+
+test: lint  ## lint, and the tests that need neither a GPU nor many minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow and not slurm"
+
+test-all: lint  ## every test; those that need a GPU are skipped where there is none
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+clean:  ## delete .venv, caches and build files (not runs/)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+# Installs are repeated only when what they read has changed.
+$(VENV)/.installed: setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 2; }
+	@command -v g++ >/dev/null || { echo "g++ is needed: DeepSpeed compiles an operator on first use (Debian: apt-get install build-essential)"; exit 2; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { echo "Python's headers are needed: DeepSpeed compiles an operator on first use (Debian: apt-get install python3-dev)"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(INSTALL) --editable '.[test]'
+	@touch $@

@@ -1,0 +1,285 @@
+"""Emoji art with names: real text-image pairs under permissive licences, out of npm packages.
+
+A sample is a PNG on white and a JSON with captions made of the emoji's English name and tags (emojibase). The hold-out is by
+base emoji: all styles, skin tones and genders of one thing lie on the same side of the split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import resvg_py
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+
+from megadiff.config.errors import UserError
+from megadiff.data.encode import normalise
+from megadiff.data.recipes.npm import Package, fetch
+from megadiff.data.shards import Manifest, Members, Shard, ShardEntry, write_manifest, write_shard
+from megadiff.storage import store
+
+log = logging.getLogger(__name__)
+
+LABELS = ("emojibase-data", "17.0.0")
+TRAIN, HELD_OUT, TOKENIZER, RECIPE = "train", "held_out", "tokenizer.json", "recipe.json"
+PAD, END = "<|pad|>", "<|end|>"
+SKIN_TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
+_NEUTRAL = {"1F468": "1F9D1", "1F469": "1F9D1", "1F466": "1F9D2", "1F467": "1F9D2"}
+_IGNORED_IN_BASE = SKIN_TONES | {"FE0F", "200D", "2640", "2642"}
+
+
+@dataclass(frozen=True)
+class Art:
+    """One set of pictures: its npm package, what captions call its style, and its licence."""
+
+    package: str
+    version: str
+    style: str
+    licence: str
+    holder: str
+
+
+SETS: Mapping[str, Art] = {
+    "noto": Art("@iconify-json/noto", "1.2.9", "noto", "Apache-2.0", "Google Inc, Noto Emoji, https://github.com/googlefonts/noto-emoji"),
+    "noto-v1": Art("@iconify-json/noto-v1", "1.2.5", "blob", "Apache-2.0", "Google Inc, Noto Emoji v1, https://github.com/googlefonts/noto-emoji"),
+    "fluent-emoji-flat": Art(
+        "@iconify-json/fluent-emoji-flat", "1.2.6", "flat", "MIT", "Microsoft, Fluent Emoji, https://github.com/microsoft/fluentui-emoji"
+    ),
+    "fluent-emoji-3d": Art(
+        "@lobehub/fluent-emoji-3d", "1.1.0", "3d", "MIT", "Microsoft, Fluent Emoji, https://github.com/microsoft/fluentui-emoji"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Emoji:
+    """One emoji of Unicode: hexcode like 1F44B-1F3FB, English name and tags."""
+
+    hexcode: str
+    text: str
+    label: str
+    tags: tuple[str, ...]
+
+    @property
+    def base(self) -> str:
+        """The hexcode without skin tones, genders and selectors; a hold-out by it leaks no variant."""
+        parts = [_NEUTRAL.get(part, part) for part in self.hexcode.split("-") if part not in _IGNORED_IN_BASE]
+        return "-".join(parts)
+
+    @property
+    def has_skin_tone(self) -> bool:
+        return bool(SKIN_TONES & set(self.hexcode.split("-")))
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One emoji in one set; `source` is SVG text or the bytes of a raster picture."""
+
+    emoji: Emoji
+    set: str
+    source: str | bytes
+
+    @property
+    def key(self) -> str:
+        return f"{self.set}-{self.emoji.hexcode.lower()}"
+
+
+def make_emoji(
+    out: str,
+    *,
+    size: int = 64,
+    sets: Sequence[str] = tuple(SETS),
+    skin_tones: bool = True,
+    shard_samples: int = 500,
+    held_out_share: float = 0.08,
+    vocabulary: int = 2000,
+    packages: Path | None = None,
+) -> None:
+    """Write OUT/train and OUT/held_out (tar shards with manifests), OUT/tokenizer.json and the licences' notices.
+
+    The same arguments give the same bytes. A second start keeps the shards that are there.
+
+    Args:
+        out: a folder or an s3:// address.
+        size: edge of the pictures, px.
+        packages: where npm archives are kept; None takes the user's cache.
+
+    Raises:
+        UserError: a set is unknown, npm fails, or `out` holds the result of other arguments.
+    """
+    unknown = [name for name in sets if name not in SETS]
+    if unknown or not sets:
+        raise UserError(f"unknown emoji set {', '.join(unknown)}; known: {', '.join(SETS)}")
+    recipe = {
+        "recipe": "emoji", "size_px": size, "sets": list(sets), "skin_tones": skin_tones, "shard_samples": shard_samples,
+        "held_out_share": held_out_share, "vocabulary": vocabulary, "labels": "@".join(LABELS),
+    }  # fmt: skip
+    _check_recipe(out, recipe)
+    emojis = read_labels(fetch(*LABELS, packages))
+    found = [p for name in sets for p in pictures(name, fetch(SETS[name].package, SETS[name].version, packages), emojis)]
+    kept = sorted((p for p in found if skin_tones or not p.emoji.has_skin_tone), key=lambda p: _mix(p.key))
+    splits = {TRAIN: [p for p in kept if not is_held_out(p.emoji.base, held_out_share)]}
+    splits[HELD_OUT] = [p for p in kept if is_held_out(p.emoji.base, held_out_share)]
+    store.write_bytes(store.join(out, RECIPE), (json.dumps(recipe, indent=1) + "\n").encode())
+    _write_notices(out, sets)
+    words = [caption for picture in splits[TRAIN] for caption in captions(picture, styled=len(sets) > 1)]
+    store.write_bytes(store.join(out, TOKENIZER), train_tokenizer(words, vocabulary).to_str(pretty=True).encode())
+    for split, members in splits.items():
+        _write_split(store.join(out, split), split, members, recipe, shard_samples)
+
+
+def read_labels(package: Package) -> dict[str, Emoji]:
+    """Every emoji by hexcode, skin-tone variants included."""
+    found: dict[str, Emoji] = {}
+    for entry in package.json("en/data.json"):
+        tags = tuple(entry.get("tags", ()))
+        for variant in (entry, *entry.get("skins", ())):
+            label = variant["label"].replace(":", ",").lower()
+            found[variant["hexcode"]] = Emoji(variant["hexcode"], variant["emoji"], label, tags)
+    return found
+
+
+def pictures(name: str, package: Package, emojis: Mapping[str, Emoji]) -> list[Picture]:
+    """A set's pictures of known emoji."""
+    return list(_raster(name, package, emojis) if "package.json" in package.names() and _has_assets(package) else _icons(name, package, emojis))
+
+
+def captions(picture: Picture, *, styled: bool) -> list[str]:
+    """What a picture may be called: its name, plain and in a sentence, with tags, and (`styled`) with its set's style."""
+    label, tags = picture.emoji.label, picture.emoji.tags
+    others = [tag for tag in tags if tag not in label.split()]
+    made = [label, f"an emoji of {label}"]
+    made += [f"{label} in {SETS[picture.set].style} style"] if styled else []
+    made += [f"{label}, {', '.join(others[i : i + 2])}" for i in range(0, min(len(others), 4), 2)]
+    return [normalise(caption) for caption in made]
+
+
+def is_held_out(base: str, share: float) -> bool:
+    return _mix(base) < share
+
+
+def render(source: str | bytes, size: int) -> bytes:
+    """A picture as PNG, size x size px, RGB on white."""
+    if isinstance(source, str):
+        source = bytes(resvg_py.svg_to_bytes(svg_string=source, width=size, height=size, background="#ffffff", skip_system_fonts=True))
+    with Image.open(io.BytesIO(source)) as opened:
+        picture = opened.convert("RGBA")
+    ground = Image.new("RGBA", picture.size, "white")
+    ground.alpha_composite(picture)
+    made = ground.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    made.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
+    """A byte-level BPE with exactly `vocabulary` ids: 0 is padding, 1 the end mark."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=[PAD, END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(sorted(texts), trainer)
+    missing = vocabulary - tokenizer.get_vocab_size()
+    tokenizer.add_tokens([f"<|unused{number}|>" for number in range(missing)])
+    return tokenizer
+
+
+def _mix(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") / 2**64
+
+
+def _has_assets(package: Package) -> bool:
+    return any(name.startswith("assets/") for name in package.names())
+
+
+def _raster(name: str, package: Package, emojis: Mapping[str, Emoji]) -> Iterator[Picture]:
+    by_code = {_plain(code): emoji for code, emoji in emojis.items()}
+    for path in package.names():
+        emoji = by_code.get(_plain(Path(path).stem)) if path.startswith("assets/") else None
+        if emoji is not None:
+            yield Picture(emoji, name, package.bytes(path))
+
+
+def _icons(name: str, package: Package, emojis: Mapping[str, Emoji]) -> Iterator[Picture]:
+    tree = package.json("icons.json")
+    codes: dict[str, str] = package.json("chars.json") if "chars.json" in package.names() else {}
+    named = {_plain(code): icon for code, icon in codes.items()}
+    for emoji in emojis.values():
+        icon = named.get(_plain(emoji.hexcode), _slug(emoji.label))
+        icon = tree.get("aliases", {}).get(icon, {}).get("parent", icon)
+        if icon in tree["icons"]:
+            yield Picture(emoji, name, _svg(tree, tree["icons"][icon]))
+
+
+def _plain(code: str) -> str:
+    return "-".join(part for part in code.upper().split("-") if part != "FE0F")
+
+
+def _slug(label: str) -> str:
+    return "-".join("".join(c if c.isalnum() else " " for c in label).split())
+
+
+def _svg(tree: Mapping[str, Any], icon: Mapping[str, Any]) -> str:
+    box = (icon.get("width", tree.get("width", 16)), icon.get("height", tree.get("height", 16)))
+    return f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 {box[0]} {box[1]}">{icon["body"]}</svg>'
+
+
+def _check_recipe(out: str, recipe: Mapping[str, Any]) -> None:
+    address = store.join(out, RECIPE)
+    if store.exists(address):
+        found = json.loads(store.read_bytes(address))
+        differing = [f"{key} {found.get(key)!r} -> {value!r}" for key, value in recipe.items() if found.get(key) != value]
+        if differing:
+            raise UserError(f"{out} was made with other arguments ({'; '.join(differing)}); name another folder")
+
+
+def _write_split(folder: str, split: str, members: Sequence[Picture], recipe: Mapping[str, Any], shard_samples: int) -> None:
+    groups = [members[start : start + shard_samples] for start in range(0, len(members), shard_samples)]
+    entries = []
+    with tqdm(total=len(members), desc=split, unit="picture", disable=None) as bar:
+        for number, group in enumerate(groups):
+            name, styled = f"{number:05d}.tar", len(recipe["sets"]) > 1
+            entries.append(_finished(folder, name) or _write_group(folder, name, group, recipe["size_px"], styled=styled))
+            bar.update(len(group))
+    facts = {"split": split, **recipe, "licences": {name: SETS[name].licence for name in recipe["sets"]}}
+    write_manifest(folder, Manifest(tuple(entries), facts))
+
+
+def _finished(folder: str, name: str) -> ShardEntry | None:
+    """A shard that an earlier start has written (objects appear whole or not at all)."""
+    address = store.join(folder, name)
+    if not store.exists(address):
+        return None
+    data = store.read_bytes(address)
+    return ShardEntry(name, len(Shard(address, data)), len(data), hashlib.sha256(data).hexdigest())
+
+
+def _write_group(folder: str, name: str, group: Sequence[Picture], size: int, *, styled: bool) -> ShardEntry:
+    samples: dict[str, Members] = {}
+    for picture in group:
+        try:
+            drawn = render(picture.source, size)
+        except (ValueError, OSError) as error:
+            log.warning("%s cannot be drawn and is left out: %s", picture.key, error)
+            continue
+        facts = {"captions": captions(picture, styled=styled), "emoji": picture.emoji.text, "base": picture.emoji.base, "set": picture.set}
+        samples[picture.key] = {"png": drawn, "json": json.dumps(facts, ensure_ascii=False).encode()}
+    return write_shard(folder, name, samples)
+
+
+def _write_notices(out: str, sets: Sequence[str]) -> None:
+    lines = ["Pictures in these shards, by set:", ""]
+    lines += [f"- {name}: {SETS[name].holder} ({SETS[name].licence}), package {SETS[name].package} {SETS[name].version}" for name in sets]
+    lines += ["", "They were drawn at another size on a white ground; nothing else was changed.", f"Names and tags: emojibase-data {LABELS[1]} (MIT)."]
+    store.write_bytes(store.join(out, "NOTICE"), ("\n".join(lines) + "\n").encode())

@@ -1,0 +1,69 @@
+"""Files out of npm packages, through the npm client that the user has set up."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+from typing import Any
+
+from megadiff.config.errors import UserError
+
+
+class Package:
+    """The files of one package, read out of its archive."""
+
+    def __init__(self, archive: Path) -> None:
+        """Raises UserError if the archive is damaged."""
+        try:
+            with tarfile.open(archive) as tar:
+                self._files = {m.name.partition("/")[2]: _read(tar, m) for m in tar if m.isfile()}
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise UserError(f"{archive} is damaged ({error}); delete it and start again") from None
+
+    def names(self) -> list[str]:
+        return sorted(self._files)
+
+    def bytes(self, name: str) -> bytes:
+        return self._files[name]
+
+    def json(self, name: str) -> Any:
+        return json.loads(self._files[name])
+
+
+def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    return b"" if file is None else file.read()
+
+
+def fetch(name: str, version: str, folder: Path | None = None) -> Package:
+    """A package by `npm pack`, kept in `folder` (by default the user's cache).
+
+    Raises:
+        UserError: npm is missing or cannot fetch it.
+    """
+    folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megadiff" / "npm"
+    archive = folder / f"{name.removeprefix('@').replace('/', '-')}-{version}.tgz"
+    if not archive.exists():
+        _pack(name, version, folder)
+    return Package(archive)
+
+
+def _pack(name: str, version: str, folder: Path) -> None:
+    if shutil.which("npm") is None:
+        raise UserError("npm is not installed, and emoji art comes as npm packages; install Node.js (Debian: apt-get install npm)")
+    aside = folder / f".{os.getpid()}"
+    aside.mkdir(parents=True, exist_ok=True)
+    try:
+        command = ["npm", "pack", f"{name}@{version}", "--pack-destination", str(aside), "--silent"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = list(aside.glob("*.tgz"))
+        if done.returncode or not found:
+            reason = (done.stderr.strip() or done.stdout.strip() or "no reason given").splitlines()[-1]
+            raise UserError(f"npm cannot fetch {name}@{version}: {reason}")
+        found[0].replace(folder / found[0].name)
+    finally:
+        shutil.rmtree(aside)

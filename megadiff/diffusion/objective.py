@@ -1,0 +1,134 @@
+"""The whole method: a clean batch to a noised one, and a prediction to a loss. It knows nothing of parallelism.
+
+Legend: B samples of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megadiff import rng
+from megadiff.config.schema import Model, Stage
+from megadiff.diffusion.process import NoisedState, Process, build_processes
+from megadiff.diffusion.times import SMALLEST_TIME, draw_times
+from megadiff.types import Batch, Denoiser, LossTerms, Noised, Prediction, Readout
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A noised micro-batch.
+
+    Attributes:
+        noised: what the network reads.
+        readout: what is read out of it; the same modalities whatever the samples (ZeRO-3 needs equal calls on all ranks).
+        states: per scored modality the noised state and its target.
+        times: per modality [B].
+        weights: per scored modality float32 [B]; 0 where it is only a condition or the sample could not be read.
+        counts: per scored modality the number of scored elements, scalar.
+    """
+
+    noised: Noised
+    readout: dict[str, Readout]
+    states: dict[str, NoisedState]
+    times: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    counts: dict[str, Tensor]
+
+
+class Objective:
+    """Decoupled noising of all modalities, and the weighted sum of their own losses."""
+
+    def __init__(self, model: Model, stage: Stage, seed: int) -> None:
+        self.processes = build_processes(model)
+        self.stage, self.seed = stage, seed
+        self.scored = [name for name in self.processes if _is_scored(stage, name)]
+
+    def prepare(self, batch: Batch) -> Prepared:
+        """Draw times and noise, both keyed by the samples."""
+        drawn = draw_times(self.stage, batch, self.seed)
+        states = {
+            name: process.noise(batch.states[name], drawn.times[name], batch.keys) for name, process in self.processes.items()
+        }
+        noised = noised_of(self.processes, {name: state.state for name, state in states.items()}, drawn.times)
+        weights = {name: batch.weight * drawn.free[name] for name in self.scored}
+        readout = {name: self.processes[name].readout(states[name], weights[name] > 0) for name in self.scored}
+        scored = {name: states[name] for name in self.scored}
+        counts = {name: (self.processes[name].counts(scored[name]) * weights[name]).sum() for name in self.scored}
+        return Prepared(noised, readout, scored, drawn.times, weights, counts)
+
+    def score(self, prediction: Prediction, prepared: Prepared, normaliser: Mapping[str, Tensor | float]) -> LossTerms:
+        """The loss terms of one micro-batch.
+
+        Args:
+            normaliser: per modality what its loss sum is multiplied by (data ranks x accumulation / global count).
+        """
+        sums: dict[str, Tensor] = {}
+        counts: dict[str, Tensor] = {}
+        total = torch.zeros((), device=next(iter(prediction.values())).device)
+        for name in self.scored:
+            times, weight = prepared.times[name], prepared.weights[name]
+            losses = self.processes[name].losses(prediction[name], prepared.states[name], times)
+            sums[name] = losses.sums * weight
+            counts[name] = losses.counts * weight
+            total = total + self.stage.modalities[name].loss_weight * normaliser[name] * sums[name].sum()
+        detached = {name: value.detach() for name, value in sums.items()}
+        return LossTerms(
+            total=total,
+            sums={name: value.sum() for name, value in detached.items()},
+            counts={name: value.sum() for name, value in counts.items()},
+            sample_sums=detached,
+            sample_counts=counts,
+            times={name: prepared.times[name] for name in self.scored},
+        )
+
+
+def noised_of(processes: Mapping[str, Process], states: Mapping[str, Tensor], times: Mapping[str, Tensor]) -> Noised:
+    """What a network reads at given states and times."""
+    return Noised(
+        states=dict(states),
+        clocks={name: process.clock(times[name]) for name, process in processes.items()},
+        visible={name: process.visible(states[name], times[name]) for name, process in processes.items()},
+    )
+
+
+def conditional_losses(
+    denoiser: Denoiser,
+    model: Model,
+    clean: Mapping[str, Tensor],
+    keys: Tensor,
+    *,
+    target: str,
+    given: Collection[str],
+    times: int,
+) -> Tensor:
+    """How badly `target` is predicted while the `given` modalities are held clean: float64 [B], per element.
+
+    Grids: mean squared error over all times. Tokens: the exact NELBO in nats per token. Modalities that are neither are absent.
+
+    Args:
+        times: strata of the time axis; one time is drawn in each, keyed per sample.
+    """
+    processes = build_processes(model)
+    losses = torch.zeros(len(keys), dtype=torch.float64, device=keys.device)
+    held = {name: torch.full((len(keys),), 0.0 if name in given else 1.0, device=keys.device) for name in processes}
+    absent = {name: p.prior(keys) for name, p in processes.items() if name not in given and name != target}
+    for stratum in range(times):
+        own = rng.fold(keys, stratum)
+        at = ((stratum + rng.uniform(own, "evaluation time")) / times).clamp_min(SMALLEST_TIME)
+        noised = processes[target].noise(clean[target], at, own)
+        states = {name: clean[name] if name in given else absent.get(name, noised.state) for name in processes}
+        readout = {target: processes[target].readout(noised, torch.ones_like(at, dtype=torch.bool))}
+        prediction = denoiser(noised_of(processes, states, {**held, target: at}), readout)
+        found = processes[target].losses(prediction[target], noised, at, exact=True)
+        losses += (found.sums.double() / found.counts.double()) / times
+    return losses
+
+
+def _is_scored(stage: Stage, name: str) -> bool:
+    modality = stage.modalities[name]
+    return modality.predicted and modality.loss_weight > 0
+

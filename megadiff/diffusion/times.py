@@ -1,0 +1,70 @@
+"""Decoupled times: every modality of every sample has its own.
+
+Legend: B samples of a micro-batch, G samples of the global batch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megadiff import rng
+from megadiff.config.schema import LogitNormalTimes, Stage, UniformTimes
+from megadiff.types import Batch
+
+SMALLEST_TIME = 1e-5
+
+
+class Times(NamedTuple):
+    """Per modality times float32 [B] and whether the modality may be scored in the sample, bool [B]."""
+
+    times: dict[str, Tensor]
+    free: dict[str, Tensor]
+
+
+def draw_times(stage: Stage, batch: Batch, seed: int) -> Times:
+    """Draw the times of a micro-batch.
+
+    One draw per sample decides whether some modality is only a condition there: held clean at t = 0, or absent at t = 1. It is
+    then not scored (at a fixed time there is nothing to learn, and it would bias the loss over times). All other times follow
+    the modality's distribution. A function of (seed, data step, slot) or of the sample's key, so the same on any rank.
+    """
+    role = _uniforms(stage, batch, seed, "role")
+    times: dict[str, Tensor] = {}
+    free: dict[str, Tensor] = {}
+    below = 0.0
+    for name, modality in stage.modalities.items():
+        drawn = quantile(modality.times, _uniforms(stage, batch, seed, f"{name} time"))
+        clean = (role >= below) & (role < below + modality.conditioning.clean)
+        below += modality.conditioning.clean
+        absent = (role >= below) & (role < below + modality.conditioning.absent)
+        below += modality.conditioning.absent
+        times[name] = torch.where(clean, 0.0, torch.where(absent, 1.0, drawn))
+        free[name] = ~(clean | absent)
+    return Times(times, free)
+
+
+def quantile(distribution: UniformTimes | LogitNormalTimes, uniforms: Tensor) -> Tensor:
+    """Times from uniform numbers by the inverse distribution function, so that evenly spread numbers give evenly spread times.
+
+    logit_normal: a uniform number below the uniform share is spread over all times, the rest through sigmoid(location + scale *
+    normal quantile). Source: Esser et al., arXiv 2403.03206, section 3.1.
+    """
+    if isinstance(distribution, LogitNormalTimes):
+        share = distribution.uniform_share
+        rest = ((uniforms - share) / max(1 - share, 1e-9)).clamp(1e-6, 1 - 1e-6)
+        logit_normal = torch.sigmoid(distribution.location + distribution.scale * torch.special.ndtri(rest.double())).float()
+        uniforms = torch.where(uniforms < share, uniforms / max(share, 1e-9), logit_normal)
+    return uniforms.clamp(SMALLEST_TIME, 1.0)
+
+
+def _uniforms(stage: Stage, batch: Batch, seed: int, purpose: str) -> Tensor:
+    """Float32 [B]; spread evenly over the global batch where the stage asks for it."""
+    if not stage.antithetic_times:
+        return rng.uniform(batch.keys, purpose)
+    key = rng.sample_keys(seed, batch.data_step, device=batch.keys.device)
+    shift = rng.uniform(key, f"{purpose} shift", dtype=torch.float64)
+    places = rng.uniform(key, f"{purpose} order", (batch.global_samples,))[0].argsort()
+    return ((shift + places[batch.slots].double() / batch.global_samples) % 1.0).float()

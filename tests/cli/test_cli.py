@@ -1,0 +1,260 @@
+"""The command line: exit codes, one sentence per mistake, no torch where none is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megadiff.cli import main as cli
+from tests.minimal import ZERO3, minimal_run, tree, write_json, write_yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    minimal_run(tmp_path)
+    return str(tmp_path / "minimal.yaml")
+
+
+@pytest.fixture
+def json_file(tmp_path: Path) -> str:
+    return str(write_json(tmp_path / "zero3.json", ZERO3))
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a command line that must fail says: one line, exit code 2, nothing on stdout."""
+    assert cli.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("megadiff: error: ")
+    assert len(err.splitlines()) == 1
+    return err
+
+
+def test_check_config_prints_a_column_per_stage(run_file: str, json_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check-config", run_file, "--deepspeed", json_file]) == 0
+    out = capsys.readouterr().out
+    rows = {line[:20].strip(): line.split()[-2:] for line in out.splitlines()[2:-2]}
+    assert rows["stage"] == ["first", "second"]
+    assert rows["x data ranks"] == ["2", "2"]
+    assert rows["x accumulation"] == ["2", "2"]
+    assert rows["ZeRO stage"] == ["3", "3"]
+    assert rows["precision"] == ["fp32", "fp32"]
+
+
+def test_check_config_json_holds_the_resolved_run_and_the_derived_numbers(
+    run_file: str, json_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["check-config", run_file, "--deepspeed", json_file, "--processes", "4", "--json", "stages.*.steps=10"]
+    assert cli.main(arguments) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [stage["steps"] for stage in report["run"]["stages"]] == [10, 10]
+    assert report["deepspeed"]["second"]["gradient_accumulation_steps"] == 1
+    second = report["stages"][1]
+    assert second["parameters"]["trained"] + second["parameters"]["frozen"] == second["parameters"]["total"]
+    assert second["batch"]["data_ranks"] == 4
+    assert second["tokens_per_sample"]["total"] == 8 + 4
+    assert second["flops_per_sample"] > 0
+
+
+def test_check_config_and_dry_run_import_no_torch(run_file: str, json_file: str, tmp_path: Path) -> None:
+    script = (
+        "import sys; sys.modules['torch'] = sys.modules['deepspeed'] = None\n"  # an import of either then fails
+        "from megadiff.cli.main import main\n"
+        f"assert main(['check-config', {run_file!r}, '--deepspeed', {json_file!r}, '--json']) == 0\n"
+        f"assert main(['launch', {run_file!r}, '--deepspeed', {json_file!r}, '--dry-run']) == 0\n"
+        "heavy = {name.split('.')[0] for name in sys.modules} & {'numpy', 'transformers', 'obstore', 'PIL', 'matplotlib'}\n"
+        "assert not heavy, heavy"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_overrides_may_stand_after_options(run_file: str, json_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (
+        [run_file, "seed=5", "--deepspeed", json_file, "--dry-run"],
+        [run_file, "--deepspeed", json_file, "--dry-run", "seed=5"],
+        ["--deepspeed", json_file, run_file, "seed=5", "--dry-run", "name=other"],
+    ):
+        parsed = cli.parse(["launch", *arguments])
+        assert parsed.overrides[0] == "seed=5"
+    assert parsed.overrides == ["seed=5", "name=other"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides", "said"),
+    [
+        ({"sead": 1}, [], "unknown key sead; did you mean seed?"),
+        ({}, ["stages.second.stepps=3"], "did you mean steps?"),
+        (
+            {},
+            ["stages.*.batch.micro_batch=3"],
+            "must be a multiple of micro_batch (3) x data ranks (2) = 6; nearest: 12 or 18",
+        ),
+        ({}, ["data.lanes=1"], "data.lanes (1) must be a multiple of the data ranks (2)"),
+        ({}, ["seed"], "must look like a.b=value"),
+    ],
+)
+def test_a_mistake_in_the_run_is_one_sentence(
+    tmp_path: Path,
+    json_file: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    overrides: list[str],
+    said: str,
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    path = str(write_yaml(tmp_path / "run.yaml", tree(**changes)))
+    for verb in (["check-config", path], ["launch", path, "--deepspeed", json_file]):
+        assert said in mistake(capsys, *verb, *overrides)
+
+
+def test_a_mistake_in_the_json_is_one_sentence(run_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "broken.json"
+    broken.write_text('{"bf16": {"enabled": "auto"},}')
+    fp16 = str(write_json(tmp_path / "fp16.json", {"fp16": {"enabled": True}}))
+    twice = str(write_json(tmp_path / "twice.json", {**ZERO3, "train_batch_size": 7}))
+    assert "line 1" in mistake(capsys, "launch", run_file, "--deepspeed", str(broken))
+    assert "bf16 or fp32" in mistake(capsys, "check-config", run_file, "--deepspeed", fp16)
+    assert "stages.first.batch.global_samples" in mistake(capsys, "launch", run_file, "--deepspeed", twice, "--dry-run")
+    assert "does not exist" in mistake(capsys, "launch", run_file, "--deepspeed", "nowhere.json")
+
+
+def test_missing_files_are_a_mistake_for_launch_and_a_note_for_a_dry_run(
+    run_file: str, json_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "train.json").unlink()
+    assert "data.train" in mistake(capsys, "launch", run_file, "--deepspeed", json_file)
+    assert cli.main(["launch", run_file, "--deepspeed", json_file, "--dry-run"]) == 0
+    assert "megadiff: note: not there yet: data.train" in capsys.readouterr().err
+
+
+def test_an_unknown_stage_is_named_before_torch_is_imported(
+    run_file: str, json_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = mistake(capsys, "train", run_file, "--stage", "third", "--deepspeed", json_file)
+    assert "no stage third; its stages: first, second" in said
+
+
+def test_a_rank_leaves_its_sentence_to_the_launcher_and_the_first_wins(
+    run_file: str, json_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = tmp_path / "error.txt"
+    monkeypatch.setenv("MEGADIFF_ERROR_FILE", str(error))
+    for stage in ("third", "fourth"):
+        assert cli.main(["train", run_file, "--stage", stage, "--deepspeed", json_file]) == 2
+    assert capsys.readouterr().err == ""
+    assert "third" in error.read_text()
+    assert "fourth" not in error.read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["lunch"],
+        ["launch"],
+        ["launch", "run.yaml"],
+        ["launch", "run.yaml", "--deepspeed", "x.json", "--nonsense"],
+        ["check-config", "run.yaml", "--processes", "0"],
+        ["sample", "--checkpoint", "x", "--task", "joint"],
+        ["sample", "--checkpoint", "x", "--task", "joint", "--out", "y", "left over"],
+        ["data"],
+        ["data", "emoji", "--sets", "noto,nato", "out"],
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_command_line_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert "usage: megadiff" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [[], *([verb.__name__.rsplit(".")[-1].replace("_", "-")] for verb in cli.VERBS), ["data", "emoji"], ["data", "index"]],
+)
+def test_every_verb_has_help_with_a_description(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*verb, "--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: {' '.join(['megadiff', *verb])}")
+    assert max(map(len, out.splitlines())) <= 128
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--task", "text-to-image"], "--task text-to-image needs a condition: --prompt TEXT"),
+        (["--task", "joint", "--prompt", "cat"], "takes no condition; leave out --prompt"),
+        (["--task", "text-to-image", "--prompt", "cat", "--data", "m.json"], "--prompt and --data exclude each other"),
+        (["--task", "picture"], "write GIVEN-to-WANTED"),
+        (["--task", "joint", "--guidance-interval", "0.8", "0.3"], "two times with 0 <= A <= B <= 1"),
+        (["--task", "joint", "--guidance", "-1"], "--guidance -1 must be 0 or more"),
+        (["--task", "joint", "--guidance-final-time", "2"], "must lie between 0 and 1"),
+        (["--task", "joint", "--seed", "-1"], "--seed -1 must be"),
+    ],
+)
+def test_flags_of_sample_that_do_not_go_together_are_named(
+    flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in mistake(capsys, "sample", "--checkpoint", "runs/x", "--out", "out", *flags)
+
+
+def test_the_flags_of_sample_are_the_fields_of_the_request() -> None:
+    from dataclasses import fields
+
+    from megadiff.interfaces.generate import GenerateRequest
+
+    parsed = cli.parse(["sample", "--checkpoint", "x", "--task", "joint", "--out", "y"])
+    flags = {key: tuple(value) if isinstance(value, list) else value for key, value in vars(parsed).items()}
+    assert set(flags) - {"run", "parser"} == {field.name for field in fields(GenerateRequest)}
+    request = GenerateRequest(**{key: value for key, value in flags.items() if key not in ("run", "parser")})
+    assert request == GenerateRequest(checkpoint="x", task="joint", out="y")
+
+
+def test_an_interruption_exits_with_130_and_no_traceback(
+    run_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megadiff.cli.check_config.load_run", interrupted)
+    assert cli.main(["check-config", run_file]) == 130
+    assert capsys.readouterr().err == "megadiff: interrupted\n"
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(run_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("megadiff.cli.check_config.load_run", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["check-config", run_file])
+
+
+def test_python_m_megadiff_is_the_same_command_and_a_closed_pipe_is_quiet(run_file: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "megadiff", "check-config", run_file, "--json"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.wait(timeout=60) == 141
+    assert process.stderr.read() == ""
+    process.stderr.close()

@@ -1,0 +1,334 @@
+"""`megadiff launch` on one machine. Ranks are stand-ins here, but processes, signals and exit codes are real."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megadiff.config.errors import UserError
+from megadiff.config.load import load_run
+from megadiff.config.schema import Run, Stage
+from megadiff.launcher import devices, folder, local
+from megadiff.launcher.devices import Devices
+from tests.minimal import ZERO3, minimal_run, write_json
+
+ROOT = Path(__file__).parents[2]
+CPU = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+
+FINISH = "import pathlib, sys; pathlib.Path(sys.argv[1], 'DONE').touch()"
+CRASH = "import sys; sys.exit(5)"
+KILLED = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+STOPS_EARLY = "pass"
+MISTAKE = """
+import os, sys
+open(os.environ['MEGADIFF_ERROR_FILE'], 'x').write('shard x is damaged; delete it')
+sys.exit(2)
+"""
+
+
+def plan_of(run: Run) -> local.Plan:
+    return local.plan_launch(run, ZERO3, CPU)
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Let stages run these scripts (the last one again and again); returns the names of started stages."""
+
+    def replace(*scripts: str) -> list[str]:
+        started: list[str] = []
+
+        def command(plan: local.Plan, stage: Stage, port: int | str) -> list[str]:
+            script = scripts[min(len(started), len(scripts) - 1)]
+            started.append(stage.name)
+            return [sys.executable, "-c", script, str(Path(plan.run.folder) / stage.name)]
+
+        monkeypatch.setattr(local.Plan, "command", command)
+        return started
+
+    return replace
+
+
+def test_the_commands_are_these(tmp_path: Path) -> None:
+    run = minimal_run(tmp_path, showcase={"count": 2}).model_copy(update={"folder": "runs/minimal"})
+    text = local.describe(plan_of(run)).replace(sys.executable, "python")
+    launcher = (
+        "DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python -m deepspeed.launcher.runner --hostfile /dev/null --num_accelerators 2 "
+        "--master_port PORT --no_local_rank --log_level critical --module megadiff train runs/minimal/run.yaml"
+    )
+    assert text.splitlines() == [
+        "# stage 1 of 2, first: 4 steps",
+        f"{launcher} --stage first --deepspeed runs/minimal/deepspeed.json",
+        "# stage 2 of 2, second: 4 steps",
+        f"{launcher} --stage second --deepspeed runs/minimal/deepspeed.json",
+        "# samples",
+        "DS_ACCELERATOR=cpu OMP_NUM_THREADS=2 python -m megadiff showcase runs/minimal/run.yaml",
+    ]
+
+
+def test_deepspeeds_runner_knows_the_flags(tmp_path: Path) -> None:
+    from deepspeed.launcher.runner import parse_args
+
+    plan = plan_of(minimal_run(tmp_path))
+    parsed = parse_args(plan.command(plan.run.stages[0], 12345)[3:])
+    assert (parsed.num_gpus, parsed.master_port, parsed.module, parsed.no_local_rank) == (2, 12345, True, True)
+    assert (parsed.user_script, parsed.user_args[0]) == ("megadiff", "train")
+    assert not Path(parsed.hostfile).is_file()
+
+
+def test_gpus_chosen_by_cuda_visible_devices_are_the_ones_used(tmp_path: Path) -> None:
+    plan = local.Plan(minimal_run(tmp_path), ZERO3, Devices("cuda", 3, (4, 6, 7)), 2, CPU)
+    command = plan.command(plan.run.stages[0], 1)
+    assert command[command.index("--include") + 1] == "localhost:4,6"
+    assert "--num_accelerators" not in command
+
+
+def test_all_stages_run_in_order_and_the_resolved_files_are_kept(tmp_path: Path, ranks: Callable[..., list[str]]) -> None:
+    run, said = minimal_run(tmp_path), list[str]()
+    started = ranks(FINISH)
+    assert local.launch(plan_of(run), say=said.append) == 0
+    assert started == ["first", "second"]
+    assert load_run(Path(run.folder) / "run.yaml") == run
+    assert json.loads((Path(run.folder) / "deepspeed.json").read_text()) == ZERO3
+    assert "tensorboard --logdir" in said[-1]
+
+
+def test_a_second_launch_starts_only_what_is_not_done(tmp_path: Path, ranks: Callable[..., list[str]]) -> None:
+    run = minimal_run(tmp_path)
+    ranks(FINISH, CRASH)
+    assert local.launch(plan_of(run)) == 5
+    started = ranks(FINISH)
+    assert local.launch(plan_of(run)) == 0
+    assert started == ["second"]
+    assert "(done already)" in local.describe(plan_of(run))
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "sentence"),
+    [
+        (MISTAKE, 2, "megadiff: error: stage first: shard x is damaged; delete it"),
+        (CRASH, 5, "megadiff: error: stage first ended with exit code 5; see {logs}"),
+        (KILLED, 137, "megadiff: error: stage first ended with signal 9 (SIGKILL); see {logs}"),
+        (STOPS_EARLY, 1, "megadiff: error: stage first ended with exit code 0 before its last step; see {logs}"),
+        ("import sys; sys.exit(247)", 247, "megadiff: error: stage first ended with signal 9 (SIGKILL); see {logs}"),
+    ],
+    ids=["a user's mistake", "a crash", "a kill", "an early end", "a killed rank below DeepSpeed's launcher"],
+)
+def test_a_failure_is_one_sentence_with_stage_and_log(
+    tmp_path: Path,
+    ranks: Callable[..., list[str]],
+    capfd: pytest.CaptureFixture[str],
+    script: str,
+    code: int,
+    sentence: str,
+) -> None:
+    run = minimal_run(tmp_path)
+    started = ranks(script)
+    assert local.launch(plan_of(run)) == code
+    assert started == ["first"]
+    assert capfd.readouterr().err.splitlines() == [sentence.format(logs=Path(run.folder) / "first" / "logs")]
+
+
+def test_an_old_mistake_is_not_said_again(
+    tmp_path: Path, ranks: Callable[..., list[str]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = minimal_run(tmp_path)
+    ranks(MISTAKE)
+    local.launch(plan_of(run))
+    ranks(FINISH)
+    assert local.launch(plan_of(run)) == 0
+    assert capfd.readouterr().err.count("damaged") == 1
+
+
+def test_missing_data_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    run = minimal_run(tmp_path)
+    (tmp_path / "train.json").unlink()
+    with pytest.raises(UserError, match=r"not found: data\.train: .*train\.json"):
+        local.launch(plan_of(run))
+    assert not Path(run.folder).exists()
+
+
+def test_addresses_are_not_looked_for_on_the_disk(tmp_path: Path) -> None:
+    run = minimal_run(tmp_path)
+    data = run.data.model_copy(update={"train": "s3://bucket/train.json"})
+    assert local.missing_files(run.model_copy(update={"data": data})) == []
+
+
+def test_a_folder_with_another_configuration_is_refused_with_the_keys(tmp_path: Path, ranks: Callable[..., list[str]]) -> None:
+    ranks(FINISH)
+    local.launch(plan_of(minimal_run(tmp_path)))
+    changed = minimal_run(tmp_path, seed=3, stage_defaults__steps=9)
+    with pytest.raises(UserError) as caught:
+        local.launch(plan_of(changed))
+    for part in ("seed (0 there, 3 here)", "stages.first.steps (4 there, 9 here)", "--allow-changes"):
+        assert part in str(caught.value)
+
+
+def test_launch_and_showcase_may_change_between_launches(tmp_path: Path, ranks: Callable[..., list[str]]) -> None:
+    ranks(FINISH)
+    local.launch(plan_of(minimal_run(tmp_path)))
+    folder.check_unchanged(minimal_run(tmp_path, launch__processes=4, showcase={"count": 3}))
+
+
+def test_allowed_changes_are_kept_and_a_longer_stage_goes_on(tmp_path: Path, ranks: Callable[..., list[str]]) -> None:
+    ranks(FINISH)
+    local.launch(plan_of(minimal_run(tmp_path)))
+    longer = minimal_run(tmp_path)
+    longer = longer.model_copy(update={"stages": (longer.stages[0], longer.stages[1].model_copy(update={"steps": 9}))})
+    started = ranks(FINISH)
+    assert local.launch(plan_of(longer), allow_changes=True) == 0
+    assert started == ["second"]
+    assert load_run(Path(longer.folder) / "run.yaml") == longer
+
+
+def test_a_damaged_stored_run_is_said_plainly(tmp_path: Path) -> None:
+    run = minimal_run(tmp_path)
+    Path(run.folder).mkdir()
+    (Path(run.folder) / "run.yaml").write_text("a: [")
+    with pytest.raises(UserError, match="delete that file or name a new folder"):
+        folder.check_unchanged(run)
+
+
+def test_two_launches_cannot_share_a_folder(tmp_path: Path) -> None:
+    run = minimal_run(tmp_path)
+    with folder.locked(run), pytest.raises(UserError, match=f"in use by another launch \\(process {os.getpid()}"):
+        local.launch(plan_of(run))
+    with folder.locked(run):
+        pass
+
+
+def test_ranks_that_outlive_their_launcher_keep_the_folder_locked(tmp_path: Path) -> None:
+    run = minimal_run(tmp_path)
+    with folder.locked(run) as lock:
+        left_behind = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=(lock,))
+    try:
+        with pytest.raises(UserError, match="in use"), folder.locked(run):
+            pass
+    finally:
+        left_behind.kill()
+        left_behind.wait()
+    with folder.locked(run):
+        pass
+
+
+WATCHED = """
+import os, signal, subprocess, sys, time
+if len(sys.argv) > 1 and sys.argv[1] != "watcher":
+    # As DeepSpeed's runner: waits for the watcher, knows no SIGTERM.
+    sys.exit(subprocess.Popen([sys.executable, __file__, "watcher", sys.argv[1]]).wait())
+def end(number, frame):
+    open(os.path.join(sys.argv[2], "ended"), "w").write(signal.Signals(number).name)
+    sys.exit(1)
+signal.signal(signal.SIGTERM, end)
+open(os.path.join(sys.argv[2], "ready"), "w").close()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_watcher_of_the_ranks_and_the_launch(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    run = minimal_run(tmp_path)
+    (tmp_path / "watched.py").write_text(WATCHED)
+    script = (
+        "import sys; from megadiff.launcher import local; from megadiff.config.load import load_run\n"
+        "local.Plan.command = lambda plan, stage, port: "
+        f"[sys.executable, {str(tmp_path / 'watched.py')!r}, plan.run.folder + '/' + stage.name]\n"
+        f"run = load_run({str(tmp_path / 'minimal.yaml')!r})\n"
+        f"sys.exit(local.launch(local.plan_launch(run, {ZERO3!r}, {CPU!r})))"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    ready = Path(run.folder) / "first" / "ready"
+    while not ready.exists() and launcher.poll() is None:
+        time.sleep(0.05)
+    launcher.send_signal(number)
+    _, err = launcher.communicate(timeout=60)
+    assert launcher.returncode == code, err
+    assert (ready.parent / "ended").read_text() == "SIGTERM"
+    assert err.splitlines() == [
+        "megadiff: interrupted in stage first; the same command goes on from its newest checkpoint",
+    ]
+
+
+def test_a_free_port_can_be_bound() -> None:
+    assert 1024 < local.free_port() < 65536
+
+
+# --------------------------------------------------------------------------------------------------------------- devices
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    return lambda count: monkeypatch.setattr(devices, "_gpus", lambda: count)
+
+
+@pytest.mark.parametrize(
+    ("count", "environment", "found"),
+    [
+        (0, {}, Devices("cpu", 0)),
+        (4, {}, Devices("cuda", 4)),
+        (4, {"CUDA_VISIBLE_DEVICES": "2, 3"}, Devices("cuda", 2, (2, 3))),
+        (4, {"CUDA_VISIBLE_DEVICES": ""}, Devices("cpu", 0)),
+        (4, {"CUDA_VISIBLE_DEVICES": "-1"}, Devices("cpu", 0)),
+        (4, {"DS_ACCELERATOR": "cpu"}, Devices("cpu", 0)),
+        (0, {"CUDA_VISIBLE_DEVICES": "0"}, Devices("cpu", 0)),
+        (0, {"DS_ACCELERATOR": "xpu"}, Devices("xpu", 0)),
+    ],
+)
+def test_devices_follow_the_environment(
+    gpus: Callable[[int], None], count: int, environment: dict[str, str], found: Devices
+) -> None:
+    gpus(count)
+    assert devices.find_devices(environment) == found
+
+
+def test_devices_named_by_uuid_are_refused(gpus: Callable[[int], None]) -> None:
+    gpus(1)
+    with pytest.raises(UserError, match="takes indices only"):
+        devices.find_devices({"CUDA_VISIBLE_DEVICES": "GPU-8f2c"})
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found", "started"),
+    [
+        ("accelerators", Devices("cpu", 0), 1),
+        ("accelerators", Devices("cuda", 4), 4),
+        (2, Devices("cpu", 0), 2),
+        (2, Devices("cuda", 1), 1),
+        (2, Devices("cuda", 8), 2),
+        (2, Devices("xpu", 0), 2),
+    ],
+)
+def test_processes_are_at_most_one_per_gpu(tmp_path: Path, wanted: int | str, found: Devices, started: int) -> None:
+    launch = minimal_run(tmp_path, launch__processes=wanted).launch
+    assert devices.processes_for(launch, found) == started
+
+
+def test_threads_come_from_the_run_the_environment_or_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "_cores", lambda: 9)
+    plain = minimal_run(tmp_path).launch
+    fixed = minimal_run(tmp_path, launch__threads_per_process=3).launch
+    assert devices.threads_for(plain, 2, {}) == 4
+    assert devices.threads_for(plain, 20, {}) == 1
+    assert devices.threads_for(plain, 2, {"OMP_NUM_THREADS": "7"}) == 7
+    assert devices.threads_for(fixed, 2, {"OMP_NUM_THREADS": "7"}) == 3
+
+
+@pytest.mark.distributed
+def test_a_mistake_that_only_the_ranks_can_see_is_one_sentence_too(tmp_path: Path) -> None:
+    """Real ranks under DeepSpeed's launcher; both find that the tokenizer is empty."""
+    minimal_run(tmp_path, stage_defaults__samples={"every_steps": 2})
+    command = [sys.executable, "-m", "megadiff", "launch", str(tmp_path / "minimal.yaml")]
+    command += ["--deepspeed", str(write_json(tmp_path / "zero3.json", ZERO3))]
+    environment = {**os.environ, **CPU, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2, ended.stderr
+    assert len(ended.stderr.splitlines()) == 1, ended.stderr
+    assert ended.stderr.startswith(f"megadiff: error: stage first: tokenizer {tmp_path / 'tokenizer.json'} cannot be read")
+    assert "cannot be read" in (tmp_path / "run/first/logs/rank_0.log").read_text()

@@ -1,0 +1,170 @@
+"""The doors of the architecture: who may import whom. Imports are read with ast, inside functions as well."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "megadiff"
+
+_WORK = frozenset({"types", "rng", "diffusion", "data", "models", "storage", "distributed", "config"})
+EVERYTHING = _WORK | {"kernels", "launcher", "engine", "training", "evaluation", "interfaces", "cli"}
+DOORS: dict[str, frozenset[str]] = {
+    "types": frozenset(),
+    "rng": frozenset(),
+    "config": frozenset(),
+    "kernels": frozenset(),
+    "storage": frozenset({"config"}),
+    "launcher": frozenset({"config"}),
+    "distributed": frozenset({"config", "storage"}),
+    "data": frozenset({"types", "rng", "config", "storage", "distributed"}),
+    "models": frozenset({"types", "config", "kernels"}),
+    "diffusion": frozenset({"types", "rng", "config", "kernels"}),
+    "engine": frozenset({"types", "models", "kernels", "storage", "distributed", "config"}),
+    "training": _WORK | {"engine"},
+    "evaluation": _WORK,
+    "interfaces": EVERYTHING - {"cli"},
+    "cli": EVERYTHING,
+    "__init__": frozenset(),
+    "__main__": frozenset({"cli"}),
+}
+
+ONLY_IN = {
+    "deepspeed": re.compile(r"engine/.*"),
+    "megatron": re.compile(r"engine/.*"),
+    "triton": re.compile(r"kernels/[^/]+/triton\.py"),
+    "obstore": re.compile(r"storage/.*"),
+    "webdataset": re.compile(r"data/.*"),
+}
+"""Packages that one place alone may import."""
+
+NOT_IN = {"torch": re.compile(r"(config|launcher)/.*")}
+
+
+def violations(package: Path) -> list[str]:
+    """Every import of a package's files that no door allows, as `file:line imports what`."""
+    found = []
+    for path, name in sources(package):
+        room = name.split("/")[0].removesuffix(".py")
+        for module, line in imports(ast.parse(path.read_text(encoding="utf-8")), name):
+            if fault := verdict(room, name, module):
+                found.append(f"{name}:{line} {fault}")
+    return found
+
+
+def sources(package: Path) -> Iterator[tuple[Path, str]]:
+    """(file, name within the package); kernels and launcher are reached through their symlinks."""
+    for top in sorted(package.iterdir()):
+        # Path.rglob does not enter a symlink below its start.
+        for path in sorted(top.resolve().rglob("*.py")) if top.is_dir() else [top] if top.suffix == ".py" else []:
+            yield path, (f"{top.name}/{path.relative_to(top.resolve()).as_posix()}" if top.is_dir() else top.name)
+
+
+def imports(tree: ast.AST, name: str) -> Iterator[tuple[str, int]]:
+    """(absolute module name, line) of every import, relative ones resolved, importlib's with a constant name included."""
+    parents = [PACKAGE, *name.split("/")[:-1]]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(parents[: len(parents) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            # `from megadiff import engine` names the room only among the aliases.
+            yield from ((f"{module}.{alias.name}", node.lineno) for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                yield node.args[0].value, node.lineno
+
+
+def verdict(room: str, name: str, module: str) -> str | None:
+    parts = module.split(".")
+    if parts[0] == PACKAGE:
+        target = parts[1] if len(parts) > 1 else ""
+        if target in EVERYTHING and target != room and target not in DOORS.get(room, frozenset()):
+            allowed = ", ".join(sorted(DOORS.get(room, ()))) or "nothing of ours"
+            return f"imports {PACKAGE}.{target}, but {room} may import {allowed}"
+        return None
+    if parts[0] in ONLY_IN and not ONLY_IN[parts[0]].fullmatch(name):
+        return f"imports {parts[0]}, which only {ONLY_IN[parts[0]].pattern} may"
+    if parts[0] in NOT_IN and NOT_IN[parts[0]].fullmatch(name):
+        return f"imports {parts[0]}, which {NOT_IN[parts[0]].pattern} may not"
+    if room == "launcher" and parts[0] not in sys.stdlib_module_names:
+        return f"imports {parts[0]}, but launcher is the standard library and {PACKAGE}.config only"
+    if parts[0] in ("kernels", "launcher"):
+        return f"imports {parts[0]}; write {PACKAGE}.{parts[0]}"
+    return None
+
+
+def test_every_import_goes_through_a_door() -> None:
+    assert violations(ROOT / PACKAGE) == []
+
+
+def test_every_room_is_read_and_known() -> None:
+    rooms = {name.split("/")[0].removesuffix(".py") for _, name in sources(ROOT / PACKAGE)}
+    assert {"config", "launcher", "kernels", "engine", "cli"} <= rooms
+    assert rooms <= set(DOORS)
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("models/net.py", "from megadiff.diffusion import process"),
+        ("diffusion/net.py", "import megadiff.models.mmdit"),
+        ("training/loop.py", "from megadiff import evaluation"),
+        ("training/loop.py", "from ..evaluation.gap import measure"),
+        ("training/loop.py", "from .. import cli"),
+        ("data/recipes/emoji.py", "from ...engine import zero"),
+        ("engine/api.py", "def late():\n    from megadiff.diffusion import objective"),
+        ("interfaces/page.py", "import importlib\nimportlib.import_module('megadiff.cli.main')"),
+        ("training/loop.py", "import deepspeed"),
+        ("models/net.py", "from megatron.core import parallel_state"),
+        ("kernels/op/reference.py", "import triton.language as tl"),
+        ("data/loader.py", "from obstore.store import S3Store"),
+        ("storage/store.py", "import webdataset as wds"),
+        ("config/derived.py", "def late():\n    import torch"),
+        ("launcher/local.py", "import torch"),
+        ("launcher/local.py", "import yaml"),
+        ("cli/main.py", "import kernels"),
+    ],
+)
+def test_a_planted_violation_is_found(tmp_path: Path, name: str, code: str) -> None:
+    path = tmp_path / PACKAGE / name
+    path.parent.mkdir(parents=True)
+    path.write_text(code)
+    found = violations(tmp_path / PACKAGE)
+    assert len(found) == 1
+    assert found[0].startswith(f"{name}:{len(code.splitlines())} ")
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("kernels/op/triton.py", "import triton"),
+        ("engine/zero.py", "import deepspeed\nfrom megatron import core"),
+        ("models/net.py", "from .attention import Attention\nfrom megadiff.kernels.op import op\nimport torch"),
+        ("launcher/local.py", "import os\nfrom megadiff.config.schema import Run"),
+        ("cli/main.py", "from megadiff import engine, __version__"),
+    ],
+)
+def test_what_a_door_allows_is_not_reported(tmp_path: Path, name: str, code: str) -> None:
+    path = tmp_path / PACKAGE / name
+    path.parent.mkdir(parents=True)
+    path.write_text(code)
+    assert violations(tmp_path / PACKAGE) == []
+
+
+@pytest.mark.parametrize("room", ["kernels", "launcher"])
+def test_the_two_top_level_rooms_are_relative_symlinks_without_an_init_file(room: str) -> None:
+    """With an `__init__.py` they would answer to other packages that probe for a module named `kernels`."""
+    link = ROOT / PACKAGE / room
+    assert link.is_symlink()
+    assert link.readlink() == Path("..") / room
+    assert not (ROOT / room / "__init__.py").exists()
+    assert not (ROOT / "tests" / room / "__init__.py").exists()
