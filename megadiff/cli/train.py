@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         from megadiff.evaluation.periodic import PeriodicSamples
         from megadiff.training.loop import Callback, train_stage
 
-        callbacks: list[Callback] = [PeriodicSamples(loaded, stage, ranks)] if stage.samples else []
+        callbacks: list[Callback] = [PeriodicSamples(loaded, stage, stage.samples, ranks)] if stage.samples else []
         train_stage(loaded, stage.name, tree, callbacks)
     except UserError as error:
         logging.getLogger("megadiff").info("stopped: %s", error)  # the terminal gets it once, below or from the launcher

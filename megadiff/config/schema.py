@@ -423,7 +423,9 @@ def _stage_faults(stage: Stage, run: Run, *, first: bool) -> list[str]:
     for name, modality in stage.modalities.items():
         space = run.model.modalities[name].space.kind if name in known else "grid"
         if modality.times.kind == "logit_normal" and space == "tokens":
-            faults.append(f"{name}: logit-normal times are for grids; tokens take uniform times (the NELBO weight assumes them)")
+            faults.append(
+                f"{name}: logit-normal times are for grids; tokens take uniform times (the NELBO weight assumes them)"
+            )
         trains = modality.predicted and modality.loss_weight > 0
         if trains and "joint" in stage.freeze and name in stage.freeze:
             faults.append(f"{name}: joint and {name} are frozen, so its loss trains nothing; set its loss_weight to 0")

@@ -160,5 +160,3 @@ def build_codecs(data: Data, model: Model) -> dict[str, Codec]:
         else:
             raise ConfigError(f"data.fields.{name} is {field.kind}, which cannot fill a {space.kind} space")
     return codecs
-
-

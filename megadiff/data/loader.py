@@ -168,7 +168,8 @@ class Loader:
         return [self._batch(visits[part], keys[part], slots[part], data_step) for part in parts]
 
     def _batch(self, visits: Sequence[Visit], keys: Tensor, slots: Tensor, data_step: int) -> Batch:
-        samples, weights, names = [], [], []
+        samples: list[dict[str, Tensor]] = []
+        weights, names = [], []
         for visit, key in zip(visits, keys.tolist(), strict=True):
             names.append(self._source.name(visit.shard, visit.offset))
             try:
@@ -206,7 +207,8 @@ def read_held_out(address: str, data: Data, model: Model, count: int, seed: int 
     """
     source = _Source(address, data, model)
     places = [(shard, offset) for shard, entry in enumerate(source.manifest.shards) for offset in range(entry.samples)]
-    samples, ids = [], []
+    samples: list[dict[str, Tensor]] = []
+    ids: list[str] = []
     for index in generator(seed, "held out").permutation(len(places)):
         if len(samples) == count:
             break

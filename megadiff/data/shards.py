@@ -62,7 +62,9 @@ def read_manifest(address: str) -> Manifest:
     try:
         tree = json.loads(store.read_bytes(address))
         if tree["format"] != FORMAT or tree["version"] != VERSION:
-            raise DataError(f"{address} is a {tree['format']} of version {tree['version']}; this program reads {FORMAT} {VERSION}")
+            raise DataError(
+                f"{address} is a {tree['format']} of version {tree['version']}; this program reads {FORMAT} {VERSION}"
+            )
         shards = tuple(ShardEntry(**entry) for entry in tree["shards"])
     except (ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -134,7 +136,9 @@ class Shard:
                         key = f"{head}/{stem}" if head else stem
                         self._samples.setdefault(key, {})[ending.lower()] = (member.offset_data, member.size)
                 size = source.stat().st_size if isinstance(source, Path) else len(source)
-                last = max((offset + length for parts in self._samples.values() for offset, length in parts.values()), default=0)
+                last = max(
+                    (offset + length for parts in self._samples.values() for offset, length in parts.values()), default=0
+                )
                 if last > size:
                     raise tarfile.ReadError("unexpected end of data")
         except (tarfile.TarError, OSError, EOFError) as error:
@@ -201,7 +205,9 @@ class ShardReader:
             source = store.local_path(address)
             size = source.stat().st_size if source.exists() else -1
             if size not in (entry.bytes, -1):
-                raise DataError(f"shard {address} has {size} bytes, and the manifest says {entry.bytes}; run `megadiff data index`")
+                raise DataError(
+                    f"shard {address} has {size} bytes, and the manifest says {entry.bytes}; run `megadiff data index`"
+                )
         elif self.cache is not None:
             source = self.cache.path(address, entry)
         else:

@@ -28,7 +28,8 @@ def vp_log_alpha(times: Tensor) -> Tensor:
     """
     start, end = BETA_START**0.5, BETA_END**0.5
     root = start + (end - start) * times.double()
-    return (-0.5 * DISCRETE_STEPS * (root**3 - start**3) / (3 * (end - start))).to(times.dtype)
+    integral: Tensor = DISCRETE_STEPS * (root**3 - start**3) / (3 * (end - start))
+    return (-0.5 * integral).to(times.dtype)
 
 
 class Gaussian:
@@ -95,8 +96,8 @@ class Gaussian:
     def clean_and_noise(self, prediction: Tensor, state: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
         """(clean, noise) that a prediction stands for.
 
-        From epsilon, clean divides by alpha: the flow is singular at t = 1, vp divides by 0.069 there. From the velocity nothing
-        is divided by anything.
+        From epsilon, clean divides by alpha: the flow is singular at t = 1, vp divides by 0.069 there. From the velocity
+        nothing is divided by anything.
         """
         alpha, sigma = _wide(self.alpha(times)), _wide(self.sigma(times))
         if self.config.target == "epsilon":

@@ -50,9 +50,7 @@ class Guided:
         return any(time < self.sampling.guidance_final_time for name, time in times.items() if name != target)
 
     def _without_conditions(self, target: str, states: Mapping[str, Tensor], times: Mapping[str, float]) -> Noised:
-        later = {
-            name: time if name == target else max(time, self.sampling.guidance_final_time) for name, time in times.items()
-        }
+        later = {name: time if name == target else max(time, self.sampling.guidance_final_time) for name, time in times.items()}
         at, then = self._vectors(times), self._vectors(later)
         noisier = {
             name: states[name] if later[name] == times[name] else process.renoise(states[name], at[name], then[name], self.keys)

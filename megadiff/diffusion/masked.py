@@ -128,8 +128,9 @@ def draw_categorical(logits: Tensor, uniforms: Tensor) -> Tensor:
     Gumbel noise in float32 lowers the temperature (arXiv 2409.02908); a float64 cumulative sum does not.
     """
     drawn = []
-    for part, numbers in zip(logits.split(_ROWS_AT_ONCE), uniforms.split(_ROWS_AT_ONCE), strict=True):
-        cumulative = part.double().softmax(-1).cumsum(-1)
-        ids = torch.searchsorted(cumulative, (numbers * cumulative[:, -1])[:, None], right=True)
+    for start in range(0, len(logits), _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        cumulative = logits[part].double().softmax(-1).cumsum(-1)
+        ids = torch.searchsorted(cumulative, (uniforms[part] * cumulative[:, -1])[:, None], right=True)
         drawn.append(ids[:, 0].clamp_max(logits.shape[1] - 1))
     return torch.cat(drawn) if drawn else torch.empty(0, dtype=torch.int64, device=logits.device)

@@ -131,4 +131,3 @@ def conditional_losses(
 def _is_scored(stage: Stage, name: str) -> bool:
     modality = stage.modalities[name]
     return modality.predicted and modality.loss_weight > 0
-

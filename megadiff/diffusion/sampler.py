@@ -1,7 +1,7 @@
 """Sampling: all clocks of the generated modalities run together from 1 to 0; the others stand still.
 
-It needs a Denoiser and nothing else. Random numbers are keyed by sample, step and purpose: the same key gives the same sample in
-any batch, on any rank.
+It needs a Denoiser and nothing else. Random numbers are keyed by sample, step and purpose: the same key gives the same sample
+in any batch, on any rank.
 Legend: B samples, S tokens, R rows.
 """
 
@@ -19,7 +19,7 @@ from megadiff.diffusion.gaussian import Gaussian
 from megadiff.diffusion.guidance import Guided
 from megadiff.diffusion.masked import Masked
 from megadiff.diffusion.process import build_processes
-from megadiff.types import Dense, Denoiser, Prediction, Readout, RowLogits
+from megadiff.types import Denoiser, Dense, Prediction, Readout, RowLogits
 
 States = dict[str, Tensor]
 
@@ -55,9 +55,13 @@ class Sampler:
         Raises:
             UserError: a modality is unknown, or both given and generated.
         """
-        wrong = [name for name in (*generate, *given) if name not in self.processes] + [name for name in generate if name in given]
+        wrong = [name for name in (*generate, *given) if name not in self.processes] + [
+            name for name in generate if name in given
+        ]
         if wrong or not generate:
-            raise UserError(f"cannot generate {', '.join(generate) or 'nothing'} given {', '.join(given) or 'nothing'}: {', '.join(wrong)}")
+            raise UserError(
+                f"cannot generate {', '.join(generate) or 'nothing'} given {', '.join(given) or 'nothing'}: {', '.join(wrong)}"
+            )
         states = {name: given[name] if name in given else process.prior(keys) for name, process in self.processes.items()}
         states |= dict(initial or {})
         guided = Guided(denoiser, self.processes, self.sampling, keys)
@@ -70,7 +74,13 @@ class Sampler:
         return states
 
     def _step(
-        self, guided: Guided, states: States, now: dict[str, float], then: dict[str, float], generate: Sequence[str], keys: Tensor
+        self,
+        guided: Guided,
+        states: States,
+        now: dict[str, float],
+        then: dict[str, float],
+        generate: Sequence[str],
+        keys: Tensor,
     ) -> States:
         """All generated modalities from their times `now` to `then`.
 
@@ -78,7 +88,9 @@ class Sampler:
         prediction, tokens as they have just been unmasked. So the network is only ever asked about states that its training has
         shown it. The last step, to t = 0, is Euler's.
         """
-        chosen = {name: self._chosen(name, states[name], now[name], then[name], keys) for name in generate if self._masked(name)}
+        chosen = {
+            name: self._chosen(name, states[name], now[name], then[name], keys) for name in generate if self._masked(name)
+        }
         readout: dict[str, Readout] = {name: RowLogits(chosen[name]) if name in chosen else Dense() for name in generate}
         first = guided(states, now, readout)
         slopes = self._slopes(first, states, now, generate)

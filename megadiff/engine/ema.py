@@ -27,7 +27,7 @@ def decay(profile: EmaProfile, update: int) -> float:
     """The factor on the average at update number `update` (1 is the first)."""
     if isinstance(profile, ConstantEma):
         return min(profile.decay, update / (9 + update)) if profile.warmup else profile.decay
-    return (1 - 1 / update) ** (power_exponent(profile.length) + 1)
+    return float((1 - 1 / update) ** (power_exponent(profile.length) + 1))
 
 
 class Ema:

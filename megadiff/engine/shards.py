@@ -122,7 +122,9 @@ class ShardedWeights:
     @property
     def adam_steps(self) -> int:
         """How many steps the moments have seen."""
-        counts = [int(self.optimizer.state[shard.flat]["step"]) for shard in self.trained if self.optimizer.state.get(shard.flat)]
+        counts = [
+            int(self.optimizer.state[shard.flat]["step"]) for shard in self.trained if self.optimizer.state.get(shard.flat)
+        ]
         return max(counts, default=0)
 
     def set_adam_steps(self, count: int) -> None:

@@ -21,7 +21,7 @@ from megadiff.distributed.ranks import Ranks
 from megadiff.distributed.reduce import barrier, gather_objects, raise_together, sum_over_ranks
 from megadiff.engine import checkpoint
 from megadiff.engine.api import QUARTILES, Objective, StepResult
-from megadiff.engine.checkpoint import CheckpointError, CheckpointReader, FileEntry, Manifest, tensor_key
+from megadiff.engine.checkpoint import CheckpointError, CheckpointReader, Manifest, tensor_key
 from megadiff.engine.ema import Ema
 from megadiff.engine.optimizer import build_optimizer, learning_rate
 from megadiff.engine.shards import MOMENTS, FrozenShard, Shard, ShardedWeights
@@ -123,7 +123,7 @@ class ZeroEngine:
         )
 
     def _gradient_norm(self) -> float:
-        """In ZeRO-0 DeepSpeed clips by the norm but does not tell it; in the other stages there is nothing to add to its own."""
+        """In ZeRO-0 DeepSpeed clips by the norm but does not tell it; in the other stages it does."""
         if self.engine.optimizer is not self.weights.optimizer or not self.engine.is_gradient_accumulation_boundary():
             return 0.0
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
@@ -156,7 +156,12 @@ class ZeroEngine:
                 stage=self.stage.name,
                 parameters={name: shape for part in shapes for name, shape in part.items()},
                 ema=tuple(self.ema.profiles),
-                progress={**progress, "optimizer_step": step, "adam_steps": self.weights.adam_steps, "ema_updates": self.ema.updates},
+                progress={
+                    **progress,
+                    "optimizer_step": step,
+                    "adam_steps": self.weights.adam_steps,
+                    "ema_updates": self.ema.updates,
+                },
                 config=config,
                 files=tuple(files),
             )

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from megadiff.config.errors import UserError
 from megadiff.config.schema import Model, Sampling
 from megadiff.diffusion.sampler import Sampler
+from megadiff.evaluation.report import Cell
 from megadiff.types import Denoiser
 
 JOINT = "joint"
@@ -76,6 +81,29 @@ def draw(
         drawn = sampler.sample(denoiser, keys[part], generate=task.generated, given=conditions, progress=report)
         parts.append({name: drawn[name] for name in task.generated})
     return {name: torch.cat([part[name] for part in parts]) for name in task.generated}
+
+
+def cell_of(task: Task, values: Mapping[str, Any]) -> Cell:
+    """A cell of a contact sheet from the decoded values of a task's modalities; generated texts stand behind an arrow."""
+    pictures = [value for value in values.values() if isinstance(value, Image.Image)]
+    texts = [
+        ("→ " if name in task.generated else "") + str(value)
+        for name, value in values.items()
+        if not isinstance(value, Image.Image)
+    ]
+    return Cell(pictures[0] if pictures else None, " ".join(texts))
+
+
+@contextmanager
+def progress_bar(title: str, *, active: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, as the `progress` of `draw`."""
+    with tqdm(desc=title, unit="step", dynamic_ncols=True, disable=None if active else True) as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield report
 
 
 def _offset(progress: Callable[[int, int], None], index: int, batches: int) -> Callable[[int, int], None]:

@@ -79,7 +79,9 @@ def read(folder: Path) -> Exported:
     if (file.format, file.version) != (FORMAT, VERSION):
         raise UserError(f"{path} is a {file.format} of version {file.version}; this program reads {FORMAT} {VERSION}")
     fields = {
-        name: source.model_copy(update={"tokenizer": str(folder / source.tokenizer)}) if isinstance(source, CaptionField) else source
+        name: source.model_copy(update={"tokenizer": str(folder / source.tokenizer)})
+        if isinstance(source, CaptionField)
+        else source
         for name, source in file.fields.items()
     }
     return Exported(file.model, Data(train="", fields=fields), file.predicted, tensors)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from tqdm import tqdm
 
 from megadiff import rng
 from megadiff.config.errors import UserError
@@ -20,8 +18,8 @@ from megadiff.config.schema import CaptionField, PixelField, Sampling
 from megadiff.data.encode import Codec
 from megadiff.data.loader import read_held_out
 from megadiff.distributed.ranks import Ranks
-from megadiff.evaluation.report import Cell, Section, contact_sheet
-from megadiff.evaluation.tasks import Task, draw, find_task
+from megadiff.evaluation.report import Section, contact_sheet
+from megadiff.evaluation.tasks import Task, cell_of, draw, find_task, progress_bar
 from megadiff.interfaces.weights import Loaded, load
 
 SHEET_CELLS = 32
@@ -82,7 +80,7 @@ def generate(request: GenerateRequest) -> Path:
         guidance_final_time=request.guidance_final_time,
     )
     picked = torch.tensor(list(mine), dtype=torch.int64)
-    with _bar(task.name, active=ranks.rank == 0) as report, torch.no_grad():
+    with progress_bar(task.name, active=ranks.rank == 0) as report, torch.no_grad():
         drawn = draw(
             loaded.module,
             loaded.model,
@@ -121,14 +119,12 @@ def conditions(
     name = task.given[0]
     source = loaded.data.fields[name]
     if isinstance(source, CaptionField):
-        named = _prompts(request)
-        states = {name: _encode([text for _, text in named], codecs[name])}
+        named: list[tuple[str, Any]] = [*_prompts(request)]
     elif isinstance(source, PixelField) and request.image:
-        pictures = [_open(path) for path in request.image]
-        named = [(Path(path).stem, picture) for path, picture in zip(request.image, pictures, strict=True)]
-        states = {name: _encode(pictures, codecs[name])}
+        named = [(Path(path).stem, _open(path)) for path in request.image]
     else:
         raise UserError(f"{task.name} needs {name}: give --image FILE or --data MANIFEST")
+    states = {name: torch.stack([codecs[name].encode(value) for _, value in named])}
     items = [
         Item(i * per_item + j, f"{i * per_item + j:06d}-{label}", {name: condition})
         for i, (label, condition) in enumerate(named)
@@ -154,7 +150,9 @@ def read_prompts(path: str) -> list[tuple[str, str]]:
         tree = tree["text"]
     pairs = list(enumerate(tree)) if isinstance(tree, list) else list(tree.items()) if isinstance(tree, dict) else []
     if not pairs or not all(isinstance(text, str) for _, text in pairs):
-        raise UserError(f'--prompts {path} must be a list of captions, {{"id": "caption"}}, or {{"text": [captions]}}, and not empty')
+        raise UserError(
+            f'--prompts {path} must be a list of captions, {{"id": "caption"}}, or {{"text": [captions]}}, and not empty'
+        )
     return [(str(label), text) for label, text in pairs]
 
 
@@ -163,10 +161,6 @@ def _prompts(request: GenerateRequest) -> list[tuple[str, str]]:
     if not named:
         raise UserError(f"{request.task} needs --prompt TEXT, --prompts FILE.json or --data MANIFEST")
     return [("".join(c if c.isalnum() or c in "-_." else "_" for c in label)[:60], text) for label, text in named]
-
-
-def _encode(values: Sequence[Any], codec: Codec) -> Tensor:
-    return torch.stack([codec.encode(value) for value in values])
 
 
 def _open(path: str) -> Image.Image:
@@ -232,34 +226,10 @@ def _join(out: Path, task: Task, source: str, world: int) -> None:
     records.sort(key=lambda record: int(record["number"]))
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     (out / RECORDS).write_text(text, encoding="utf-8")
-    cells = [cell_of(record, out) for record in records[:SHEET_CELLS]]
+    shown = [{**record["given"], **record["generated"]} for record in records[:SHEET_CELLS]]
+    cells = [cell_of(task, {name: _value(stored, out) for name, stored in values.items()}) for values in shown]
     contact_sheet([Section(f"{task.name}, {source}", cells)]).save(out / "sheet.png")
 
 
-def cell_of(record: dict[str, Any], folder: Path) -> Cell:
-    """A cell of the contact sheet: the record's picture over its texts (what was generated is marked by an arrow)."""
-    pictures, texts = [], []
-    for side in ("given", "generated"):
-        for value in record[side].values():
-            if "picture" in value:
-                pictures.append(Image.open(folder / value["picture"]))
-            else:
-                texts.append(("→ " if side == "generated" else "") + value["text"])
-    return Cell(pictures[0] if pictures else None, " ".join(texts))
-
-
-class _bar:
-    """A progress bar as a callback (done, total)."""
-
-    def __init__(self, title: str, *, active: bool) -> None:
-        self._bar = tqdm(desc=title, unit="step", dynamic_ncols=True, disable=not (active and sys.stderr.isatty()))
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        return self._update
-
-    def _update(self, done: int, total: int) -> None:
-        self._bar.total = total
-        self._bar.update(done - self._bar.n)
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
+def _value(stored: dict[str, str], folder: Path) -> Any:
+    return Image.open(folder / stored["picture"]) if "picture" in stored else stored["text"]

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from megadiff import rng
 from megadiff.config.errors import UserError
@@ -15,8 +13,8 @@ from megadiff.config.schema import CaptionField, Run, Showcase
 from megadiff.data.encode import Codec
 from megadiff.data.loader import HeldOut, read_held_out
 from megadiff.evaluation.gap import conditioning_gap
-from megadiff.evaluation.report import Cell, Section, contact_sheet
-from megadiff.evaluation.tasks import Task, draw, tasks_of
+from megadiff.evaluation.report import Section, contact_sheet
+from megadiff.evaluation.tasks import Task, cell_of, draw, progress_bar, tasks_of
 from megadiff.interfaces.weights import Loaded, load
 
 SHEET = "samples.png"
@@ -60,24 +58,19 @@ def _section(loaded: Loaded, task: Task, rule: Showcase, held: HeldOut, seed: in
     count = min([rule.count, *(len(state) for state in given.values())])
     keys = rng.sample_keys(seed, torch.arange(count)).to(device)
     moved = {name: state[:count].to(device) for name, state in given.items()}
-    with tqdm(desc=task.name, unit="step", disable=None) as bar, torch.no_grad():
-
-        def report(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with progress_bar(task.name) as report, torch.no_grad():
         drawn = draw(loaded.module, loaded.model, rule.sampling, task, keys, moved, batch=count, progress=report)
-    cells = []
-    for index in range(count):
-        values = {name: codecs[name].decode((moved | drawn)[name][index].cpu()) for name in (*task.given, *task.generated)}
-        pictures = [value for value in values.values() if isinstance(value, Image.Image)]
-        texts = [("→ " if k in task.generated else "") + str(v) for k, v in values.items() if not isinstance(v, Image.Image)]
-        cells.append(Cell(pictures[0] if pictures else None, " ".join(texts)))
-    return Section(_title(task), cells)
+    states = {name: state.cpu() for name, state in {**moved, **drawn}.items()}
+    values = [{name: codecs[name].decode(state[index]) for name, state in states.items()} for index in range(count)]
+    return Section(_title(task), [cell_of(task, value) for value in values])
 
 
 def _title(task: Task) -> str:
-    return f"{' and '.join(task.generated)} for a given {' and '.join(task.given)}" if task.given else "everything from nothing (joint)"
+    return (
+        f"{' and '.join(task.generated)} for a given {' and '.join(task.given)}"
+        if task.given
+        else "everything from nothing (joint)"
+    )
 
 
 def _condition(name: str, loaded: Loaded, rule: Showcase, held: HeldOut, codec: Codec) -> Tensor:

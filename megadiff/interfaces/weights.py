@@ -91,7 +91,9 @@ def export_run(source: str, out: str, weights: str = "ema") -> None:
 def _newest(folder: Path) -> Path:
     stored = folder / "run.yaml"
     if not stored.exists():
-        raise UserError(f"{folder} is neither a run (no run.yaml), nor a checkpoint (no {MANIFEST}), nor an export (no {export.CONFIG})")
+        raise UserError(
+            f"{folder} is neither a run (no run.yaml), nor a checkpoint (no {MANIFEST}), nor an export (no {export.CONFIG})"
+        )
     run = validate(yaml.safe_load(stored.read_text(encoding="utf-8")), str(stored))
     return newest_checkpoint(folder, [stage.name for stage in run.stages])
 

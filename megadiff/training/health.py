@@ -36,7 +36,9 @@ class Health:
             return
         where = f"step {step}: loss {result.total:g}, gradient norm {result.grad_norm:g}"
         if result.applied:
-            raise Diverged(f"{where} is not finite and was applied; lower optimizer.learning_rate and resume from the last checkpoint")
+            raise Diverged(
+                f"{where} is not finite and was applied; lower optimizer.learning_rate and resume from the last checkpoint"
+            )
         self.skipped_steps += 1
         self._in_a_row += 1
         log.warning("%s: the optimizer skipped the step", where)

@@ -72,7 +72,7 @@ class Monitor:
         tensorboard.mkdir(parents=True, exist_ok=True)
         metrics.parent.mkdir(parents=True, exist_ok=True)
         _drop_after(metrics, first_step)
-        self._writer = SummaryWriter(str(tensorboard), purge_step=first_step if first_step else None)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(tensorboard), purge_step=first_step if first_step else None)
         self._metrics = metrics.open("a", encoding="utf-8")
         self._bar = tqdm(
             total=total_steps, initial=first_step, desc=stage, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
@@ -104,11 +104,11 @@ class Monitor:
 
     def picture(self, tag: str, image: Image.Image, step: int) -> None:
         if self.active:
-            self._writer.add_image(tag, np.asarray(image.convert("RGB")), step, dataformats="HWC")  # type: ignore[no-untyped-call]
+            self._writer.add_image(tag, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def text(self, tag: str, text: str, step: int) -> None:
         if self.active:
-            self._writer.add_text(tag, text, step)  # type: ignore[no-untyped-call]
+            self._writer.add_text(tag, text, step)
 
     def say(self, message: str) -> None:
         """A line above the progress bar, or in the log."""
@@ -119,7 +119,7 @@ class Monitor:
         if self.active:
             self._bar.close()
             self._metrics.close()
-            self._writer.close()  # type: ignore[no-untyped-call]
+            self._writer.close()
 
     def _write(self, step: int, result: StepResult, rate: float, waiting: float, unreadable: int) -> None:
         scalars: dict[str, float] = {
@@ -141,8 +141,8 @@ class Monitor:
                 scalars[f"2 loss by time/{name} t {quarter}"] = value
         for tag, value in scalars.items():
             if math.isfinite(value):
-                self._writer.add_scalar(tag, value, step)  # type: ignore[no-untyped-call]
-        self._writer.flush()  # type: ignore[no-untyped-call]
+                self._writer.add_scalar(tag, value, step)
+        self._writer.flush()
 
     def _show(self, step: int, result: StepResult, rate: float) -> None:
         losses = " ".join(f"{name} {loss:.4f}" for name, loss in result.losses.items())
@@ -153,8 +153,8 @@ class Monitor:
         left = (self.total_steps - step) * self.global_samples / rate
         clock = time.strftime("%H:%M:%S", time.gmtime(left))
         self.say(
-            f"{self.stage} {step}/{self.total_steps}: loss {result.total:.4f} ({losses}), gradient norm {result.grad_norm:.3f}, "
-            f"{rate:.1f} samples/s, {clock} left"
+            f"{self.stage} {step}/{self.total_steps}: loss {result.total:.4f} ({losses}), "
+            f"gradient norm {result.grad_norm:.3f}, {rate:.1f} samples/s, {clock} left"
         )
 
 
@@ -177,7 +177,8 @@ def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
 def _drop_after(metrics: Path, step: int) -> None:
     """A run that resumes at `step` repeats what came after it: those lines go (and a line cut off by a crash)."""
     if metrics.exists():
-        metrics.write_text("".join(line + "\n" for line in read_lines(metrics) if json.loads(line)["step"] <= step), encoding="utf-8")
+        kept = [line + "\n" for line in read_lines(metrics) if json.loads(line)["step"] <= step]
+        metrics.write_text("".join(kept), encoding="utf-8")
 
 
 def read_lines(metrics: Path) -> Sequence[str]:

@@ -67,7 +67,9 @@ def initialise(engine: ZeroEngine, run: Run, stage: Stage) -> None:
         before = run.stages[[s.name for s in run.stages].index(stage.name) - 1]
         source = latest_checkpoint(checkpoints_folder(run, before))
         if source is None:
-            raise CheckpointError(f"stage {stage.name} starts from {before.name}, which has no checkpoint in {run.folder}; train it first")
+            raise CheckpointError(
+                f"stage {stage.name} starts from {before.name}, which has no checkpoint in {run.folder}; train it first"
+            )
     else:
         source = Path(rule.source)
     fresh = engine.initialise_from(source, rule)

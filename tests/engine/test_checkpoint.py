@@ -91,7 +91,7 @@ def test_a_changed_byte_is_found_by_the_hash(tmp_path: Path) -> None:
     assert reader.damaged(reader.manifest.files) == ["rank_00000.safetensors"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "megadiff-checkpoint", "version": 1}', '{"format": "x", "version": 1}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "megadiff-checkpoint", "version": 1}', '{"format": "x"}'])
 def test_a_damaged_manifest_is_one_sentence(tmp_path: Path, text: str) -> None:
     folder = publish(tmp_path, 1)
     (folder / "manifest.json").write_text(text)

@@ -65,7 +65,9 @@ def test_zero3_on_two_ranks_follows_the_curve_of_one_rank(stage: str, one_rank: 
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2])
-def test_other_zero_stages_on_two_ranks_follow_the_curve_of_one_rank(zero: int, one_rank: dict[str, Any], tmp_path: Path) -> None:
+def test_other_zero_stages_on_two_ranks_follow_the_curve_of_one_rank(
+    zero: int, one_rank: dict[str, Any], tmp_path: Path
+) -> None:
     assert_same_curve(train(tmp_path, 2, zero), one_rank["first"])
 
 
@@ -131,7 +133,13 @@ def test_the_frozen_part_stays_as_the_averaged_weights_of_the_stage_before(zero3
 
 
 def test_new_parameters_must_be_declared(zero3: dict[str, Any]) -> None:
-    report = train(zero3["folder"], 1, 0, stages=("second",), overrides=["stages.second.name=undeclared", "stages.undeclared.initialise.new=[]"])
+    report = train(
+        zero3["folder"],
+        1,
+        0,
+        stages=("second",),
+        overrides=["stages.second.name=undeclared", "stages.undeclared.initialise.new=[]"],
+    )
     assert "undeclared" not in report.get("steps", [])
 
 

@@ -57,7 +57,8 @@ class Probe:
 
 def probe_input() -> tuple[Noised, dict[str, Dense]]:
     generator = torch.Generator().manual_seed(3)
-    states = {"text": torch.randint(0, 2000, (2, 16), generator=generator), "image": torch.randn(2, 3, 32, 32, generator=generator)}
+    text = torch.randint(0, 2000, (2, 16), generator=generator)
+    states = {"text": text, "image": torch.randn(2, 3, 32, 32, generator=generator)}
     clocks = {"text": torch.tensor([0.0, 0.4]), "image": torch.tensor([0.3, 0.9])}
     return Noised(states, clocks, {"text": None, "image": None}), {"image": Dense()}
 

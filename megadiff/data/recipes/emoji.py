@@ -48,10 +48,22 @@ class Art:
 
 
 SETS: Mapping[str, Art] = {
-    "noto": Art("@iconify-json/noto", "1.2.9", "noto", "Apache-2.0", "Google Inc, Noto Emoji, https://github.com/googlefonts/noto-emoji"),
-    "noto-v1": Art("@iconify-json/noto-v1", "1.2.5", "blob", "Apache-2.0", "Google Inc, Noto Emoji v1, https://github.com/googlefonts/noto-emoji"),
+    "noto": Art(
+        "@iconify-json/noto", "1.2.9", "noto", "Apache-2.0", "Google Inc, Noto Emoji, https://github.com/googlefonts/noto-emoji"
+    ),
+    "noto-v1": Art(
+        "@iconify-json/noto-v1",
+        "1.2.5",
+        "blob",
+        "Apache-2.0",
+        "Google Inc, Noto Emoji v1, https://github.com/googlefonts/noto-emoji",
+    ),
     "fluent-emoji-flat": Art(
-        "@iconify-json/fluent-emoji-flat", "1.2.6", "flat", "MIT", "Microsoft, Fluent Emoji, https://github.com/microsoft/fluentui-emoji"
+        "@iconify-json/fluent-emoji-flat",
+        "1.2.6",
+        "flat",
+        "MIT",
+        "Microsoft, Fluent Emoji, https://github.com/microsoft/fluentui-emoji",
     ),
     "fluent-emoji-3d": Art(
         "@lobehub/fluent-emoji-3d", "1.1.0", "3d", "MIT", "Microsoft, Fluent Emoji, https://github.com/microsoft/fluentui-emoji"
@@ -149,7 +161,11 @@ def read_labels(package: Package) -> dict[str, Emoji]:
 
 def pictures(name: str, package: Package, emojis: Mapping[str, Emoji]) -> list[Picture]:
     """A set's pictures of known emoji."""
-    return list(_raster(name, package, emojis) if "package.json" in package.names() and _has_assets(package) else _icons(name, package, emojis))
+    return list(
+        _raster(name, package, emojis)
+        if "package.json" in package.names() and _has_assets(package)
+        else _icons(name, package, emojis)
+    )
 
 
 def captions(picture: Picture, *, styled: bool) -> list[str]:
@@ -169,7 +185,9 @@ def is_held_out(base: str, share: float) -> bool:
 def render(source: str | bytes, size: int) -> bytes:
     """A picture as PNG, size x size px, RGB on white."""
     if isinstance(source, str):
-        source = bytes(resvg_py.svg_to_bytes(svg_string=source, width=size, height=size, background="#ffffff", skip_system_fonts=True))
+        source = bytes(
+            resvg_py.svg_to_bytes(svg_string=source, width=size, height=size, background="#ffffff", skip_system_fonts=True)
+        )
     with Image.open(io.BytesIO(source)) as opened:
         picture = opened.convert("RGBA")
     ground = Image.new("RGBA", picture.size, "white")
@@ -186,7 +204,10 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=[PAD, END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocabulary,
+        special_tokens=[PAD, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(sorted(texts), trainer)
     missing = vocabulary - tokenizer.get_vocab_size()
@@ -232,7 +253,8 @@ def _slug(label: str) -> str:
 
 def _svg(tree: Mapping[str, Any], icon: Mapping[str, Any]) -> str:
     box = (icon.get("width", tree.get("width", 16)), icon.get("height", tree.get("height", 16)))
-    return f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 {box[0]} {box[1]}">{icon["body"]}</svg>'
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f'<svg {names} viewBox="0 0 {box[0]} {box[1]}">{icon["body"]}</svg>'
 
 
 def _check_recipe(out: str, recipe: Mapping[str, Any]) -> None:
@@ -273,13 +295,25 @@ def _write_group(folder: str, name: str, group: Sequence[Picture], size: int, *,
         except (ValueError, OSError) as error:
             log.warning("%s cannot be drawn and is left out: %s", picture.key, error)
             continue
-        facts = {"captions": captions(picture, styled=styled), "emoji": picture.emoji.text, "base": picture.emoji.base, "set": picture.set}
+        facts = {
+            "captions": captions(picture, styled=styled),
+            "emoji": picture.emoji.text,
+            "base": picture.emoji.base,
+            "set": picture.set,
+        }
         samples[picture.key] = {"png": drawn, "json": json.dumps(facts, ensure_ascii=False).encode()}
     return write_shard(folder, name, samples)
 
 
 def _write_notices(out: str, sets: Sequence[str]) -> None:
     lines = ["Pictures in these shards, by set:", ""]
-    lines += [f"- {name}: {SETS[name].holder} ({SETS[name].licence}), package {SETS[name].package} {SETS[name].version}" for name in sets]
-    lines += ["", "They were drawn at another size on a white ground; nothing else was changed.", f"Names and tags: emojibase-data {LABELS[1]} (MIT)."]
+    lines += [
+        f"- {name}: {SETS[name].holder} ({SETS[name].licence}), package {SETS[name].package} {SETS[name].version}"
+        for name in sets
+    ]
+    lines += [
+        "",
+        "They were drawn at another size on a white ground; nothing else was changed.",
+        f"Names and tags: emojibase-data {LABELS[1]} (MIT).",
+    ]
     store.write_bytes(store.join(out, "NOTICE"), ("\n".join(lines) + "\n").encode())

@@ -54,7 +54,9 @@ def fetch(name: str, version: str, folder: Path | None = None) -> Package:
 
 def _pack(name: str, version: str, folder: Path) -> None:
     if shutil.which("npm") is None:
-        raise UserError("npm is not installed, and emoji art comes as npm packages; install Node.js (Debian: apt-get install npm)")
+        raise UserError(
+            "npm is not installed, and emoji art comes as npm packages; install Node.js (Debian: apt-get install npm)"
+        )
     aside = folder / f".{os.getpid()}"
     aside.mkdir(parents=True, exist_ok=True)
     try:
