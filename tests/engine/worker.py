@@ -89,7 +89,7 @@ class Gathered:
 def main(request: dict[str, Any]) -> None:
     run = load_run("tests/tiny.yaml", [f"folder={request['folder']}", *request.get("overrides", [])])
     tree = load_deepspeed(request["deepspeed"])
-    tree.setdefault("zero_optimization", {}).update(request.get("zero", {}))
+    tree.setdefault("zero_optimization", {}).update(request.get("zero_options", {}))
     gathered = Gathered() if request.get("watch_gathered") else None
     probe = Probe()
     seen: dict[str, Any] = {}

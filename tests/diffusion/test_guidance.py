@@ -1,0 +1,215 @@
+"""Guidance: what the second branch sees, when it runs, and how two predictions are mixed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from megadiff import rng
+from megadiff.config.schema import Model, Sampling
+from megadiff.diffusion.guidance import Guided
+from megadiff.diffusion.sampler import Sampler
+from megadiff.types import Dense, Noised, Prediction, Readout, RowLogits
+from tests.diffusion.ideal import GRIDS, TOKENS, IdealDenoiser, draw_pairs
+from tests.diffusion.small import model_of
+
+COUNT = 12
+KEYS = rng.sample_keys(2, torch.arange(COUNT))
+MODEL = model_of()
+PROCESSES = Sampler(MODEL, Sampling()).processes
+PAIRS = draw_pairs(COUNT, seed=4)
+ALL_MASKED = torch.full((COUNT, 3), 5)
+
+
+class Watched:
+    """The ideal denoiser, which notes what it is asked."""
+
+    def __init__(self, model: Model = MODEL) -> None:
+        self.ideal = IdealDenoiser(model)
+        self.seen: list[Noised] = []
+
+    def __call__(self, noised: Noised, readout: Mapping[str, Readout]) -> Prediction:
+        self.seen.append(noised)
+        return self.ideal(noised, readout)
+
+    @property
+    def batches(self) -> list[int]:
+        return [len(noised.states["grid"]) for noised in self.seen]
+
+
+def states_at(times: Mapping[str, float]) -> dict[str, Tensor]:
+    return {
+        name: process.noise(PAIRS[name], torch.full((COUNT,), times[name]), KEYS).state for name, process in PROCESSES.items()
+    }
+
+
+def noised_at(states: Mapping[str, Tensor], times: Mapping[str, float]) -> Noised:
+    clocks = {name: torch.full((COUNT,), time) for name, time in times.items()}
+    return Noised(dict(states), clocks, dict.fromkeys(states))
+
+
+def rows_of(state: Tensor) -> RowLogits:
+    return RowLogits((state == 5).flatten().nonzero()[:, 0])
+
+
+@pytest.mark.parametrize("generate", [["tokens"], ["grid"], ["tokens", "grid"]])
+def test_a_weight_of_1_is_no_guidance_and_one_evaluation_per_stage(generate):
+    given = {name: PAIRS[name] for name in ("tokens", "grid") if name not in generate}
+    watched = Watched()
+    made = Sampler(MODEL, Sampling(steps=4, guidance=1.0)).sample(watched, KEYS, generate=generate, given=given)
+    assert watched.batches == [COUNT] * (4 if generate == ["tokens"] else 7)
+    nearly = Sampler(MODEL, Sampling(steps=4, guidance=1.0 + 1e-9)).sample(Watched(), KEYS, generate=generate, given=given)
+    for name in made:
+        torch.testing.assert_close(made[name], nearly[name], atol=1e-4, rtol=0)
+
+
+def test_outside_the_interval_no_second_branch_runs():
+    watched = Watched()
+    sampling = Sampling(steps=4, guidance=3.0, guidance_interval=(0.3, 0.6))
+    Sampler(MODEL, sampling).sample(watched, KEYS, generate=["tokens"], given={"grid": PAIRS["grid"]})
+    assert watched.batches == [COUNT, COUNT, 2 * COUNT, COUNT]  # at 1, 0.75, 0.5, 0.25
+    grids = Watched()
+    Sampler(MODEL, sampling).sample(grids, KEYS, generate=["grid"], given={"tokens": PAIRS["tokens"]})
+    assert grids.batches == [COUNT * branches for branches in (1, 1, 1, 2, 2, 1, 1)]  # Heun's evaluations at their own time
+
+
+def test_nothing_to_noise_means_no_second_branch():
+    """Where the condition is absent, or already noisier than the final time, both branches would be the same."""
+    absent = Watched()
+    Sampler(MODEL, Sampling(steps=3, guidance=2.0)).sample(absent, KEYS, generate=["tokens"], given={})
+    assert absent.batches == [COUNT] * 3
+    joint = Watched()
+    Sampler(MODEL, Sampling(steps=4, guidance=2.0, guidance_final_time=0.6)).sample(
+        joint, KEYS, generate=["tokens", "grid"], given={}
+    )
+    branches = [int(noised.clocks["grid"][0] < 0.6) for noised in joint.seen]
+    # Tokens and grid at the first evaluation of a step, the grid alone at Heun's second.
+    assert joint.batches == [COUNT * (1 + b * w) for b, w in zip(branches, (2, 1, 2, 1, 2, 1, 2), strict=True)]
+    assert any(branches)
+    assert not all(branches)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 2.0, 5.0])
+def test_guided_tokens_follow_the_closed_form(weight):
+    times = {"tokens": 0.8, "grid": 0.4}
+    states = states_at(times)
+    readout = {"tokens": rows_of(states["tokens"])}
+    mixed = Guided(IdealDenoiser(MODEL), PROCESSES, Sampling(guidance=weight), KEYS)(states, times, readout)["tokens"]
+    ideal = IdealDenoiser(MODEL)
+    log_p = ideal(noised_at(states, times), readout)["tokens"].double().log_softmax(-1)
+    # At t = 1 the flow's grid says nothing: the unconditional branch is the tokens' own posterior.
+    absent = {"tokens": states["tokens"], "grid": PROCESSES["grid"].prior(KEYS)}
+    log_q = ideal(noised_at(absent, {**times, "grid": 1.0}), readout)["tokens"].double().log_softmax(-1)
+    expected = (weight * log_p + (1 - weight) * log_q).softmax(-1)
+    torch.testing.assert_close(mixed.double().softmax(-1), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(mixed.exp().sum(-1), torch.ones(len(mixed)))
+    if weight > 1:
+        assert not torch.allclose(expected, log_p.exp(), atol=1e-2)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 3.0])
+def test_guided_grids_are_w_conditional_and_1_minus_w_unconditional(weight):
+    times = {"tokens": 0.0, "grid": 0.7}
+    states = states_at(times)
+    mixed = Guided(IdealDenoiser(MODEL), PROCESSES, Sampling(guidance=weight), KEYS)(states, times, {"grid": Dense()})["grid"]
+    ideal = IdealDenoiser(MODEL)
+    conditional = ideal(noised_at(states, times), {"grid": Dense()})["grid"]
+    masked = {"tokens": ALL_MASKED, "grid": states["grid"]}
+    unconditional = ideal(noised_at(masked, {**times, "tokens": 1.0}), {"grid": Dense()})["grid"]
+    assert not torch.allclose(conditional, unconditional, atol=1e-2)
+    torch.testing.assert_close(mixed, weight * conditional + (1 - weight) * unconditional, atol=1e-5, rtol=0)
+
+
+def test_noisy_guidance_noises_the_condition_to_the_final_time_with_the_same_noise_at_every_call():
+    watched = Watched()
+    sampling = Sampling(steps=4, guidance=2.0, guidance_final_time=0.5)
+    Sampler(MODEL, sampling).sample(watched, KEYS, generate=["tokens"], given={"grid": PAIRS["grid"]})
+    assert watched.batches == [2 * COUNT] * 4
+    branches = [(noised.states["grid"][COUNT:], noised.clocks["grid"][COUNT:]) for noised in watched.seen]
+    for noised, (state, clock) in zip(watched.seen, branches, strict=True):
+        assert (clock == 0.5).all()
+        assert torch.equal(state, branches[0][0])
+        assert torch.equal(noised.states["grid"][:COUNT], PAIRS["grid"])
+        assert (noised.clocks["grid"][:COUNT] == 0).all()
+        assert torch.equal(noised.states["tokens"][COUNT:], noised.states["tokens"][:COUNT])
+        assert torch.equal(noised.clocks["tokens"][COUNT:], noised.clocks["tokens"][:COUNT])
+    noise = (branches[0][0] - 0.5 * PAIRS["grid"]) / 0.5  # the flow at t = 0.5
+    assert noise.std() > 0.5
+    assert len(noise.unique()) == noise.numel()
+
+
+def test_noisy_guidance_masks_tokens_at_the_final_time_and_the_same_ones_at_every_call():
+    count = 2000
+    keys, tokens = rng.sample_keys(2, torch.arange(count)), draw_pairs(count)["tokens"]
+    watched = Watched()
+    Sampler(MODEL, Sampling(steps=3, guidance=2.0, guidance_final_time=0.3)).sample(
+        watched, keys, generate=["grid"], given={"tokens": tokens}
+    )
+    first = watched.seen[0].states["tokens"][count:]
+    assert abs((first == 5).double().mean() - 0.3) < 4 * (0.3 * 0.7 / first.numel()) ** 0.5
+    assert torch.equal(first[first != 5], tokens[first != 5])
+    assert all(torch.equal(noised.states["tokens"][count:], first) for noised in watched.seen)
+
+
+def test_the_joint_task_guides_every_modality_by_noising_the_others():
+    times = {"tokens": 0.4, "grid": 0.4}
+    states = states_at(times)
+    watched = Watched()
+    sampling = Sampling(guidance=2.0, guidance_final_time=0.9)
+    readout = {"tokens": rows_of(states["tokens"]), "grid": Dense()}
+    mixed = Guided(watched, PROCESSES, sampling, KEYS)(states, times, readout)
+    (seen,) = watched.seen
+    conditional, for_tokens, for_grid = (
+        {name: (seen.states[name][part], seen.clocks[name][part]) for name in states}
+        for part in (slice(0, COUNT), slice(COUNT, 2 * COUNT), slice(2 * COUNT, 3 * COUNT))
+    )
+    for name in states:
+        assert torch.equal(conditional[name][0], states[name])
+    for branch, target, other in ((for_tokens, "tokens", "grid"), (for_grid, "grid", "tokens")):
+        assert torch.equal(branch[target][0], states[target])
+        assert not torch.equal(branch[other][0], states[other])
+        torch.testing.assert_close(branch[target][1], torch.full((COUNT,), 0.4))
+        torch.testing.assert_close(branch[other][1], torch.full((COUNT,), 0.9))
+    ideal = IdealDenoiser(MODEL)
+    plain = ideal(noised_at(states, times), readout)
+    weaker = ideal(noised_at({name: for_grid[name][0] for name in states}, {"tokens": 0.9, "grid": 0.4}), readout)
+    torch.testing.assert_close(mixed["grid"], 2 * plain["grid"] - weaker["grid"], atol=1e-5, rtol=0)
+    other = ideal(noised_at({name: for_tokens[name][0] for name in states}, {"tokens": 0.4, "grid": 0.9}), readout)
+    expected = 2 * plain["tokens"].log_softmax(-1) - other["tokens"].log_softmax(-1)
+    torch.testing.assert_close(mixed["tokens"], expected.log_softmax(-1), atol=1e-4, rtol=1e-4)
+
+
+def test_guidance_sharpens_the_conditional_towards_what_the_condition_favours():
+    """Points 0 and 1 share a grid; guidance must not move to sentences that the grid excludes, and keeps the likelier ones."""
+    count = 1500
+    keys = rng.sample_keys(6, torch.arange(count))
+    grid = GRIDS[1].expand(count, -1, -1, -1).contiguous()
+    made = Sampler(MODEL, Sampling(steps=30, guidance=3.0)).sample(Watched(), keys, generate=["tokens"], given={"grid": grid})
+    fits = torch.stack([(made["tokens"] == TOKENS[point]).all(1) for point in (0, 1)]).any(0)
+    assert fits.double().mean() > 0.95
+
+
+def test_guidance_with_no_row_to_unmask_asks_for_none():
+    times = {"tokens": 0.4, "grid": 0.0}
+    states = {"tokens": PAIRS["tokens"], "grid": PAIRS["grid"]}
+    readout = {"tokens": RowLogits(torch.empty(0, dtype=torch.int64))}
+    mixed = Guided(IdealDenoiser(MODEL), PROCESSES, Sampling(guidance=2.0), KEYS)(states, times, readout)
+    assert mixed["tokens"].shape == (0, 5)
+
+
+def test_visible_masks_of_both_branches_are_joined():
+    """The conditional branch hides what follows a clean end mark; the noised one shows every position."""
+    model = model_of(end_id=4)
+    processes = Sampler(model, Sampling()).processes
+    watched = Watched(model)
+    times = {"tokens": 0.0, "grid": 0.5}
+    states = {"tokens": torch.tensor([[0, 4, 4]]).repeat(COUNT, 1), "grid": PAIRS["grid"]}
+    Guided(watched, processes, Sampling(guidance=2.0), KEYS)(states, times, {"grid": Dense()})
+    visible = watched.seen[0].visible["tokens"]
+    assert visible is not None
+    assert visible[:COUNT].tolist() == [[True, True, False]] * COUNT
+    assert visible[COUNT:].all()
+    assert watched.seen[0].visible["grid"] is None

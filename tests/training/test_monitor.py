@@ -1,0 +1,91 @@
+"""What a stage writes about itself, and when it stops itself."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megadiff.engine.api import StepResult
+from megadiff.training.health import MOST_SKIPPED_IN_A_ROW, Diverged, Health
+from megadiff.training.monitor import Monitor
+
+
+def result(*, total: float = 1.0, grad_norm: float = 0.5, applied: bool = True) -> StepResult:
+    quartiles = {"image": [1.0, 2.0, math.nan, 4.0]}
+    return StepResult({"image": total}, quartiles, total, grad_norm, 1e-3, applied, samples=16)
+
+
+def monitor(folder: Path, *, first_step: int = 0, active: bool = True) -> Monitor:
+    return Monitor(
+        tensorboard=folder / "tensorboard",
+        metrics=folder / "metrics.jsonl",
+        stage="first",
+        total_steps=4,
+        first_step=first_step,
+        log_every=2,
+        global_samples=16,
+        tokens_per_sample=10,
+        flops_per_sample=1e6,
+        device=torch.device("cpu"),
+        ranks=1,
+        active=active,
+    )
+
+
+def test_every_step_is_a_line_and_every_other_one_an_event(tmp_path: Path) -> None:
+    watched = monitor(tmp_path)
+    for step in range(1, 5):
+        watched.record(step, result(total=float(step)), data_wait_s=0.0, unreadable=3)
+    watched.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    assert [event.step for event in events.Scalars("1 loss/total")] == [2, 4]
+    assert [event.value for event in events.Scalars("6 data/unreadable samples")] == [3, 3]
+    assert {"2 loss by time/image t 0.00-0.25", "4 speed/samples per s", "4 speed/model FLOPs utilisation"} <= set(tags)
+    assert "2 loss by time/image t 0.50-0.75" not in tags, "a quarter in which nothing fell has no point"
+
+
+def test_a_run_that_resumes_drops_the_lines_that_it_repeats(tmp_path: Path) -> None:
+    watched = monitor(tmp_path)
+    for step in range(1, 4):
+        watched.record(step, result(), data_wait_s=0.0, unreadable=0)
+    watched.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    again = monitor(tmp_path, first_step=2)
+    again.record(3, result(total=9.0), data_wait_s=0.0, unreadable=0)
+    again.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, 1.0), (2, 1.0), (3, 9.0)]
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    watched = monitor(tmp_path, active=False)
+    watched.record(1, result(), data_wait_s=0.0, unreadable=0)
+    watched.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_non_finite_step_that_was_applied_stops_the_run() -> None:
+    with pytest.raises(Diverged, match=r"step 7: loss nan.*learning_rate"):
+        Health().check(result(total=math.nan), 7)
+
+
+def test_skipped_steps_are_counted_and_too_many_in_a_row_stop_the_run() -> None:
+    health = Health()
+    for step in range(MOST_SKIPPED_IN_A_ROW - 1):
+        health.check(result(grad_norm=math.inf, applied=False), step)
+    health.check(result(), 20)
+    assert health.skipped_steps == MOST_SKIPPED_IN_A_ROW - 1
+    for step in range(1, MOST_SKIPPED_IN_A_ROW):
+        health.check(result(grad_norm=math.inf, applied=False), 20 + step)
+    with pytest.raises(Diverged, match="in a row"):
+        health.check(result(grad_norm=math.inf, applied=False), 20 + MOST_SKIPPED_IN_A_ROW)
