@@ -15,7 +15,7 @@ from megadiff.data.encode import build_codecs
 from megadiff.data.loader import read_held_out
 from megadiff.distributed.ranks import Ranks
 from megadiff.distributed.reduce import gather_objects
-from megadiff.evaluation.report import Section, contact_sheet
+from megadiff.evaluation.report import Cell, Section, contact_sheet
 from megadiff.evaluation.tasks import Task, cell_of, draw, tasks_of
 
 SEED = 0
@@ -42,12 +42,12 @@ class PeriodicSamples:
         step: int = training.progress.optimizer_step
         with training.engine.ema_denoiser() as denoiser:
             for task in self.tasks:
-                sheet = self.sheet(denoiser, task, training.engine.device)
-                if sheet is not None:
-                    training.monitor.picture(f"samples/{task.name}", sheet, step)
+                cells = self.cells(denoiser, task, training.engine.device)
+                training.monitor.picture(f"samples/{task.name}", sheet(task, cells), step)
+                training.monitor.text(f"samples/{task.name}", "\n".join(f"- {cell.caption}" for cell in cells), step)
 
-    def sheet(self, denoiser: Any, task: Task, device: torch.device) -> Image.Image | None:
-        """The task's contact sheet on rank 0, None elsewhere. Collective."""
+    def cells(self, denoiser: Any, task: Task, device: torch.device) -> list[Cell]:
+        """The task's samples, equal on all ranks. Collective."""
         count = self.share * self.ranks.world
         mine = torch.arange(self.ranks.rank, count, self.ranks.world)
         keys = rng.sample_keys(SEED, mine).to(device)
@@ -60,7 +60,9 @@ class PeriodicSamples:
             {name: self.codecs[name].decode(state[index]) for name, state in states.items()} for index in range(len(mine))
         ]
         shared = gather_objects([cell_of(task, value) for value in values])
-        if self.ranks.rank:
-            return None
-        cells = [shared[number % self.ranks.world][number // self.ranks.world] for number in range(count)]
-        return contact_sheet([Section(task.name, cells)])
+        return [shared[number % self.ranks.world][number // self.ranks.world] for number in range(count)]
+
+
+def sheet(task: Task, cells: list[Cell]) -> Image.Image:
+    """Few and large, since TensorBoard shows pictures small."""
+    return contact_sheet([Section(task.name, cells)], columns=4, cell_px=128, text_px=16)

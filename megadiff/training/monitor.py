@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ class Monitor:
         self.flops_per_sample = flops_per_sample
         self._device = device
         self._peak = peak_flops(device) * ranks if active else 1.0
-        self._since, self._steps, self._waited = time.perf_counter(), 0, 0.0
+        self._since, self._waited = time.perf_counter(), 0.0
+        self._results: list[StepResult] = []
         if not active:
             return
         tensorboard.mkdir(parents=True, exist_ok=True)
@@ -79,21 +81,23 @@ class Monitor:
         )
 
     def record(self, step: int, result: StepResult, *, data_wait_s: float, unreadable: int) -> None:
-        """Take in one step (step 1 is the first); every `log_every` steps and at the end it is written out."""
-        self._steps += 1
-        self._waited += data_wait_s
+        """Take in one step (step 1 is the first); every `log_every` steps and at the end their means are written out."""
         if not self.active:
             return
+        self._results.append(result)
+        self._waited += data_wait_s
         self._metrics.write(json.dumps({"step": step, **_row(result)}) + "\n")
         if step % self.log_every and step != self.total_steps:
             self._bar.update(1)
             return
         self._metrics.flush()
         elapsed = max(time.perf_counter() - self._since, 1e-9)
-        rate = self._steps * self.global_samples / elapsed
-        self._write(step, result, rate, self._waited / elapsed, unreadable)
-        self._show(step, result, rate)
-        self._since, self._steps, self._waited = time.perf_counter(), 0, 0.0
+        rate = len(self._results) * self.global_samples / elapsed
+        averaged = average(self._results)
+        self._write(step, averaged, rate, self._waited / elapsed, unreadable)
+        self._show(step, averaged, rate)
+        self._since, self._waited = time.perf_counter(), 0.0
+        self._results.clear()
 
     def pause(self) -> float:
         """The clock, before something that is no training (a checkpoint, samples); give it back to `resume`."""
@@ -156,6 +160,24 @@ class Monitor:
             f"{self.stage} {step}/{self.total_steps}: loss {result.total:.4f} ({losses}), "
             f"gradient norm {result.grad_norm:.3f}, {rate:.1f} samples/s, {clock} left"
         )
+
+
+def average(results: Sequence[StepResult]) -> StepResult:
+    """The means over several steps; a step in which nothing was scored does not count."""
+    last = results[-1]
+    names = last.losses
+    return replace(
+        last,
+        losses={name: _mean([result.losses[name] for result in results]) for name in names},
+        quartiles={name: [_mean(q) for q in zip(*(r.quartiles[name] for r in results), strict=True)] for name in names},
+        total=_mean([result.total for result in results]),
+        grad_norm=_mean([result.grad_norm for result in results]),
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    counted = [value for value in values if not math.isnan(value)]
+    return sum(counted) / len(counted) if counted else math.nan
 
 
 def _row(result: StepResult) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_joint_samples_that_mix_two_data_points_vanish_as_1_over_steps():
 def test_tokens_given_a_grid_have_the_conditional_frequencies(schedule, target, point):
     given = {"grid": GRIDS[point].expand(COUNT, -1, -1, -1).contiguous()}
     made = run(model_of(schedule, target), keys_of(COUNT), ["tokens"], given, 60, GRIDS)
-    fits = (GRIDS == GRIDS[point]).flatten(1).all(1)
+    fits = (GRIDS[point] == GRIDS).flatten(1).all(1)
     expected = torch.where(fits, SHARES, 0.0)
     assert_frequencies(cells(made["grid"], made["tokens"]), expected / expected.sum(), bias=0.012)
     assert torch.equal(made["grid"], given["grid"])
@@ -91,7 +92,7 @@ def test_tokens_given_a_grid_have_the_conditional_frequencies(schedule, target, 
 @pytest.mark.parametrize("point", [1, 4])
 def test_grids_given_tokens_have_the_conditional_frequencies(schedule, target, point):
     given = {"tokens": TOKENS[point].expand(COUNT, -1).contiguous()}
-    fits = (TOKENS == TOKENS[point]).all(1)
+    fits = (TOKENS[point] == TOKENS).all(1)
     expected = torch.where(fits, SHARES, 0.0)
     expected /= expected.sum()
     index = torch.searchsorted(expected.cumsum(0), rng.uniform(keys_of(COUNT, 8), "point", dtype=torch.float64).contiguous())
@@ -167,16 +168,15 @@ def test_the_error_of_heun_falls_with_the_square_of_the_steps_and_that_of_euler_
         made = sampler.sample(denoiser, keys_of(len(start)), generate=["number"], given={}, initial={"number": start})
         heun.append((made["number"] - end).square().mean().sqrt().item())
         state = start
-        times = torch.linspace(1, 0, steps + 1)
-        for now, then in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
+        for now, then in pairwise(sampler._grid(["number"])):
             at, earlier = torch.full((len(state),), now), torch.full((len(state),), then)
             noised = Noised({"number": state}, {"number": at}, {"number": None})
             slope = process.slope(denoiser(noised, {"number": Dense()})["number"], state, at)
             state = process.integrate(state, at, earlier, slope)
         euler.append((state - end).square().mean().sqrt().item())
-    for coarse, fine in zip(heun, heun[1:], strict=False):
+    for coarse, fine in pairwise(heun):
         assert 3.2 < coarse / fine < 5.5, heun
-    for coarse, fine in zip(euler, euler[1:], strict=False):
+    for coarse, fine in pairwise(euler):
         assert 1.7 < coarse / fine < 2.4, euler
     assert heun[-1] < 0.05 * euler[-1]
 
@@ -239,6 +239,14 @@ def test_every_evaluation_sees_generated_clocks_together_given_ones_at_0_and_abs
                 assert noised.clocks[name].tolist() == [time if name in generate else held] * 5
 
 
+def test_a_vp_grid_takes_smaller_steps_near_0_where_its_sigma_is_steep():
+    denoiser = Watched(model_of("vp", "epsilon"))
+    Sampler(model_of("vp", "epsilon"), Sampling(steps=4)).sample(denoiser, keys_of(5), generate=["tokens", "grid"], given={})
+    times = [noised.clocks["grid"][0].item() for noised, _ in denoiser.calls]
+    assert times == [1.0, 0.5625, 0.5625, 0.25, 0.25, 0.0625, 0.0625]
+    assert all(torch.equal(noised.clocks["grid"], noised.clocks["tokens"]) for noised, _ in denoiser.calls)
+
+
 def test_the_number_of_masks_falls_with_the_clock():
     model, count = model_of(), 2000
     denoiser = Watched(model)
@@ -284,7 +292,7 @@ def test_an_impossible_task_is_a_user_error_that_names_the_modality(generate, gi
     model = model_of()
     with pytest.raises(UserError, match=named):
         Sampler(model, Sampling(steps=2)).sample(
-            IdealDenoiser(model), keys_of(5), generate=generate, given={name: TOKENS for name in given}
+            IdealDenoiser(model), keys_of(5), generate=generate, given=dict.fromkeys(given, TOKENS)
         )
 
 

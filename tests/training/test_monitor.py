@@ -47,7 +47,7 @@ def test_every_step_is_a_line_and_every_other_one_an_event(tmp_path: Path) -> No
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     tags = events.Tags()["scalars"]
-    assert [event.step for event in events.Scalars("1 loss/total")] == [2, 4]
+    assert [(event.step, event.value) for event in events.Scalars("1 loss/total")] == [(2, 1.5), (4, 3.5)]
     assert [event.value for event in events.Scalars("6 data/unreadable samples")] == [3, 3]
     assert {"2 loss by time/image t 0.00-0.25", "4 speed/samples per s", "4 speed/model FLOPs utilisation"} <= set(tags)
     assert "2 loss by time/image t 0.50-0.75" not in tags, "a quarter in which nothing fell has no point"
