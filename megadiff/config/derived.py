@@ -285,8 +285,8 @@ def bytes_per_rank(model: Model, stage: Stage, data_ranks: int, *, zero_stage: i
     """Bytes that weights and optimizer take on one rank; activations, buffers and gathered weights are not in it.
 
     weights: 2 (bf16) or 4 bytes a parameter, divided over the ranks by ZeRO-3. gradients: likewise for trained ones, divided
-    from ZeRO-2 on. master: float32 copies of all parameters (ZeRO-0 in fp32: of frozen ones only). adam: two float32 moments
-    of trained ones. ema: float32 per profile of trained ones. The last three are divided from ZeRO-1 on, and copies of frozen
+    from ZeRO-2 on. master: float32 copies of all parameters (ZeRO-0 and ZeRO-3 in fp32 step the
+    weights themselves: of frozen ones only). adam: two float32 moments of trained ones. ema: float32 per profile of trained ones. The last three are divided from ZeRO-1 on, and copies of frozen
     parameters always; bf16 with ZeRO-0 runs as ZeRO-1.
     """
     zero = 1 if zero_stage == 0 and precision == "bf16" else zero_stage
@@ -294,7 +294,7 @@ def bytes_per_rank(model: Model, stage: Stage, data_ranks: int, *, zero_stage: i
     total = parameters(model, predicted(stage)).total
     trained = trainable(model, stage)
     optimizer_share = data_ranks if zero >= 1 else 1
-    copied = total if zero >= 1 else total - trained
+    copied = total - trained if precision == "fp32" and zero in (0, 3) else total
     parts = {
         "weights": _ceil(size * total, data_ranks if zero >= 3 else 1),
         "gradients": _ceil(size * trained, data_ranks if zero >= 2 else 1),
