@@ -35,6 +35,7 @@ setup(
         "diffusers>=0.37",
         "tokenizers>=0.22",
         "safetensors>=0.7",
+        "huggingface-hub>=1",
         "numpy>=2",
         "pillow>=11",
         "pydantic>=2.11",

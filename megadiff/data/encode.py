@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -53,12 +53,12 @@ class PixelCodec:
             with Image.open(io.BytesIO(members[self.member])) as picture:
                 picture.load()
                 return picture.copy()
-        except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise SampleError(f"its .{self.member} member is no readable picture: {error}") from None
 
     def encode(self, value: Image.Image) -> Tensor:
         """A picture to float32 [C, H, W]."""
-        picture = value.convert("RGBA")
+        picture = _eight_bit(value).convert("RGBA")
         ground = Image.new("RGBA", picture.size, "white")
         ground.alpha_composite(picture)
         cropped = _fit(ground.convert("RGB" if self.space.channels == 3 else "L"), self.space.width, self.space.height)
@@ -69,6 +69,13 @@ class PixelCodec:
         """float [C, H, W] to a picture; values outside [-1, 1] are clipped."""
         pixels = ((state.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
         return Image.fromarray(pixels if self.space.channels == 3 else pixels[..., 0])
+
+
+def _eight_bit(picture: Image.Image) -> Image.Image:
+    """16-bit greys scaled to 8 bits; Pillow's own conversion would make all above 255 white."""
+    if not picture.mode.startswith("I"):
+        return picture
+    return Image.fromarray((np.asarray(picture, dtype=np.float64).clip(0, 65535) / 257).round().astype(np.uint8))
 
 
 def _fit(picture: Image.Image, width: int, height: int) -> Image.Image:
@@ -136,6 +143,8 @@ class CaptionCodec:
             raise SampleError(f"its .{self.member} member holds no captions: {type(error).__name__} {error}") from None
         if not isinstance(captions, list) or not captions or not all(isinstance(item, str) for item in captions):
             raise SampleError(f"`captions` in its .{self.member} member must be a list of texts, not empty")
+        if any("\ud800" <= letter <= "\udfff" for item in captions for letter in item):
+            raise SampleError(f"a caption in its .{self.member} member holds half of a surrogate pair, which is no text")
         return captions
 
 

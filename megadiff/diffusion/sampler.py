@@ -76,8 +76,8 @@ class Sampler:
     def _grid(self, generate: Sequence[str]) -> list[float]:
         """Times from 1 to 0: evenly spaced, or evenly spaced in sqrt(t) where a vp modality is generated.
 
-        vp's sigma grows as sqrt(t) near 0: on an even grid of 50 steps the last one, which is Euler's, would begin at sigma = 0.13
-        and Heun's method would be of first order.
+        vp's sigma grows as sqrt(t) near 0: on an even grid of 50 steps the last one, which is Euler's, would begin at sigma =
+        0.13, and Heun's method would be of first order.
         """
         even = torch.linspace(1.0, 0.0, self.sampling.steps + 1, dtype=torch.float64)
         processes = [self.processes[name] for name in generate]

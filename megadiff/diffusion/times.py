@@ -66,5 +66,6 @@ def _uniforms(stage: Stage, batch: Batch, seed: int, purpose: str) -> Tensor:
         return rng.uniform(batch.keys, purpose)
     key = rng.sample_keys(seed, batch.data_step, device=batch.keys.device)
     shift = rng.uniform(key, f"{purpose} shift", dtype=torch.float64)
-    places = rng.uniform(key, f"{purpose} order", (batch.global_samples,))[0].argsort()
+    # In float64 no two numbers are equal, so that the order is the same on every device.
+    places = rng.uniform(key, f"{purpose} order", (batch.global_samples,), dtype=torch.float64)[0].argsort()
     return ((shift + places[batch.slots].double() / batch.global_samples) % 1.0).float()

@@ -213,3 +213,19 @@ def test_visible_masks_of_both_branches_are_joined():
     assert visible[:COUNT].tolist() == [[True, True, False]] * COUNT
     assert visible[COUNT:].all()
     assert watched.seen[0].visible["grid"] is None
+
+
+def test_a_condition_noisier_than_the_final_time_stays_as_it_is_while_a_cleaner_one_is_noised():
+    model = model_of()
+    model = Model.model_validate({**model.model_dump(), "modalities": {**model.modalities, "other": model.modalities["grid"]}})
+    processes = Sampler(model, Sampling()).processes
+    times = {"tokens": 0.4, "grid": 0.2, "other": 0.9}
+    states = {"tokens": ALL_MASKED, "grid": PAIRS["grid"], "other": PAIRS["grid"]}
+    watched = Watched()
+    sampling = Sampling(guidance=2.0, guidance_final_time=0.5)
+    Guided(watched, processes, sampling, KEYS)(states, times, {"tokens": RowLogits(torch.arange(3))})
+    (seen,) = watched.seen
+    later = {name: clock[COUNT:].unique().item() for name, clock in seen.clocks.items()}
+    assert later == pytest.approx({"tokens": 0.4, "grid": 0.5, "other": 0.9})
+    assert torch.equal(seen.states["other"][COUNT:], states["other"])
+    assert not torch.equal(seen.states["grid"][COUNT:], states["grid"])

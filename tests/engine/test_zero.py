@@ -82,6 +82,17 @@ def test_the_split_into_micro_batches_does_not_change_the_curve(one_rank: dict[s
     assert_same_curve(train(tmp_path, 2, 3, overrides=overrides), one_rank["first"])
 
 
+def test_ranks_whose_samples_score_no_token_run_the_same_branches(tmp_path: Path) -> None:
+    nothing_scored = [
+        "stages.first.modalities.text.predicted=true",
+        "stages.first.modalities.text.conditioning={clean: 1.0, absent: 0.0}",
+        "stages.first.modalities.image.conditioning={clean: 0.0, absent: 0.0}",
+    ]
+    report = train(tmp_path, 2, 3, overrides=nothing_scored)
+    assert report["text_losses"] == [None] * 4
+    assert all(loss > 0 for loss in report["loss"])
+
+
 def test_under_zero3_every_parameter_is_partitioned_and_no_rank_ever_holds_the_model(zero3: dict[str, Any]) -> None:
     for stage in ("first", "third"):
         report = zero3[stage]

@@ -120,6 +120,7 @@ def main(request: dict[str, Any]) -> None:
         rows = [json.loads(line) for line in metrics.read_text().splitlines()]
         seen["loss"] = [row["loss"] for row in rows]
         seen["grad_norm"] = [row["grad_norm"] for row in rows]
+        seen["text_losses"] = [row["losses"].get("text") for row in rows]
         seen["steps"] = [row["step"] for row in rows]
     if gathered is not None:
         seen["most_gathered"] = gathered.most
