@@ -285,9 +285,9 @@ def bytes_per_rank(model: Model, stage: Stage, data_ranks: int, *, zero_stage: i
     """Bytes that weights and optimizer take on one rank; activations, buffers and gathered weights are not in it.
 
     weights: 2 (bf16) or 4 bytes a parameter, divided over the ranks by ZeRO-3. gradients: likewise for trained ones, divided
-    from ZeRO-2 on. master: float32 copies of all parameters (ZeRO-0 and ZeRO-3 in fp32 step the
-    weights themselves: of frozen ones only). adam: two float32 moments of trained ones. ema: float32 per profile of trained ones. The last three are divided from ZeRO-1 on, and copies of frozen
-    parameters always; bf16 with ZeRO-0 runs as ZeRO-1.
+    from ZeRO-2 on. master: float32 copies of all parameters (ZeRO-0 and ZeRO-3 in fp32 step the weights themselves: of frozen
+    ones only). adam: two float32 moments of trained ones. ema: float32 per profile of trained ones. The last three are divided
+    from ZeRO-1 on, and copies of frozen parameters always; bf16 with ZeRO-0 runs as ZeRO-1.
     """
     zero = 1 if zero_stage == 0 and precision == "bf16" else zero_stage
     size = 2 if precision == "bf16" else 4
