@@ -18,7 +18,7 @@ from megadiff.types import Dense
 
 BETA_START, BETA_END, DISCRETE_STEPS = 0.00085, 0.012, 1000
 SMALLEST_ALPHA = 1e-3
-"""Where a division by alpha would blow up (the flow at t = 1), alpha is taken to be this."""
+"""Below this (the flow at t = 1) nothing is divided by alpha any more."""
 
 
 def vp_log_alpha(times: Tensor) -> Tensor:
@@ -96,12 +96,14 @@ class Gaussian:
     def clean_and_noise(self, prediction: Tensor, state: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
         """(clean, noise) that a prediction stands for.
 
-        From epsilon, clean divides by alpha: the flow is singular at t = 1, vp divides by 0.069 there. From the velocity
-        nothing is divided by anything.
+        From epsilon, clean divides by alpha: vp by 0.069 at t = 1; the flow is singular there, and since a prediction's error
+        would be multiplied without bound, clean is taken to be 0, the middle of the data's range. From the velocity nothing is
+        divided by anything.
         """
         alpha, sigma = _wide(self.alpha(times)), _wide(self.sigma(times))
         if self.config.target == "epsilon":
-            return (state - sigma * prediction) / alpha.clamp_min(SMALLEST_ALPHA), prediction
+            clean = (state - sigma * prediction) / alpha.clamp_min(SMALLEST_ALPHA)
+            return torch.where(alpha < SMALLEST_ALPHA, 0.0, clean), prediction
         if self.config.schedule == "vp":
             return alpha * state - sigma * prediction, sigma * state + alpha * prediction
         return state - sigma * prediction, state + alpha * prediction

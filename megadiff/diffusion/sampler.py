@@ -7,7 +7,7 @@ Legend: B samples, S tokens, R rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,11 +15,10 @@ from torch import Tensor
 from megadiff import rng
 from megadiff.config.errors import UserError
 from megadiff.config.schema import Model, Sampling
-from megadiff.diffusion.gaussian import Gaussian
 from megadiff.diffusion.guidance import Guided
-from megadiff.diffusion.masked import Masked
 from megadiff.diffusion.process import build_processes
-from megadiff.types import Denoiser, Dense, Prediction, Readout, RowLogits
+from megadiff.diffusion.solvers import build_solver
+from megadiff.types import Denoiser
 
 States = dict[str, Tensor]
 
@@ -30,6 +29,7 @@ class Sampler:
     def __init__(self, model: Model, sampling: Sampling) -> None:
         self.sampling = sampling
         self.processes = build_processes(model)
+        self.solvers = {name: build_solver(process) for name, process in self.processes.items()}
 
     def sample(
         self,
@@ -53,15 +53,9 @@ class Sampler:
             Clean states of all modalities; absent ones as their prior.
 
         Raises:
-            UserError: a modality is unknown, or both given and generated.
+            UserError: nothing is to be generated, a modality is unknown, or it is both given and generated.
         """
-        wrong = [name for name in (*generate, *given) if name not in self.processes] + [
-            name for name in generate if name in given
-        ]
-        if wrong or not generate:
-            raise UserError(
-                f"cannot generate {', '.join(generate) or 'nothing'} given {', '.join(given) or 'nothing'}: {', '.join(wrong)}"
-            )
+        self._check(generate, given, initial or {})
         states = {name: given[name] if name in given else process.prior(keys) for name, process in self.processes.items()}
         states |= dict(initial or {})
         guided = Guided(denoiser, self.processes, self.sampling, keys)
@@ -73,6 +67,17 @@ class Sampler:
                 progress(step + 1, self.sampling.steps)
         return states
 
+    def _check(self, generate: Sequence[str], given: Collection[str], initial: Collection[str]) -> None:
+        known = list(self.processes)
+        if not generate:
+            raise UserError(f"nothing is to be generated; name at least one modality of {', '.join(known)}")
+        if unknown := [name for name in (*generate, *given, *initial) if name not in known]:
+            raise UserError(f"this model has no modality {', '.join(unknown)}; it has {', '.join(known)}")
+        if both := [name for name in generate if name in given]:
+            raise UserError(f"{', '.join(both)} cannot be given and generated at once; leave it out of one of the two")
+        if idle := [name for name in initial if name not in generate]:
+            raise UserError(f"initial states are for generated modalities, and {', '.join(idle)} is not one of them")
+
     def _grid(self, generate: Sequence[str]) -> list[float]:
         """Times from 1 to 0: evenly spaced, or evenly spaced in sqrt(t) where a vp modality is generated.
 
@@ -80,9 +85,8 @@ class Sampler:
         0.13, and Heun's method would be of first order.
         """
         even = torch.linspace(1.0, 0.0, self.sampling.steps + 1, dtype=torch.float64)
-        processes = [self.processes[name] for name in generate]
-        vp = any(isinstance(process, Gaussian) and process.config.schedule == "vp" for process in processes)
-        times: list[float] = (even**2 if vp else even).tolist()
+        steep = any(self.solvers[name].steep_at_zero for name in generate)
+        times: list[float] = (even**2 if steep else even).tolist()
         return times
 
     def _step(
@@ -98,51 +102,21 @@ class Sampler:
 
         Heun's second evaluation happens at the end point, where every clock stands at `then`: Gaussian modalities at Euler's
         prediction, tokens as they have just been unmasked. So the network is only ever asked about states that its training has
-        shown it. The last step, to t = 0, is Euler's.
+        shown it.
         """
-        chosen = {
-            name: self._chosen(name, states[name], now[name], then[name], keys) for name in generate if self._masked(name)
+        requests = {name: self.solvers[name].request(states[name], now[name], then[name], keys) for name in generate}
+        first = guided(states, now, requests)
+        moved = {
+            name: self.solvers[name].move(states[name], now[name], then[name], keys, requests[name], first[name])
+            for name in generate
         }
-        readout: dict[str, Readout] = {name: RowLogits(chosen[name]) if name in chosen else Dense() for name in generate}
-        first = guided(states, now, readout)
-        slopes = self._slopes(first, states, now, generate)
-        moved = dict(states)
-        for name in generate:
-            process = self.processes[name]
-            if isinstance(process, Masked):
-                moved[name] = process.fill(states[name], chosen[name], first[name], keys)
-            elif isinstance(process, Gaussian):
-                moved[name] = self._integrate(process, states[name], now[name], then[name], slopes[name])
-        if not slopes or any(then[name] == 0 for name in slopes):
-            return moved
-        second = self._slopes(guided(moved, then, {name: Dense() for name in slopes}), moved, then, generate)
-        for name, slope in slopes.items():
-            process = self.processes[name]
-            if isinstance(process, Gaussian):
-                average = 0.5 * (slope + second[name])
-                moved[name] = self._integrate(process, states[name], now[name], then[name], average)
-        return moved
-
-    def _masked(self, name: str) -> bool:
-        return isinstance(self.processes[name], Masked)
-
-    def _chosen(self, name: str, state: Tensor, now: float, then: float, keys: Tensor) -> Tensor:
-        """Flat positions int64 [R] of the tokens that become visible in this step."""
-        process = self.processes[name]
-        assert isinstance(process, Masked)
-        return process.chosen(state, _vector(now, keys), _vector(then, keys), keys).flatten().nonzero()[:, 0]
-
-    def _slopes(self, prediction: Prediction, states: States, times: dict[str, float], generate: Sequence[str]) -> States:
-        slopes = {}
-        for name in generate:
-            process = self.processes[name]
-            if isinstance(process, Gaussian):
-                slopes[name] = process.slope(prediction[name].float(), states[name], _vector(times[name], states[name]))
-        return slopes
-
-    def _integrate(self, process: Gaussian, state: Tensor, now: float, then: float, slope: Tensor) -> Tensor:
-        return process.integrate(state, _vector(now, state), _vector(then, state), slope)
-
-
-def _vector(value: float, like: Tensor) -> Tensor:
-    return torch.full((len(like),), value, dtype=torch.float32, device=like.device)
+        ends = {**states, **{name: end.state for name, end in moved.items()}}
+        unfinished = [name for name in generate if moved[name].slope is not None]
+        if not unfinished:
+            return ends
+        second = guided(ends, then, {name: requests[name] for name in unfinished})
+        corrected = {
+            name: self.solvers[name].correct(states[name], now[name], then[name], moved[name], second[name])
+            for name in unfinished
+        }
+        return {**ends, **corrected}

@@ -1,0 +1,101 @@
+"""Numbers that must not depend on each other, and evaluation that must not depend on what tames training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+
+from megadiff import rng
+from megadiff.config.schema import Model
+from megadiff.diffusion.masked import Masked, draw_categorical
+from megadiff.diffusion.objective import conditional_losses
+from megadiff.diffusion.process import Process, build_process, build_processes
+from megadiff.types import Noised, Prediction, Readout
+from tests.diffusion.ideal import IdealDenoiser, draw_pairs
+from tests.diffusion.small import model_of
+
+COUNT = 4000
+KEYS = rng.sample_keys(9, torch.arange(COUNT))
+
+
+def drawn(process: Process, what: str) -> torch.Tensor:
+    """float64 [B]: one number that shows the random draw behind a process's method."""
+    half, one = torch.full((COUNT,), 0.5), torch.ones(COUNT)
+    if isinstance(process, Masked):
+        clean = torch.zeros(COUNT, 3, dtype=torch.int64)
+        masks = torch.full((COUNT, 3), process.mask_id)
+        found = {
+            "noise": lambda: process.noise(clean, half, KEYS).state,
+            "guidance": lambda: process.renoise(clean, 0 * half, half, KEYS),
+            "unmask": lambda: process.chosen(masks, one, half, KEYS),
+            "token": lambda: process.fill(masks, torch.arange(COUNT) * 3, torch.zeros(COUNT, 5), KEYS),
+        }[what]()
+    else:
+        clean = torch.zeros(COUNT, 1, 1, 2)
+        found = {
+            "noise": lambda: process.noise(clean, one, KEYS).state,
+            "guidance": lambda: process.renoise(clean, 0 * half, half, KEYS),
+            "prior": lambda: process.prior(KEYS),
+        }[what]()
+    return found.flatten(1)[:, 0].double()
+
+
+def test_all_draws_of_all_modalities_from_one_key_are_independent():
+    """A purpose without the modality's name would give two modalities of one kind the same noise."""
+    modalities = model_of().modalities
+    draws = []
+    for kind, whats in (("tokens", ("noise", "guidance", "unmask", "token")), ("grid", ("noise", "guidance", "prior"))):
+        for name in ("first", "second"):
+            draws += [drawn(build_process(name, modalities[kind]), what) for what in whats]
+    matrix = torch.corrcoef(torch.stack(draws))
+    assert (matrix - torch.eye(len(draws), dtype=torch.float64)).abs().max() < 4.5 / COUNT**0.5
+
+
+def test_a_rare_id_behind_a_frequent_one_is_drawn_at_its_own_rate():
+    """1 - 1e-9 is 1 in float32: a cumulative sum in float32 would never give the last id."""
+    logits = torch.tensor([[1.0, 1e-9]], dtype=torch.float64).log().float().repeat(2, 1)
+    uniforms = torch.tensor([1 - 0.5e-9, 1 - 2e-9], dtype=torch.float64)
+    assert draw_categorical(logits, uniforms).tolist() == [1, 0]
+
+
+def token_losses(model: Model) -> torch.Tensor:
+    states = draw_pairs(100)
+    clean = {"tokens": states["tokens"], "grid": states["grid"]}
+    return conditional_losses(IdealDenoiser(model), model, clean, KEYS[:100], target="tokens", given=["grid"], times=4)
+
+
+@pytest.mark.parametrize("training", [{"weight_cap": 1.0}, {"loss": "plain"}, {"end_id": 4, "after_end_weight": 0.0}])
+def test_evaluation_of_tokens_is_the_true_nelbo_whatever_tames_the_training_loss(training):
+    torch.testing.assert_close(token_losses(model_of(**training)), token_losses(model_of()))
+
+
+def test_visible_positions_do_not_enter_the_true_nelbo_of_a_model_trained_with_the_plain_loss():
+    """The plain readout scores every position, so that visible ones carry a loss that the NELBO must leave out."""
+    process = build_processes(model_of(loss="plain"))["tokens"]
+    noised = process.noise(draw_pairs(200)["tokens"], torch.full((200,), 0.5), KEYS[:200])
+    losses = process.losses(torch.ones(200, 3), noised, torch.full((200,), 0.5), exact=True)
+    assert losses.sums.tolist() == (2.0 * (noised.state == 5).sum(1)).tolist()
+
+
+def test_every_time_of_an_evaluation_has_its_own_noise_in_its_own_stratum():
+    model = model_of()
+    ideal = IdealDenoiser(model)
+    seen: list[Noised] = []
+
+    def watched(noised: Noised, readout: Mapping[str, Readout]) -> Prediction:
+        seen.append(noised)
+        return ideal(noised, readout)
+
+    states = draw_pairs(COUNT)
+    clean = {"tokens": states["tokens"], "grid": states["grid"]}
+    conditional_losses(watched, model, clean, KEYS, target="grid", given=["tokens"], times=4)
+    noises = []
+    for stratum, noised in enumerate(seen):
+        times = noised.clocks["grid"]
+        assert ((times >= stratum / 4) & (times <= (stratum + 1) / 4)).all()
+        wide = times[:, None, None, None]
+        noises.append(((noised.states["grid"] - (1 - wide) * clean["grid"]) / wide)[:, 0, 0, 0])
+    rows = torch.stack((*noises, *(noised.clocks["grid"] for noised in seen))).double()
+    assert (torch.corrcoef(rows) - torch.eye(8, dtype=torch.float64)).abs().max() < 4.5 / COUNT**0.5
