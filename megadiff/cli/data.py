@@ -36,6 +36,14 @@ def _add_emoji(actions: Verbs) -> None:
         default=True,
         help="with the variants in skin tones (default: yes)",
     )
+    parser.add_argument("--shard-samples", metavar="N", type=positive, default=500, help="pairs per tar shard (default: 500)")
+    parser.add_argument(
+        "--held-out-share",
+        metavar="SHARE",
+        type=_share,
+        default=0.08,
+        help="share of the base emoji that is held out, with all their styles and variants (default: 0.08)",
+    )
     parser.add_argument("--vocabulary", metavar="V", type=positive, default=2000, help="ids of the tokenizer (default: 2000)")
     parser.set_defaults(run=make_emoji)
 
@@ -61,6 +69,16 @@ def _sets(text: str) -> tuple[str, ...]:
     return names
 
 
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share; give a number from 0 to below 1, such as 0.08")
+    return share
+
+
 def make_emoji(arguments: argparse.Namespace) -> int:
     from megadiff.data.recipes import emoji
 
@@ -69,6 +87,8 @@ def make_emoji(arguments: argparse.Namespace) -> int:
         size=arguments.size,
         sets=arguments.sets,
         skin_tones=arguments.skin_tones,
+        shard_samples=arguments.shard_samples,
+        held_out_share=arguments.held_out_share,
         vocabulary=arguments.vocabulary,
     )
     return 0
@@ -86,5 +106,6 @@ def index(arguments: argparse.Namespace) -> int:
             bar.update(done - bar.n)
 
         manifest = shards.index_shards(arguments.folder, report)
-    print(f"manifest: {shards.write_manifest(arguments.folder, manifest)} ({manifest.samples:,} samples)")
+    address = shards.write_manifest(arguments.folder, manifest)
+    print(f"manifest: {address} ({len(manifest.shards):,} shards, {manifest.samples:,} samples)")
     return 0

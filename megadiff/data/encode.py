@@ -71,6 +71,10 @@ class PixelCodec:
         return Image.fromarray(pixels if self.space.channels == 3 else pixels[..., 0])
 
 
+_LONGEST_PX = 2**15
+"""A picture that is longer than this once its short edge fits is no picture of anything, and could take all memory."""
+
+
 def _eight_bit(picture: Image.Image) -> Image.Image:
     """16-bit greys scaled to 8 bits; Pillow's own conversion would make all above 255 white."""
     if not picture.mode.startswith("I"):
@@ -79,11 +83,13 @@ def _eight_bit(picture: Image.Image) -> Image.Image:
 
 
 def _fit(picture: Image.Image, width: int, height: int) -> Image.Image:
-    """Scale so that the picture covers width x height, then crop the centre."""
+    """Scale so that the picture covers width x height, then crop the centre. Raises SampleError if it is far too thin."""
     if picture.size == (width, height):
         return picture
     factor = max(width / picture.width, height / picture.height)
     size = (max(width, round(picture.width * factor)), max(height, round(picture.height * factor)))
+    if max(size) > max(_LONGEST_PX, width, height):
+        raise SampleError(f"it is {picture.width} x {picture.height} px, too thin to fill {width} x {height}")
     scaled = picture.resize(size, Image.Resampling.BICUBIC if factor > 1 else Image.Resampling.LANCZOS)
     left, top = (scaled.width - width) // 2, (scaled.height - height) // 2
     return scaled.crop((left, top, left + width, top + height))

@@ -31,7 +31,7 @@ _NAMED_IN_LOG = 20
 
 @dataclass(frozen=True)
 class LoaderStats:
-    """Since the run began: samples taken by this rank, and those that could not be decoded."""
+    """Since this process began: samples taken by this rank, and those that could not be decoded."""
 
     read: int
     unreadable: int
@@ -53,16 +53,15 @@ def check_unreadable(read: int, unreadable: int, share: float) -> None:
 class _Source:
     """Decodes one visit at a time. Thread-safe."""
 
-    def __init__(self, address: str, data: Data, model: Model) -> None:
+    def __init__(self, address: str, data: Data, model: Model, in_memory: int = 64) -> None:
         self.manifest = read_manifest(address)
-        # Lanes move through blocks of their own: each may have a block's shards open, and a neighbour's.
-        self.reader = ShardReader(address, self.manifest, data.cache, in_memory=max(64, 2 * data.block_shards))
+        self.reader = ShardReader(address, self.manifest, data.cache, in_memory)
         self.codecs = build_codecs(data, model)
         self.model = model
 
     def states(self, shard: int, offset: int, key: int) -> dict[str, Tensor]:
         """Raises SampleError if the sample cannot be decoded."""
-        members = self.reader.shard(shard).members(offset)
+        members = self.reader.members(shard, offset)
         return {name: codec.encode(codec.read(members, key)) for name, codec in self.codecs.items()}
 
     def name(self, shard: int, offset: int) -> str:
@@ -100,7 +99,10 @@ class Loader:
         Raises:
             UserError: the manifest cannot be read, or lanes, ranks and batch do not divide.
         """
-        self._source = _Source(data.train, data, model)
+        # Lanes move through blocks of their own: each needs a block's shards at once, one more where it starts amid a shard,
+        # and one of the next block.
+        in_memory = -(-data.lanes // data_ranks) * (data.block_shards + 2)
+        self._source = _Source(data.train, data, model, in_memory)
         self._order = Order([s.samples for s in self._source.manifest.shards], data.lanes, data.block_shards, seed)
         self._slots = self._order.slots_of_rank(data_rank, data_ranks, global_samples)
         if len(self._slots) % micro_batch:
@@ -115,7 +117,7 @@ class Loader:
         self._pending: deque[Future[list[Batch]]] = deque()
         self._next = data_step
         self._read = self._unreadable = 0
-        self._named = 0
+        self._named: set[str] = set()
         self._lock = threading.Lock()
 
     def take(self) -> list[Batch]:
@@ -184,10 +186,11 @@ class Loader:
 
     def _report(self, name: str, error: SampleError) -> None:
         with self._lock:
-            self._named += 1
-            if self._named <= _NAMED_IN_LOG:
-                log.warning("sample %s is skipped: %s", name, error)
-            if self._named == _NAMED_IN_LOG:
+            if name in self._named or len(self._named) == _NAMED_IN_LOG:
+                return
+            self._named.add(name)
+            log.warning("sample %s is skipped: %s", name, error)
+            if len(self._named) == _NAMED_IN_LOG:
                 log.warning("further unreadable samples are counted, not named")
 
 

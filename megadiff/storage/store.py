@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import secrets
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -31,6 +32,10 @@ Result = TypeVar("Result")
 
 class StorageError(UserError):
     """An object that is missing, forbidden, out of reach, or that changed while it was read."""
+
+
+class MissingError(StorageError):
+    """A distant object that does not exist."""
 
 
 def is_local(address: str) -> bool:
@@ -74,30 +79,15 @@ def read_bytes(address: str, offset: int = 0, length: int | None = None) -> byte
 def write_bytes(address: str, data: bytes) -> None:
     """Write the whole object; a reader sees the old one or the new one, never a part."""
     if is_local(address):
-        path = local_path(address)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            aside = path.with_name(f".{path.name}.{os.getpid()}")
-            aside.write_bytes(data)
-            aside.replace(path)
-        except OSError as error:
-            raise StorageError(f"{address} cannot be written: {error.strerror}") from None
-        return
+        return _write_file(address, data)
     store, path_in_store = _store_and_path(address)
     _with_retries(address, lambda: obstore.put(store, path_in_store, data))
+    return None
 
 
 def download(address: str, path: Path) -> None:
     """Copy an object to a local path, which appears only when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.{random.getrandbits(32):08x}")
-    try:
-        aside.write_bytes(read_bytes(address))
-        aside.replace(path)
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error.strerror}") from None
-    finally:
-        aside.unlink(missing_ok=True)
+    _write_file(str(path), read_bytes(address))
 
 
 def exists(address: str) -> bool:
@@ -105,11 +95,9 @@ def exists(address: str) -> bool:
         return local_path(address).exists()
     store, path = _store_and_path(address)
     try:
-        obstore.head(store, path)
-    except (NotFoundError, FileNotFoundError):
+        _with_retries(address, lambda: obstore.head(store, path))
+    except MissingError:
         return False
-    except (BaseError, PermissionError) as error:
-        raise _explain(address, error) from None
     return True
 
 
@@ -134,12 +122,30 @@ def _read_file(address: str, offset: int, length: int | None) -> bytes:
         raise StorageError(f"{address} cannot be read: {error.strerror}") from None
 
 
+def _write_file(address: str, data: bytes) -> None:
+    path = local_path(address)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            aside.write_bytes(data)
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"{address} cannot be written: {error.strerror}") from None
+
+
 def _range(store: Any, path: str, start: int, stop: int, tag: str | None) -> bytes:
     """One range, of the object that was there at the start (its ETag must still match)."""
     options: dict[str, Any] = {"range": (start, stop)}
     if tag is not None:
         options["if_match"] = tag
-    data = bytes(obstore.get(store, path, options=options).bytes())
+    found = obstore.get(store, path, options=options)
+    # Not every server heeds If-Match; what it sends says which version it is.
+    if tag is not None and found.meta["e_tag"] not in (None, tag):
+        raise PreconditionError(f"{path} has another ETag than at the start")
+    data = bytes(found.bytes())
     if len(data) != stop - start:
         raise OSError(f"{len(data)} bytes came instead of {stop - start}")
     return data
@@ -164,11 +170,14 @@ def _with_retries(address: str, attempt: Callable[[], Result]) -> Result:
 
 def _explain(address: str, error: Exception) -> StorageError:
     if isinstance(error, NotFoundError | FileNotFoundError):
-        return StorageError(f"{address} does not exist")
+        return MissingError(f"{address} does not exist")
     if isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError):
         return StorageError(f"{address} may not be read or written with the credentials at hand")
-    first_line = re.sub(r"\s+", " ", str(error)).strip()[:200]
-    return StorageError(f"{address} cannot be reached after {ATTEMPTS} attempts: {first_line}")
+    return StorageError(f"{address} cannot be reached after {ATTEMPTS} attempts: {_in_one_line(error)}")
+
+
+def _in_one_line(error: Exception) -> str:
+    return re.sub(r"\s+", " ", str(error).partition("Debug source")[0]).strip()[:200]
 
 
 def _store_and_path(address: str) -> tuple[Any, str]:
@@ -189,4 +198,4 @@ def _store(root: str) -> Any:
     try:
         return from_url(root, config=config or None, client_options=client, retry_config=retry)
     except (BaseError, ValueError) as error:
-        raise StorageError(f"{root} is no address that can be read: {error}") from None
+        raise StorageError(f"{root} is no address that can be read: {_in_one_line(error)}") from None

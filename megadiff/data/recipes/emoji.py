@@ -31,8 +31,10 @@ log = logging.getLogger(__name__)
 LABELS = ("emojibase-data", "17.0.0")
 TRAIN, HELD_OUT, TOKENIZER, RECIPE = "train", "held_out", "tokenizer.json", "recipe.json"
 PAD, END = "<|pad|>", "<|end|>"
+SMALLEST_VOCABULARY = 256 + 2
 SKIN_TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
 _NEUTRAL = {"1F468": "1F9D1", "1F469": "1F9D1", "1F466": "1F9D2", "1F467": "1F9D2"}
+_FACING_RIGHT = "27A1"
 _IGNORED_IN_BASE = SKIN_TONES | {"FE0F", "200D", "2640", "2642"}
 
 
@@ -73,17 +75,27 @@ SETS: Mapping[str, Art] = {
 
 @dataclass(frozen=True)
 class Emoji:
-    """One emoji of Unicode: hexcode like 1F44B-1F3FB, English name and tags."""
+    """One emoji of Unicode: hexcode like 1F44B-1F3FB, English name and tags.
+
+    Attributes:
+        root: hexcode of the emoji whose skin-tone variant this is ("" for itself). Some variants are spelled with other code
+            points than their root (handshake, couples), so that the hexcode alone does not tell.
+    """
 
     hexcode: str
     text: str
     label: str
     tags: tuple[str, ...]
+    root: str = ""
 
     @property
     def base(self) -> str:
-        """The hexcode without skin tones, genders and selectors; a hold-out by it leaks no variant."""
-        parts = [_NEUTRAL.get(part, part) for part in self.hexcode.split("-") if part not in _IGNORED_IN_BASE]
+        """The root's hexcode without skin tones, genders, selectors and direction; a hold-out by it leaks none of these."""
+        spelled = (self.root or self.hexcode).split("-")
+        parts = [_NEUTRAL.get(part, part) for part in spelled if part not in _IGNORED_IN_BASE]
+        # "Facing right" is the mirror image; alone, the arrow is an emoji of its own.
+        if len(parts) > 1 and parts[-1] == _FACING_RIGHT:
+            parts = parts[:-1]
         return "-".join(parts)
 
     @property
@@ -125,11 +137,15 @@ def make_emoji(
         packages: where npm archives are kept; None takes the user's cache.
 
     Raises:
-        UserError: a set is unknown, npm fails, or `out` holds the result of other arguments.
+        UserError: a set is unknown, the vocabulary too small, npm fails, or `out` holds the result of other arguments.
     """
     unknown = [name for name in sets if name not in SETS]
     if unknown or not sets:
-        raise UserError(f"unknown emoji set {', '.join(unknown)}; known: {', '.join(SETS)}")
+        raise UserError(f"unknown emoji set {', '.join(unknown) or '(none is named)'}; known: {', '.join(SETS)}")
+    if vocabulary < SMALLEST_VOCABULARY:
+        raise UserError(
+            f"vocabulary ({vocabulary}) has no room for every byte and two marks; it must be at least {SMALLEST_VOCABULARY}"
+        )
     recipe = {
         "recipe": "emoji", "size_px": size, "sets": list(sets), "skin_tones": skin_tones, "shard_samples": shard_samples,
         "held_out_share": held_out_share, "vocabulary": vocabulary, "labels": "@".join(LABELS),
@@ -155,7 +171,7 @@ def read_labels(package: Package) -> dict[str, Emoji]:
         tags = tuple(entry.get("tags", ()))
         for variant in (entry, *entry.get("skins", ())):
             label = variant["label"].replace(":", ",").lower()
-            found[variant["hexcode"]] = Emoji(variant["hexcode"], variant["emoji"], label, tags)
+            found[variant["hexcode"]] = Emoji(variant["hexcode"], variant["emoji"], label, tags, entry["hexcode"])
     return found
 
 
@@ -260,7 +276,10 @@ def _svg(tree: Mapping[str, Any], icon: Mapping[str, Any]) -> str:
 def _check_recipe(out: str, recipe: Mapping[str, Any]) -> None:
     address = store.join(out, RECIPE)
     if store.exists(address):
-        found = json.loads(store.read_bytes(address))
+        try:
+            found = dict(json.loads(store.read_bytes(address)))
+        except (ValueError, TypeError):
+            raise UserError(f"{address} is damaged; delete it with the shards beside it, or name another folder") from None
         differing = [f"{key} {found.get(key)!r} -> {value!r}" for key, value in recipe.items() if found.get(key) != value]
         if differing:
             raise UserError(f"{out} was made with other arguments ({'; '.join(differing)}); name another folder")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import os
 import shutil
 import subprocess
 import tarfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,10 @@ class Package:
     def __init__(self, archive: Path) -> None:
         """Raises UserError if the archive is damaged."""
         try:
-            with tarfile.open(archive) as tar:
+            # Unpacked whole, so that gzip's checksum is compared.
+            with tarfile.open(fileobj=io.BytesIO(gzip.decompress(archive.read_bytes()))) as tar:
                 self._files = {m.name.partition("/")[2]: _read(tar, m) for m in tar if m.isfile()}
-        except (tarfile.TarError, OSError, EOFError) as error:
+        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
             raise UserError(f"{archive} is damaged ({error}); delete it and start again") from None
 
     def names(self) -> list[str]:

@@ -1,0 +1,357 @@
+"""Addresses: files and S3 behave alike; broken, changed, busy and absent objects."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megadiff.data.loader import Loader
+from megadiff.data.shards import index_shards, read_manifest
+from megadiff.storage import store
+from megadiff.storage.store import StorageError
+from tests.data.small import data_of, tiny, write_source
+from tests.ranks import free_port
+from tests.storage.servers import Mood, server_of
+
+SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY"
+
+
+@pytest.fixture(autouse=True)
+def fresh_clients(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No client, pause or credential outlives a test."""
+    monkeypatch.setattr(store, "_FIRST_PAUSE_S", 0.001)
+    store._store.cache_clear()
+    yield
+    store._store.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def moto_url() -> Iterator[str]:
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=free_port())
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+def use_s3(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIATEST")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+
+
+@pytest.fixture
+def s3_folder(moto_url: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """The address of an empty folder in a bucket of its own."""
+    use_s3(monkeypatch, moto_url)
+    bucket = "b" + re.sub(r"[^a-z0-9]", "", request.node.name.lower())[-50:]
+    with urllib.request.urlopen(urllib.request.Request(f"{moto_url}/{bucket}", method="PUT")) as answer:
+        assert answer.status == 200
+    return f"s3://{bucket}/some/folder"
+
+
+@pytest.fixture(params=["file", "file-url", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "s3":
+        return str(request.getfixturevalue("s3_folder"))
+    path = tmp_path / "some" / "folder"
+    return str(path) if request.param == "file" else f"file://{path}"
+
+
+# ---------------------------------------------------------------------------------------------- files and S3 are alike
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("content", [b"", b"x", bytes(range(256)) * 40])
+def test_what_was_written_is_read(folder: str, content: bytes) -> None:
+    address = store.join(folder, "a.bin")
+    store.write_bytes(address, content)
+    assert store.read_bytes(address) == content
+
+
+@pytest.mark.s3
+def test_ranges_are_read_and_end_with_the_object(folder: str) -> None:
+    address = store.join(folder, "a.bin")
+    store.write_bytes(address, b"0123456789")
+    assert store.read_bytes(address, 3) == b"3456789"
+    assert store.read_bytes(address, 3, 4) == b"3456"
+    assert store.read_bytes(address, 8, 100) == b"89"
+    assert store.read_bytes(address, 10, 1) == store.read_bytes(address, 50, 1) == store.read_bytes(address, 4, 0) == b""
+
+
+@pytest.mark.s3
+def test_an_object_larger_than_a_chunk_is_read_whole(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "CHUNK_BYTES", 1000)
+    content = os.urandom(3500)
+    address = store.join(folder, "a.bin")
+    store.write_bytes(address, content)
+    assert store.read_bytes(address) == content
+    assert store.read_bytes(address, 900, 2200) == content[900:3100]
+
+
+@pytest.mark.s3
+def test_writing_again_replaces_the_object(folder: str) -> None:
+    address = store.join(folder, "a.bin")
+    store.write_bytes(address, b"a long first version")
+    store.write_bytes(address, b"second")
+    assert store.read_bytes(address) == b"second"
+    assert store.list_names(folder) == ["a.bin"]
+
+
+@pytest.mark.s3
+def test_a_missing_object_is_one_sentence_that_names_it(folder: str, tmp_path: Path) -> None:
+    store.write_bytes(store.join(folder, "other"), b"")
+    for read in (store.read_bytes, lambda address: store.download(address, tmp_path / "never")):
+        with pytest.raises(StorageError) as caught:
+            read(store.join(folder, "absent.tar"))
+        message = str(caught.value)
+        assert store.join(folder, "absent.tar") in message
+        assert re.search(r"does not exist|No such file", message)
+        assert "\n" not in message
+
+
+@pytest.mark.s3
+def test_exists_says_whether_an_object_is_there(folder: str) -> None:
+    store.write_bytes(store.join(folder, "a.bin"), b"1")
+    assert store.exists(store.join(folder, "a.bin"))
+    assert not store.exists(store.join(folder, "b.bin"))
+
+
+@pytest.mark.s3
+def test_a_listing_names_what_lies_directly_in_the_folder_in_order(folder: str) -> None:
+    for name in ("b.tar", "a.tar", "deeper/c.tar"):
+        store.write_bytes(store.join(folder, name), b"1")
+    store.write_bytes(folder + "-beside/d.tar", b"1")
+    assert store.list_names(folder) == store.list_names(folder + "/") == ["a.tar", "b.tar"]
+
+
+@pytest.mark.s3
+def test_a_download_is_whole_and_leaves_nothing_else(folder: str, tmp_path: Path) -> None:
+    content = os.urandom(5000)
+    store.write_bytes(store.join(folder, "a.bin"), content)
+    path = tmp_path / "new" / "copy.bin"
+    store.download(store.join(folder, "a.bin"), path)
+    assert path.read_bytes() == content
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.s3
+def test_a_download_that_fails_leaves_the_old_copy(folder: str, tmp_path: Path) -> None:
+    path = tmp_path / "copies" / "copy.bin"
+    path.parent.mkdir()
+    path.write_bytes(b"old")
+    with pytest.raises(StorageError):
+        store.download(store.join(folder, "absent"), path)
+    assert path.read_bytes() == b"old"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.s3
+def test_many_writers_of_one_address_leave_one_whole_version(folder: str) -> None:
+    address = store.join(folder, "a.bin")
+    versions = [bytes([number]) * 20_000 for number in range(8)]
+    failed: list[BaseException] = []
+
+    def write(content: bytes) -> None:
+        try:
+            for _ in range(5):
+                store.write_bytes(address, content)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=write, args=(version,)) for version in versions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert store.read_bytes(address) in versions
+
+
+@pytest.mark.s3
+def test_parent_and_join_are_each_others_reverse(folder: str) -> None:
+    assert store.parent(store.join(folder, "a.bin")) == folder.removeprefix("file://")
+    assert store.join(folder + "/", "a") == store.join(folder, "a")
+
+
+@pytest.mark.s3
+def test_a_loader_over_s3_gives_the_same_batches_as_over_files(s3_folder: str, tmp_path: Path) -> None:
+    sizes = [7, 9, 8]
+    addresses = [write_source(tmp_path, sizes), write_source(s3_folder, sizes)]
+    assert index_shards(s3_folder) == read_manifest(addresses[0])
+    cache = {"folder": str(tmp_path / "cache"), "max_bytes": 10**9}
+    settings: list[dict[str, Any]] = [{}, {}, {"cache": tiny()[0].model_validate({**vars(tiny()[0]), "cache": cache}).cache}]
+    read = []
+    for address, changes in zip([*addresses, addresses[1]], settings, strict=True):
+        loader = Loader(data_of(address, **changes), tiny()[1], seed=1, global_samples=8, micro_batch=4)
+        batches = [batch for _ in range(7) for batch in loader.take()]
+        loader.close()
+        read.append([(b.ids, b.keys.tolist(), b.states["image"].tolist(), b.states["text"].tolist()) for b in batches])
+    assert read[0] == read[1] == read[2]
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
+# --------------------------------------------------------------------------------------------------- servers that fail
+
+
+@pytest.mark.parametrize("address", ["http", "s3"])
+@pytest.mark.parametrize("broken", [1, 4])
+def test_bodies_that_break_half_way_cost_no_byte_and_repeat_none(
+    monkeypatch: pytest.MonkeyPatch, address: str, broken: int
+) -> None:
+    monkeypatch.setattr(store, "CHUNK_BYTES", 10_000)
+    content = os.urandom(35_000)
+    mood = Mood(content, broken_bodies=broken)
+    with server_of(mood) as url:
+        if address == "s3":
+            use_s3(monkeypatch, url)
+        assert store.read_bytes(f"{url}/bucket/x.tar" if address == "http" else "s3://bucket/x.tar") == content
+    assert mood.broken_bodies == 0
+
+
+def test_a_loader_reads_each_sample_once_through_bodies_that_break(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "CHUNK_BYTES", 4096)
+    address = write_source(tmp_path, [16])
+    manifest = read_manifest(address)
+    mood = Mood((tmp_path / "000.tar").read_bytes(), broken_bodies=3)
+    monkeypatch.setattr("megadiff.data.loader.read_manifest", lambda _: manifest)
+    with server_of(mood) as url:
+        loader = Loader(data_of(f"{url}/source/manifest.json"), tiny()[1], seed=1, global_samples=16, micro_batch=16)
+        (batch,) = loader.take()
+        loader.close()
+    assert sorted(batch.ids) == [f"000.tar/{number:05d}" for number in range(16)]
+    assert (batch.weight == 1).all()
+
+
+def test_a_body_that_always_breaks_ends_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "ATTEMPTS", 2)
+    said = r"x\.tar cannot be reached after 2 attempts: "
+    with server_of(Mood(b"x" * 1000, broken_bodies=10**6)) as url, pytest.raises(StorageError, match=said) as caught:
+        store.read_bytes(f"{url}/x.tar")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_server_that_is_busy_for_a_while_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    mood = Mood(b"content", busy=3)
+    with server_of(mood) as url:
+        assert store.read_bytes(f"{url}/x.tar") == b"content"
+    assert len(mood.requests) > 4
+
+
+@pytest.mark.parametrize("address", ["http", "s3"])
+def test_an_object_that_changes_between_two_ranges_is_an_error_that_says_so(
+    monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.setattr(store, "CHUNK_BYTES", 1000)
+    with server_of(Mood(b"x" * 3000, changes_after=1)) as url:
+        if address == "s3":
+            use_s3(monkeypatch, url)
+        with pytest.raises(StorageError, match=r"x\.tar changed while it was read"):
+            store.read_bytes(f"{url}/bucket/x.tar" if address == "http" else "s3://bucket/x.tar")
+
+
+@pytest.mark.s3
+def test_an_object_of_s3_that_is_replaced_between_two_ranges_is_an_error_that_says_so(
+    s3_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "CHUNK_BYTES", 1000)
+    address = store.join(s3_folder, "x.tar")
+    store.write_bytes(address, b"1" * 3000)
+    original = store._range
+
+    def replaced_after_one(*arguments: Any) -> bytes:
+        data = original(*arguments)
+        store.write_bytes(address, b"2" * 3000)
+        return data
+
+    monkeypatch.setattr(store, "_range", replaced_after_one)
+    with pytest.raises(StorageError, match=r"x\.tar changed while it was read"):
+        store.read_bytes(address)
+
+
+@pytest.mark.parametrize("act", ["read", "write", "list", "exists"])
+def test_a_refused_connection_is_one_sentence_after_the_attempts(monkeypatch: pytest.MonkeyPatch, act: str) -> None:
+    monkeypatch.setattr(store, "ATTEMPTS", 2)
+    use_s3(monkeypatch, f"http://127.0.0.1:{free_port()}")
+    acts: dict[str, Any] = {
+        "read": store.read_bytes,
+        "write": lambda address: store.write_bytes(address, b"1"),
+        "list": store.list_names,
+        "exists": store.exists,
+    }
+    with pytest.raises(StorageError) as caught:
+        acts[act]("s3://bucket/x.tar")
+    message = str(caught.value)
+    assert message.startswith("s3://bucket/x.tar cannot be reached after 2 attempts: ")
+    assert "\n" not in message
+    assert SECRET not in message
+
+
+@pytest.mark.parametrize(("status", "said"), [(403, "with the credentials at hand"), (404, "does not exist")])
+def test_a_refusal_or_an_absence_is_not_tried_again(monkeypatch: pytest.MonkeyPatch, status: int, said: str) -> None:
+    mood = Mood(b"content")
+    monkeypatch.setattr("tests.storage.servers._Handler._answer", lambda self, *, body: _refuse(self, mood, status))
+    with server_of(mood) as url:
+        use_s3(monkeypatch, url)
+        with pytest.raises(StorageError, match=said) as caught:
+            store.read_bytes("s3://bucket/x.tar")
+    assert len(mood.requests) == 1
+    assert SECRET not in str(caught.value)
+
+
+def _refuse(handler: Any, mood: Mood, status: int) -> None:
+    mood.requests.append(handler.path)
+    handler._empty(status)
+
+
+def test_no_credentials_are_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    mood = Mood(b"content", busy=1)
+    with caplog.at_level(logging.DEBUG), server_of(mood) as url:
+        use_s3(monkeypatch, url)
+        store.read_bytes("s3://bucket/x.tar")
+    assert SECRET not in caplog.text
+
+
+@pytest.mark.parametrize("address", ["ftp://host/x", "s3://", "://x"])
+def test_an_address_of_no_known_kind_is_one_sentence(address: str) -> None:
+    with pytest.raises(StorageError, match="is no address that can be read") as caught:
+        store.read_bytes(address)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"file/x\.tar cannot be written"):
+        store.write_bytes(str(tmp_path / "file" / "x.tar"), b"1")
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = str(tmp_path / "x.tar")
+    store.write_bytes(address, b"old")
+    monkeypatch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(StorageError, match=r"x\.tar cannot be written: No space left on device"):
+        store.write_bytes(address, b"new")
+    assert store.read_bytes(address) == b"old"
+    monkeypatch.undo()
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with pytest.raises(StorageError, match=r"x\.tar cannot be written: Input/output error"):
+        store.write_bytes(address, b"new")
+    assert store.read_bytes(address) == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["x.tar"]
+
+
+def test_a_missing_folder_cannot_be_listed(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="absent cannot be listed: No such file"):
+        store.list_names(str(tmp_path / "absent"))
