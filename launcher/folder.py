@@ -42,6 +42,17 @@ def check_unchanged(run: Run) -> None:
         )
 
 
+def untouched(run: Run) -> list[str]:
+    """Stages that are done although they, or what all stages share, are now configured otherwise: no change reaches them."""
+    stored = _stored(run)
+    if stored is None:
+        return []
+    before, after = _comparable(stored), _comparable(run)
+    shared = any(before[key] != after[key] for key in after if key != "stages")
+    changed = [name for name, stage in after["stages"].items() if shared or before["stages"].get(name) != stage]
+    return [name for name in changed if done(run, name)]
+
+
 def write(run: Run, deepspeed: Mapping[str, Any]) -> None:
     """Keep the resolved run and the DeepSpeed JSON in the folder; a stage that now has more steps is no longer done.
 

@@ -125,7 +125,11 @@ def launch(plan: Plan, *, allow_changes: bool = False, say: Say = print) -> int:
     with folder.locked(run) as lock:
         if not allow_changes:
             folder.check_unchanged(run)
+        changed = folder.untouched(run)
         folder.write(run, plan.deepspeed)
+        for name in changed:
+            if folder.done(run, name):
+                say(f"stage {name} is done already: the changes do not reach it (delete {run.folder}/{name} to train it again)")
         if run.launch.processes not in ("accelerators", plan.processes):
             wanted = run.launch.processes
             say(f"this machine has {plan.devices}: starting {plan.processes} of {wanted} processes (the global batch stays)")

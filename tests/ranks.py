@@ -43,9 +43,12 @@ def start_ranks(script: Path, world: int, request: dict[str, Any]) -> list[subpr
 
 def run_ranks(script: Path, world: int, request: dict[str, Any], *, timeout_s: float = 240) -> list[Any]:
     """Run to the end; returns what each rank printed as JSON on its last line. A rank that fails fails the test."""
-    outputs = []
-    for process in start_ranks(script, world, request):
-        out, err = process.communicate(timeout=timeout_s)
+    processes = start_ranks(script, world, request)
+    try:
+        ended = [(process, *process.communicate(timeout=timeout_s)) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, out, err in ended:
         assert process.returncode == 0, f"a rank ended with {process.returncode}:\n{out[-1000:]}\n{err[-4000:]}"
-        outputs.append(json.loads(out.strip().splitlines()[-1]))
-    return outputs
+    return [json.loads(out.strip().splitlines()[-1]) for _, out, _ in ended]

@@ -97,6 +97,8 @@ def test_a_seed_gives_the_same_samples_in_any_batch_and_on_any_number_of_process
         for record in whole:
             picture = record["generated"]["image"]["picture"]  # type: ignore[index]
             assert np.abs(pixels(tmp_path / "whole" / picture) - pixels(tmp_path / name / picture)).max() <= 1
+    few = sampled(folder, tmp_path / "few", *flags[:3], "1", *flags[4:], world=2)
+    assert few == whole[:1], "one sample on two processes: one of them has nothing to do"
     other = sampled(folder, tmp_path / "other", *flags[:-1], "8")
     assert [r["generated"] for r in other] != [r["generated"] for r in whole]
 

@@ -20,7 +20,7 @@ def add(verbs: Verbs) -> None:
     parser = add_verb(
         verbs,
         "train",
-        "one rank of one stage (launch starts it; so may srun or torchrun)",
+        "one rank of one stage (launch starts it; so may torchrun)",
         "Train one stage as one rank. RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT say which; without them this\n"
         "is the only rank. Goes on from the stage's newest checkpoint.",
         "  torchrun --nproc-per-node 8 -m megadiff train runs/paper/run.yaml --stage joint --deepspeed ds_configs/zero2.json\n",

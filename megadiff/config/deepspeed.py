@@ -49,6 +49,9 @@ REFUSED: Mapping[str, str] = {
     "scheduler": _STAGE_OWNS_OPTIMIZER,
     "torch_autocast": "the stage YAML owns the precision (stages.NAME.precision: bf16, fp32 or auto); delete it",
     "data_efficiency": "the order of samples is megadiff's own (section data of the run); delete it",
+    "activation_checkpointing": "the stage YAML owns it (stages.NAME.activation_checkpointing); delete it",
+    "checkpoint": "checkpoints are megadiff's own (stages.NAME.checkpoint); delete it",
+    "dataloader_drop_last": "samples are loaded by megadiff's own loader; delete it",
     "autotuning": _LATER,
     "hybrid_engine": _LATER,
     "pipeline": _LATER,
@@ -68,6 +71,11 @@ REFUSED_ZERO: Mapping[str, str] = {
     "cpu_offload_param": _OFFLOAD,
     "cpu_offload_use_pin_memory": _OFFLOAD,
     "zenflow": _LATER,
+    "zero_hpz_partition_size": _LATER,
+    "zero_quantized_weights": _LATER,
+    "zero_quantized_nontrainable_weights": _LATER,
+    "zero_quantized_gradients": _LATER,
+    "parameter_alignment": _LATER,
     "save_muon_momentum_buffer_in_memory": _LATER,
 }
 """Likewise inside zero_optimization."""
@@ -99,11 +107,8 @@ KNOWN = (
     "flops_profiler",
     "comms_logger",
     "timers",
-    "activation_checkpointing",
     "aio",
     "compile",
-    "checkpoint",
-    "dataloader_drop_last",
     "tensorboard",
     "wandb",
     "csv_monitor",
@@ -129,7 +134,6 @@ KNOWN_ZERO: Mapping[str, str] = {
             "param_persistence_threshold",
             "model_persistence_threshold",
             "module_granularity_threshold",
-            "zero_hpz_partition_size",
         ),
         "number",
     ),
@@ -152,16 +156,12 @@ KNOWN_ZERO: Mapping[str, str] = {
             "ignore_unused_parameters",
             "legacy_stage1",
             "round_robin_gradients",
-            "zero_quantized_weights",
-            "zero_quantized_nontrainable_weights",
-            "zero_quantized_gradients",
             "memory_efficient_linear",
             "pipeline_loading_checkpoint",
             "override_module_apply",
             "log_trace_cache_warnings",
             "enable_sanity_checks",
             "compute_grad_norm",
-            "parameter_alignment",
         ),
         "flag",
     ),
@@ -170,6 +170,14 @@ KNOWN_ZERO: Mapping[str, str] = {
     "leaf_module": "block",
 }
 """Keys of zero_optimization and what they hold."""
+
+
+KNOWN_BF16 = (
+    "enabled",
+    "immediate_grad_update",
+    "check_grad_overflow",
+)
+"""Not its low-precision master weights and optimizer states: checkpoints and averages are fp32."""
 
 
 def load_deepspeed(path: str | Path) -> Tree:
@@ -212,6 +220,7 @@ def check(tree: Tree) -> None:
         if not isinstance(tree.get(block, {}), dict):
             faults.append(f"{block} must be a block {{...}}, not {json.dumps(tree[block])}")
     if not faults:
+        faults += [_unknown(key, KNOWN_BF16, "bf16.") for key in tree.get("bf16", {}) if key not in KNOWN_BF16]
         faults += _fp16_faults(tree) + _zero_faults(tree.get("zero_optimization", {})) + _misplaced_auto(tree, ())
         if tree.get("gradient_allreduce_op", "mean") != "mean":
             faults.append("gradient_allreduce_op must be mean: losses are scaled for an average over ranks")
@@ -332,6 +341,30 @@ def _zero_faults(zero: Tree) -> list[str]:
         faults.append(f"zero_optimization.offload_param needs stage 3, not {stage}")
     elif stage == 0 and "offload_optimizer" in zero:
         faults.append("zero_optimization.offload_optimizer needs stage 1, 2 or 3, not 0")
+    return faults + [fault for name in OFFLOAD_BLOCKS for fault in _offload_faults(name, zero.get(name))]
+
+
+OFFLOAD_BLOCKS = ("offload_param", "offload_optimizer")
+KNOWN_OFFLOAD = (
+    "device",
+    "pin_memory",
+    "buffer_count",
+    "buffer_size",
+    "max_in_cpu",
+    "fast_init",
+    "ratio",
+    "pipeline_read",
+    "pipeline_write",
+)
+
+
+def _offload_faults(name: str, block: Any) -> list[str]:
+    if not isinstance(block, dict):
+        return []
+    place = f"zero_optimization.{name}."
+    faults = [_unknown(key, KNOWN_OFFLOAD, place) for key in block if key not in KNOWN_OFFLOAD]
+    if block.get("device", "none") not in ("none", "cpu"):
+        faults.append(f'{place}device is {json.dumps(block["device"])}; it must be "cpu" or "none"')
     return faults
 
 

@@ -88,12 +88,17 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> Tree:
     tree = _read_yaml(path)
     bases = tree.pop("base", [])
     merged: Tree = {}
+    if not isinstance(bases, str | list):
+        raise ConfigError(f"{path}: `base` must be a file name or a list of them, not {bases!r}")
     for base in [bases] if isinstance(bases, str) else bases:
         if not isinstance(base, str):
             raise ConfigError(f"{path}: `base` must be a file name or a list of them, not {base!r}")
         merged = merge(merged, _read_with_bases(path.parent / base, (*seen, resolved)))
-    for stage in tree.get("stages") or []:
-        if isinstance(stage, dict) and isinstance(stage.get("base"), str):
+    stages = tree.get("stages")
+    for stage in stages if isinstance(stages, list) else []:
+        if isinstance(stage, dict) and "base" in stage:
+            if not isinstance(stage["base"], str):
+                raise ConfigError(f"{path}: a stage's `base` must be one file name, not {stage['base']!r}")
             stage["base"] = str(resolved.parent / stage["base"])
     return merge(merged, tree)
 

@@ -8,10 +8,21 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+
+
+def _is_path(text: str) -> str:
+    if not text or "://" in text:
+        raise ValueError(f"{text!r} must be a path on a file system, not an address")
+    return text
+
+
+LocalPath = Annotated[str, AfterValidator(_is_path)]
+"""A path on a (shared) file system, not the address of an object store."""
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 
@@ -19,7 +30,7 @@ NotNegative = Annotated[int, Field(ge=0)]
 class Section(BaseModel):
     """Base of all sections: immutable, unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 # ---------------------------------------------------------------------------------------------------------- modalities
@@ -110,6 +121,10 @@ class Modality(Section):
         return self
 
 
+RESERVED_NAMES = frozenset({"joint", "training", "keys", "values", "items", "pop", "clear", "update", "forward", "type"})
+"""`joint` is a part and a task; the others are attributes of torch's module containers."""
+
+
 class Model(Section):
     """The MMDiT: joint blocks over all modalities, then a tower and a head per predicted modality."""
 
@@ -135,6 +150,9 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Model:
+        reserved = [name for name in self.modalities if name in RESERVED_NAMES]
+        if reserved:
+            raise ValueError(f"{', '.join(reserved)} cannot be the name of a modality; choose another")
         for name, modality in self.modalities.items():
             if modality.positions == "rope" and self.head_dim % (4 if modality.space.kind == "grid" else 2):
                 raise ValueError(f"rope positions of {name} need head_dim ({self.head_dim}) to be a multiple of 4")
@@ -170,7 +188,7 @@ FieldSource = Annotated[PixelField | CaptionField, Field(discriminator="kind")]
 class Cache(Section):
     """A node-local folder for shards that come from afar."""
 
-    folder: str
+    folder: LocalPath
     max_bytes: Positive = 100 * 2**30
 
 
@@ -192,6 +210,7 @@ class Data(Section):
     """Decoding threads per rank; 0 decodes in the training thread."""
     prefetch_batches: Positive = 4
     cache: Cache | None = None
+    """Without one, distant shards are held in memory: lanes per rank x (block_shards + 2) of them."""
 
 
 # --------------------------------------------------------------------------------------------------------------- stages
@@ -241,7 +260,7 @@ class Optimizer(Section):
     """AdamW and its schedule."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.03
     decay_all: bool = False
@@ -372,8 +391,8 @@ class Run(Section):
     """A whole run: one model, one source of data, a chain of stages."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    folder: str
-    """Where checkpoints, logs and samples go."""
+    folder: LocalPath
+    """A folder that all ranks share. Where checkpoints, logs and samples go."""
     seed: int = Field(default=0, ge=0, lt=2**62)
     model: Model
     data: Data
@@ -387,6 +406,7 @@ class Run(Section):
         known = list(self.model.modalities)
         if sorted(self.data.fields) != sorted(known):
             faults.append(f"data.fields ({', '.join(self.data.fields)}) must name the model's modalities ({', '.join(known)})")
+        faults += [fault for name in known if name in self.data.fields for fault in _field_faults(name, self)]
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             faults.append(f"stage names must differ: {', '.join(names)}")
@@ -395,6 +415,16 @@ class Run(Section):
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+
+def _field_faults(name: str, run: Run) -> list[str]:
+    field, space = run.data.fields[name], run.model.modalities[name].space
+    if isinstance(field, PixelField) and isinstance(space, GridSpace):
+        fits = space.channels in (1, 3)
+        return [] if fits else [f"data.fields.{name} is pixels, which fill 1 or 3 channels, and its grid has {space.channels}"]
+    if isinstance(field, CaptionField) and isinstance(space, TokenSpace):
+        return []
+    return [f"data.fields.{name} is {field.kind}, which cannot fill a {space.kind} space"]
 
 
 def _stage_faults(stage: Stage, run: Run, *, first: bool) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import io
 import json
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +17,7 @@ from megadiff.config.errors import ConfigError
 from megadiff.config.schema import CaptionField, Data, GridSpace, Model, PixelField, TokenSpace
 from megadiff.data.errors import SampleError
 from megadiff.data.shards import Members
+from megadiff.storage import store
 
 
 class Codec(Protocol):
@@ -101,11 +101,11 @@ class CaptionCodec:
     def __init__(self, field: CaptionField, space: TokenSpace) -> None:
         """Raises ConfigError if the tokenizer is missing or does not fit the space."""
         self.member, self.space = field.member, space
-        path = Path(field.tokenizer)
-        if not path.exists():
+        path = field.tokenizer
+        if not store.exists(path):
             raise ConfigError(f"tokenizer {path} does not exist; give the path of a tokenizer.json")
         try:
-            self.tokenizer = Tokenizer.from_file(str(path))
+            self.tokenizer = Tokenizer.from_buffer(store.read_bytes(path))
         except Exception as error:  # tokenizers raises bare Exception
             raise ConfigError(f"tokenizer {path} cannot be read: {error}") from None
         if self.tokenizer.get_vocab_size() != space.vocabulary:

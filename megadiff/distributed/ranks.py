@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -31,6 +32,12 @@ class Ranks:
             UserError: a value is no whole number, or they contradict each other.
         """
         environment = os.environ if environment is None else environment
+        tasks = _whole(environment, "SLURM_NTASKS", 1) if "SLURM_PROCID" in environment else 1
+        if tasks > 1 and "RANK" not in environment:
+            raise UserError(
+                f"srun started {tasks} tasks, but RANK is not set; give each RANK=$SLURM_PROCID, WORLD_SIZE=$SLURM_NTASKS, "
+                "LOCAL_RANK=$SLURM_LOCALID, MASTER_ADDR and MASTER_PORT, or start torchrun once per node"
+            )
         rank = _whole(environment, "RANK", 0)
         world = _whole(environment, "WORLD_SIZE", 1)
         local_rank = _whole(environment, "LOCAL_RANK", 0)
@@ -48,3 +55,10 @@ def _whole(environment: Mapping[str, str], name: str, default: int) -> int:
     if not (text.isascii() and text.isdigit()):
         raise UserError(f"{name} is {text!r} in the environment; it must be a whole number, 0 or more")
     return int(text)
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -26,6 +26,7 @@ from torch import Tensor
 from megadiff.config.errors import UserError
 from megadiff.config.schema import Checkpointing
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
 FORMAT, VERSION = "megadiff-checkpoint", 1
 MANIFEST, LATEST = "manifest.json", "latest"
 _STEP, _PARTIAL = "step_", ".partial-"
@@ -104,7 +105,7 @@ def publish(checkpoints: Path, step: int, manifest: Manifest, rule: Checkpointin
         shutil.rmtree(final)
     partial.rename(final)
     _sync(checkpoints)
-    pointer = checkpoints / f"{_PARTIAL}{LATEST}"
+    pointer = checkpoints / f".{LATEST}"
     pointer.write_text(final.name, encoding="utf-8")
     _sync(pointer)
     pointer.replace(checkpoints / LATEST)
@@ -159,12 +160,14 @@ class CheckpointReader:
     def read(self, kind: str, parameter: str, start: int, stop: int) -> Tensor:
         """Float32 [stop - start]: a flat range of one parameter.
 
-        An `ema.*` kind of a parameter that was frozen is its weight.
+        The `ema.*` of a parameter that was frozen is its weight; moments it has none.
 
         Raises:
             CheckpointError: part of the range is in no file.
         """
         _, trained = self.manifest.parameters[parameter]
+        if not trained and kind in MOMENTS:
+            raise CheckpointError(f"{self.folder}: {parameter} was frozen there and has no {kind}")
         kind = kind if trained else "weight"
         out = torch.empty(stop - start, dtype=torch.float32)
         filled = 0

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from megadiff.engine.checkpoint import MOMENTS
 
 
 @dataclass(frozen=True)

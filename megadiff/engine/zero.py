@@ -13,18 +13,20 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from safetensors import SafetensorError
 from torch import Tensor
 
 from megadiff.config.deepspeed import resolve, zero_stage
+from megadiff.config.errors import UserError
 from megadiff.config.schema import Initialise, Model, Stage
-from megadiff.distributed.ranks import Ranks
-from megadiff.distributed.reduce import barrier, gather_objects, raise_together, sum_over_ranks
+from megadiff.distributed.ranks import Ranks, free_port
+from megadiff.distributed.reduce import gather_objects, raise_together, sum_over_ranks
 from megadiff.engine import checkpoint
 from megadiff.engine.api import QUARTILES, Objective, StepResult
-from megadiff.engine.checkpoint import CheckpointError, CheckpointReader, Manifest, tensor_key
+from megadiff.engine.checkpoint import MOMENTS, CheckpointError, CheckpointReader, FileEntry, Manifest, tensor_key
 from megadiff.engine.ema import Ema
 from megadiff.engine.optimizer import build_optimizer, learning_rate
-from megadiff.engine.shards import MOMENTS, FrozenShard, Shard, ShardedWeights
+from megadiff.engine.shards import FrozenShard, Shard, ShardedWeights
 from megadiff.models.mmdit import build_model, decayed_names, part_of
 from megadiff.types import Batch, Denoiser, LossTerms
 
@@ -36,8 +38,10 @@ def start_process_group(ranks: Ranks) -> torch.device:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed 0.19.8 calls collectives by the names that torch 2.13 renamed, at every step.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29511")
+    if ranks.world == 1:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    elif not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
+        raise UserError(f"WORLD_SIZE is {ranks.world}: set MASTER_ADDR and MASTER_PORT to an address on rank 0's machine")
     os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world), LOCAL_RANK=str(ranks.local_rank))
     accelerator = get_accelerator()
     device = torch.device(accelerator.device_name(ranks.local_rank) if accelerator.device_name() != "cpu" else "cpu")
@@ -144,30 +148,42 @@ class ZeroEngine:
     def save(self, checkpoints: Path, progress: Mapping[str, Any], config: str) -> Path:
         """Write and publish a checkpoint; `latest` changes only when all of it is on the disk. Collective."""
         step = self.optimizer_step
-        if self.ranks.rank == 0:
-            checkpoint.begin(checkpoints, step)
-        barrier()
+        with all_or_none(checkpoints):
+            if self.ranks.rank == 0:
+                checkpoint.begin(checkpoints, step)
         tensors, ranges = self._tensors()
         folder = checkpoint.partial_folder(checkpoints, step)
-        files = gather_objects(checkpoint.write_rank_file(folder, self.ranks.rank, tensors, ranges))
+        entry: FileEntry | None = None
+        with all_or_none(checkpoints):
+            entry = checkpoint.write_rank_file(folder, self.ranks.rank, tensors, ranges)
+        files = [found for found in gather_objects(entry) if found is not None]
         shapes = gather_objects(self._shapes())
-        if self.ranks.rank == 0:
-            manifest = Manifest(
-                stage=self.stage.name,
-                parameters={name: shape for part in shapes for name, shape in part.items()},
-                ema=tuple(self.ema.profiles),
-                progress={
-                    **progress,
-                    "optimizer_step": step,
-                    "adam_steps": self.weights.adam_steps,
-                    "ema_updates": self.ema.updates,
-                },
-                config=config,
-                files=tuple(files),
-            )
-            checkpoint.publish(checkpoints, step, manifest, self.stage.checkpoint)
-        barrier()
+        with all_or_none(checkpoints):
+            if self.ranks.rank == 0:
+                manifest = self._manifest(progress, config, files, shapes)
+                checkpoint.publish(checkpoints, step, manifest, self.stage.checkpoint)
         return checkpoints / f"step_{step:08d}"
+
+    def _manifest(
+        self,
+        progress: Mapping[str, Any],
+        config: str,
+        files: Sequence[FileEntry],
+        shapes: Sequence[Mapping[str, tuple[tuple[int, ...], bool]]],
+    ) -> Manifest:
+        counters = {
+            "optimizer_step": self.optimizer_step,
+            "adam_steps": self.weights.adam_steps,
+            "ema_updates": self.ema.updates,
+        }
+        return Manifest(
+            stage=self.stage.name,
+            parameters={name: shape for part in shapes for name, shape in part.items()},
+            ema=tuple(self.ema.profiles),
+            progress={**progress, **counters},
+            config=config,
+            files=tuple(files),
+        )
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Go on where `folder` ended: weights, moments, averages, counters. Collective. Returns the saved progress.
@@ -178,6 +194,7 @@ class ZeroEngine:
         reader = self._open(folder)
         check_same_profiles(reader, self.ema.profiles)
         checkpoint.check_names(reader, self._whole_shapes(), parts=self.parts)
+        self._check_same_trained(reader)
         with torch.no_grad():
             self._load_weights(reader, "weight", set(self.parts))
             for index, shard in enumerate(self.weights.trained):
@@ -204,6 +221,16 @@ class ZeroEngine:
             self._load_weights(reader, reader.weight_kind(rule.weights, rule.ema), set(names))
         self.ema.reset()
         return [name for name in self.parts if name not in set(names)]
+
+    def _check_same_trained(self, reader: CheckpointReader) -> None:
+        """Raises CheckpointError if other parameters are trained now than when the checkpoint was written."""
+        now = {name: parameter.requires_grad for name, parameter in self.module.named_parameters()}
+        changed = [name for name, (_, trained) in reader.manifest.parameters.items() if now[name] != trained]
+        if changed:
+            raise CheckpointError(
+                f"{reader.folder}: {changed[0]} and {len(changed) - 1} more were trained there and are frozen now, or the "
+                "other way round; `freeze` cannot change in the middle of a stage: add a stage that starts from it"
+            )
 
     def _open(self, folder: Path) -> CheckpointReader:
         """A reader of a folder whose hashes the ranks have checked between them."""
@@ -264,6 +291,21 @@ def check_same_profiles(reader: CheckpointReader, profiles: Mapping[str, Any]) -
             f"{reader.folder} has no EMA profile {', '.join(missing)} (it has {', '.join(reader.manifest.ema)}); "
             "a profile cannot be added in the middle of a stage"
         )
+
+
+@contextmanager
+def all_or_none(place: Path) -> Iterator[None]:
+    """Work on the disk: if it fails on one rank, all raise. Collective at its end.
+
+    Raises:
+        CheckpointError: the disk is full, read-only, or gone.
+    """
+    error: CheckpointError | None = None
+    try:
+        yield
+    except (OSError, SafetensorError) as found:
+        error = CheckpointError(f"a checkpoint cannot be written to {place}: {found}; the one before it is still there")
+    raise_together(error)
 
 
 def sum_tensors(tensors: Sequence[Tensor]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from megadiff.config.errors import UserError
 from megadiff.config.schema import CaptionField, Data, FieldSource, Model
+from megadiff.storage import store
 
 CONFIG, WEIGHTS = "megadiff.yaml", "model.safetensors"
 FORMAT, VERSION = "megadiff-export", 1
@@ -46,17 +46,20 @@ def write(out: Path, exported: Exported) -> None:
     """Write an export; tokenizers are copied beside the weights.
 
     Raises:
-        UserError: `out` exists and is not empty.
+        UserError: `out` is there already, or a tokenizer is not.
     """
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty; name a new folder for the export")
-    out.mkdir(parents=True, exist_ok=True)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there already; name a new folder for the export")
     fields: dict[str, Any] = {}
+    tokenizers: dict[str, bytes] = {}
     for name, source in exported.data.fields.items():
         fields[name] = source.model_dump(mode="json")
         if isinstance(source, CaptionField):
             fields[name]["tokenizer"] = f"tokenizer.{name}.json"
-            shutil.copyfile(source.tokenizer, out / fields[name]["tokenizer"])
+            tokenizers[fields[name]["tokenizer"]] = store.read_bytes(source.tokenizer)
+    out.mkdir(parents=True, exist_ok=True)
+    for file, text in tokenizers.items():
+        (out / file).write_bytes(text)
     save_file({name: tensor.contiguous() for name, tensor in exported.tensors.items()}, out / WEIGHTS)
     tree = {
         "format": FORMAT,

@@ -80,25 +80,37 @@ def generate(request: GenerateRequest) -> Path:
         guidance_final_time=request.guidance_final_time,
     )
     picked = torch.tensor(list(mine), dtype=torch.int64)
-    with progress_bar(task.name, active=ranks.rank == 0) as report, torch.no_grad():
-        drawn = draw(
-            loaded.module,
-            loaded.model,
-            sampling,
-            task,
-            rng.sample_keys(request.seed, picked).to(device),
-            {name: state[picked].to(device) for name, state in given.items()},
-            batch=request.batch,
-            progress=report,
-        )
     out = Path(request.out)
-    out.mkdir(parents=True, exist_ok=True)
+    _make_folder(out)
+    with progress_bar(task.name, active=ranks.rank == 0) as report, torch.no_grad():
+        # With fewer items than processes some have none.
+        drawn = (
+            {}
+            if not mine
+            else draw(
+                loaded.module,
+                loaded.model,
+                sampling,
+                task,
+                rng.sample_keys(request.seed, picked).to(device),
+                {name: state[picked].to(device) for name, state in given.items()},
+                batch=request.batch,
+                progress=report,
+            )
+        )
     _write([items[number] for number in mine], {name: state.cpu() for name, state in drawn.items()}, codecs, out, ranks)
     if ranks.world > 1:
         _wait_for_all(ranks)
     if ranks.rank == 0:
         _join(out, task, loaded.source, ranks.world)
     return out / "sheet.png"
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}; name another folder") from None
 
 
 def conditions(

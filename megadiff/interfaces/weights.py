@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from megadiff.config.errors import UserError
-from megadiff.config.load import validate
+from megadiff.config.load import load_run, validate
 from megadiff.config.schema import Data, Model
 from megadiff.data.encode import Codec, build_codecs
 from megadiff.engine.checkpoint import MANIFEST, CheckpointError, CheckpointReader
@@ -94,7 +94,7 @@ def _newest(folder: Path) -> Path:
         raise UserError(
             f"{folder} is neither a run (no run.yaml), nor a checkpoint (no {MANIFEST}), nor an export (no {export.CONFIG})"
         )
-    run = validate(yaml.safe_load(stored.read_text(encoding="utf-8")), str(stored))
+    run = load_run(stored)
     return newest_checkpoint(folder, [stage.name for stage in run.stages])
 
 

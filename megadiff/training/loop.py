@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +25,8 @@ from megadiff.training.monitor import METRICS, Monitor
 from megadiff.training.stages import DONE, checkpoints_folder, initialise, stage_folder, stage_of, stage_seed
 
 log = logging.getLogger(__name__)
+
+RUN_FILE = "run.yaml"
 
 
 @dataclass
@@ -72,6 +75,10 @@ def train_stage(run: Run, stage_name: str, deepspeed: Mapping[str, Any], callbac
     else:
         saved = engine.load(newest)
         progress = Progress(**{key: saved[key] for key in asdict(Progress())})
+    kept = Path(run.folder) / RUN_FILE
+    if ranks.rank == 0 and not kept.exists():  # the launcher has written it, torchrun has not
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(dump_run(run), encoding="utf-8")
     loader = _loader(run, stage, ranks, seed, progress)
     monitor = _monitor(run, stage, ranks, engine)
     if newest:
@@ -104,11 +111,11 @@ def _train(training: Training, loader: Loader, objective: Objective, callbacks: 
         unreadable = _check_data(training, loader) if step % training.stage.log_every_steps == 0 else 0
         monitor.record(step, result, data_wait_s=waited, unreadable=unreadable)
         paused = monitor.pause()
-        if step % training.stage.checkpoint.every_steps == 0 or step == training.stage.steps:
-            save(training)
         for callback in callbacks:
             if callback.due(training):
                 callback(training)
+        if step % training.stage.checkpoint.every_steps == 0 or step == training.stage.steps:
+            save(training)  # last: what was due at a step is done before the step will not be repeated
         monitor.resume(paused)
 
 
@@ -129,7 +136,9 @@ def _check_data(training: Training, loader: Loader) -> int:
         DataError: on all ranks alike, if it is too large a share.
     """
     stats = loader.stats()
-    read, unreadable = sum_over_ranks(torch.tensor([stats.read, stats.unreadable], dtype=torch.float64)).tolist()
+    read, unreadable = sum_over_ranks(
+        torch.tensor([stats.read, stats.unreadable], dtype=torch.float64, device=training.engine.device)
+    ).tolist()
     check_unreadable(int(read), int(unreadable), training.run.data.max_unreadable_share)
     return int(unreadable)
 

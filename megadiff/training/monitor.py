@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ class Monitor:
         tensorboard.mkdir(parents=True, exist_ok=True)
         metrics.parent.mkdir(parents=True, exist_ok=True)
         _drop_after(metrics, first_step)
-        self._writer = SummaryWriter(str(tensorboard), purge_step=first_step if first_step else None)
+        self._writer = SummaryWriter(str(tensorboard), purge_step=first_step + 1 if first_step else None)
         self._metrics = metrics.open("a", encoding="utf-8")
         self._bar = tqdm(
             total=total_steps, initial=first_step, desc=stage, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
@@ -87,10 +88,10 @@ class Monitor:
         self._results.append(result)
         self._waited += data_wait_s
         self._metrics.write(json.dumps({"step": step, **_row(result)}) + "\n")
+        self._metrics.flush()
         if step % self.log_every and step != self.total_steps:
             self._bar.update(1)
             return
-        self._metrics.flush()
         elapsed = max(time.perf_counter() - self._since, 1e-9)
         rate = len(self._results) * self.global_samples / elapsed
         averaged = average(self._results)
@@ -155,7 +156,7 @@ class Monitor:
             self._bar.update(1)
             return
         left = (self.total_steps - step) * self.global_samples / rate
-        clock = time.strftime("%H:%M:%S", time.gmtime(left))
+        clock = timedelta(seconds=round(left))
         self.say(
             f"{self.stage} {step}/{self.total_steps}: loss {result.total:.4f} ({losses}), "
             f"gradient norm {result.grad_norm:.3f}, {rate:.1f} samples/s, {clock} left"

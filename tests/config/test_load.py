@@ -172,7 +172,7 @@ def test_every_run_that_ships_goes_with_every_deepspeed_json(run_path: Path, jso
 
 
 def test_there_are_runs_and_jsons_to_check() -> None:
-    assert {path.stem for path in RUNS} >= {"quickstart", "paper"}
+    assert {path.stem for path in RUNS} >= {"quickstart"}
     assert {path.stem for path in JSONS} >= {"zero0", "zero1", "zero2", "zero3", "zero3_offload"}
 
 
@@ -187,3 +187,28 @@ def test_the_image_frozen_variant_of_stage_2_trains_the_text_tower_alone(tmp_pat
     assert stage.modalities["image"].loss_weight == 0
     assert stage.modalities["text"].loss_weight > 0
     assert stage.initialise.new == ("text",)
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("folder=s3://bucket/run", "must be a path on a file system"),
+        ("stages.*.optimizer.betas=[0.9, 1.5]", "betas.1 is 1.5"),
+        ("stages.*.optimizer.learning_rate=.inf", "learning_rate is inf"),
+        ("data.fields.image={kind: caption, tokenizer: t.json}", "is caption, which cannot fill a grid space"),
+        ("model.modalities.image.space.channels=4", "pixels, which fill 1 or 3 channels, and its grid has 4"),
+    ],
+)
+def test_what_only_the_ranks_would_find_is_found_here(override: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason.replace("(", "\\(")) as caught:
+        load_run(ROOT / "configs/run/quickstart.yaml", [override])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["base: 5", "stages: 5", "stages: [{name: a, base: [x.yaml]}]", "stage_defaults: 5"])
+def test_a_key_of_another_form_is_one_sentence(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_run(path)
+    assert str(path) in str(caught.value)

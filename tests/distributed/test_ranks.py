@@ -38,3 +38,10 @@ def test_the_processes_own_environment_is_the_default(monkeypatch: pytest.Monkey
 def test_values_that_cannot_be_are_named(environment: dict[str, str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         Ranks.from_environment(environment)
+
+
+def test_srun_without_ranks_is_refused_instead_of_starting_many_single_runs() -> None:
+    with pytest.raises(UserError, match=r"srun started 8 tasks, but RANK is not set.*RANK=\$SLURM_PROCID"):
+        Ranks.from_environment({"SLURM_PROCID": "3", "SLURM_NTASKS": "8"})
+    mapped = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3"}
+    assert Ranks.from_environment(mapped) == Ranks(3, 8, 3)

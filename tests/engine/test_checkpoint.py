@@ -62,6 +62,28 @@ def test_an_interrupted_save_is_invisible_and_is_cleared_by_the_next(tmp_path: P
     assert not checkpoint.partial_folder(tmp_path, 2).exists()
 
 
+def test_a_crash_between_writing_and_placing_the_pointer_does_not_stop_later_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(tmp_path, 1)
+
+    def crash(self: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", crash)
+        with pytest.raises(KeyboardInterrupt):
+            publish(tmp_path, 2)
+    assert (tmp_path / "latest").read_text() == "step_00000001"
+    assert latest_checkpoint(publish(tmp_path, 3).parent) == tmp_path / "step_00000003"
+
+
+def test_a_frozen_parameter_has_no_moments_to_load(tmp_path: Path) -> None:
+    reader = CheckpointReader(publish(tmp_path, 1))
+    with pytest.raises(CheckpointError, match="frozen was frozen there and has no exp_avg_sq"):
+        reader.read("exp_avg_sq", "frozen", 0, 2)
+
+
 def test_old_checkpoints_are_retired_by_the_rule(tmp_path: Path) -> None:
     for step in range(1, 6):
         publish(tmp_path, step, keep=2)

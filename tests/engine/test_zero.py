@@ -106,9 +106,13 @@ def test_a_run_killed_and_resumed_repeats_the_uninterrupted_curve_to_the_bit(tmp
     steps = ["stages.*.steps=20"]
     whole = train(tmp_path / "whole", 2, 3, overrides=steps)
     request = {"folder": str(tmp_path / "cut"), "deepspeed": "ds_configs/zero3.json", "stages": ["first"], "overrides": steps}
+    ended = []
     for process in start_ranks(WORKER, 2, {**request, "kill_at": 12}):
         process.communicate(timeout=240)
-        assert process.returncode == -signal.SIGKILL
+        ended.append(process.returncode)
+    # The first to die may take the other down in a collective before that one kills itself.
+    assert -signal.SIGKILL in ended
+    assert 0 not in ended
     assert latest_checkpoint(tmp_path / "cut" / "first" / "checkpoints").name == "step_00000010"  # type: ignore[union-attr]
     resumed = train(tmp_path / "cut", 2, 3, overrides=steps)
     assert resumed["steps"] == list(range(1, 21))
