@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from megadiff.config.errors import ConfigError, UserError
+from megadiff.config.layout import DONE, RUN
 from megadiff.config.load import dump_run, load_run
 from megadiff.config.schema import Run
 
-RUN, DEEPSPEED, DONE, LOCK, ERROR = "run.yaml", "deepspeed.json", "DONE", ".lock", "error.txt"
+DEEPSPEED, LOCK, ERROR = "deepspeed.json", ".lock", "error.txt"
 FREE = ("launch", "showcase")
 """Sections that may change between two launches of one run: they leave the training as it is."""
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from megadiff.config.deepspeed import resolve_run
 from megadiff.config.errors import UserError
+from megadiff.config.layout import RUN
 from megadiff.config.schema import Run, Stage
 from megadiff.launcher import folder
 from megadiff.launcher.devices import Devices, find_devices, processes_for, threads_for
@@ -58,7 +59,7 @@ class Plan:
             *("--hostfile", os.devnull),  # the default, /job/hostfile, may exist and would start ssh
             *ranks,
             *("--master_port", str(port), "--no_local_rank", "--log_level", "critical", "--module"),
-            *("megadiff", "train", str(kept / folder.RUN), "--stage", stage.name, "--deepspeed", str(kept / folder.DEEPSPEED)),
+            *("megadiff", "train", str(kept / RUN), "--stage", stage.name, "--deepspeed", str(kept / folder.DEEPSPEED)),
         ]
 
     def showcase_environment(self) -> dict[str, str]:
@@ -67,7 +68,7 @@ class Plan:
 
     def showcase(self) -> list[str]:
         """The command that makes the sheet of samples after the last stage."""
-        return [sys.executable, "-m", "megadiff", "showcase", str(Path(self.run.folder) / folder.RUN)]
+        return [sys.executable, "-m", "megadiff", "showcase", str(Path(self.run.folder) / RUN)]
 
 
 def plan_launch(run: Run, deepspeed: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> Plan:

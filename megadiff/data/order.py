@@ -98,10 +98,6 @@ class Order:
         share = self.lanes // data_ranks * per_lane
         return range(data_rank * share, (data_rank + 1) * share)
 
-    def shards_ahead(self, data_step: int, global_samples: int, slots: range) -> list[int]:
-        """The shards that some slots read in a step, each once, in order."""
-        return list(dict.fromkeys(visit.shard for visit in self.slots(data_step, global_samples, slots)))
-
     def _per_lane(self, global_samples: int) -> int:
         if global_samples % self.lanes:
             raise UserError(f"batch.global_samples ({global_samples}) must be a multiple of data.lanes ({self.lanes})")

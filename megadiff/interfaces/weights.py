@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from megadiff.config.errors import UserError
+from megadiff.config.layout import RUN
 from megadiff.config.load import load_run, validate
 from megadiff.config.schema import Data, Model
 from megadiff.data.encode import Codec, build_codecs
@@ -89,10 +90,10 @@ def export_run(source: str, out: str, weights: str = "ema") -> None:
 
 
 def _newest(folder: Path) -> Path:
-    stored = folder / "run.yaml"
+    stored = folder / RUN
     if not stored.exists():
         raise UserError(
-            f"{folder} is neither a run (no run.yaml), nor a checkpoint (no {MANIFEST}), nor an export (no {export.CONFIG})"
+            f"{folder} is neither a run (no {RUN}), nor a checkpoint (no {MANIFEST}), nor an export (no {export.CONFIG})"
         )
     run = load_run(stored)
     return newest_checkpoint(folder, [stage.name for stage in run.stages])

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from megadiff.config import derived
+from megadiff.config.layout import DONE, RUN
 from megadiff.config.load import dump_run
 from megadiff.config.schema import Run, Stage
 from megadiff.data.loader import Loader, check_unreadable
@@ -22,11 +23,9 @@ from megadiff.engine.checkpoint import latest_checkpoint
 from megadiff.engine.zero import ZeroEngine
 from megadiff.training.health import Health
 from megadiff.training.monitor import METRICS, Monitor
-from megadiff.training.stages import DONE, checkpoints_folder, initialise, stage_folder, stage_of, stage_seed
+from megadiff.training.stages import checkpoints_folder, initialise, stage_folder, stage_of, stage_seed
 
 log = logging.getLogger(__name__)
-
-RUN_FILE = "run.yaml"
 
 
 @dataclass
@@ -75,7 +74,7 @@ def train_stage(run: Run, stage_name: str, deepspeed: Mapping[str, Any], callbac
     else:
         saved = engine.load(newest)
         progress = Progress(**{key: saved[key] for key in asdict(Progress())})
-    kept = Path(run.folder) / RUN_FILE
+    kept = Path(run.folder) / RUN
     if ranks.rank == 0 and not kept.exists():  # the launcher has written it, torchrun has not
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(dump_run(run), encoding="utf-8")

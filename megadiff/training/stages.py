@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DONE = "DONE"
-
 
 def stage_of(run: Run, name: str) -> Stage:
     """Raises UserError if the run has no such stage."""

@@ -157,13 +157,6 @@ def test_the_order_is_the_one_that_runs_have_used_so_far() -> None:
     assert indices == [10, 9, 3, 12, 5, 8, 13, 4, 7, 6, 14, 2]
 
 
-def test_the_shards_of_a_step_are_named_once_each() -> None:
-    order = Order([10] * 6, lanes=2, block_shards=2, seed=0)
-    ahead = order.shards_ahead(3, 8, range(8))
-    assert len(ahead) == len(set(ahead))
-    assert set(ahead) == {visit.shard for visit in order.global_batch(3, 8)}
-
-
 def test_more_lanes_than_samples_are_refused_with_both_numbers() -> None:
     with pytest.raises(UserError, match=r"data\.lanes \(8\) .* number of samples \(7\)"):
         Order([3, 4], lanes=8, block_shards=1, seed=0)
