@@ -8,8 +8,8 @@ tensors inside tuples and dicts only (deepspeed.runtime.zero.utils.apply_to_tens
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class Batch:
         ids: B names for logs.
         data_step: which global batch this is part of.
         global_samples: samples of the global batch over all ranks and micro-batches.
+        features: by modality precomputed features, float32 [B, S, F], for an alignment loss.
     """
 
     states: dict[str, Tensor]
@@ -36,13 +37,14 @@ class Batch:
     ids: tuple[str, ...]
     data_step: int
     global_samples: int
+    features: dict[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
         states = {name: state.to(device) for name, state in self.states.items()}
-        return replace(
-            self, states=states, keys=self.keys.to(device), slots=self.slots.to(device), weight=self.weight.to(device)
-        )
+        features = {name: values.to(device) for name, values in self.features.items()}
+        moved = {name: getattr(self, name).to(device) for name in ("keys", "slots", "weight")}
+        return replace(self, states=states, features=features, **moved)
 
 
 class Noised(NamedTuple):
@@ -84,10 +86,13 @@ class TokenLosses(NamedTuple):
     Attributes:
         targets: int64 [B, S], ids below the vocabulary size.
         scored: bool [B, S].
+        mask_class: of a head with a class for the mask state: [2, B, S], the second softplus(the mask's logit), which is what
+            that class adds to the released network's loss.
     """
 
     targets: Tensor
     scored: Tensor
+    mask_class: bool = False
 
 
 class RowLogits(NamedTuple):
@@ -100,10 +105,69 @@ class RowLogits(NamedTuple):
     rows: Tensor
 
 
-Readout = Dense | TokenLosses | RowLogits
+class DrawRule(NamedTuple):
+    """How a token is drawn from logits.
 
-Prediction = dict[str, Tensor]
-"""Per modality that was read out: what its readout describes."""
+    Attributes:
+        temperature: logits are divided by it; 0 takes the likeliest token.
+        top_k: draw among this many likeliest tokens; 0 is all.
+        top_p: draw among the likeliest tokens that together have this probability.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+class SampledRows(NamedTuple):
+    """Readout: one token drawn at each of R positions, as a `Drawn`; logits exist for a chunk of rows at a time.
+
+    A position may be read in K places of the batch (the branches of guidance), whose logits are added up with weights.
+
+    Attributes:
+        rows: int64 [K, R], indices into the flattened [B * S] positions.
+        weights: float32 [K, R], each column adding up to 1.
+        uniforms: float64 [R] in (0, 1): the draws, by inverse distribution function.
+        rule: what the draws are made among.
+    """
+
+    rows: Tensor
+    weights: Tensor
+    uniforms: Tensor
+    rule: DrawRule
+
+
+class Drawn(NamedTuple):
+    """What SampledRows gives.
+
+    Attributes:
+        ids: int64 [R].
+        log_probability: float32 [R], of the drawn ids before temperature, top-k and top-p.
+        entropy: float32 [R] in nats, likewise.
+    """
+
+    ids: Tensor
+    log_probability: Tensor
+    entropy: Tensor
+
+
+class Aligned(NamedTuple):
+    """Readout: 1 - cosine similarity of a block's projected tokens and features, float32 [B], mean over tokens.
+
+    Attributes:
+        features: [B, S, F].
+    """
+
+    features: Tensor
+
+
+Readout = Dense | TokenLosses | RowLogits | SampledRows | Aligned
+
+Prediction = dict[str, Any]
+"""Per modality that was read out what its readout describes: a tensor, or a Drawn. `ALIGNMENT` beside modalities."""
+
+ALIGNMENT = "alignment"
+"""The name of the alignment loss among readouts and predictions, and of its part among parameters."""
 
 
 class Denoiser(Protocol):
@@ -126,6 +190,7 @@ class LossTerms:
         sample_sums: per modality float32 [B], detached.
         sample_counts: per modality float32 [B].
         times: per modality float32 [B].
+        exact: per modality whose training loss is not its likelihood bound, that bound: (sum, count), scalars.
     """
 
     total: Tensor
@@ -134,3 +199,4 @@ class LossTerms:
     sample_sums: dict[str, Tensor]
     sample_counts: dict[str, Tensor]
     times: dict[str, Tensor]
+    exact: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)

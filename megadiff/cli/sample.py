@@ -3,88 +3,185 @@
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
+import sys
 from typing import Any
+
+from pydantic import ValidationError
 
 from megadiff.cli.arguments import Verbs, add_verb, positive
 from megadiff.config.errors import UserError
+from megadiff.config.schema import Sampling
 
 EXAMPLES = """\
   megadiff sample --checkpoint runs/quickstart --task text-to-image --prompt "red heart" --guidance 3 --out samples
-  megadiff sample --checkpoint runs/quickstart --task image-to-text --image cat.png --out captions
+  megadiff sample --checkpoint runs/quickstart --task image-to-text --image cat.png --order confidence --out captions
   megadiff sample --checkpoint exports/quickstart --task joint -n 16 --seed 1 --out joint
-  megadiff sample --checkpoint runs/quickstart --task text-to-image --data examples/emoji32/held_out -n 64 --out held_out
+  megadiff sample --checkpoint runs/quickstart --task text-to-image --data examples/emoji32/held_out --format tar --out held_out
+  megadiff sample --checkpoint runs/quickstart --task inpaint --image cat.png --mask-image m.png --text "a ___ cat" --out filled
+  megadiff sample --checkpoint runs/quickstart --task text-to-image --prompt "a cat" --image cat.png --strength 0.6 --out varied
+  megadiff sample --checkpoint runs/diamonds --task impute --table rows.csv --out imputed
 """
+
+SAMPLING = (
+    ("steps", positive, "N", "sampling steps (default: 50)"),
+    ("grid", str, "NAME", "where steps lie: auto, uniform, square, karras, shifted (default: auto)"),
+    ("grid_shift", float, "S", "of the shifted grid: t = S u / (1 + (S - 1) u) (default: 3)"),
+    ("solver", str, "NAME", "of pictures and numbers: heun, euler, dpmpp_2m, sde_euler, sde_dpmpp_2m (default: heun)"),
+    (
+        "order",
+        str,
+        "NAME",
+        "of tokens: ancestral, tau_leaping, first_hitting (one at a time, whatever --steps), confidence, entropy, threshold "
+        "(default: ancestral)",
+    ),
+    ("order_noise", float, "X", "Gumbel noise on the confidence and entropy orders (default: 0)"),
+    ("threshold", float, "P", "of the threshold order: unmask what is surer than P (default: 0.9)"),
+    ("remask", str, "NAME", "mask tokens again: none, cap, conf, loop (default: none)"),
+    ("remask_strength", float, "P", "largest probability of that in a step (default: 0.05)"),
+    ("temperature", float, "T", "of token draws; 0 takes the likeliest (default: 1)"),
+    ("top_k", int, "K", "draw among the K likeliest tokens (default: 0, all)"),
+    ("top_p", float, "P", "draw among the likeliest tokens that together have probability P (default: 1)"),
+    ("resample", positive, "N", "inpaint: make every step N times, its noise put back between (default: 4 for inpaint)"),
+    ("guidance", float, "W", "W in W x conditional + (1 - W) x unconditional (default: 1, none)"),
+    (
+        "guidance_final_time",
+        float,
+        "S",
+        "below 1: noisy guidance, the unconditional branch sees the condition noised to time S (default: 1)",
+    ),
+    ("autoguidance", float, "V", "V in V x this network + (1 - V) x the one of --guide (default: 1, none)"),
+)
+"""Flags that are fields of `Sampling`: name, type, metavar, help."""
 
 
 def add(verbs: Verbs) -> None:
     parser = add_verb(
         verbs,
         "sample",
-        "draw pictures, captions, or both from a checkpoint",
+        "draw pictures, captions, both, or rows of a table from a checkpoint",
         "Draw samples and write them to a folder: pictures, captions (JSON lines) and one contact sheet. The same seed gives\n"
-        "the same sample whatever the batch size and the number of processes.",
+        "the same sample whatever the batch size and the number of processes. The same command goes on where it was stopped.",
         EXAMPLES,
     )
-    what = parser.add_argument_group("what")
-    what.add_argument(
-        "--checkpoint",
-        metavar="RUN|EXPORT|hf:ORG/NAME",
-        required=True,
-        help="a run's or an export's folder, or a Hugging Face repository",
-    )
-    what.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged or plain weights (default: ema)")
-    what.add_argument(
-        "--task", metavar="TASK", required=True, help="GIVEN-to-WANTED, such as text-to-image or image-to-text; or joint"
-    )
-    what.add_argument("--out", metavar="DIR", required=True, help="where samples are written")
-    condition = parser.add_argument_group("condition (one of them; none for joint)")
-    condition.add_argument("--prompt", metavar="TEXT", action="append", default=[], help="a caption; repeat for more")
-    condition.add_argument("--prompts", metavar="FILE.json", help='a list of captions, {"id": "caption"}, or {"text": [...]}')
-    condition.add_argument("--image", metavar="FILE", action="append", default=[], help="a picture; repeat for more")
-    condition.add_argument("--data", metavar="MANIFEST", help="take the conditions from this data set")
-    condition.add_argument("--limit-context-len", metavar="L", type=positive, help="use at most L tokens of a caption")
+    _add_what(parser.add_argument_group("what"))
+    _add_condition(parser.add_argument_group("condition"))
     how = parser.add_argument_group("how")
+    how.add_argument("--preset", metavar="NAME", help="the paper's recipes: paper-t2i, paper-joint; other flags win over it")
+    for name, kind, metavar, text in SAMPLING:
+        how.add_argument(f"--{name.replace('_', '-')}", metavar=metavar, type=kind, help=text)
     how.add_argument(
-        "-n", metavar="N", type=positive, help="samples per prompt or picture; samples in all for joint and --data"
-    )
-    how.add_argument("--steps", metavar="N", type=positive, default=50, help="sampling steps (default: 50)")
-    how.add_argument(
-        "--guidance",
-        metavar="W",
-        type=float,
-        default=1.0,
-        help="W in W x conditional + (1 - W) x unconditional (default: 1, none)",
+        "--guidance-interval", metavar=("A", "B"), type=float, nargs=2, help="guide only at times A..B (default: 0 1)"
     )
     how.add_argument(
-        "--guidance-interval",
-        metavar=("A", "B"),
-        type=float,
-        nargs=2,
-        default=(0.0, 1.0),
-        help="guide only at times A..B (default: 0 1)",
-    )
-    how.add_argument(
-        "--guidance-final-time",
-        metavar="S",
-        type=float,
-        default=1.0,
-        help="below 1: noisy guidance, the unconditional branch sees the condition noised to time S (default: 1)",
+        "--guide", metavar="RUN|EXPORT", help="a weaker network, such as an earlier checkpoint, for --autoguidance"
     )
     how.add_argument("--seed", metavar="K", type=int, default=0, help="the same seed gives the same samples (default: 0)")
     how.add_argument(
         "--batch", metavar="B", type=positive, default=32, help="samples drawn at once; no effect on them (default: 32)"
     )
+    how.add_argument("--processes", metavar="N", type=positive, default=1, help="processes on this machine (default: 1)")
     parser.set_defaults(run=run)
+
+
+def _add_what(group: Any) -> None:
+    group.add_argument(
+        "--checkpoint",
+        metavar="RUN|EXPORT|hf:ORG/NAME",
+        required=True,
+        help="a run's or an export's folder, or a Hugging Face repository",
+    )
+    group.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged or plain weights (default: ema)")
+    group.add_argument(
+        "--task",
+        metavar="TASK",
+        required=True,
+        help="GIVEN-to-WANTED, such as text-to-image or image-to-text; joint; inpaint; or impute (a table's empty cells)",
+    )
+    group.add_argument("--out", metavar="DIR", required=True, help="where samples are written")
+    group.add_argument(
+        "--format",
+        choices=("folder", "tar"),
+        default="folder",
+        help="loose files, or tar shards with a manifest (default: folder)",
+    )
+    group.add_argument("-n", metavar="N", type=positive, help="samples per prompt or picture; in all for joint and --data")
+
+
+def _add_condition(group: Any) -> None:
+    group.add_argument(
+        "--prompt",
+        "--text",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="a caption; repeat for more; inpaint: with ___ in it",
+    )
+    group.add_argument("--prompts", metavar="FILE.json", help='a list of captions, {"id": "caption"}, or {"text": [...]}')
+    group.add_argument("--image", metavar="FILE", action="append", default=[], help="a picture; repeat for more")
+    group.add_argument("--mask-image", metavar="FILE", help="inpaint: white is to be filled in")
+    group.add_argument("--blank-tokens", metavar="N", type=positive, default=2, help="tokens that a ___ takes (default: 2)")
+    group.add_argument("--table", metavar="FILE.csv", help="impute: rows with empty cells")
+    group.add_argument("--data", metavar="MANIFEST", help="take the conditions from this data set")
+    group.add_argument(
+        "--strength", metavar="T", type=float, help="start from the picture or text noised to time T: variations"
+    )
+    group.add_argument(
+        "--condition-time", metavar="T", type=float, default=0.0, help="hold conditions noised to time T (default: 0, clean)"
+    )
+    group.add_argument("--limit-context-len", metavar="L", type=positive, help="use at most L tokens of a caption")
+    group.add_argument(
+        "--repeat-prompt", action="store_true", default=None, help="repeat a caption until it fills the context (the paper)"
+    )
+    group.add_argument("--autoencoder", metavar="FOLDER", help="of a model of latents: a diffusers AutoencoderKL")
 
 
 def run(arguments: argparse.Namespace) -> int:
     check(arguments)
-    from megadiff.interfaces.generate import GenerateRequest, generate
+    sampling, repeat_prompt = how_to_sample(arguments)
+    if arguments.processes > 1 and "RANK" not in os.environ:
+        return _several(arguments.processes)
+    from megadiff.interfaces.generate import generate
+    from megadiff.interfaces.request import GenerateRequest
 
-    flags = {key: value for key, value in vars(arguments).items() if key not in ("run", "parser")}
+    own = {"run", "parser", "preset", "processes", "guidance_interval", "repeat_prompt", *(flag[0] for flag in SAMPLING)}
+    flags = {key: value for key, value in vars(arguments).items() if key not in own}
     fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in flags.items()}
-    print(f"samples: {generate(GenerateRequest(**fields))}")
+    print(f"samples: {generate(GenerateRequest(**fields, sampling=sampling, repeat_prompt=repeat_prompt))}")
     return 0
+
+
+def _several(processes: int) -> int:
+    """The same command once per process, by torchrun."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.run([*launcher, "-m", "megadiff", *sys.argv[1:]], check=False).returncode
+
+
+def how_to_sample(arguments: argparse.Namespace) -> tuple[Sampling, bool]:
+    """The preset's fields under the flags', and whether prompts are repeated.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+    from megadiff.interfaces.presets import PRESETS
+
+    if arguments.preset is not None and arguments.preset not in PRESETS:
+        raise UserError(f"--preset {arguments.preset} is unknown; known: {', '.join(PRESETS)}")
+    fields: dict[str, Any] = {"resample": 4} if arguments.task == "inpaint" else {}
+    fields |= PRESETS.get(arguments.preset, {})
+    names = [*(flag[0] for flag in SAMPLING), "guidance_interval", "repeat_prompt"]
+    fields |= {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    repeat_prompt = bool(fields.pop("repeat_prompt", False))
+    try:
+        return Sampling(**fields), repeat_prompt
+    except ValidationError as error:
+        fault = error.errors()[0]
+        flag = "".join(f"--{str(part).replace('_', '-')} " for part in fault["loc"][:1])
+        raise UserError(
+            f"{flag}{getattr(arguments, str(fault['loc'][0]), '') if fault['loc'] else ''}: "
+            f"{fault['msg'].removeprefix('Value error, ')}"
+        ) from None
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -94,21 +191,36 @@ def check(arguments: argparse.Namespace) -> None:
         UserError: naming them, before anything is loaded.
     """
     task = arguments.task
-    given = [flag for flag in ("--prompt", "--prompts", "--image", "--data") if getattr(arguments, flag[2:])]
-    if task != "joint" and not all(task.partition("-to-")):
-        raise UserError(f"--task {task}: write GIVEN-to-WANTED, such as text-to-image or image-to-text, or joint")
-    if task == "joint" and given:
-        raise UserError(f"--task joint makes everything from nothing and takes no condition; leave out {' and '.join(given)}")
-    if task != "joint" and not given:
-        raise UserError(f"--task {task} needs a condition: --prompt TEXT, --prompts FILE.json, --image FILE or --data MANIFEST")
-    if len(given) > 1:
+    sources = ("--prompt", "--prompts", "--image", "--data", "--table")
+    given = [flag for flag in sources if getattr(arguments, flag[2:])]
+    single = ("joint", "inpaint", "impute")
+    if task not in single and not all(task.partition("-to-")):
+        raise UserError(
+            f"--task {task}: write GIVEN-to-WANTED, such as text-to-image or image-to-text, joint, inpaint or impute"
+        )
+    if arguments.prompt and arguments.prompts:
+        raise UserError("--prompt and --prompts exclude each other; give one")
+    if arguments.data and len(given) > 1:
         raise UserError(f"{' and '.join(given)} exclude each other; give one")
-    if arguments.guidance < 0:
-        raise UserError(f"--guidance {arguments.guidance:g} must be 0 or more (1 is none)")
-    lower, upper = arguments.guidance_interval
-    if not 0 <= lower <= upper <= 1:
-        raise UserError(f"--guidance-interval {lower:g} {upper:g} must be two times with 0 <= A <= B <= 1")
-    if not 0 <= arguments.guidance_final_time <= 1:
-        raise UserError(f"--guidance-final-time {arguments.guidance_final_time:g} must lie between 0 and 1")
+    if task == "joint" and given and arguments.strength is None:
+        raise UserError(
+            f"--task joint makes everything from nothing; leave out {' and '.join(given)}, or vary what they give by --strength"
+        )
+    if task not in single and not given:
+        raise UserError(f"--task {task} needs a condition: --prompt TEXT, --prompts FILE.json, --image FILE or --data MANIFEST")
+    if (task == "impute") != bool(arguments.table):
+        raise UserError("--task impute and --table FILE.csv go together")
+    if arguments.mask_image and not (task == "inpaint" and len(arguments.image) == 1):
+        raise UserError("--mask-image goes with --task inpaint and one --image")
+    if task == "inpaint" and (len(arguments.prompt) > 1 or len(arguments.image) > 1 or arguments.prompts or arguments.data):
+        raise UserError("--task inpaint takes one --image, one --text, or both")
+    if task in ("inpaint", "impute") and arguments.strength is not None:
+        raise UserError(f"--strength starts from a whole picture or text, which --task {task} does not; leave it out")
+    if bool(arguments.guide) != (arguments.autoguidance not in (None, 1.0)):
+        raise UserError("--guide RUN and --autoguidance V go together")
+    for flag in ("strength", "condition_time"):
+        value = getattr(arguments, flag)
+        if value is not None and not 0 <= value <= 1:
+            raise UserError(f"--{flag.replace('_', '-')} {value:g} must lie between 0 and 1")
     if not 0 <= arguments.seed < 2**62:
         raise UserError(f"--seed {arguments.seed} must be a whole number from 0 to 2^62 - 1")

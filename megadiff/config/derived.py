@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megadiff.config.errors import ConfigError
-from megadiff.config.schema import GridSpace, Model, Run, Stage, StageModality, TokenSpace
+from megadiff.config.schema import Alignment, GridSpace, Modality, Model, Run, Stage, StageModality, TokenSpace
 
 TIME_FEATURES = 256
 """Sinusoids of a clock."""
 _BLOCK_SLOTS = 6
 _HEAD_SLOTS = 2
+ALIGNMENT_HIDDEN = 2
+"""Hidden width of the alignment's projection / D."""
 _SWIGLU_MULTIPLE = 8
 
 
@@ -64,32 +66,36 @@ class Parameters:
         joint: the joint blocks and the norm after them.
         towers: per predicted modality.
         heads: per predicted modality.
+        alignment: its projection, 0 without one.
     """
 
     embeddings: dict[str, int]
     joint: int
     towers: dict[str, int]
     heads: dict[str, int]
+    alignment: int = 0
 
     @property
     def parts(self) -> dict[str, int]:
         """By the names that `freeze` uses: `joint` is the embeddings and the joint blocks, a modality its tower and head."""
         joint = sum(self.embeddings.values()) + self.joint
-        return {"joint": joint} | {name: self.towers[name] + self.heads[name] for name in self.heads}
+        aligned = {"alignment": self.alignment} if self.alignment else {}
+        return {"joint": joint} | {name: self.towers[name] + self.heads[name] for name in self.heads} | aligned
 
     @property
     def total(self) -> int:
         return sum(self.parts.values())
 
 
-def parameters(model: Model, predicted: Collection[str]) -> Parameters:
+def parameters(model: Model, predicted: Collection[str], alignment: Alignment | None = None) -> Parameters:
     """What a model that predicts these modalities holds."""
     names = [name for name in model.modalities if name in predicted]
     return Parameters(
         embeddings={name: _embedding_parameters(model, name) for name in model.modalities},
         joint=len(model.modalities) * (model.joint_depth * _block_parameters(model) + _norm_parameters(model)),
         towers={name: _tower_parameters(model, model.modalities[name].tower_depth) for name in names},
-        heads={name: _head_parameters(model, model.modalities[name].space) for name in names},
+        heads={name: _head_parameters(model, model.modalities[name]) for name in names},
+        alignment=0 if alignment is None else sum(_linear(*shape) for shape in _alignment_layers(model, alignment)),
     )
 
 
@@ -99,8 +105,13 @@ def predicted(stage: Stage) -> tuple[str, ...]:
 
 
 def trainable(model: Model, stage: Stage) -> int:
-    """Parameters that a stage trains; the others of `parameters(model, predicted(stage))` are frozen."""
-    return sum(count for part, count in parameters(model, predicted(stage)).parts.items() if part not in stage.freeze)
+    """Parameters that a stage trains; the others of `stage_parameters(model, stage)` are frozen."""
+    return sum(count for part, count in stage_parameters(model, stage).parts.items() if part not in stage.freeze)
+
+
+def stage_parameters(model: Model, stage: Stage) -> Parameters:
+    """What the model holds in a stage."""
+    return parameters(model, predicted(stage), stage.alignment)
 
 
 def _linear(inputs: int, outputs: int, *, bias: bool = True) -> int:
@@ -137,8 +148,16 @@ def _tower_parameters(model: Model, depth: int) -> int:
     return depth * _block_parameters(model) + (_norm_parameters(model) if depth else 0)
 
 
-def _head_parameters(model: Model, space: GridSpace | TokenSpace) -> int:
-    return _linear(model.width, _HEAD_SLOTS * model.width) + _linear(model.width, head_outputs(space))
+def _head_parameters(model: Model, modality: Modality) -> int:
+    mask_class = modality.process.kind == "masked" and modality.process.mask_class
+    outputs = head_outputs(modality.space) + (1 if mask_class else 0)
+    return _linear(model.width, _HEAD_SLOTS * model.width) + _linear(model.width, outputs)
+
+
+def _alignment_layers(model: Model, alignment: Alignment) -> list[tuple[int, int]]:
+    """(inputs, outputs) of the projection's linear maps."""
+    hidden = ALIGNMENT_HIDDEN * model.width
+    return [(model.width, hidden), (hidden, hidden), (hidden, alignment.features)]
 
 
 # --------------------------------------------------------------------------------------------------------------- FLOPs
@@ -157,7 +176,7 @@ def flops_per_sample(model: Model, stage: Stage) -> int:
     """
     scored = {name: _scored_share(model, name, modality) for name, modality in stage.modalities.items() if _is_read(modality)}
     trained = {part for part in ("joint", *model.modalities) if part not in stage.freeze}
-    return round(_flops(model, scored, trained))
+    return round(_flops(model, scored, trained)) + _alignment_flops(model, stage)
 
 
 def forward_flops(model: Model, scored: Mapping[str, float]) -> int:
@@ -169,6 +188,16 @@ def forward_flops(model: Model, scored: Mapping[str, float]) -> int:
     return round(_flops(model, scored, trained=set()))
 
 
+def _alignment_flops(model: Model, stage: Stage) -> int:
+    """Of the projection, and of nothing before it: the blocks run anyway."""
+    if stage.alignment is None:
+        return 0
+    count = token_count(model.modalities[stage.alignment.modality].space)
+    own, inputs = "alignment" not in stage.freeze, "joint" not in stage.freeze
+    layers = _alignment_layers(model, stage.alignment)
+    return sum(_matmul(count, *shape, own, inputs or (own and index > 0)) for index, shape in enumerate(layers))
+
+
 def _is_read(modality: StageModality) -> bool:
     return modality.predicted and modality.loss_weight > 0
 
@@ -177,7 +206,7 @@ def _scored_share(model: Model, name: str, modality: StageModality) -> float:
     process = model.modalities[name].process
     if process.kind == "gaussian":
         return 1.0
-    share = 1.0 if process.loss == "plain" else 0.5
+    share = 0.5 if process.kind == "masked" and process.loss == "nelbo" else 1.0
     return share * (1 - modality.conditioning.clean - modality.conditioning.absent)
 
 
@@ -291,7 +320,7 @@ def bytes_per_rank(model: Model, stage: Stage, data_ranks: int, *, zero_stage: i
     """
     zero = 1 if zero_stage == 0 and precision == "bf16" else zero_stage
     size = 2 if precision == "bf16" else 4
-    total = parameters(model, predicted(stage)).total
+    total = stage_parameters(model, stage).total
     trained = trainable(model, stage)
     optimizer_share = data_ranks if zero >= 1 else 1
     copied = total - trained if precision == "fp32" and zero in (0, 3) else total
@@ -321,7 +350,7 @@ def summary(run: Run, stage: Stage, data_ranks: int) -> dict[str, Any]:
         ConfigError: the batch or the lanes do not divide over the ranks.
     """
     precision: Precision = "bf16" if stage.precision == "auto" else stage.precision
-    counts = parameters(run.model, predicted(stage))
+    counts = stage_parameters(run.model, stage)
     per_sample = tokens(run.model)
     flops = flops_per_sample(run.model, stage)
     trained = trainable(run.model, stage)

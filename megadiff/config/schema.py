@@ -6,7 +6,7 @@ A modality is (name, space, process, tower depth); nothing here knows about text
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -58,6 +58,8 @@ class TokenSpace(Section):
     kind: Literal["tokens"] = "tokens"
     vocabulary: Annotated[int, Field(ge=2)]
     length: Positive
+    start_id: int | None = None
+    """What every sequence begins with; None where there is no such mark."""
     end_id: int | None = None
     """The token after which nothing is said any more; None where every position is always data."""
     pad_id: int | None = None
@@ -65,7 +67,7 @@ class TokenSpace(Section):
 
     @model_validator(mode="after")
     def _ids_exist(self) -> TokenSpace:
-        for name, value in (("end_id", self.end_id), ("pad_id", self.pad_id)):
+        for name, value in (("start_id", self.start_id), ("end_id", self.end_id), ("pad_id", self.pad_id)):
             if value is not None and not 0 <= value < self.vocabulary:
                 raise ValueError(f"{name} ({value}) must be below vocabulary ({self.vocabulary})")
         return self
@@ -75,21 +77,43 @@ class GaussianProcess(Section):
     """Continuous diffusion: state = alpha(t) * clean + sigma(t) * noise."""
 
     kind: Literal["gaussian"] = "gaussian"
-    schedule: Literal["vp", "rectified_flow"] = "rectified_flow"
-    """vp: the paper's scaled-linear betas 0.00085..0.012 over 1,000 steps, in continuous time."""
-    target: Literal["epsilon", "velocity"] = "velocity"
-    """What the network predicts. velocity = d state / d t for the flow, and alpha * noise - sigma * clean for vp."""
+    schedule: Literal["vp", "cosine", "rectified_flow"] = "rectified_flow"
+    """vp: the paper's scaled-linear betas 0.00085..0.012 over 1,000 steps, in continuous time; cosine: alpha is cos(pi t/2)."""
+    shift: Annotated[float, Field(gt=0)] = 1.0
+    """Of the rectified flow: sigma = shift t / (1 + (shift - 1) t). Above 1 for high resolutions (SD3: sqrt of the ratio of
+    pixel counts)."""
+    target: Literal["epsilon", "clean", "v", "velocity"] = "velocity"
+    """What the network predicts: the noise; the clean state; alpha * noise - sigma * clean; noise - clean."""
     clock: Literal["time", "std"] = "time"
     """What the network is told: t, or the marginal standard deviation sigma(t) (the paper's network)."""
+    loss_weight: Literal["uniform", "min_snr"] = "uniform"
+    """min_snr: the squared error of the clean state weighs min(alpha^2 / sigma^2, min_snr_gamma) (arXiv 2303.09556)."""
+    min_snr_gamma: Annotated[float, Field(gt=0)] = 5.0
+
+    @model_validator(mode="after")
+    def _options_fit_schedule(self) -> GaussianProcess:
+        flow = self.schedule == "rectified_flow"
+        if self.shift != 1 and not flow:
+            raise ValueError(f"shift belongs to the rectified_flow schedule, not to {self.schedule}")
+        if self.loss_weight == "min_snr" and flow:
+            raise ValueError("min_snr weights the vp and cosine schedules; for rectified_flow use logit_normal times")
+        return self
+
+
+CategoricalSchedule = Literal["linear", "cosine", "geometric"]
+"""The share 1 - alpha(t) of tokens that noise has reached: t; sin(pi t / 2); 1 - exp(-s(t)), s rising to 20 by equal ratios.
+"""
 
 
 class MaskedProcess(Section):
-    """Categorical diffusion with an absorbing mask state: every token is masked independently with probability t."""
+    """Categorical diffusion with an absorbing mask state: every token is masked independently with probability 1 - alpha(t)."""
 
     kind: Literal["masked"] = "masked"
-    schedule: Literal["linear"] = "linear"
+    schedule: CategoricalSchedule = "linear"
     loss: Literal["nelbo", "plain"] = "nelbo"
     """nelbo: masked positions, weight -alpha'/(1-alpha) capped; plain: the paper's cross entropy over every position."""
+    mask_class: bool = False
+    """The paper's head has a class for the mask state, whose only effect is softplus(its logit) in the plain loss."""
     weight_cap: Annotated[float, Field(ge=1.0)] = 20.0
     """Largest NELBO weight in training (evaluation uses the true one)."""
     after_end_weight: Share = 0.1
@@ -97,9 +121,28 @@ class MaskedProcess(Section):
     padding: Literal["after_end", "pad_id"] = "after_end"
     """Which keys are hidden: positions after the end mark where the tokens are (almost) clean, or (paper) every visible pad."""
 
+    @model_validator(mode="after")
+    def _mask_class_is_scored(self) -> MaskedProcess:
+        if self.mask_class and self.loss != "plain":
+            raise ValueError("mask_class is part of the plain loss (loss: plain)")
+        return self
+
+
+class UniformProcess(Section):
+    """Categorical diffusion without a mask: with probability 1 - alpha(t) a token is replaced by a uniformly drawn one.
+
+    For small vocabularies (columns of a table): its bound needs all logits of every position.
+    """
+
+    kind: Literal["uniform"] = "uniform"
+    schedule: CategoricalSchedule = "linear"
+    loss: Literal["nelbo", "plain"] = "plain"
+    """plain: the cross entropy of the clean token at every position; nelbo: the likelihood bound, its weight in time capped."""
+    weight_cap: Annotated[float, Field(ge=1.0)] = 20.0
+
 
 Space = Annotated[GridSpace | TokenSpace, Field(discriminator="kind")]
-Process = Annotated[GaussianProcess | MaskedProcess, Field(discriminator="kind")]
+Process = Annotated[GaussianProcess | MaskedProcess | UniformProcess, Field(discriminator="kind")]
 
 
 class Modality(Section):
@@ -113,16 +156,18 @@ class Modality(Section):
 
     @model_validator(mode="after")
     def _process_fits_space(self) -> Modality:
-        wanted = {"grid": "gaussian", "tokens": "masked"}[self.space.kind]
-        if self.process.kind != wanted:
-            raise ValueError(f"a {self.space.kind} space takes a {wanted} process, not {self.process.kind}")
+        wanted = {"grid": ("gaussian",), "tokens": ("masked", "uniform")}[self.space.kind]
+        if self.process.kind not in wanted:
+            raise ValueError(f"a {self.space.kind} space takes a {' or '.join(wanted)} process, not {self.process.kind}")
         if self.positions == "sincos" and self.space.kind != "grid":
             raise ValueError("sincos positions are for grids; tokens take learned or rope")
         return self
 
 
-RESERVED_NAMES = frozenset({"joint", "training", "keys", "values", "items", "pop", "clear", "update", "forward", "type"})
-"""`joint` is a part and a task; the others are attributes of torch's module containers."""
+RESERVED_NAMES = frozenset(
+    {"joint", "alignment", "training", "keys", "values", "items", "pop", "clear", "update", "forward", "type"}
+)
+"""`joint` is a part and a task, `alignment` a part; the others are attributes of torch's module containers."""
 
 
 class Model(Section):
@@ -142,6 +187,8 @@ class Model(Section):
     attention_bias: bool = False
     gates: Literal["zero", "one"] = "zero"
     """Initial value of the residual gates: zero (adaLN-Zero) or one (the paper's code)."""
+    block_modulation: Literal["one_plus_scale", "scale"] = "one_plus_scale"
+    """How a block's normalised tokens are scaled; `scale` as in the paper's network (it starts at 1 all the same)."""
     trunk_norm: bool = False
     """RMSNorm after the joint part and at each tower's end (the paper's network)."""
     head_modulation: Literal["one_plus_scale", "scale"] = "one_plus_scale"
@@ -167,9 +214,25 @@ class Model(Section):
 class PixelField(Section):
     """A modality read from a picture: resized and centre-cropped to the modality's grid, values in [-1, 1], on white."""
 
+    FILES: ClassVar[tuple[str, ...]] = ()
+    """Of every field: its keys that name a file or folder which is needed beside the weights."""
     kind: Literal["pixels"] = "pixels"
     member: str = "png"
     """Ending of the tar member."""
+
+
+class LatentField(Section):
+    """A modality of an autoencoder's latents: read as such from the shards, or made from a picture by the autoencoder."""
+
+    kind: Literal["latents"] = "latents"
+    member: str = "latents.npy"
+    """Ending of the tar member: a NumPy array, [C, H, W] (a latent) or [2, C, H, W] (mean and deviation, from which one is
+    drawn per visit), not yet multiplied by `scale`."""
+    FILES: ClassVar = ("autoencoder",)
+    autoencoder: str | None = None
+    """A local folder with a diffusers AutoencoderKL; needed to read or show pictures."""
+    scale: Annotated[float, Field(gt=0)] = 0.18215
+    """Latents are multiplied by it, so that their deviation is about 1 (Stable Diffusion's autoencoder: 0.18215)."""
 
 
 class CaptionField(Section):
@@ -178,11 +241,36 @@ class CaptionField(Section):
     kind: Literal["caption"] = "caption"
     member: str = "json"
     """Ending of the tar member: json with a list under `captions`, or txt with one caption."""
+    FILES: ClassVar = ("tokenizer",)
     tokenizer: str
     """Path of a Hugging Face tokenizer.json."""
+    cleaning: Literal["plain", "clip"] = "plain"
+    """plain: HTML entities resolved, white space collapsed; clip: ftfy first, as CLIP's own tokenizer does."""
 
 
-FieldSource = Annotated[PixelField | CaptionField, Field(discriminator="kind")]
+class NumberField(Section):
+    """A 1 x 1 x 1 modality read from a column of numbers, by its rank among the training data's as a normal quantile."""
+
+    kind: Literal["number"] = "number"
+    member: str = "json"
+    column: str
+    FILES: ClassVar = ("columns",)
+    columns: str
+    """Path of the columns.json that `megadiff data table` writes."""
+
+
+class ClassField(Section):
+    """A modality of one token read from a column of categories."""
+
+    kind: Literal["class"] = "class"
+    member: str = "json"
+    column: str
+    FILES: ClassVar = ("columns",)
+    columns: str
+    """Path of the columns.json that `megadiff data table` writes."""
+
+
+FieldSource = Annotated[PixelField | LatentField | CaptionField | NumberField | ClassField, Field(discriminator="kind")]
 
 
 class Cache(Section):
@@ -200,6 +288,8 @@ class Data(Section):
     held_out: str | None = None
     """Manifest of the shards that are never trained on."""
     fields: dict[Name, FieldSource]
+    features: dict[Name, str] = {}
+    """By modality the ending of a tar member with precomputed features, a NumPy array [S, F]: what a stage may align with."""
     lanes: Positive = 8
     """L: divides the global batch and is a multiple of every number of data-parallel ranks."""
     block_shards: Positive = 4
@@ -321,17 +411,48 @@ class Sampling(Section):
     """How samples are drawn."""
 
     steps: Positive = 50
+    grid: Literal["auto", "uniform", "square", "karras", "shifted"] = "auto"
+    """Where the steps lie between t = 1 and 0: evenly; evenly in sqrt(t); evenly in (sigma / alpha)^(1/7); pushed towards 1 by
+    `grid_shift`. auto: square where a vp modality is generated, else uniform."""
+    grid_shift: Annotated[float, Field(gt=0)] = 3.0
+    """Of the shifted grid: t = s u / (1 + (s - 1) u)."""
+    solver: Literal["euler", "heun", "dpmpp_2m", "sde_euler", "sde_dpmpp_2m"] = "heun"
+    """For Gaussian modalities."""
+    order: Literal["ancestral", "tau_leaping", "first_hitting", "confidence", "entropy", "threshold"] = "ancestral"
+    """When categorical positions become visible. ancestral: by the exact reverse process; tau_leaping: by rates held fixed over
+    a step (the paper); first_hitting: one at a time at exact times, whatever `steps` (ancestral beside a Gaussian modality);
+    confidence, entropy: the surest first; threshold: all that are surer than `threshold`."""
+    order_noise: Annotated[float, Field(ge=0)] = 0.0
+    """Gumbel noise on the score of the confidence and entropy orders, times t."""
+    threshold: Annotated[float, Field(gt=0, le=1)] = 0.9
+    remask: Literal["none", "cap", "conf", "loop"] = "none"
+    """ReMDM (arXiv 2503.00307), with the ancestral order: visible positions are masked again with a capped probability; the
+    less sure ones more often; or while the clock stands still in the middle of the run."""
+    remask_strength: Share = 0.05
+    """The cap on the probability of masking a position again in a step."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Of token draws; 0 takes the likeliest."""
+    top_k: NotNegative = 0
+    """Draw among this many likeliest tokens; 0 is all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw among the likeliest tokens that together have this probability."""
+    resample: Positive = 1
+    """How often a step is made, its noise put back between, where a part of a modality is known (RePaint, arXiv 2201.09865)."""
     guidance: Annotated[float, Field(ge=0)] = 1.0
     """w in w * conditional + (1 - w) * unconditional; 1 is none."""
     guidance_interval: tuple[Share, Share] = (0.0, 1.0)
     """Guide only while the time of the guided modality lies in it."""
     guidance_final_time: Share = 1.0
     """The unconditional branch noises the condition to max(this, its present time); below 1: noisy guidance."""
+    autoguidance: Annotated[float, Field(ge=0)] = 1.0
+    """v in v * this network + (1 - v) * a weaker one (arXiv 2406.02507), where a weaker one is given; 1 is none."""
 
     @model_validator(mode="after")
-    def _interval_is_ordered(self) -> Sampling:
+    def _options_go_together(self) -> Sampling:
         if self.guidance_interval[0] > self.guidance_interval[1]:
             raise ValueError(f"guidance_interval {self.guidance_interval} must be (lower, upper)")
+        if self.remask != "none" and self.order != "ancestral":
+            raise ValueError(f"remask goes with the ancestral order, not with {self.order}")
         return self
 
 
@@ -341,6 +462,26 @@ class PeriodicSamples(Section):
     every_steps: Positive
     count: Positive = 8
     sampling: Sampling = Sampling(steps=20)
+
+    @model_validator(mode="after")
+    def _ranks_stay_together(self) -> PeriodicSamples:
+        if self.sampling.order == "threshold":
+            raise ValueError("the threshold order ends when its samples do, and the ranks of a run must make equal calls")
+        if self.sampling.autoguidance != 1:
+            raise ValueError("autoguidance needs a second network, which training has not; leave it out")
+        return self
+
+
+class Alignment(Section):
+    """REPA (arXiv 2410.06940): a modality's tokens after a joint block, projected, should point where given features do."""
+
+    modality: Name
+    block: NotNegative
+    """After which joint block; 0 is the first."""
+    features: Positive
+    """Numbers per token in the shards' features."""
+    weight: Annotated[float, Field(gt=0)] = 0.5
+    """Of the mean (1 - cosine similarity) in the loss."""
 
 
 class Stage(Section):
@@ -357,6 +498,7 @@ class Stage(Section):
     activation_checkpointing: bool = False
     antithetic_times: bool = True
     """Spread the times of a global batch evenly (low discrepancy)."""
+    alignment: Alignment | None = None
     ema: Annotated[dict[Name, EmaProfile], Field(min_length=1)]
     freeze: tuple[str, ...] = ()
     """Parts that stay as they are: `joint` (embeddings and joint blocks) or a modality's name (its tower and head)."""
@@ -376,12 +518,17 @@ class Launch(Section):
 
 
 class Showcase(Section):
-    """What `megadiff launch` makes once the last stage is done: a sheet of samples and the conditioning gap."""
+    """What `megadiff launch` makes once the last stage is done: a sheet of samples and the conditioning gap.
+
+    Where all fields are columns of a table: the error rates of `rows` joint samples against the training data.
+    """
 
     prompts: tuple[str, ...] = ()
     """Prompts for the sheet; empty takes held-out captions."""
     count: Positive = 8
     """Samples per task on the sheet."""
+    rows: Positive = 10_000
+    """Samples of a table."""
     sampling: Sampling = Sampling()
     gap_pairs: Annotated[int, Field(ge=16)] = 256
     """Held-out pairs over which the conditioning gap is measured."""
@@ -419,12 +566,20 @@ class Run(Section):
 
 def _field_faults(name: str, run: Run) -> list[str]:
     field, space = run.data.fields[name], run.model.modalities[name].space
-    if isinstance(field, PixelField) and isinstance(space, GridSpace):
-        fits = space.channels in (1, 3)
-        return [] if fits else [f"data.fields.{name} is pixels, which fill 1 or 3 channels, and its grid has {space.channels}"]
-    if isinstance(field, CaptionField) and isinstance(space, TokenSpace):
-        return []
-    return [f"data.fields.{name} is {field.kind}, which cannot fill a {space.kind} space"]
+    where = f"data.fields.{name}"
+    match field, space:
+        case PixelField(), GridSpace():
+            fits = space.channels in (1, 3)
+            return [] if fits else [f"{where} is pixels, which fill 1 or 3 channels, and its grid has {space.channels}"]
+        case NumberField(), GridSpace():
+            fits = (space.channels, space.height, space.width) == (1, 1, 1)
+            return [] if fits else [f"{where} is a number, which fills a grid of 1 x 1 x 1"]
+        case ClassField(), TokenSpace():
+            fits = space.length == 1 and space.end_id is None
+            return [] if fits else [f"{where} is a class, which fills a token space of length 1 without an end_id"]
+        case (LatentField(), GridSpace()) | (CaptionField(), TokenSpace()):
+            return []
+    return [f"{where} is {field.kind}, which cannot fill a {space.kind} space"]
 
 
 def _stage_faults(stage: Stage, run: Run, *, first: bool) -> list[str]:
@@ -440,11 +595,14 @@ def _stage_faults(stage: Stage, run: Run, *, first: bool) -> list[str]:
             f"batch.global_samples ({count}) must be a multiple of data.lanes ({run.data.lanes}); "
             f"nearest: {below or run.data.lanes} or {below + run.data.lanes}"
         )
-    unknown = [part for part in stage.freeze if part != "joint" and part not in known]
+    parts = ["joint", *known, *(["alignment"] if stage.alignment else [])]
+    unknown = [part for part in stage.freeze if part not in parts]
     if unknown:
-        faults.append(f"freeze names {', '.join(unknown)}; known parts: joint, {', '.join(known)}")
+        faults.append(f"freeze names {', '.join(unknown)}; known parts: {', '.join(parts)}")
     if not any(modality.predicted and modality.loss_weight > 0 for modality in stage.modalities.values()):
         faults.append("no modality is predicted with a loss weight above 0")
+    if stage.alignment is not None:
+        faults += _alignment_faults(stage.alignment, run)
     shares = sum(m.conditioning.clean + m.conditioning.absent for m in stage.modalities.values())
     if shares > 1 + 1e-9:
         faults.append(f"the conditioning shares of all modalities add up to {shares:g}; at most 1")
@@ -460,3 +618,14 @@ def _stage_faults(stage: Stage, run: Run, *, first: bool) -> list[str]:
         if trains and "joint" in stage.freeze and name in stage.freeze:
             faults.append(f"{name}: joint and {name} are frozen, so its loss trains nothing; set its loss_weight to 0")
     return [where + fault for fault in faults]
+
+
+def _alignment_faults(alignment: Alignment, run: Run) -> list[str]:
+    faults = []
+    if alignment.modality not in run.model.modalities:
+        faults.append(f"alignment.modality is {alignment.modality}; the model has {', '.join(run.model.modalities)}")
+    elif alignment.modality not in run.data.features:
+        faults.append(f"alignment needs the shards' features: name their member under data.features.{alignment.modality}")
+    if alignment.block >= run.model.joint_depth:
+        faults.append(f"alignment.block is {alignment.block}; the joint blocks are 0 to {run.model.joint_depth - 1}")
+    return faults

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import json
+import re
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from megadiff.config.errors import ConfigError
+from megadiff.config.errors import ConfigError, UserError
 from megadiff.config.schema import CaptionField, Data, GridSpace, Model, PixelField, TokenSpace
 from megadiff.data.errors import SampleError
 from megadiff.data.shards import Members
@@ -69,6 +70,19 @@ class PixelCodec:
         """float [C, H, W] to a picture; values outside [-1, 1] are clipped."""
         pixels = ((state.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
         return Image.fromarray(pixels if self.space.channels == 3 else pixels[..., 0])
+
+
+def unknown_region(mask: Image.Image, space: GridSpace) -> Tensor:
+    """A mask (white: unknown) to bool [C, H, W]; a place of the grid with any unknown pixel in it is unknown."""
+    grey = Image.alpha_composite(Image.new("RGBA", mask.size, "black"), mask.convert("RGBA")).convert("L")
+    picture = grey.point(lambda value: 255 if value >= 128 else 0)
+    factor = max(space.width / picture.width, space.height / picture.height)
+    size = (max(space.width, round(picture.width * factor)), max(space.height, round(picture.height * factor)))
+    scaled = picture.resize(size, Image.Resampling.BOX)
+    left, top = (scaled.width - space.width) // 2, (scaled.height - space.height) // 2
+    cropped = scaled.crop((left, top, left + space.width, top + space.height))
+    unknown = torch.from_numpy(np.asarray(cropped, dtype=np.uint8) > 0)
+    return unknown.expand(space.channels, -1, -1)
 
 
 _LONGEST_PX = 2**15
@@ -129,6 +143,38 @@ class CaptionCodec:
         fill = pad if pad is not None else end if end is not None else 0
         ids = [*ids[:length], *[fill] * (length - len(ids))]
         return torch.tensor(ids, dtype=torch.int64)
+
+    def encode_with_blanks(self, value: str, blank_tokens: int) -> tuple[Tensor, Tensor]:
+        """A text with blanks (___) to int64 [S] ids and bool [S], where they are known.
+
+        A blank takes `blank_tokens` positions. After a text that ends with a blank nothing is known, not even where it ends.
+
+        Raises:
+            UserError: it is too long.
+        """
+        pieces = re.split(r"_{3,}", " ".join(value.split()))
+        ids: list[int] = []
+        known: list[bool] = []
+        for number, piece in enumerate(pieces):
+            if number:
+                ids += [0] * blank_tokens
+                known += [False] * blank_tokens
+            text = f" {normalise(piece)}" if piece.startswith(" ") else normalise(piece)
+            found = self.tokenizer.encode(text, add_special_tokens=False).ids if text.strip() else []
+            ids += found
+            known += [True] * len(found)
+        length, end, pad = self.space.length, self.space.end_id, self.space.pad_id
+        closed = bool(pieces[-1].strip())
+        if closed and end is not None:
+            ids.append(end)
+            known.append(True)
+        if len(ids) > length:
+            raise UserError(
+                f"the text takes {len(ids)} tokens with its blanks, and the model's captions have {length}; shorten it"
+            )
+        rest = length - len(ids)
+        fill = pad if pad is not None else end if end is not None else 0
+        return torch.tensor([*ids, *[fill] * rest]), torch.tensor([*known, *[closed] * rest], dtype=torch.bool)
 
     def decode(self, state: Tensor) -> str:
         """int64 [S] to text, cut at the end mark; the mask state and padding show as nothing."""

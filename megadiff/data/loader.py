@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +22,7 @@ from megadiff.config.schema import Data, Model, TokenSpace
 from megadiff.data.encode import build_codecs
 from megadiff.data.errors import DataError, SampleError
 from megadiff.data.order import Order, Visit, generator
-from megadiff.data.shards import ShardReader, read_manifest
+from megadiff.data.shards import Members, ShardReader, read_manifest
 from megadiff.types import Batch
 
 log = logging.getLogger(__name__)
@@ -50,25 +53,59 @@ def check_unreadable(read: int, unreadable: int, share: float) -> None:
         )
 
 
+class Sample(NamedTuple):
+    """Clean states and precomputed features of one sample, by modality."""
+
+    states: dict[str, Tensor]
+    features: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class FeatureReader:
+    """Precomputed features of one modality: a NumPy array [S, F] in a member of the shards."""
+
+    member: str
+    shape: tuple[int, int]
+
+    def read(self, members: Members) -> Tensor:
+        """Float32 [S, F]. Raises SampleError if the member is missing, damaged or of another shape."""
+        if self.member not in members:
+            raise SampleError(f"it has no .{self.member} member (it has {', '.join(sorted(members)) or 'none'})")
+        try:
+            values = np.load(io.BytesIO(members[self.member]), allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise SampleError(f"its .{self.member} member is no NumPy array: {error}") from None
+        if values.shape != self.shape:
+            raise SampleError(f"its .{self.member} member has the shape {list(values.shape)}, not {list(self.shape)}")
+        return torch.from_numpy(values.astype(np.float32))
+
+    def blank(self) -> Tensor:
+        return torch.zeros(self.shape)
+
+
 class _Source:
     """Decodes one visit at a time. Thread-safe."""
 
-    def __init__(self, address: str, data: Data, model: Model, in_memory: int = 64) -> None:
+    def __init__(
+        self, address: str, data: Data, model: Model, in_memory: int = 64, features: Mapping[str, tuple[int, int]] | None = None
+    ) -> None:
+        self.features = {name: FeatureReader(data.features[name], shape) for name, shape in (features or {}).items()}
         self.manifest = read_manifest(address)
         self.reader = ShardReader(address, self.manifest, data.cache, in_memory)
         self.codecs = build_codecs(data, model)
         self.model = model
 
-    def states(self, shard: int, offset: int, key: int) -> dict[str, Tensor]:
+    def sample(self, shard: int, offset: int, key: int) -> Sample:
         """Raises SampleError if the sample cannot be decoded."""
         members = self.reader.members(shard, offset)
-        return {name: codec.encode(codec.read(members, key)) for name, codec in self.codecs.items()}
+        states = {name: codec.encode(codec.read(members, key)) for name, codec in self.codecs.items()}
+        return Sample(states, {name: reader.read(members) for name, reader in self.features.items()})
 
     def name(self, shard: int, offset: int) -> str:
         return f"{self.manifest.shards[shard].name}/{self.reader.shard(shard).key(offset)}"
 
-    def blank(self) -> dict[str, Tensor]:
-        """States of the right shapes for a sample that cannot be read."""
+    def blank(self) -> Sample:
+        """States and features of the right shapes for a sample that cannot be read."""
         blank: dict[str, Tensor] = {}
         for name, modality in self.model.modalities.items():
             space = modality.space
@@ -76,7 +113,7 @@ class _Source:
                 blank[name] = torch.zeros(space.length, dtype=torch.int64)
             else:
                 blank[name] = torch.zeros(space.channels, space.height, space.width)
-        return blank
+        return Sample(blank, {name: reader.blank() for name, reader in self.features.items()})
 
 
 class Loader:
@@ -93,8 +130,12 @@ class Loader:
         data_rank: int = 0,
         data_ranks: int = 1,
         data_step: int = 0,
+        features: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
         """Start with global batch number `data_step`.
+
+        Args:
+            features: modalities whose precomputed features are read as well, with their shape (tokens, numbers).
 
         Raises:
             UserError: the manifest cannot be read, or lanes, ranks and batch do not divide.
@@ -102,7 +143,7 @@ class Loader:
         # Lanes move through blocks of their own: each needs a block's shards at once, one more where it starts amid a shard,
         # and one of the next block.
         in_memory = -(-data.lanes // data_ranks) * (data.block_shards + 2)
-        self._source = _Source(data.train, data, model, in_memory)
+        self._source = _Source(data.train, data, model, in_memory, features)
         self._order = Order([s.samples for s in self._source.manifest.shards], data.lanes, data.block_shards, seed)
         self._slots = self._order.slots_of_rank(data_rank, data_ranks, global_samples)
         if len(self._slots) % micro_batch:
@@ -170,19 +211,19 @@ class Loader:
         return [self._batch(visits[part], keys[part], slots[part], data_step) for part in parts]
 
     def _batch(self, visits: Sequence[Visit], keys: Tensor, slots: Tensor, data_step: int) -> Batch:
-        samples: list[dict[str, Tensor]] = []
+        samples: list[Sample] = []
         weights, names = [], []
         for visit, key in zip(visits, keys.tolist(), strict=True):
             names.append(self._source.name(visit.shard, visit.offset))
             try:
-                samples.append(self._source.states(visit.shard, visit.offset, key))
+                samples.append(self._source.sample(visit.shard, visit.offset, key))
                 weights.append(1.0)
             except SampleError as error:
                 self._report(names[-1], error)
                 samples.append(self._source.blank())
                 weights.append(0.0)
-        states = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
-        return Batch(states, keys, slots, torch.tensor(weights), tuple(names), data_step, self.global_samples)
+        states, features = (_stacked([sample[part] for sample in samples]) for part in range(2))
+        return Batch(states, keys, slots, torch.tensor(weights), tuple(names), data_step, self.global_samples, features)
 
     def _report(self, name: str, error: SampleError) -> None:
         with self._lock:
@@ -202,26 +243,47 @@ class HeldOut:
     ids: list[str]
 
 
+class Shuffled:
+    """The samples of a manifest in a fixed shuffled order, read by number."""
+
+    def __init__(self, address: str, data: Data, model: Model, seed: int = 0) -> None:
+        """Raises UserError if the manifest cannot be read."""
+        self._source = _Source(address, data, model)
+        shards = self._source.manifest.shards
+        self._places = [(shard, offset) for shard, entry in enumerate(shards) for offset in range(entry.samples)]
+        self._order = generator(seed, "held out").permutation(len(self._places))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def read(self, number: int) -> tuple[str, dict[str, Tensor]] | None:
+        """A sample's name and clean states; None, with a warning, if it cannot be decoded.
+
+        Raises:
+            UserError: its shard cannot be read.
+        """
+        shard, offset = self._places[self._order[number]]
+        name = self._source.name(shard, offset)
+        try:
+            return name.rpartition("/")[2], self._source.sample(shard, offset, key=0).states
+        except SampleError as error:
+            log.warning("sample %s is skipped: %s", name, error)
+            return None
+
+
 def read_held_out(address: str, data: Data, model: Model, count: int, seed: int = 0) -> HeldOut:
     """The first `count` readable samples (or all, if there are fewer) of a manifest, shuffled by `seed`.
 
     Raises:
         UserError: the manifest or a shard cannot be read, or no sample can.
     """
-    source = _Source(address, data, model)
-    places = [(shard, offset) for shard, entry in enumerate(source.manifest.shards) for offset in range(entry.samples)]
-    samples: list[dict[str, Tensor]] = []
-    ids: list[str] = []
-    for index in generator(seed, "held out").permutation(len(places)):
-        if len(samples) == count:
-            break
-        shard, offset = places[index]
-        try:
-            samples.append(source.states(shard, offset, key=0))
-        except SampleError as error:
-            log.warning("sample %s is skipped: %s", source.name(shard, offset), error)
-            continue
-        ids.append(source.name(shard, offset).rpartition("/")[2])
+    source = Shuffled(address, data, model, seed)
+    readable = (found for number in range(len(source)) if (found := source.read(number)) is not None)
+    samples = list(islice(readable, count))
     if not samples:
         raise DataError(f"{address} holds no sample that can be read")
-    return HeldOut({name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}, ids)
+    return HeldOut(_stacked([states for _, states in samples]), [name for name, _ in samples])
+
+
+def _stacked(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}

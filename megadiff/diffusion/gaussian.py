@@ -1,6 +1,7 @@
 """Continuous diffusion: state = alpha(t) * clean + sigma(t) * noise.
 
-Schedules: `vp`, alpha^2 + sigma^2 = 1 with the paper's scaled-linear betas; `rectified_flow`, alpha = 1 - t, sigma = t.
+Schedules: `vp`, alpha^2 + sigma^2 = 1 with the paper's scaled-linear betas; `cosine`, alpha = cos(pi t / 2); `rectified_flow`,
+sigma = shift t / (1 + (shift - 1) t), alpha = 1 - sigma.
 Legend: B samples, C channels, H height, W width.
 """
 
@@ -17,8 +18,8 @@ from megadiff.diffusion.process import Losses, NoisedState
 from megadiff.types import Dense
 
 BETA_START, BETA_END, DISCRETE_STEPS = 0.00085, 0.012, 1000
-SMALLEST_ALPHA = 1e-3
-"""Below this (the flow at t = 1) nothing is divided by alpha any more."""
+SMALLEST_SHARE = 1e-3
+"""Below this nothing is divided by alpha (the flow and the cosine at t = 1) or by sigma (t = 0)."""
 
 
 def vp_log_alpha(times: Tensor) -> Tensor:
@@ -33,7 +34,9 @@ def vp_log_alpha(times: Tensor) -> Tensor:
 
 
 class Gaussian:
-    """One modality's Gaussian process. Conversions between targets are exact; each says where it is singular."""
+    """One modality's Gaussian process."""
+
+    bounded = False
 
     def __init__(self, name: str, config: GaussianProcess, space: GridSpace) -> None:
         self.name, self.config = name, config
@@ -43,11 +46,23 @@ class Gaussian:
 
     def alpha(self, times: Tensor) -> Tensor:
         """Signal share, [B]."""
-        return vp_log_alpha(times).exp() if self.config.schedule == "vp" else 1 - times
+        match self.config.schedule:
+            case "vp":
+                return vp_log_alpha(times).exp()
+            case "cosine":
+                return torch.sin(0.5 * math.pi * (1 - times))  # the cosine would leave 6e-17 (float32: -4e-8) at t = 1
+            case "rectified_flow":
+                return (1 - times) / (1 + (self.config.shift - 1) * times)
 
     def sigma(self, times: Tensor) -> Tensor:
         """Noise share, [B]; for vp by expm1, since 1 - alpha^2 loses its digits near t = 0."""
-        return torch.sqrt(-torch.expm1(2 * vp_log_alpha(times))) if self.config.schedule == "vp" else times
+        match self.config.schedule:
+            case "vp":
+                return torch.sqrt(-torch.expm1(2 * vp_log_alpha(times)))
+            case "cosine":
+                return torch.sin(0.5 * math.pi * times)
+            case "rectified_flow":
+                return self.config.shift * times / (1 + (self.config.shift - 1) * times)
 
     def clock(self, times: Tensor) -> Tensor:
         return self.sigma(times) if self.config.clock == "std" else times
@@ -62,21 +77,16 @@ class Gaussian:
         alpha, sigma = _wide(self.alpha(times)), _wide(self.sigma(times))
         return NoisedState(alpha * clean + sigma * noise, self.target(clean, noise, times))
 
-    def target(self, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """What the network learns: the noise; or the velocity (flow: noise - clean; vp: alpha * noise - sigma * clean)."""
-        if self.config.target == "epsilon":
-            return noise
-        if self.config.schedule == "vp":
-            return _wide(self.alpha(times)) * noise - _wide(self.sigma(times)) * clean
-        return noise - clean
-
     def prior(self, keys: Tensor) -> Tensor:
         return rng.normal(keys, f"{self.name} prior", self.shape)
 
     def renoise(self, state: Tensor, times: Tensor, later: Tensor, keys: Tensor) -> Tensor:
-        ratio = self.alpha(later) / self.alpha(times).clamp_min(SMALLEST_ALPHA)
+        ratio = self.alpha(later) / self.alpha(times).clamp_min(SMALLEST_SHARE)
         added = (self.sigma(later) ** 2 - (ratio * self.sigma(times)) ** 2).clamp_min(0).sqrt()
-        return _wide(ratio) * state + _wide(added) * rng.normal(keys, f"{self.name} guidance", self.shape)
+        return _wide(ratio) * state + _wide(added) * rng.normal(keys, f"{self.name} renoise", self.shape)
+
+    def pin(self, state: Tensor, clean: Tensor, where: Tensor, times: Tensor, keys: Tensor) -> Tensor:
+        return torch.where(where, self.noise(clean, times, keys).state, state)
 
     # ------------------------------------------------------------------------------------------------------- training
 
@@ -87,43 +97,91 @@ class Gaussian:
         return torch.full((len(noised.state),), float(math.prod(self.shape)), device=noised.state.device)
 
     def losses(self, prediction: Tensor, noised: NoisedState, times: Tensor, *, exact: bool = False) -> Losses:
-        """Squared error; there is no other weight in time."""
-        errors = (prediction.float() - noised.target.float()).square().flatten(1)
-        return Losses(errors.sum(1), self.counts(noised))
+        """Squared error, weighted in time where the configuration asks for it; `exact`: unweighted."""
+        errors = (prediction.float() - noised.target.float()).square().flatten(1).sum(1)
+        if self.config.loss_weight == "min_snr" and not exact:
+            errors = errors * self.min_snr_weight(times)
+        return Losses(errors, self.counts(noised))
+
+    def min_snr_weight(self, times: Tensor) -> Tensor:
+        """What makes a squared error of the target weigh min(SNR, gamma) in the clean state, [B]; SNR = alpha^2 / sigma^2.
+
+        With the noised state given, an error e of the clean state is one of alpha / sigma * e in the noise, e / sigma in v
+        (where alpha^2 + sigma^2 = 1) and (1 + alpha / sigma) * e in the velocity. Source: Hang et al., arXiv 2303.09556.
+        """
+        alpha, sigma = self.alpha(times), self.sigma(times).clamp_min(1e-6)
+        ratio = alpha / sigma
+        capped = (ratio**2).clamp_max(self.config.min_snr_gamma)
+        match self.config.target:
+            case "epsilon":
+                return capped / (ratio**2).clamp_min(1e-12)
+            case "clean":
+                return capped
+            case "v":
+                return capped * sigma**2
+            case "velocity":
+                return capped / (1 + ratio) ** 2
 
     # ---------------------------------------------------------------------------------------------------- conversions
 
-    def clean_and_noise(self, prediction: Tensor, state: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-        """(clean, noise) that a prediction stands for.
+    def _mixture(self, times: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, b) with target = a * clean + b * noise, [B, 1, 1, 1] each."""
+        zero = torch.zeros_like(times)
+        match self.config.target:
+            case "epsilon":
+                pair = zero, zero + 1
+            case "clean":
+                pair = zero + 1, zero
+            case "v":
+                pair = -self.sigma(times), self.alpha(times)
+            case "velocity":
+                pair = zero - 1, zero + 1
+        return _wide(pair[0]), _wide(pair[1])
 
-        From epsilon, clean divides by alpha: vp by 0.069 at t = 1; the flow is singular there, and since a prediction's error
-        would be multiplied without bound, clean is taken to be 0, the middle of the data's range. From the velocity nothing is
-        divided by anything.
+    def target(self, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """What the network learns."""
+        of_clean, of_noise = self._mixture(times)
+        return of_clean * clean + of_noise * noise
+
+    def clean_and_noise(self, prediction: Tensor, state: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+        """(clean, noise) that a prediction stands for: the solution of two linear equations, exact for every target.
+
+        Their determinant is alpha for epsilon, -sigma for clean, alpha^2 + sigma^2 for v and alpha + sigma for the velocity. So
+        the last two are singular nowhere. From epsilon, clean is divided by alpha: 0.069 for vp at t = 1, 0 for the others;
+        from clean, noise is divided by sigma, 0 at t = 0. There a prediction's error would be multiplied without bound, so that
+        the clean state is taken to be 0, the middle of the data's range, and the noise likewise.
         """
         alpha, sigma = _wide(self.alpha(times)), _wide(self.sigma(times))
         if self.config.target == "epsilon":
-            clean = (state - sigma * prediction) / alpha.clamp_min(SMALLEST_ALPHA)
-            return torch.where(alpha < SMALLEST_ALPHA, 0.0, clean), prediction
-        if self.config.schedule == "vp":
-            return alpha * state - sigma * prediction, sigma * state + alpha * prediction
-        return state - sigma * prediction, state + alpha * prediction
+            return _quotient(state - sigma * prediction, alpha), prediction
+        if self.config.target == "clean":
+            return prediction, _quotient(state - alpha * prediction, sigma)
+        of_clean, of_noise = self._mixture(times)
+        determinant = alpha * of_noise - sigma * of_clean
+        clean = (of_noise * state - sigma * prediction) / determinant
+        noise = (alpha * prediction - of_clean * state) / determinant
+        return clean, noise
 
     def slope(self, prediction: Tensor, state: Tensor, times: Tensor) -> Tensor:
-        """The derivative that `integrate` steps along: the noise for vp, the velocity for the flow."""
+        """The derivative that `integrate` steps along: noise - clean."""
         clean, noise = self.clean_and_noise(prediction, state, times)
-        return noise if self.config.schedule == "vp" else noise - clean
+        return noise - clean
 
     def integrate(self, state: Tensor, times: Tensor, earlier: Tensor, slope: Tensor) -> Tensor:
         """One step of the probability-flow ODE from `times` to `earlier` with a constant slope.
 
-        vp: x / alpha has derivative `noise` in lambda = sigma / alpha (Karras et al. 2022), so the step is exact for a constant
-        noise and nothing is divided by sigma; a step to t = 0 returns the clean state that the slope stands for. Flow: in t.
+        Every schedule is a rectified flow in other units: state / (alpha + sigma) has derivative noise - clean in
+        sigma / (alpha + sigma). So a step is exact where clean and noise stay as they are, nothing is divided by alpha or
+        sigma alone, and a step to t = 0 returns the clean state that the slope stands for.
         """
-        if self.config.schedule != "vp":
-            return state + _wide(earlier - times) * slope
-        now, then = self.alpha(times), self.alpha(earlier)
+        now, then = (self.alpha(at) + self.sigma(at) for at in (times, earlier))
         distance = self.sigma(earlier) / then - self.sigma(times) / now
         return _wide(then / now) * state + _wide(then * distance) * slope
+
+
+def _quotient(above: Tensor, below: Tensor) -> Tensor:
+    """above / below, 0 where `below` is too small to divide by."""
+    return torch.where(below < SMALLEST_SHARE, 0.0, above / below.clamp_min(SMALLEST_SHARE))
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -3,13 +3,16 @@
 The unconditional branch of a modality sees all *other* modalities noised to max(final time, their present time). A final time
 of 1 is classifier-free guidance; below 1 it is the paper's noisy guidance, and it works just as well while the condition is
 itself being generated. The noise of that branch belongs to the sample's key: it is the same at every call, so a deterministic
-solver stays deterministic (the released code draws it anew each time).
-Legend: B samples, S tokens, V vocabulary, R rows.
+solver stays deterministic (the released code draws it anew each time). Autoguidance extrapolates away from a weaker network
+that sees the same: + (v - 1) * (conditional - weaker).
+Tokens: what is mixed are logits, and the mixture is normalised, so that no rate of unmasking is scaled with it.
+Legend: B samples, S tokens, V vocabulary, R rows, K branches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,57 +20,109 @@ from torch import Tensor
 from megadiff.config.schema import Sampling
 from megadiff.diffusion.objective import noised_of
 from megadiff.diffusion.process import Process
-from megadiff.types import Denoiser, Noised, Prediction, Readout, RowLogits
+from megadiff.kernels.sample_rows import draw_rows
+from megadiff.types import Denoiser, Drawn, Noised, Prediction, Readout, RowLogits, SampledRows
 
 
+@dataclass(frozen=True)
 class Guided:
-    """A denoiser with guidance, for one batch of samples."""
+    """A denoiser with guidance, for one batch of samples.
 
-    def __init__(self, denoiser: Denoiser, processes: Mapping[str, Process], sampling: Sampling, keys: Tensor) -> None:
-        self.denoiser, self.processes, self.sampling, self.keys = denoiser, processes, sampling, keys
+    Attributes:
+        keys: int64 [B], of the samples.
+        guide: a weaker network for autoguidance, or None.
+    """
 
-    def __call__(self, states: Mapping[str, Tensor], times: Mapping[str, float], readout: Mapping[str, Readout]) -> Prediction:
-        """Predictions at states whose clocks stand at `times`: tokens' logits are normalised where they are guided.
+    denoiser: Denoiser
+    processes: Mapping[str, Process]
+    sampling: Sampling
+    keys: Tensor
+    guide: Denoiser | None = None
 
-        All branches that are needed run as one batch: the conditional one first, then one per guided modality.
+    def __call__(self, states: Mapping[str, Tensor], times: Mapping[str, Tensor], readout: Mapping[str, Readout]) -> Prediction:
+        """What `readout` asks for at states whose clocks stand at `times`, with guidance.
+
+        All branches that are needed run as one batch: the conditional one first, then one per guided modality. Rows of tokens
+        are read in those branches only that their own modality needs.
+
+        Args:
+            times: per modality [B], on the CPU: whether a branch is needed at all is decided without waiting for a GPU.
+            readout: Dense or SampledRows with one branch.
         """
-        guided = [name for name in readout if self._guides(name, times)]
-        branches = [noised_of(self.processes, states, self._vectors(times))]
-        branches += [self._without_conditions(name, states, times) for name in guided]
-        rows = {name: _repeated(request, len(branches), states[name]) for name, request in readout.items()}
-        prediction = self.denoiser(_joined(branches), rows)
-        mixed: Prediction = {}
-        for name in readout:
-            parts = prediction[name].chunk(len(branches))
-            mixed[name] = self._mix(parts[0], parts[1 + guided.index(name)], rows[name]) if name in guided else parts[0]
-        return mixed
+        weights = {name: weight for name in readout if (weight := self._weights(name, times)) is not None}
+        own = noised_of(self.processes, states, self._vectors(times))
+        noised = _joined([own, *(self._without_conditions(name, states, times) for name in weights)])
+        branch_of = {name: index for index, name in enumerate(weights, 1)}
+        asked = {
+            name: _in_branches(request, states[name], branch_of.get(name), weights.get(name))
+            for name, request in readout.items()
+        }
+        if self.guide is not None and self.sampling.autoguidance != 1:
+            return self._autoguided(self.guide, own, noised, asked, weights, branch_of)
+        found = self.denoiser(noised, asked)
+        return {name: self._mixed(found[name], asked[name], branch_of.get(name), weights.get(name)) for name in readout}
 
-    def _guides(self, target: str, times: Mapping[str, float]) -> bool:
-        """Whether a second evaluation is worth anything: inside the interval, and some condition is to be noised further."""
+    def _weights(self, target: str, times: Mapping[str, Tensor]) -> Tensor | None:
+        """w per sample, float32 [B]; None where no second evaluation is worth anything.
+
+        It is inside the interval, and where some condition is to be noised further.
+        """
         low, high = self.sampling.guidance_interval
-        if self.sampling.guidance == 1 or not low <= times[target] <= high:
-            return False
-        return any(time < self.sampling.guidance_final_time for name, time in times.items() if name != target)
+        inside = (times[target] >= low) & (times[target] <= high)
+        cleaner = [time < self.sampling.guidance_final_time for name, time in times.items() if name != target]
+        active = inside & torch.stack([torch.zeros_like(inside), *cleaner]).any(0)
+        if self.sampling.guidance == 1 or not active.any():
+            return None
+        return torch.where(active, self.sampling.guidance, 1.0).to(self.keys.device)
 
-    def _without_conditions(self, target: str, states: Mapping[str, Tensor], times: Mapping[str, float]) -> Noised:
-        later = {name: time if name == target else max(time, self.sampling.guidance_final_time) for name, time in times.items()}
+    def _without_conditions(self, target: str, states: Mapping[str, Tensor], times: Mapping[str, Tensor]) -> Noised:
+        final = self.sampling.guidance_final_time
+        later = {name: time if name == target else time.clamp_min(final) for name, time in times.items()}
         at, then = self._vectors(times), self._vectors(later)
         noisier = {
-            name: states[name] if later[name] == times[name] else process.renoise(states[name], at[name], then[name], self.keys)
+            name: states[name]
+            if torch.equal(later[name], times[name])
+            else process.renoise(states[name], at[name], then[name], self.keys)
             for name, process in self.processes.items()
         }
         return noised_of(self.processes, noisier, then)
 
-    def _mix(self, conditional: Tensor, unconditional: Tensor, readout: Readout) -> Tensor:
-        weight = self.sampling.guidance
-        if isinstance(readout, RowLogits):
-            # Log-probabilities are mixed and normalised again, so that no rate of unmasking is scaled with them.
-            conditional, unconditional = conditional.log_softmax(-1), unconditional.log_softmax(-1)
-            return (weight * conditional + (1 - weight) * unconditional).log_softmax(-1)
-        return weight * conditional + (1 - weight) * unconditional
+    def _mixed(self, found: Tensor | Drawn, asked: Readout, branch: int | None, weights: Tensor | None) -> Tensor | Drawn:
+        if isinstance(found, Drawn):
+            return found
+        parts = torch.split(found, len(self.keys))
+        if branch is None or weights is None:
+            return parts[0]
+        weight = weights.view(-1, *[1] * (found.dim() - 1))
+        mixed: Tensor = weight * parts[0] + (1 - weight) * parts[branch]
+        return mixed
 
-    def _vectors(self, times: Mapping[str, float]) -> dict[str, Tensor]:
-        return {name: torch.full((len(self.keys),), time, device=self.keys.device) for name, time in times.items()}
+    def _autoguided(
+        self,
+        guide: Denoiser,
+        own: Noised,
+        noised: Noised,
+        asked: Mapping[str, Readout],
+        weights: Mapping[str, Tensor],
+        branch_of: Mapping[str, int],
+    ) -> Prediction:
+        """Two networks have two heads, so tokens' logits [K, R, V] are mixed here, and drawn from afterwards."""
+        found = self.denoiser(noised, {name: _logits_of(request) for name, request in asked.items()})
+        weaker = guide(own, {name: _logits_of(request, branches=1) for name, request in asked.items()})
+        away = self.sampling.autoguidance - 1
+        mixed: Prediction = {}
+        for name, request in asked.items():
+            if isinstance(request, SampledRows):
+                logits = found[name].view(*request.rows.shape, -1)
+                guided = (request.weights[..., None] * logits).sum(0) + away * (logits[0] - weaker[name])
+                mixed[name] = Drawn(*draw_rows(guided, request.uniforms, *request.rule))
+            else:
+                guided = self._mixed(found[name], request, branch_of.get(name), weights.get(name))
+                mixed[name] = guided + away * (found[name][: len(self.keys)] - weaker[name])
+        return mixed
+
+    def _vectors(self, times: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: time.to(self.keys.device, torch.float32) for name, time in times.items()}
 
 
 def _joined(branches: list[Noised]) -> Noised:
@@ -87,8 +142,14 @@ def _joined(branches: list[Noised]) -> Noised:
     )
 
 
-def _repeated(readout: Readout, branches: int, state: Tensor) -> Readout:
-    """The same readout of every branch: chosen rows are asked for in each."""
-    if not isinstance(readout, RowLogits):
+def _in_branches(readout: Readout, state: Tensor, branch: int | None, weights: Tensor | None) -> Readout:
+    """The readout of a modality: chosen rows are asked for in the conditional branch and in its own unconditional one."""
+    if not isinstance(readout, SampledRows) or branch is None or weights is None:
         return readout
-    return RowLogits(torch.cat([readout.rows + branch * state.numel() for branch in range(branches)]))
+    rows, of_row = readout.rows[0], weights[readout.rows[0] // state.shape[1]]
+    return readout._replace(rows=torch.stack([rows, rows + branch * state.numel()]), weights=torch.stack([of_row, 1 - of_row]))
+
+
+def _logits_of(readout: Readout, branches: int | None = None) -> Readout:
+    """The logits that draws would be made from."""
+    return RowLogits(readout.rows[:branches].flatten()) if isinstance(readout, SampledRows) else readout

@@ -15,7 +15,7 @@ from megadiff import rng
 from megadiff.config.schema import Model, Stage
 from megadiff.diffusion.process import NoisedState, Process, build_processes
 from megadiff.diffusion.times import SMALLEST_TIME, draw_times
-from megadiff.types import Batch, Denoiser, LossTerms, Noised, Prediction, Readout
+from megadiff.types import ALIGNMENT, Aligned, Batch, Denoiser, LossTerms, Noised, Prediction, Readout
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Prepared:
         states: per scored modality the noised state and its target.
         times: per modality [B].
         weights: per scored modality float32 [B]; 0 where it is only a condition or the sample could not be read.
-        counts: per scored modality the number of scored elements, scalar.
+        counts: per scored modality the number of scored elements, scalar; and of samples with features to align with.
     """
 
     noised: Noised
@@ -58,6 +58,10 @@ class Objective:
         readout = {name: self.processes[name].readout(states[name], weights[name] > 0) for name in self.scored}
         scored = {name: states[name] for name in self.scored}
         counts = {name: (self.processes[name].counts(scored[name]) * weights[name]).sum() for name in self.scored}
+        if self.stage.alignment is not None:
+            readout[ALIGNMENT] = Aligned(batch.features[self.stage.alignment.modality])
+            weights[ALIGNMENT] = batch.weight
+            counts[ALIGNMENT] = batch.weight.sum()
         return Prepared(noised, readout, scored, drawn.times, weights, counts)
 
     def score(self, prediction: Prediction, prepared: Prepared, normaliser: Mapping[str, Tensor | float]) -> LossTerms:
@@ -68,13 +72,23 @@ class Objective:
         """
         sums: dict[str, Tensor] = {}
         counts: dict[str, Tensor] = {}
+        exact: dict[str, tuple[Tensor, Tensor]] = {}
+        times = dict(prepared.times)
         total = torch.zeros((), device=next(iter(prediction.values())).device)
         for name in self.scored:
-            times, weight = prepared.times[name], prepared.weights[name]
-            losses = self.processes[name].losses(prediction[name], prepared.states[name], times)
+            process, state, weight = self.processes[name], prepared.states[name], prepared.weights[name]
+            losses = process.losses(prediction[name], state, times[name])
             sums[name] = losses.sums * weight
             counts[name] = losses.counts * weight
             total = total + self.stage.modalities[name].loss_weight * normaliser[name] * sums[name].sum()
+            if process.bounded:
+                bound = process.losses(prediction[name].detach(), state, times[name], exact=True)
+                exact[name] = ((bound.sums * weight).sum(), (bound.counts * weight).sum())
+        if self.stage.alignment is not None:
+            weight = prepared.weights[ALIGNMENT]
+            sums[ALIGNMENT], counts[ALIGNMENT] = prediction[ALIGNMENT] * weight, weight
+            times[ALIGNMENT] = times[self.stage.alignment.modality]
+            total = total + self.stage.alignment.weight * normaliser[ALIGNMENT] * sums[ALIGNMENT].sum()
         detached = {name: value.detach() for name, value in sums.items()}
         return LossTerms(
             total=total,
@@ -82,7 +96,8 @@ class Objective:
             counts={name: value.sum() for name, value in counts.items()},
             sample_sums=detached,
             sample_counts=counts,
-            times={name: prepared.times[name] for name in self.scored},
+            times={name: times[name] for name in sums},
+            exact=exact,
         )
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from megadiff.config.schema import GaussianProcess, MaskedProcess, Modality, Model, TokenSpace
+from megadiff.config.schema import GaussianProcess, MaskedProcess, Modality, Model, TokenSpace, UniformProcess
 from megadiff.types import Readout
 
 
@@ -31,6 +31,8 @@ class Process(Protocol):
     """A Markov noising of one modality. `keys` are int64 [B]; times float32 [B]; states have a leading axis B."""
 
     name: str
+    bounded: bool
+    """Whether the exact losses are a bound on the negative log-likelihood, reported beside the training loss."""
 
     def noise(self, clean: Tensor, times: Tensor, keys: Tensor) -> NoisedState:
         """A draw of the state at `times` given the clean one."""
@@ -40,6 +42,9 @@ class Process(Protocol):
 
     def renoise(self, state: Tensor, times: Tensor, later: Tensor, keys: Tensor) -> Tensor:
         """Move states at `times` further to `later` (>= times) with the noise that belongs to the keys."""
+
+    def pin(self, state: Tensor, clean: Tensor, where: Tensor, times: Tensor, keys: Tensor) -> Tensor:
+        """The state with its known part, `where` bool [B, ...], as it is at `times` given the clean one."""
 
     def clock(self, times: Tensor) -> Tensor:
         """What the network is told of the time."""
@@ -61,10 +66,13 @@ def build_process(name: str, modality: Modality) -> Process:
     """The process that a modality's configuration asks for."""
     from megadiff.diffusion.gaussian import Gaussian
     from megadiff.diffusion.masked import Masked
+    from megadiff.diffusion.uniform import Uniform
 
     config, space = modality.process, modality.space
     if isinstance(config, MaskedProcess) and isinstance(space, TokenSpace):
         return Masked(name, config, space)
+    if isinstance(config, UniformProcess) and isinstance(space, TokenSpace):
+        return Uniform(name, config, space)
     if isinstance(config, GaussianProcess) and not isinstance(space, TokenSpace):
         return Gaussian(name, config, space)
     raise TypeError(f"{name}: a {config.kind} process does not run on a {space.kind} space")  # the schema refuses it first

@@ -1,4 +1,4 @@
-"""Sampling: all clocks of the generated modalities run together from 1 to 0; the others stand still.
+"""Sampling: all clocks of the generated modalities run together to 0; the others stand still.
 
 It needs a Denoiser and nothing else. Random numbers are keyed by sample, step and purpose: the same key gives the same sample
 in any batch, on any rank.
@@ -8,6 +8,8 @@ Legend: B samples, S tokens, R rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,21 +17,74 @@ from torch import Tensor
 from megadiff import rng
 from megadiff.config.errors import UserError
 from megadiff.config.schema import Model, Sampling
+from megadiff.diffusion.gaussian import Gaussian
 from megadiff.diffusion.guidance import Guided
 from megadiff.diffusion.process import build_processes
-from megadiff.diffusion.solvers import build_solver
+from megadiff.diffusion.solvers import FirstHitting, Solver, Step, build_solver
 from megadiff.types import Denoiser
 
 States = dict[str, Tensor]
+Times = dict[str, Tensor]
+"""Per modality [B], on the CPU."""
+
+KARRAS_POWER = 7.0
+LARGEST_RATIO, SMALLEST_RATIO = 80.0, 0.002
+"""Ends of the karras grid in sigma / alpha (Karras et al. 2022, table 1)."""
+
+
+class Known(NamedTuple):
+    """The part of a generated modality that is known: clean states, and where they are, bool of the same shape."""
+
+    clean: Tensor
+    where: Tensor
+
+
+class Conditions(NamedTuple):
+    """What samples are drawn under. Modalities that are neither given nor generated are absent (t = 1).
+
+    Attributes:
+        given: clean states [B, ...] of modalities that are not generated.
+        held_at: the time at which each of them is held, 0 by default; above it they are noised once.
+        known: known parts of generated modalities.
+        initial: states to start from; the prior's draws by default.
+        start_at: the time at which they stand, and from which their clock runs; 1 by default.
+    """
+
+    given: Mapping[str, Tensor] = {}
+    held_at: Mapping[str, float] = {}
+    known: Mapping[str, Known] = {}
+    initial: Mapping[str, Tensor] = {}
+    start_at: Mapping[str, float] = {}
+
+    def part(self, rows: slice) -> Conditions:
+        """Those of some samples."""
+        return self._each(lambda tensor: tensor[rows])
+
+    def to(self, device: torch.device) -> Conditions:
+        """The same on a device."""
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Conditions:
+        return self._replace(
+            given={name: change(state) for name, state in self.given.items()},
+            known={name: Known(*(change(tensor) for tensor in known)) for name, known in self.known.items()},
+            initial={name: change(state) for name, state in self.initial.items()},
+        )
+
+
+NOTHING = Conditions()
 
 
 class Sampler:
-    """Heun for Gaussian modalities, exact ancestral unmasking for masked ones, on one grid of times for all."""
+    """Draws any modalities given any others, wholly or in part."""
 
     def __init__(self, model: Model, sampling: Sampling) -> None:
+        """Raises UserError if a modality's process cannot go in the order that `sampling` wants."""
         self.sampling = sampling
         self.processes = build_processes(model)
-        self.solvers = {name: build_solver(process) for name, process in self.processes.items()}
+        nobody = torch.zeros(0, dtype=torch.int64)
+        for process in self.processes.values():
+            build_solver(process, sampling, nobody, nobody.float())
 
     def sample(
         self,
@@ -37,86 +92,208 @@ class Sampler:
         keys: Tensor,
         *,
         generate: Sequence[str],
-        given: Mapping[str, Tensor],
-        initial: Mapping[str, Tensor] | None = None,
+        conditions: Conditions = NOTHING,
+        guide: Denoiser | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> States:
         """Draw the modalities `generate`.
 
         Args:
             keys: int64 [B], one per sample.
-            given: clean states [B, ...], held at t = 0. A modality that is neither given nor generated is absent (t = 1).
-            initial: states at t = 1 to start from; the prior's draws by default.
+            guide: a weaker network for autoguidance.
             progress: called with (steps done, steps in all).
 
         Returns:
-            Clean states of all modalities; absent ones as their prior.
+            Clean states of the generated modalities, the others as they stood.
 
         Raises:
-            UserError: nothing is to be generated, a modality is unknown, or it is both given and generated.
+            UserError: nothing is to be generated, or the conditions contradict that.
         """
-        self._check(generate, given, initial or {})
-        states = {name: given[name] if name in given else process.prior(keys) for name, process in self.processes.items()}
-        states |= dict(initial or {})
-        guided = Guided(denoiser, self.processes, self.sampling, keys)
-        times = self._grid(generate)
-        for step in range(self.sampling.steps):
-            clocks = [{n: t if n in generate else 0.0 if n in given else 1.0 for n in states} for t in times[step : step + 2]]
-            states = self._step(guided, states, clocks[0], clocks[1], generate, rng.fold(keys, step))
+        self._check(generate, conditions)
+        run = _Run(self, keys, generate, conditions, Guided(denoiser, self.processes, self.sampling, keys, guide))
+        steps = run.steps()
+        for index, (now, then, again) in enumerate(steps):
+            run.advance(now, then, rng.fold(keys, index), again=again)
+            done = run.finished()
             if progress:
-                progress(step + 1, self.sampling.steps)
-        return states
+                progress(len(steps) if done else index + 1, len(steps))
+            if done:
+                break
+        return run.states
 
-    def _check(self, generate: Sequence[str], given: Collection[str], initial: Collection[str]) -> None:
+    def noised(self, name: str, clean: Tensor, time: float, keys: Tensor) -> Tensor:
+        """Clean states at a time, with noise that belongs to the keys."""
+        return self.processes[name].noise(clean, torch.full((len(keys),), time, device=keys.device), keys).state
+
+    def _check(self, generate: Sequence[str], conditions: Conditions) -> None:
         known = list(self.processes)
         if not generate:
             raise UserError(f"nothing is to be generated; name at least one modality of {', '.join(known)}")
-        if unknown := [name for name in (*generate, *given, *initial) if name not in known]:
+        named = (*generate, *(name for part in conditions for name in part))
+        if unknown := [name for name in named if name not in known]:
             raise UserError(f"this model has no modality {', '.join(unknown)}; it has {', '.join(known)}")
-        if both := [name for name in generate if name in given]:
+        if both := [name for name in generate if name in conditions.given]:
             raise UserError(f"{', '.join(both)} cannot be given and generated at once; leave it out of one of the two")
-        if idle := [name for name in initial if name not in generate]:
-            raise UserError(f"initial states are for generated modalities, and {', '.join(idle)} is not one of them")
+        for what, names in (("initial states", conditions.initial), ("known parts", conditions.known)):
+            if idle := [name for name in names if name not in generate]:
+                raise UserError(f"{what} are for generated modalities, and {', '.join(idle)} is not one of them")
+        for section in (conditions.held_at, conditions.start_at):
+            if wrong := [f"{name} {time:g}" for name, time in section.items() if not 0 <= time <= 1]:
+                raise UserError(f"times lie between 0 and 1: {', '.join(wrong)}")
 
-    def _grid(self, generate: Sequence[str]) -> list[float]:
-        """Times from 1 to 0: evenly spaced, or evenly spaced in sqrt(t) where a vp modality is generated.
-
-        vp's sigma grows as sqrt(t) near 0: on an even grid of 50 steps the last one, which is Euler's, would begin at sigma =
-        0.13, and Heun's method would be of first order.
-        """
+    def grid(self, generate: Collection[str]) -> list[float]:
+        """What is left of the run at the ends of its steps, from 1 to 0."""
         even = torch.linspace(1.0, 0.0, self.sampling.steps + 1, dtype=torch.float64)
-        steep = any(self.solvers[name].steep_at_zero for name in generate)
-        times: list[float] = (even**2 if steep else even).tolist()
-        return times
+        gaussian = [p for name, p in self.processes.items() if name in generate and isinstance(p, Gaussian)]
+        kind = self.sampling.grid
+        if kind == "auto":
+            # vp's sigma grows as sqrt(t): on an even grid of 50 steps the last one, which is Euler's, would begin at sigma =
+            # 0.13, and Heun's method would be of first order.
+            kind = "square" if any(process.config.schedule == "vp" for process in gaussian) else "uniform"
+        match kind:
+            case "square":
+                even = even**2
+            case "shifted":
+                even = self.sampling.grid_shift * even / (1 + (self.sampling.grid_shift - 1) * even)
+            case "karras" if gaussian:
+                even = _karras(gaussian[0], self.sampling.steps)
+        fractions: list[float] = even.tolist()
+        return fractions
 
-    def _step(
-        self,
-        guided: Guided,
-        states: States,
-        now: dict[str, float],
-        then: dict[str, float],
-        generate: Sequence[str],
-        keys: Tensor,
-    ) -> States:
-        """All generated modalities from their times `now` to `then`.
 
-        Heun's second evaluation happens at the end point, where every clock stands at `then`: Gaussian modalities at Euler's
-        prediction, tokens as they have just been unmasked. So the network is only ever asked about states that its training has
-        shown it.
-        """
-        requests = {name: self.solvers[name].request(states[name], now[name], then[name], keys) for name in generate}
-        first = guided(states, now, requests)
-        moved = {
-            name: self.solvers[name].move(states[name], now[name], then[name], keys, requests[name], first[name])
+class _Run:
+    """One call of the sampler: states, clocks and solvers."""
+
+    def __init__(self, sampler: Sampler, keys: Tensor, generate: Sequence[str], conditions: Conditions, guided: Guided) -> None:
+        self.sampler, self.keys, self.guided = sampler, keys, guided
+        self.generate, self.conditions = list(generate), conditions
+        self.start = {name: conditions.start_at.get(name, 1.0) for name in generate}
+        self.states: States = {name: self._first(name) for name in sampler.processes}
+        self.solvers: dict[str, Solver] = {
+            name: build_solver(sampler.processes[name], sampler.sampling, keys, self._at(name), self._fixed(name))
             for name in generate
         }
-        ends = {**states, **{name: end.state for name, end in moved.items()}}
-        unfinished = [name for name in generate if moved[name].slope is not None]
-        if not unfinished:
-            return ends
-        second = guided(ends, then, {name: requests[name] for name in unfinished})
-        corrected = {
-            name: self.solvers[name].correct(states[name], now[name], then[name], moved[name], second[name])
-            for name in unfinished
+
+    def clocks(self) -> list[Times]:
+        """Where every clock stands at the ends of the steps."""
+        events = self._events()
+        if events is not None:
+            ends = [{self.generate[0]: times} for times in events]
+        else:
+            ends = [
+                {name: self._full(self.start[name] * self.solvers[name].warp(fraction)) for name in self.generate}
+                for fraction in self.sampler.grid(self.generate)
+            ]
+        held = {
+            name: self._full(self.conditions.held_at.get(name, 0.0) if name in self.conditions.given else 1.0)
+            for name in self.sampler.processes
         }
-        return {**ends, **corrected}
+        return [{**held, **end} for end in ends]
+
+    def steps(self) -> list[tuple[Times, Times, bool]]:
+        """(from, to, and whether it is made again) of every step.
+
+        Where parts are known, every step is made several times over, its noise put back between: what is not known was moved
+        without looking at the known part's new noise, and only then looks again.
+        """
+        repeats = self.sampler.sampling.resample if self.conditions.known else 1
+        return [(now, then, repeat + 1 < repeats) for now, then in pairwise(self.clocks()) for repeat in range(repeats)]
+
+    def advance(self, now: Times, then: Times, keys: Tensor, *, again: bool) -> None:
+        """One step; `again`: and its noise put back, so that it can be made once more."""
+        steps = self._steps(now, then, keys)
+        self._move(now, then, steps)
+        if again:
+            self._put_noise_back(steps)
+
+    def finished(self) -> bool:
+        return all(solver.finished(self.states[name]) for name, solver in self.solvers.items())
+
+    def _move(self, now: Times, then: Times, steps: Mapping[str, Step]) -> None:
+        """All generated modalities over one step.
+
+        A second evaluation happens at the end point, where every clock stands at `then`: Gaussian modalities at the first one's
+        prediction, tokens as they have just been unmasked. So the network is only ever asked about states that its training
+        has shown it.
+        """
+        requests = {name: solver.request(self.states[name], steps[name]) for name, solver in self.solvers.items()}
+        first = self.guided(self.states, now, requests)
+        moved = {
+            name: solver.move(self.states[name], steps[name], requests[name], first[name])
+            for name, solver in self.solvers.items()
+        }
+        moved = {name: end._replace(state=self._pinned(name, end.state, steps[name].then)) for name, end in moved.items()}
+        ends = {**self.states, **{name: end.state for name, end in moved.items()}}
+        unfinished = [name for name, end in moved.items() if end.slope is not None]
+        if unfinished:
+            second = self.guided(ends, then, {name: requests[name] for name in unfinished})
+            for name in unfinished:
+                corrected = self.solvers[name].correct(self.states[name], steps[name], moved[name], second[name])
+                ends[name] = self._pinned(name, corrected, steps[name].then)
+        self.states = ends
+
+    def _put_noise_back(self, steps: Mapping[str, Step]) -> None:
+        for name, step in steps.items():
+            noisier = self.sampler.processes[name].renoise(self.states[name], step.then, step.now, rng.fold(step.keys, "again"))
+            self.states[name] = self._pinned(name, noisier, step.now)
+            self.solvers[name].forget()
+
+    def _first(self, name: str) -> Tensor:
+        process = self.sampler.processes[name]
+        if name in self.conditions.given:
+            time = self.conditions.held_at.get(name, 0.0)
+            clean = self.conditions.given[name]
+            return self.sampler.noised(name, clean, time, rng.fold(self.keys, "held")) if time > 0 else clean
+        state = self.conditions.initial[name] if name in self.conditions.initial else process.prior(self.keys)
+        return self._pinned(name, state, self._at(name)) if name in self.generate else state
+
+    def _pinned(self, name: str, state: Tensor, times: Tensor) -> Tensor:
+        if name not in self.conditions.known:
+            return state
+        clean, where = self.conditions.known[name]
+        return self.sampler.processes[name].pin(state, clean, where, times, rng.fold(self.keys, "known"))
+
+    def _fixed(self, name: str) -> Tensor | None:
+        return self.conditions.known[name].where if name in self.conditions.known else None
+
+    def _events(self) -> Tensor | None:
+        """Clocks [E + 1, B] of a solver that has times of its own; only where no other clock must keep step with it."""
+        solver = self.solvers[self.generate[0]]
+        if len(self.generate) > 1 or not isinstance(solver, FirstHitting):
+            return None
+        return solver.events(self.states[self.generate[0]]).cpu()
+
+    def _steps(self, now: Times, then: Times, keys: Tensor) -> dict[str, Step]:
+        def moved(times: Tensor) -> Tensor:
+            return times.to(keys.device, torch.float32)
+
+        last = {name: not bool(then[name].any()) for name in self.generate}
+        return {name: Step(moved(now[name]), moved(then[name]), keys, last[name]) for name in self.generate}
+
+    def _at(self, name: str) -> Tensor:
+        """A generated modality's starting time, float32 [B]."""
+        return torch.full((len(self.keys),), self.start[name], device=self.keys.device)
+
+    def _full(self, time: float) -> Tensor:
+        return torch.full((len(self.keys),), time)
+
+
+def _karras(process: Gaussian, steps: int) -> Tensor:
+    """Times whose sigma / alpha falls evenly in its 7th root, float64 [steps + 1]; the ends are 1 and 0.
+
+    Source: Karras et al. 2022, eq. 5, with the ratio where that paper has sigma (its alpha is 1).
+    """
+
+    def ratio(times: Tensor) -> Tensor:
+        return process.sigma(times) / process.alpha(times).clamp_min(1e-12)
+
+    one = torch.ones(1, dtype=torch.float64)
+    ends = [min(float(ratio(one)), LARGEST_RATIO) ** (1 / KARRAS_POWER), SMALLEST_RATIO ** (1 / KARRAS_POWER)]
+    aims = torch.linspace(ends[0], ends[1], max(steps, 2), dtype=torch.float64)[:steps] ** KARRAS_POWER
+    low, high = torch.zeros_like(aims), torch.ones_like(aims)
+    for _ in range(60):  # the ratio grows with the time
+        middle = (low + high) / 2
+        above = ratio(middle) > aims
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    high[0] = 1.0
+    return torch.cat([high, torch.zeros(1, dtype=torch.float64)])

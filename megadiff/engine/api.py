@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,6 +46,7 @@ class StepResult:
         learning_rate: that was used.
         applied: False if the optimizer skipped the step (non-finite gradients).
         samples: samples that were scored (readable ones).
+        nelbo: per categorical modality the likelihood bound in nats per token, whatever loss is minimised.
     """
 
     losses: dict[str, float]
@@ -55,6 +56,7 @@ class StepResult:
     learning_rate: float
     applied: bool
     samples: int
+    nelbo: dict[str, float] = field(default_factory=dict)
 
 
 class Engine(Protocol):

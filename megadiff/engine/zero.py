@@ -28,7 +28,7 @@ from megadiff.engine.ema import Ema
 from megadiff.engine.optimizer import build_optimizer, learning_rate
 from megadiff.engine.shards import FrozenShard, Shard, ShardedWeights
 from megadiff.models.mmdit import build_model, decayed_names, part_of
-from megadiff.types import Batch, Denoiser, LossTerms
+from megadiff.types import ALIGNMENT, Batch, Denoiser, LossTerms
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class ZeroEngine:
         predicted = [name for name, modality in stage.modalities.items() if modality.predicted]
         with deepspeed.zero.Init(config_dict_or_path=config, enabled=zero_stage(config) == 3):
             torch.manual_seed(seed)
-            module = build_model(model, predicted)
+            module = build_model(model, predicted, stage.alignment)
         module.activation_checkpointing = stage.activation_checkpointing
         self.parts = {name: part_of(name) for name, _ in module.named_parameters()}
         for name, parameter in module.named_parameters():
@@ -104,6 +104,7 @@ class ZeroEngine:
         for group in self.weights.optimizer.param_groups:
             group["lr"] = rate
         statistics = torch.zeros(len(names), QUARTILES + 1, 2, dtype=torch.float64, device=self.device)
+        bounds = torch.zeros(len(names), 2, dtype=torch.float64, device=self.device)
         for micro_batch in prepared:
             prediction = self.engine(micro_batch.noised, micro_batch.readout)
             terms = objective.score(prediction, micro_batch, normaliser)
@@ -111,11 +112,14 @@ class ZeroEngine:
             own_norm = self._gradient_norm()
             self.engine.step()
             statistics += _statistics(terms, names)
+            bounds += _bounds(terms, names)
         self.optimizer_step += 1
         readable = sum_tensors([batch.weight.sum() for batch in batches]).to(self.device)
-        totals = sum_over_ranks(torch.cat([statistics.flatten(), readable.reshape(1).to(torch.float64)]))
-        means = _means(totals[:-1].reshape(statistics.shape), names)
-        weights = {name: self.stage.modalities[name].loss_weight for name, share in normaliser.items() if share}
+        sizes = [statistics.numel(), bounds.numel(), 1]
+        sums = torch.cat([statistics.flatten(), bounds.flatten(), readable.reshape(1).to(torch.float64)])
+        totals, bound_totals, samples = torch.split(sum_over_ranks(sums), sizes)
+        means = _means(totals.reshape(statistics.shape), names)
+        weights = {name: self._loss_weight(name) for name, share in normaliser.items() if share}
         return StepResult(
             losses={name: values[0] for name, values in means.items()},
             quartiles={name: values[1:] for name, values in means.items()},
@@ -123,8 +127,18 @@ class ZeroEngine:
             grad_norm=float(self.engine.get_global_grad_norm() or own_norm),
             learning_rate=rate,
             applied=bool(self.engine.was_step_applied()),
-            samples=int(totals[-1]),
+            samples=int(samples),
+            nelbo={
+                name: total / count
+                for name, (total, count) in zip(names, bound_totals.reshape(bounds.shape).tolist(), strict=True)
+                if count
+            },
         )
+
+    def _loss_weight(self, name: str) -> float:
+        if name == ALIGNMENT and self.stage.alignment is not None:
+            return self.stage.alignment.weight
+        return self.stage.modalities[name].loss_weight
 
     def _gradient_norm(self) -> float:
         """In ZeRO-0 DeepSpeed clips by the norm but does not tell it; in the other stages it does."""
@@ -322,6 +336,13 @@ def _statistics(terms: LossTerms, names: Sequence[str]) -> Tensor:
         per_quarter = pairs.new_zeros(QUARTILES, 2).index_add_(0, quarter, pairs)
         rows.append(torch.cat([pairs.sum(0, keepdim=True), per_quarter]))
     return torch.stack(rows)
+
+
+def _bounds(terms: LossTerms, names: Sequence[str]) -> Tensor:
+    """Sum and count of every loss's likelihood bound, zeros where it has none: [modalities, 2]."""
+    nothing = torch.zeros((), dtype=torch.float64, device=terms.total.device)
+    pairs = [terms.exact.get(name, (nothing, nothing)) for name in names]
+    return torch.stack([torch.stack([value.to(torch.float64) for value in pair]) for pair in pairs])
 
 
 def _means(statistics: Tensor, names: Sequence[str]) -> dict[str, list[float]]:

@@ -13,6 +13,7 @@ from megadiff.config.schema import PeriodicSamples as Rule
 from megadiff.config.schema import Run, Stage
 from megadiff.data.encode import build_codecs
 from megadiff.data.loader import read_held_out
+from megadiff.diffusion.sampler import Conditions
 from megadiff.distributed.ranks import Ranks
 from megadiff.distributed.reduce import gather_objects
 from megadiff.evaluation.report import Cell, Section, contact_sheet
@@ -54,7 +55,7 @@ class PeriodicSamples:
         # A source with fewer samples than that gives some of its conditions twice.
         given = {name: self.held[name][mine % len(self.held[name])] for name in task.given}
         moved = {name: state.to(device) for name, state in given.items()}
-        drawn = draw(denoiser, self.model, self.rule.sampling, task, keys, moved, batch=self.share)
+        drawn = draw(denoiser, self.model, self.rule.sampling, task, keys, Conditions(given=moved), batch=self.share)
         states = {**given, **{name: state.cpu() for name, state in drawn.items()}}
         values = [
             {name: self.codecs[name].decode(state[index]) for name, state in states.items()} for index in range(len(mine))

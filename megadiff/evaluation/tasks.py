@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from megadiff.config.errors import UserError
 from megadiff.config.schema import Model, Sampling
-from megadiff.diffusion.sampler import Sampler
+from megadiff.diffusion.sampler import Conditions, Sampler
 from megadiff.evaluation.report import Cell
 from megadiff.types import Denoiser
 
-JOINT = "joint"
+JOINT, INPAINT, IMPUTE = "joint", "inpaint", "impute"
 
 
 @dataclass(frozen=True)
@@ -51,22 +51,29 @@ def find_task(name: str, modalities: Sequence[str], predicted: Collection[str]) 
     raise UserError(f"this model cannot do {name}; it can do: {', '.join(task.name for task in known)}")
 
 
+def inpainting(given: Sequence[str], generated: Sequence[str]) -> Task:
+    """The task of filling in the unknown parts of `generated` modalities."""
+    return Task(INPAINT, tuple(given), tuple(generated))
+
+
 def draw(
     denoiser: Denoiser,
     model: Model,
     sampling: Sampling,
     task: Task,
     keys: Tensor,
-    given: Mapping[str, Tensor],
+    conditions: Conditions,
     *,
     batch: int,
+    guide: Denoiser | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Tensor]:
     """Samples for a task, in batches.
 
     Args:
         keys: int64 [N]; the sample of a key is the same in any batch.
-        given: states [N, ...] of the task's given modalities.
+        conditions: of all N samples.
+        guide: a weaker network for autoguidance.
         progress: called with (samples' steps done, in all).
 
     Returns:
@@ -77,8 +84,14 @@ def draw(
     batches = [slice(start, start + batch) for start in range(0, len(keys), batch)]
     for index, part in enumerate(batches):
         report = None if progress is None else _offset(progress, index, len(batches))
-        conditions = {name: given[name][part] for name in task.given}
-        drawn = sampler.sample(denoiser, keys[part], generate=task.generated, given=conditions, progress=report)
+        drawn = sampler.sample(
+            denoiser,
+            keys[part],
+            generate=task.generated,
+            conditions=conditions.part(part),
+            guide=guide,
+            progress=report,
+        )
         parts.append({name: drawn[name] for name in task.generated})
     return {name: torch.cat([part[name] for part in parts]) for name in task.generated}
 

@@ -1,224 +1,274 @@
-"""`megadiff sample`: pictures, captions and one contact sheet from a checkpoint."""
+"""`megadiff sample`: draw what was asked for, chunk by chunk, on any number of processes; what is finished is kept.
+
+Layout of the output folder: `request.json`, `.parts/` (one file of records per finished chunk), the pictures (or one tar shard
+per chunk), and, once all chunks are there, `samples.jsonl`, `sheet.png`, for tables `samples.csv`, for tars `manifest.json`.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Sequence
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
-from megadiff import rng
 from megadiff.config.errors import UserError
-from megadiff.config.schema import CaptionField, PixelField, Sampling
+from megadiff.config.schema import ClassField, NumberField
 from megadiff.data.encode import Codec
-from megadiff.data.loader import read_held_out
+from megadiff.data.shards import Manifest, Members, Shard, ShardEntry, write_manifest, write_shard
 from megadiff.distributed.ranks import Ranks
 from megadiff.evaluation.report import Section, contact_sheet
-from megadiff.evaluation.tasks import Task, cell_of, draw, find_task, progress_bar
+from megadiff.evaluation.tasks import Task, cell_of, draw
+from megadiff.interfaces.conditions import Chunk, Item, Planner, keys_of
+from megadiff.interfaces.request import GenerateRequest
 from megadiff.interfaces.weights import Loaded, load
 
 SHEET_CELLS = 32
-RECORDS = "samples.jsonl"
-
-
-@dataclass(frozen=True)
-class GenerateRequest:
-    """The flags of `megadiff sample`, one field each."""
-
-    checkpoint: str
-    task: str
-    out: str
-    weights: str = "ema"
-    prompt: tuple[str, ...] = ()
-    prompts: str | None = None
-    data: str | None = None
-    image: tuple[str, ...] = ()
-    steps: int = 50
-    guidance: float = 1.0
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    guidance_final_time: float = 1.0
-    seed: int = 0
-    n: int | None = None
-    limit_context_len: int | None = None
-    batch: int = 32
-
-
-@dataclass(frozen=True)
-class Item:
-    """One sample to be drawn: its number decides its random key, whatever the batch or the process."""
-
-    number: int
-    name: str
-    condition: dict[str, Any]
+RECORDS, SHEET, TABLE, REQUEST, PARTS = "samples.jsonl", "sheet.png", "samples.csv", "request.json", ".parts"
+SECONDS_BETWEEN_LINES = 10.0
 
 
 def generate(request: GenerateRequest) -> Path:
-    """Sample, write `samples.jsonl`, pictures and `sheet.png` under `request.out`; returns the sheet's path.
+    """Draw samples into `request.out`; returns the path of the records.
 
-    With RANK and WORLD_SIZE set (torchrun), the items are shared out; each process writes its own samples and rank 0 joins the
-    records once all are there.
+    With RANK and WORLD_SIZE set (torchrun) the chunks are shared out, and rank 0 joins the records once all are there. Chunks
+    that an earlier, interrupted call has finished are not drawn again.
 
     Raises:
-        UserError: the checkpoint, the task or a condition is at fault.
+        UserError: the checkpoint, the task, a condition or the output folder is at fault.
     """
     ranks = Ranks.from_environment()
     device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    loaded = load(request.checkpoint, request.weights, device)
-    task = find_task(request.task, list(loaded.model.modalities), loaded.predicted)
+    loaded = load(request.checkpoint, request.weights, device, autoencoder=request.autoencoder)
+    guide = None if request.guide is None else _guide(request.guide, request.weights, loaded, device)
     codecs = loaded.codecs()
-    items, given = conditions(request, loaded, task, codecs)
-    mine = range(ranks.rank, len(items), ranks.world)
-    sampling = Sampling(
-        steps=request.steps,
-        guidance=request.guidance,
-        guidance_interval=request.guidance_interval,
-        guidance_final_time=request.guidance_final_time,
-    )
-    picked = torch.tensor(list(mine), dtype=torch.int64)
+    chunks = Planner(request, loaded, codecs).chunks()
     out = Path(request.out)
-    _make_folder(out)
-    with progress_bar(task.name, active=ranks.rank == 0) as report, torch.no_grad():
-        # With fewer items than processes some have none.
-        drawn = (
-            {}
-            if not mine
-            else draw(
-                loaded.module,
-                loaded.model,
-                sampling,
-                task,
-                rng.sample_keys(request.seed, picked).to(device),
-                {name: state[picked].to(device) for name, state in given.items()},
-                batch=request.batch,
-                progress=report,
-            )
-        )
-    _write([items[number] for number in mine], {name: state.cpu() for name, state in drawn.items()}, codecs, out, ranks)
+    identity = {**request.record(), "weights_hash": loaded.fingerprint, "guide_hash": guide and guide.fingerprint}
+    _open_folder(out, identity)
+    writer = _Writer(out, codecs, request.format)
+    mine = [number for number in range(ranks.rank, len(chunks), ranks.world) if not writer.has(number)]
+    with _progress(request.task, len(mine), active=ranks.rank == 0) as report, torch.no_grad():
+        for done, number in enumerate(mine):
+            items, drawn = _draw(chunks[number], request, loaded, guide, device, _offset(report, done))
+            writer.write(number, chunks[number].task, items, drawn)
     if ranks.world > 1:
         _wait_for_all(ranks)
     if ranks.rank == 0:
-        _join(out, task, loaded.source, ranks.world)
-    return out / "sheet.png"
+        _join(writer, chunks, loaded, identity)
+    return out / RECORDS
 
 
-def _make_folder(out: Path) -> None:
+def _guide(address: str, weights: str, loaded: Loaded, device: torch.device) -> Loaded:
+    """The weaker network for autoguidance. Raises UserError if it models something else."""
+    guide = load(address, weights, device)
+    same = {name: modality.space for name, modality in guide.model.modalities.items()}
+    if same != {name: modality.space for name, modality in loaded.model.modalities.items()}:
+        raise UserError(
+            f"--guide {address} has other modalities than the checkpoint; take an earlier checkpoint of the same run"
+        )
+    return guide
+
+
+def _draw(
+    chunk: Chunk,
+    request: GenerateRequest,
+    loaded: Loaded,
+    guide: Loaded | None,
+    device: torch.device,
+    report: Callable[[int, int], None],
+) -> tuple[list[Item], dict[str, Tensor]]:
+    items, conditions = chunk.load()
+    if not items or not chunk.task.generated:
+        return items, {}
+    drawn = draw(
+        loaded.module,
+        loaded.model,
+        request.sampling,
+        chunk.task,
+        keys_of(items, request.seed).to(device),
+        conditions.to(device),
+        batch=len(items),
+        guide=None if guide is None else guide.module,
+        progress=report,
+    )
+    return items, {name: state.cpu() for name, state in drawn.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------- output
+
+
+def _open_folder(out: Path, identity: Mapping[str, Any]) -> None:
+    """Make the folder, or go on in one that holds part of the same request."""
+    path = out / REQUEST
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        (out / PARTS).mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            differing = [key for key in identity if before.get(key) != identity[key]]
+            if differing:
+                was, now = (json.dumps(tree.get(differing[0]), ensure_ascii=False) for tree in (before, identity))
+                raise UserError(
+                    f"--out {out} holds samples of another request ({differing[0]}: {was}, now {now}); name a new folder"
+                )
+            return
+        if any(entry.name != PARTS for entry in out.iterdir()):
+            raise UserError(f"--out {out} holds other files; name a new folder")
+        _write_whole(path, json.dumps(identity, indent=1, ensure_ascii=False).encode())
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}; name another folder") from None
+    except json.JSONDecodeError:
+        raise UserError(f"{path} is damaged; name a new folder") from None
 
 
-def conditions(
-    request: GenerateRequest, loaded: Loaded, task: Task, codecs: dict[str, Codec]
-) -> tuple[list[Item], dict[str, Tensor]]:
-    """The items to draw and the states that are given, [N, ...]."""
-    per_item = request.n or 1
-    if not task.given:
-        return [Item(number, f"{number:06d}", {}) for number in range(request.n or 16)], {}
-    if request.data is not None:
-        held = read_held_out(request.data, loaded.data, loaded.model, request.n or 16)
-        states = {name: held.states[name] for name in task.given}
-        shown = {name: [codecs[name].decode(state) for state in states[name]] for name in task.given}
-        items = [Item(i, f"{i:06d}-{held.ids[i]}", {k: v[i] for k, v in shown.items()}) for i in range(len(held.ids))]
-        return items, {name: _limit(state, loaded, name, request) for name, state in states.items()}
-    if len(task.given) > 1:
-        raise UserError(f"{task.name} has several conditions; give them with --data MANIFEST")
-    name = task.given[0]
-    source = loaded.data.fields[name]
-    if isinstance(source, CaptionField):
-        named: list[tuple[str, Any]] = [*_prompts(request)]
-    elif isinstance(source, PixelField) and request.image:
-        named = [(Path(path).stem, _open(path)) for path in request.image]
+def _write_whole(path: Path, data: bytes) -> None:
+    """A file is there whole or not at all."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_bytes(data)
+    aside.replace(path)
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Stores chunks; a chunk's records come last, so that a chunk that has them is whole."""
+
+    out: Path
+    codecs: Mapping[str, Codec]
+    format: str
+
+    def has(self, number: int) -> bool:
+        return self._records(number).exists()
+
+    def write(self, number: int, task: Task, items: Sequence[Item], drawn: Mapping[str, Tensor]) -> None:
+        lines: list[dict[str, Any]] = []
+        shard: dict[str, Members] = {}
+        for index, item in enumerate(items):
+            files: Members = {}
+            given = {name: _stored(value, f"{name}.given.png", files) for name, value in item.condition.items()}
+            values = {name: self.codecs[name].decode(state[index]) for name, state in drawn.items()}
+            generated = {name: _stored(value, f"{name}.png", files) for name, value in values.items()}
+            record = {"number": item.number, "name": item.name, "task": task.name, "given": given, "generated": generated}
+            lines.append(record)
+            shard[item.name] = {**files, "json": json.dumps(record, ensure_ascii=False).encode()}
+        entry = None
+        if self.format == "tar" and shard:
+            entry = vars(write_shard(str(self.out), self.shard_name(number), shard))
+        elif self.format == "folder":
+            for name, members in shard.items():
+                for ending, data in members.items():
+                    if ending != "json":
+                        _write_whole(self.out / f"{name}.{ending}", data)
+        _write_whole(self._records(number), json.dumps({"shard": entry, "records": lines}, ensure_ascii=False).encode())
+
+    def read(self, number: int) -> tuple[ShardEntry | None, list[dict[str, Any]]]:
+        tree = json.loads(self._records(number).read_text(encoding="utf-8"))
+        return None if tree["shard"] is None else ShardEntry(**tree["shard"]), tree["records"]
+
+    def value(self, number: int, name: str, stored: Mapping[str, Any]) -> Any:
+        """What a record of a chunk stands for: the picture, text or number."""
+        if "picture" not in stored:
+            return next(iter(stored.values()))
+        if self.format == "folder":
+            return Image.open(self.out / f"{name}.{stored['picture']}")
+        path = self.out / self.shard_name(number)
+        shard = Shard(str(path), path)
+        offset = next(offset for offset in range(len(shard)) if shard.key(offset) == name)
+        return Image.open(io.BytesIO(shard.members(offset)[stored["picture"]]))
+
+    def shard_name(self, number: int) -> str:
+        return f"samples-{number:06d}.tar"
+
+    def _records(self, number: int) -> Path:
+        return self.out / PARTS / f"{number:06d}.json"
+
+
+def _stored(value: Any, ending: str, files: Members) -> dict[str, Any]:
+    """A value as a record holds it; pictures go to `files`."""
+    if not isinstance(value, Image.Image):
+        return {"value": value} if isinstance(value, int | float) else {"text": str(value)}
+    buffer = io.BytesIO()
+    value.convert("RGB").save(buffer, "png")
+    files[ending] = buffer.getvalue()
+    return {"picture": ending}
+
+
+def _join(writer: _Writer, chunks: Sequence[Chunk], loaded: Loaded, identity: Mapping[str, Any]) -> None:
+    parts = [writer.read(number) for number in range(len(chunks))]
+    records = [(chunk, record) for chunk, (_, found) in enumerate(parts) for record in found]
+    records.sort(key=lambda pair: int(pair[1]["number"]))
+    if not records:
+        raise UserError("not one sample could be read from --data; see the warnings above")
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for _, record in records)
+    _write_whole(writer.out / RECORDS, text.encode())
+    if writer.format == "tar":
+        facts = {"request": dict(identity), "source": loaded.source}
+        write_manifest(str(writer.out), Manifest(tuple(entry for entry, _ in parts if entry is not None), facts))
+    fields = loaded.data.fields
+    if all(isinstance(field, NumberField | ClassField) for field in fields.values()):
+        columns = {name: getattr(field, "column", name) for name, field in fields.items()}
+        _write_table(writer.out / TABLE, [record for _, record in records], columns)
     else:
-        raise UserError(f"{task.name} needs {name}: give --image FILE or --data MANIFEST")
-    states = {name: torch.stack([codecs[name].encode(value) for _, value in named])}
-    items = [
-        Item(i * per_item + j, f"{i * per_item + j:06d}-{label}", {name: condition})
-        for i, (label, condition) in enumerate(named)
-        for j in range(per_item)
-    ]
-    limited = {key: _limit(state, loaded, key, request) for key, state in states.items()}
-    return items, {key: state.repeat_interleave(per_item, 0) for key, state in limited.items()}
+        _write_sheet(writer, chunks[0].task, records, loaded)
 
 
-def read_prompts(path: str) -> list[tuple[str, str]]:
-    """(id, caption) pairs from a JSON file: a list of captions, {"id": "caption"}, or {"text": [captions]}.
-
-    Raises:
-        UserError: the file is missing or has another form.
-    """
-    try:
-        tree = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--prompts {path} cannot be read: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {path} is not JSON: {error}") from None
-    if isinstance(tree, dict) and isinstance(tree.get("text"), list):
-        tree = tree["text"]
-    pairs = list(enumerate(tree)) if isinstance(tree, list) else list(tree.items()) if isinstance(tree, dict) else []
-    if not pairs or not all(isinstance(text, str) for _, text in pairs):
-        raise UserError(
-            f'--prompts {path} must be a list of captions, {{"id": "caption"}}, or {{"text": [captions]}}, and not empty'
-        )
-    return [(str(label), text) for label, text in pairs]
+def _write_table(path: Path, records: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
+    buffer = io.StringIO()
+    rows = csv.writer(buffer, lineterminator="\n")
+    rows.writerow(columns.values())
+    for record in records:
+        cells = {**record["given"], **record["generated"]}
+        rows.writerow([next(iter(cells[name].values())) if name in cells else "" for name in columns])
+    _write_whole(path, buffer.getvalue().encode())
 
 
-def _prompts(request: GenerateRequest) -> list[tuple[str, str]]:
-    named = read_prompts(request.prompts) if request.prompts else [(str(i), text) for i, text in enumerate(request.prompt)]
-    if not named:
-        raise UserError(f"{request.task} needs --prompt TEXT, --prompts FILE.json or --data MANIFEST")
-    return [("".join(c if c.isalnum() or c in "-_." else "_" for c in label)[:60], text) for label, text in named]
+def _write_sheet(writer: _Writer, task: Task, records: Sequence[tuple[int, Mapping[str, Any]]], loaded: Loaded) -> None:
+    cells = []
+    for number, record in records[:SHEET_CELLS]:
+        values = {**record["given"], **record["generated"]}
+        shown = {name: writer.value(number, record["name"], stored) for name, stored in values.items()}
+        cells.append(cell_of(task, shown))
+    buffer = io.BytesIO()
+    contact_sheet([Section(f"{task.name}, {loaded.source}", cells)]).save(buffer, "png")
+    _write_whole(writer.out / SHEET, buffer.getvalue())
 
 
-def _open(path: str) -> Image.Image:
-    try:
-        with Image.open(path) as picture:
-            return picture.convert("RGBA")
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"--image {path} cannot be read as a picture: {error}") from None
+# -------------------------------------------------------------------------------------------------------------- progress
 
 
-def _limit(state: Tensor, loaded: Loaded, name: str, request: GenerateRequest) -> Tensor:
-    """Cut a condition of tokens after `limit_context_len` tokens: what follows becomes end mark and padding."""
-    space = loaded.model.modalities[name].space
-    if request.limit_context_len is None or space.kind != "tokens" or request.limit_context_len >= space.length:
-        return state
-    if space.end_id is None or space.pad_id is None:
-        raise UserError(f"--limit-context-len needs an end mark, and {name} has none")
-    limited = state.clone()
-    cut = request.limit_context_len
-    ended = (state[:, :cut] == space.end_id).any(1)
-    limited[:, cut - 1] = torch.where(ended, limited[:, cut - 1], space.end_id)
-    limited[:, cut:] = space.pad_id
-    return limited
+@contextmanager
+def _progress(title: str, chunks: int, *, active: bool) -> Iterator[Callable[[float], None]]:
+    """A bar on a terminal, a line now and then in a log; told how many chunks are done."""
+    on_terminal = sys.stderr.isatty()
+    began = last = time.perf_counter()
+    with tqdm(total=max(chunks, 1), desc=title, unit="chunk", dynamic_ncols=True, disable=not (active and on_terminal)) as bar:
+
+        def report(done: float) -> None:
+            nonlocal last
+            bar.update(done - bar.n)
+            now = time.perf_counter()
+            if not active or on_terminal or (now - last < SECONDS_BETWEEN_LINES and done < chunks):
+                return
+            last = now
+            left = timedelta(seconds=round((now - began) * (chunks - done) / max(done, 1e-9)))
+            print(f"{title}: {done:.1f} of {chunks} chunks, {left} left", file=sys.stderr, flush=True)
+
+        yield report
 
 
-def _write(items: Sequence[Item], drawn: dict[str, Tensor], codecs: dict[str, Codec], out: Path, ranks: Ranks) -> None:
-    lines = []
-    for index, item in enumerate(items):
-        record: dict[str, Any] = {"number": item.number, "name": item.name, "given": {}, "generated": {}}
-        for name, condition in item.condition.items():
-            record["given"][name] = _store(condition, out / f"{item.name}.{name}.given.png")
-        for name, states in drawn.items():
-            record["generated"][name] = _store(codecs[name].decode(states[index]), out / f"{item.name}.{name}.png")
-        lines.append(json.dumps(record, ensure_ascii=False))
-    _records(out, ranks.rank).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-
-
-def _store(value: Any, path: Path) -> dict[str, str]:
-    if isinstance(value, Image.Image):
-        value.convert("RGB").save(path)
-        return {"picture": path.name}
-    return {"text": str(value)}
-
-
-def _records(out: Path, rank: int) -> Path:
-    return out / f".{RECORDS}.{rank}"
+def _offset(report: Callable[[float], None], chunk: int) -> Callable[[int, int], None]:
+    return lambda done, total: report(chunk + done / total)
 
 
 def _wait_for_all(ranks: Ranks) -> None:
@@ -227,21 +277,3 @@ def _wait_for_all(ranks: Ranks) -> None:
     dist.init_process_group("gloo", rank=ranks.rank, world_size=ranks.world)
     dist.barrier()
     dist.destroy_process_group()
-
-
-def _join(out: Path, task: Task, source: str, world: int) -> None:
-    records = []
-    for rank in range(world):
-        path = _records(out, rank)
-        records += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        path.unlink()
-    records.sort(key=lambda record: int(record["number"]))
-    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    (out / RECORDS).write_text(text, encoding="utf-8")
-    shown = [{**record["given"], **record["generated"]} for record in records[:SHEET_CELLS]]
-    cells = [cell_of(task, {name: _value(stored, out) for name, stored in values.items()}) for values in shown]
-    contact_sheet([Section(f"{task.name}, {source}", cells)]).save(out / "sheet.png")
-
-
-def _value(stored: dict[str, str], folder: Path) -> Any:
-    return Image.open(folder / stored["picture"]) if "picture" in stored else stored["text"]

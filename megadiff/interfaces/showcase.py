@@ -12,6 +12,7 @@ from megadiff.config.errors import UserError
 from megadiff.config.schema import CaptionField, Run, Showcase
 from megadiff.data.encode import Codec
 from megadiff.data.loader import HeldOut, read_held_out
+from megadiff.diffusion.sampler import Conditions
 from megadiff.evaluation.gap import conditioning_gap
 from megadiff.evaluation.report import Section, contact_sheet
 from megadiff.evaluation.tasks import Task, cell_of, draw, progress_bar, tasks_of
@@ -59,7 +60,8 @@ def _section(loaded: Loaded, task: Task, rule: Showcase, held: HeldOut, seed: in
     keys = rng.sample_keys(seed, torch.arange(count)).to(device)
     moved = {name: state[:count].to(device) for name, state in given.items()}
     with progress_bar(task.name) as report, torch.no_grad():
-        drawn = draw(loaded.module, loaded.model, rule.sampling, task, keys, moved, batch=count, progress=report)
+        conditions = Conditions(given=moved)
+        drawn = draw(loaded.module, loaded.model, rule.sampling, task, keys, conditions, batch=count, progress=report)
     states = {name: state.cpu() for name, state in {**moved, **drawn}.items()}
     values = [{name: codecs[name].decode(state[index]) for name, state in states.items()} for index in range(count)]
     return Section(_title(task), [cell_of(task, value) for value in values])

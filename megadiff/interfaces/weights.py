@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,12 +12,13 @@ import yaml
 from megadiff.config.errors import UserError
 from megadiff.config.layout import RUN
 from megadiff.config.load import load_run, validate
-from megadiff.config.schema import Data, Model
+from megadiff.config.schema import Data, LatentField, Model
 from megadiff.data.encode import Codec, build_codecs
 from megadiff.engine.checkpoint import MANIFEST, CheckpointError, CheckpointReader
 from megadiff.interfaces import export
-from megadiff.models.mmdit import MMDiT, build_model
+from megadiff.models.mmdit import MMDiT, build_model, part_of
 from megadiff.training.stages import newest_checkpoint, stage_of
+from megadiff.types import ALIGNMENT
 
 HUB = "hf:"
 
@@ -28,6 +30,7 @@ class Loaded:
     Attributes:
         predicted: the modalities that it has heads for.
         source: what was loaded, for people.
+        fingerprint: a hash of the weights.
     """
 
     model: Model
@@ -35,34 +38,58 @@ class Loaded:
     predicted: tuple[str, ...]
     module: MMDiT
     source: str
+    fingerprint: str
 
     def codecs(self) -> dict[str, Codec]:
         return build_codecs(self.data, self.model)
 
 
-def load(address: str, weights: str = "ema", device: torch.device | str = "cpu") -> Loaded:
+def load(address: str, weights: str = "ema", device: torch.device | str = "cpu", *, autoencoder: str | None = None) -> Loaded:
     """Load weights for sampling.
 
     Args:
         address: a run's folder (its newest checkpoint), a checkpoint's folder, an export's folder, or hf:ORG/NAME (an export
             in a Hugging Face repository).
         weights: `ema` or `raw`; an export holds one of the two and is taken as it is.
+        autoencoder: takes the place of the one that its latent fields name.
 
     Raises:
         UserError: nothing loadable is there.
     """
+    loaded = _load(address, weights, device)
+    return loaded if autoencoder is None else replace(loaded, data=_with_autoencoder(loaded.data, autoencoder))
+
+
+def _with_autoencoder(data: Data, folder: str) -> Data:
+    fields = {
+        name: field.model_copy(update={"autoencoder": folder}) if isinstance(field, LatentField) else field
+        for name, field in data.fields.items()
+    }
+    return data.model_copy(update={"fields": fields})
+
+
+def _load(address: str, weights: str, device: torch.device | str) -> Loaded:
     folder = Path(_download(address.removeprefix(HUB)) if address.startswith(HUB) else address)
     if not folder.is_dir():
         raise UserError(f"{address} is no folder; give a run, a checkpoint, an export, or hf:ORG/NAME")
     if (folder / export.CONFIG).exists():
         loaded = export.read(folder)
         module = _build(loaded.model, loaded.predicted, loaded.tensors, device)
-        return Loaded(loaded.model, loaded.data, loaded.predicted, module, f"export {address}")
+        fingerprint = file_hash(folder / export.WEIGHTS)
+        return Loaded(loaded.model, loaded.data, loaded.predicted, module, f"export {address}", fingerprint)
     if not (folder / MANIFEST).exists():
         folder = _newest(folder)
     checkpoint = from_checkpoint(folder, weights)
     module = _build(checkpoint.model, checkpoint.predicted, checkpoint.tensors, device)
-    return Loaded(checkpoint.model, checkpoint.data, checkpoint.predicted, module, f"{folder} ({weights} weights)")
+    source = f"{folder} ({weights} weights)"
+    fingerprint = file_hash(folder / MANIFEST)  # it holds the hashes of all files
+    return Loaded(checkpoint.model, checkpoint.data, checkpoint.predicted, module, source, fingerprint)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def from_checkpoint(folder: Path, weights: str) -> export.Exported:
@@ -74,7 +101,8 @@ def from_checkpoint(folder: Path, weights: str) -> export.Exported:
     run = validate(yaml.safe_load(reader.manifest.config), f"{folder / MANIFEST} (config)")
     stage = stage_of(run, reader.manifest.stage)
     kind = reader.weight_kind(weights)
-    tensors = {name: reader.read_whole(kind, name) for name in reader.manifest.parameters}
+    needed = [name for name in reader.manifest.parameters if part_of(name) != ALIGNMENT]  # that part is for training only
+    tensors = {name: reader.read_whole(kind, name) for name in needed}
     predicted = tuple(name for name, modality in stage.modalities.items() if modality.predicted)
     return export.Exported(run.model, run.data, predicted, tensors)
 

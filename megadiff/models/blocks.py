@@ -39,8 +39,11 @@ class BlockPart(nn.Module):
     def __init__(self, config: Model, modality: Modality) -> None:
         super().__init__()
         inner = config.heads * config.head_dim
-        gates = [Modulated._fields.index(name) for name in ("attention_gate", "mlp_gate")]
-        self.modulation = Modulation(config.width, len(Modulated._fields), ones=gates if config.gates == "one" else ())
+        self.one_plus_scale = config.block_modulation == "one_plus_scale"
+        ones = [] if config.gates == "zero" else ["attention_gate", "mlp_gate"]
+        ones += [] if self.one_plus_scale else ["attention_scale", "mlp_scale"]
+        slots = Modulated._fields
+        self.modulation = Modulation(config.width, len(slots), ones=[slots.index(name) for name in ones])
         self.projection = Projection(config, modality)
         self.output = Linear(inner, config.width, bias=config.attention_bias)
         self.mlp = Mlp(config.width, mlp_hidden(config), config.mlp)
@@ -48,17 +51,17 @@ class BlockPart(nn.Module):
     def project(self, tokens: Tensor, conditioning: Tensor) -> tuple[Modulated, tuple[Tensor, Tensor, Tensor]]:
         """Before attention: the block's modulation, and (query, key, value)."""
         modulated = Modulated(*self.modulation(conditioning))
-        return modulated, self.projection(_modulate(tokens, modulated.attention_shift, modulated.attention_scale))
+        return modulated, self.projection(self._modulate(tokens, modulated.attention_shift, modulated.attention_scale))
 
     def finish(self, tokens: Tensor, attended: Tensor, modulated: Modulated) -> Tensor:
         """After attention: its gated residual, then the MLP's."""
         tokens = tokens + modulated.attention_gate * self.output(attended.flatten(-2))
-        change: Tensor = self.mlp(_modulate(tokens, modulated.mlp_shift, modulated.mlp_scale))
+        change: Tensor = self.mlp(self._modulate(tokens, modulated.mlp_shift, modulated.mlp_scale))
         return tokens + modulated.mlp_gate * change
 
-
-def _modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return F.layer_norm(tokens, tokens.shape[-1:], eps=BLOCK_NORM_EPS) * (1 + scale) + shift
+    def _modulate(self, tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        normal = F.layer_norm(tokens, tokens.shape[-1:], eps=BLOCK_NORM_EPS)
+        return normal * (1 + scale if self.one_plus_scale else scale) + shift
 
 
 class Block(nn.Module):

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megadiff.config.derived import head_outputs
-from megadiff.config.schema import GridSpace, Model
+from megadiff.config.schema import GridSpace, MaskedProcess, Model
 from megadiff.kernels.masked_cross_entropy import masked_cross_entropy, row_logits
+from megadiff.kernels.sample_rows import sample_rows
 from megadiff.models.embeddings import unpatchify
 from megadiff.models.layers import Modulation, Rule, initialise_linear
-from megadiff.types import Dense, Prediction, Readout, RowLogits, Stream, TokenLosses
+from megadiff.types import Dense, Drawn, Prediction, Readout, RowLogits, SampledRows, Stream, TokenLosses
 
 HEAD_NORM_EPS = 1e-6
 
@@ -33,9 +34,12 @@ class Head(nn.Module):
         ones = [1] if self.rule == "zero" and not self.one_plus_scale else []
         self.modulation = Modulation(config.width, 2, rule=self.rule, ones=ones)
         outputs = head_outputs(config.modalities[name].space)
-        self.weight = nn.Parameter(torch.empty(outputs, config.width))
-        self.bias = nn.Parameter(torch.empty(outputs))
+        self.make_parameters(outputs, config.width)
         self.reset_parameters()
+
+    def make_parameters(self, outputs: int, width: int) -> None:
+        self.weight = nn.Parameter(torch.empty(outputs, width))
+        self.bias = nn.Parameter(torch.empty(outputs))
 
     def reset_parameters(self) -> None:
         initialise_linear(self.weight, self.bias, self.rule)
@@ -67,14 +71,36 @@ class GridHead(Head):
 
 
 class TokenHead(Head):
-    """Reads out logits over the vocabulary (the mask state is no class), losses, or the logits of chosen rows."""
+    """Reads out losses, draws at chosen rows, their logits, or all logits; over the vocabulary, without the mask state.
 
-    def forward(self, tokens: Tensor, conditioning: Tensor, readout: Readout) -> Tensor:
-        """[B, S, D], [B, D] -> what the readout describes: [B, S, V], [B, S] or [R, V]."""
+    The released network's head has one more row, for the mask state. Here it is a parameter of its own, so that no logits
+    have to be cut, and it is only ever part of that network's loss.
+    """
+
+    def __init__(self, config: Model, name: str) -> None:
+        process = config.modalities[name].process
+        self.has_mask_class = isinstance(process, MaskedProcess) and process.mask_class
+        super().__init__(config, name)
+
+    def make_parameters(self, outputs: int, width: int) -> None:
+        super().make_parameters(outputs, width)
+        self.mask_weight = nn.Parameter(torch.empty(1, width)) if self.has_mask_class else None
+        self.mask_bias = nn.Parameter(torch.empty(1)) if self.has_mask_class else None
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.mask_weight is not None:
+            initialise_linear(self.mask_weight, self.mask_bias, self.rule)
+
+    def forward(self, tokens: Tensor, conditioning: Tensor, readout: Readout) -> Tensor | Drawn:
+        """[B, S, D], [B, D] -> what the readout describes."""
         hidden = self.normalised(tokens, conditioning)
         match readout:
             case TokenLosses():
-                return masked_cross_entropy(hidden, self.weight, self.bias, readout.targets, readout.scored)
+                losses = masked_cross_entropy(hidden, self.weight, self.bias, readout.targets, readout.scored)
+                return torch.stack([losses, self._of_mask_class(hidden, readout.scored)]) if readout.mask_class else losses
+            case SampledRows(rows, weights, uniforms, rule):
+                return Drawn(*sample_rows(hidden, self.weight, self.bias, rows, weights, uniforms, *rule))
             case RowLogits():
                 return row_logits(hidden, self.weight, self.bias, readout.rows)
             case Dense():
@@ -82,6 +108,17 @@ class TokenHead(Head):
                 return row_logits(hidden, self.weight, self.bias, rows).view(*hidden.shape[:2], -1)
             case _:
                 raise self.refuse(readout)
+
+    def _of_mask_class(self, hidden: Tensor, scored: Tensor) -> Tensor:
+        """softplus of the mask's logit, float32 [B, S], where scored.
+
+        The released loss is a cross entropy over the log-probabilities of the tokens and the mask's logit m beside them, so
+        log(1 + exp(m)) more than that over the tokens alone.
+        """
+        if self.mask_weight is None or self.mask_bias is None:
+            raise TypeError(f"the head of {self.name} has no class for the mask state")
+        logits = F.linear(hidden.float(), self.mask_weight.float(), self.mask_bias.float())[..., 0]
+        return F.softplus(logits) * scored
 
 
 class Heads(nn.ModuleDict):

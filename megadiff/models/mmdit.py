@@ -12,12 +12,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megadiff.config.errors import ConfigError, UserError
-from megadiff.config.schema import Model
+from megadiff.config.schema import Alignment, Model
+from megadiff.models.alignment import Aligner
 from megadiff.models.blocks import Block, StreamNorm
 from megadiff.models.embeddings import Embed
 from megadiff.models.heads import Head, Heads
 from megadiff.models.layers import Linear
-from megadiff.types import Noised, Prediction, Readout, Stream
+from megadiff.types import ALIGNMENT, Noised, Prediction, Readout, Stream
 
 JOINT = "joint"
 
@@ -25,11 +26,13 @@ JOINT = "joint"
 class MMDiT(nn.Module):
     """A denoiser of several modalities: embeddings, joint blocks, then a tower and a head per predicted modality.
 
+    With an `alignment`, a projection of one modality's tokens after one joint block beside them.
+
     Attributes:
         activation_checkpointing: recompute blocks in the backward pass instead of keeping their activations.
     """
 
-    def __init__(self, config: Model, predicted: Collection[str]) -> None:
+    def __init__(self, config: Model, predicted: Collection[str], alignment: Alignment | None = None) -> None:
         super().__init__()
         self.activation_checkpointing = False
         names = list(config.modalities)
@@ -39,6 +42,7 @@ class MMDiT(nn.Module):
         self.trunk_norm = StreamNorm(config, names) if config.trunk_norm else None
         self.towers = nn.ModuleDict({name: _tower(config, name) for name in self.predicted})
         self.heads = Heads(config, self.predicted)
+        self.alignment = None if alignment is None else Aligner(alignment, config.width)
 
     def forward(self, noised: Noised, readout: Mapping[str, Readout]) -> Prediction:
         """Predict the modalities named in `readout`; the towers and heads of others are not run.
@@ -49,15 +53,17 @@ class MMDiT(nn.Module):
         Raises:
             UserError: a modality has no head.
         """
-        missing = [name for name in readout if name not in self.predicted]
+        missing = [name for name in readout if name not in (*self.predicted, ALIGNMENT)]
         if missing:
             raise UserError(f"the model has no head for {', '.join(missing)}; it predicts {', '.join(self.predicted)}")
         embed, *blocks, heads = self.layers(readout)
         stream: Stream = embed(noised)
-        for block in blocks:
+        aligned: Prediction = {}
+        for index, block in enumerate(blocks):
             stream = self._run(block, stream)
-        prediction: Prediction = heads(stream, readout)
-        return prediction
+            if self.alignment is not None and index == self.alignment.block and ALIGNMENT in readout:
+                aligned[ALIGNMENT] = self.alignment(stream, readout[ALIGNMENT])
+        return {**heads(stream, readout), **aligned}
 
     def layers(self, read: Collection[str] | None = None) -> list[nn.Module]:
         """The layers that forward runs in order when the modalities `read` (None: all predicted) are read out.
@@ -79,11 +85,12 @@ class MMDiT(nn.Module):
         return result
 
 
-def build_model(config: Model, predicted: Collection[str]) -> MMDiT:
+def build_model(config: Model, predicted: Collection[str], alignment: Alignment | None = None) -> MMDiT:
     """A freshly initialised model, deterministic under torch.manual_seed; also inside deepspeed.zero.Init or on meta.
 
     Args:
         predicted: modalities that get a tower and a head; the others are only read.
+        alignment: adds its projection.
 
     Raises:
         ConfigError: a modality is unknown or has a name that cannot be used for a module.
@@ -94,12 +101,14 @@ def build_model(config: Model, predicted: Collection[str]) -> MMDiT:
     reserved = [name for name in config.modalities if name == JOINT or hasattr(nn.ModuleDict, name) or name == "training"]
     if reserved:
         raise ConfigError(f"model.modalities: {', '.join(reserved)} cannot be the name of a modality; choose another")
-    return MMDiT(config, predicted)
+    return MMDiT(config, predicted, alignment)
 
 
 def part_of(parameter_name: str) -> str:
-    """What a parameter belongs to, as `freeze` names it: a modality (its tower and head) or `joint` (all else)."""
+    """What a parameter belongs to, as `freeze` names it: a modality (tower and head), `alignment`, or `joint` (all else)."""
     kind, _, rest = parameter_name.partition(".")
+    if kind == ALIGNMENT:
+        return ALIGNMENT
     return rest.partition(".")[0] if kind in ("towers", "heads") else JOINT
 
 

@@ -152,10 +152,17 @@ def _loader(run: Run, stage: Stage, ranks: Ranks, seed: int, progress: Progress)
         data_rank=ranks.rank,
         data_ranks=ranks.world,
         data_step=progress.data_step,
+        features=_features(run, stage),
     )
     if progress.loader:
         loader.load_state(progress.loader)
     return loader
+
+
+def _features(run: Run, stage: Stage) -> dict[str, tuple[int, int]]:
+    """Shapes of the precomputed features that a stage aligns with."""
+    rule = stage.alignment
+    return {} if rule is None else {rule.modality: (derived.tokens(run.model)[rule.modality], rule.features)}
 
 
 def _monitor(run: Run, stage: Stage, ranks: Ranks, engine: ZeroEngine) -> Monitor:

@@ -144,6 +144,8 @@ class Monitor:
             scalars[f"1 loss/{name}"] = loss
             for quarter, value in zip(QUARTERS, result.quartiles[name], strict=True):
                 scalars[f"2 loss by time/{name} t {quarter}"] = value
+        for name, bound in result.nelbo.items():
+            scalars[f"1 loss/{name} NELBO"] = bound
         for tag, value in scalars.items():
             if math.isfinite(value):
                 self._writer.add_scalar(tag, value, step)
@@ -172,6 +174,7 @@ def average(results: Sequence[StepResult]) -> StepResult:
         losses={name: _mean([result.losses[name] for result in results]) for name in names},
         quartiles={name: [_mean(q) for q in zip(*(r.quartiles[name] for r in results), strict=True)] for name in names},
         total=_mean([result.total for result in results]),
+        nelbo={name: _mean([result.nelbo.get(name, math.nan) for result in results]) for name in last.nelbo},
         grad_norm=_mean([result.grad_norm for result in results]),
     )
 
@@ -185,6 +188,7 @@ def _row(result: StepResult) -> dict[str, Any]:
     return {
         "loss": result.total,
         "losses": _finite(result.losses),
+        "nelbo": _finite(result.nelbo),
         "grad_norm": result.grad_norm,
         "learning_rate": result.learning_rate,
         "applied": result.applied,

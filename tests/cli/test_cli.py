@@ -201,12 +201,23 @@ def test_every_verb_has_help_with_a_description(verb: list[str], capsys: pytest.
     ("flags", "said"),
     [
         (["--task", "text-to-image"], "--task text-to-image needs a condition: --prompt TEXT"),
-        (["--task", "joint", "--prompt", "cat"], "takes no condition; leave out --prompt"),
+        (["--task", "joint", "--prompt", "cat"], "makes everything from nothing; leave out --prompt, or vary"),
         (["--task", "text-to-image", "--prompt", "cat", "--data", "m.json"], "--prompt and --data exclude each other"),
         (["--task", "picture"], "write GIVEN-to-WANTED"),
-        (["--task", "joint", "--guidance-interval", "0.8", "0.3"], "two times with 0 <= A <= B <= 1"),
-        (["--task", "joint", "--guidance", "-1"], "--guidance -1 must be 0 or more"),
-        (["--task", "joint", "--guidance-final-time", "2"], "must lie between 0 and 1"),
+        (["--task", "joint", "--guidance-interval", "0.8", "0.3"], "guidance_interval (0.8, 0.3) must be (lower, upper)"),
+        (["--task", "joint", "--guidance", "-1"], "--guidance -1.0: Input should be greater than or equal to 0"),
+        (
+            ["--task", "joint", "--guidance-final-time", "2"],
+            "--guidance-final-time 2.0: Input should be less than or equal to 1",
+        ),
+        (["--task", "joint", "--solver", "rk4"], "--solver rk4: Input should be 'euler', 'heun'"),
+        (["--task", "joint", "--remask", "cap", "--order", "confidence"], "remask goes with the ancestral order"),
+        (["--task", "joint", "--preset", "mine"], "--preset mine is unknown; known: paper-t2i, paper-joint"),
+        (["--task", "joint", "--guide", "runs/y"], "--guide RUN and --autoguidance V go together"),
+        (["--task", "impute"], "--task impute and --table FILE.csv go together"),
+        (["--task", "joint", "--mask-image", "m.png"], "--mask-image goes with --task inpaint"),
+        (["--task", "inpaint", "--text", "a ___", "--text", "b"], "takes one --image, one --text"),
+        (["--task", "joint", "--image", "a.png", "--strength", "2"], "--strength 2 must lie between 0 and 1"),
         (["--task", "joint", "--seed", "-1"], "--seed -1 must be"),
     ],
 )
@@ -216,16 +227,21 @@ def test_flags_of_sample_that_do_not_go_together_are_named(
     assert said in mistake(capsys, "sample", "--checkpoint", "runs/x", "--out", "out", *flags)
 
 
-def test_the_flags_of_sample_are_the_fields_of_the_request() -> None:
-    from dataclasses import fields
+def test_the_flags_of_sample_are_the_fields_of_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megadiff.interfaces import generate
+    from megadiff.interfaces.request import GenerateRequest
 
-    from megadiff.interfaces.generate import GenerateRequest
-
-    parsed = cli.parse(["sample", "--checkpoint", "x", "--task", "joint", "--out", "y"])
-    flags = {key: tuple(value) if isinstance(value, list) else value for key, value in vars(parsed).items()}
-    assert set(flags) - {"run", "parser"} == {field.name for field in fields(GenerateRequest)}
-    request = GenerateRequest(**{key: value for key, value in flags.items() if key not in ("run", "parser")})
-    assert request == GenerateRequest(checkpoint="x", task="joint", out="y")
+    seen: list[GenerateRequest] = []
+    monkeypatch.setattr(generate, "generate", seen.append)
+    assert cli.main(["sample", "--checkpoint", "x", "--task", "joint", "--out", "y"]) == 0
+    assert seen.pop() == GenerateRequest(checkpoint="x", task="joint", out="y")
+    flags = ["--preset", "paper-t2i", "--guidance", "2", "--top-p", "0.5", "--prompt", "cat"]
+    assert cli.main(["sample", "--checkpoint", "x", "--task", "text-to-image", "--out", "y", *flags]) == 0
+    (asked,) = seen
+    assert (asked.prompt, asked.repeat_prompt) == (("cat",), True)
+    sampling = asked.sampling
+    assert (sampling.guidance, sampling.guidance_interval, sampling.top_p) == (2.0, (0.3, 0.8), 0.5)
+    assert (sampling.order, sampling.grid, sampling.steps) == ("tau_leaping", "uniform", 50)
 
 
 def test_an_interruption_exits_with_130_and_no_traceback(

@@ -16,11 +16,14 @@ from megadiff.config.schema import Model
 from megadiff.diffusion.gaussian import Gaussian
 from megadiff.diffusion.masked import Masked
 from megadiff.diffusion.process import build_processes
-from megadiff.types import Dense, Noised, Prediction, Readout, RowLogits, TokenLosses
+from megadiff.diffusion.uniform import Uniform
+from megadiff.kernels.sample_rows import draw_rows
+from megadiff.types import Dense, Drawn, Noised, Prediction, Readout, RowLogits, SampledRows, TokenLosses
 
 # Points 0 and 1 share the grid, points 1 and 2 the tokens: neither modality determines the other.
 GRIDS = torch.tensor([[-1.0, -0.6], [-1.0, -0.6], [0.9, 0.8], [1.0, -0.9], [-0.1, 0.9]]).view(5, 1, 1, 2)
 TOKENS = torch.tensor([[0, 1, 2], [3, 1, 4], [3, 1, 4], [0, 4, 4], [2, 2, 2]])
+VOCABULARY = 5
 SHARES = torch.tensor([0.15, 0.25, 0.2, 0.3, 0.1], dtype=torch.float64)
 MISMATCH = -40.0
 """Log-likelihood of a visible token that a data point does not have: finite, since positions unmasked in the same step may
@@ -33,7 +36,7 @@ class IdealDenoiser:
     def __init__(self, model: Model) -> None:
         processes = build_processes(model)
         tokens, grid = processes["tokens"], processes["grid"]
-        assert isinstance(tokens, Masked)
+        assert isinstance(tokens, Masked | Uniform)
         assert isinstance(grid, Gaussian)
         self.tokens, self.grid = tokens, grid
 
@@ -43,13 +46,20 @@ class IdealDenoiser:
         alpha, sigma = self.grid.alpha(times), self.grid.sigma(times).clamp_min(1e-3)
         errors = noised.states["grid"].double()[:, None] - alpha[:, None, None, None, None] * GRIDS.double()
         logs = SHARES.log() - errors.square().flatten(2).sum(2) / (2 * sigma[:, None] ** 2)
-        state = noised.states["tokens"][:, None, :]
-        logs = logs + MISMATCH * ((state != self.tokens.mask_id) & (state != TOKENS)).sum(2)
+        logs = logs + self._log_likelihood(noised.states["tokens"][:, None, :], noised.clocks["tokens"].double())
         return logs.softmax(1)
+
+    def _log_likelihood(self, state: Tensor, times: Tensor) -> Tensor:
+        """Of the noised tokens given every data point's, up to a constant, float64 [B, N]."""
+        if isinstance(self.tokens, Masked):
+            return MISMATCH * ((state != self.tokens.mask_id) & (state != TOKENS)).sum(2)
+        share = self.tokens.schedule.share(times)[:, None, None]
+        other = (share / VOCABULARY).clamp_min(1e-12)
+        return torch.where(state == TOKENS, other + 1 - share, other).log().sum(2)
 
     def marginals(self, posterior: Tensor) -> Tensor:
         """Log-probabilities [B, S, V]."""
-        shares = posterior @ torch.nn.functional.one_hot(TOKENS, self.tokens.mask_id).double().flatten(1)
+        shares = posterior @ torch.nn.functional.one_hot(TOKENS, VOCABULARY).double().flatten(1)
         return shares.view(len(posterior), *TOKENS.shape[1:], -1).clamp_min(1e-30).log()
 
     def __call__(self, noised: Noised, readout: Mapping[str, Readout]) -> Prediction:
@@ -57,9 +67,12 @@ class IdealDenoiser:
         prediction: Prediction = {}
         for name, request in readout.items():
             if isinstance(request, Dense):
-                prediction[name] = self._target(posterior, noised)
+                of_grid = name == "grid"
+                prediction[name] = self._target(posterior, noised) if of_grid else self.marginals(posterior).float()
             elif isinstance(request, RowLogits):
                 prediction[name] = self.marginals(posterior).flatten(0, 1)[request.rows].float()
+            elif isinstance(request, SampledRows):
+                prediction[name] = drawn_from(self.marginals(posterior), request)
             elif isinstance(request, TokenLosses):
                 found = -self.marginals(posterior).gather(2, request.targets[..., None])[..., 0]
                 prediction[name] = torch.where(request.scored, found, 0.0).float()
@@ -72,6 +85,12 @@ class IdealDenoiser:
         clean = torch.einsum("bn,nchw->bchw", posterior, GRIDS.double())
         noise = (noised.states["grid"].double() - alpha * clean) / sigma
         return self.grid.target(clean, noise, times).float()
+
+
+def drawn_from(logits: Tensor, request: SampledRows) -> Drawn:
+    """What a head gives that has these logits [B, S, V]."""
+    mixed = (request.weights[..., None] * logits.flatten(0, 1)[request.rows]).sum(0)
+    return Drawn(*draw_rows(mixed, request.uniforms, *request.rule))
 
 
 def draw_pairs(count: int, seed: int = 0) -> dict[str, Tensor]:

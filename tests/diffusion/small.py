@@ -25,7 +25,7 @@ def model_of(
             "head_dim": 8,
             "joint_depth": 1,
             "modalities": {
-                "tokens": {"space": space, "process": {"kind": "masked", **tokens}},
+                "tokens": {"space": space, "process": {"kind": tokens.pop("kind", "masked"), **tokens}},
                 "grid": {
                     "space": {"kind": "grid", "channels": 1, "height": 1, "width": 2, **(grid or {})},
                     "process": {"kind": "gaussian", "schedule": schedule, "target": target},

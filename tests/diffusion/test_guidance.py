@@ -11,8 +11,8 @@ from torch import Tensor
 from megadiff import rng
 from megadiff.config.schema import Model, Sampling
 from megadiff.diffusion.guidance import Guided
-from megadiff.diffusion.sampler import Sampler
-from megadiff.types import Dense, Noised, Prediction, Readout, RowLogits
+from megadiff.diffusion.sampler import Conditions, Sampler
+from megadiff.types import Dense, DrawRule, Noised, Prediction, Readout, RowLogits, SampledRows
 from tests.diffusion.ideal import GRIDS, TOKENS, IdealDenoiser, draw_pairs
 from tests.diffusion.small import model_of
 
@@ -51,17 +51,42 @@ def noised_at(states: Mapping[str, Tensor], times: Mapping[str, float]) -> Noise
     return Noised(dict(states), clocks, dict.fromkeys(states))
 
 
-def rows_of(state: Tensor) -> RowLogits:
-    return RowLogits((state == 5).flatten().nonzero()[:, 0])
+def rows_of(state: Tensor) -> SampledRows:
+    return draws_at((state == 5).flatten().nonzero()[:, 0])
+
+
+def draws_at(rows: Tensor) -> SampledRows:
+    uniforms = torch.full((len(rows),), 0.5, dtype=torch.float64)
+    return SampledRows(rows[None], torch.ones(1, len(rows)), uniforms, DrawRule())
+
+
+def at(times: Mapping[str, float]) -> dict[str, Tensor]:
+    return {name: torch.full((COUNT,), time) for name, time in times.items()}
+
+
+class Mixed(Watched):
+    """Notes the distribution that tokens are drawn from."""
+
+    def __call__(self, noised: Noised, readout: Mapping[str, Readout]) -> Prediction:
+        self.seen.append(noised)
+        request = readout["tokens"]
+        assert isinstance(request, SampledRows)
+        logits = self.ideal(noised, {"tokens": RowLogits(request.rows.flatten())})["tokens"].view(*request.rows.shape, -1)
+        self.mixture = (request.weights[..., None] * logits).sum(0).log_softmax(-1)
+        return self.ideal(noised, readout)
 
 
 @pytest.mark.parametrize("generate", [["tokens"], ["grid"], ["tokens", "grid"]])
 def test_a_weight_of_1_is_no_guidance_and_one_evaluation_per_stage(generate):
     given = {name: PAIRS[name] for name in ("tokens", "grid") if name not in generate}
     watched = Watched()
-    made = Sampler(MODEL, Sampling(steps=4, guidance=1.0)).sample(watched, KEYS, generate=generate, given=given)
+    made = Sampler(MODEL, Sampling(steps=4, guidance=1.0)).sample(
+        watched, KEYS, generate=generate, conditions=Conditions(given=given)
+    )
     assert watched.batches == [COUNT] * (4 if generate == ["tokens"] else 7)
-    nearly = Sampler(MODEL, Sampling(steps=4, guidance=1.0 + 1e-9)).sample(Watched(), KEYS, generate=generate, given=given)
+    nearly = Sampler(MODEL, Sampling(steps=4, guidance=1.0 + 1e-9)).sample(
+        Watched(), KEYS, generate=generate, conditions=Conditions(given=given)
+    )
     for name in made:
         torch.testing.assert_close(made[name], nearly[name], atol=1e-4, rtol=0)
 
@@ -69,21 +94,21 @@ def test_a_weight_of_1_is_no_guidance_and_one_evaluation_per_stage(generate):
 def test_outside_the_interval_no_second_branch_runs():
     watched = Watched()
     sampling = Sampling(steps=4, guidance=3.0, guidance_interval=(0.3, 0.6))
-    Sampler(MODEL, sampling).sample(watched, KEYS, generate=["tokens"], given={"grid": PAIRS["grid"]})
+    Sampler(MODEL, sampling).sample(watched, KEYS, generate=["tokens"], conditions=Conditions(given={"grid": PAIRS["grid"]}))
     assert watched.batches == [COUNT, COUNT, 2 * COUNT, COUNT]  # at 1, 0.75, 0.5, 0.25
     grids = Watched()
-    Sampler(MODEL, sampling).sample(grids, KEYS, generate=["grid"], given={"tokens": PAIRS["tokens"]})
+    Sampler(MODEL, sampling).sample(grids, KEYS, generate=["grid"], conditions=Conditions(given={"tokens": PAIRS["tokens"]}))
     assert grids.batches == [COUNT * branches for branches in (1, 1, 1, 2, 2, 1, 1)]  # Heun's evaluations at their own time
 
 
 def test_nothing_to_noise_means_no_second_branch():
     """Where the condition is absent, or already noisier than the final time, both branches would be the same."""
     absent = Watched()
-    Sampler(MODEL, Sampling(steps=3, guidance=2.0)).sample(absent, KEYS, generate=["tokens"], given={})
+    Sampler(MODEL, Sampling(steps=3, guidance=2.0)).sample(absent, KEYS, generate=["tokens"], conditions=Conditions(given={}))
     assert absent.batches == [COUNT] * 3
     joint = Watched()
     Sampler(MODEL, Sampling(steps=4, guidance=2.0, guidance_final_time=0.6)).sample(
-        joint, KEYS, generate=["tokens", "grid"], given={}
+        joint, KEYS, generate=["tokens", "grid"], conditions=Conditions(given={})
     )
     branches = [int(noised.clocks["grid"][0] < 0.6) for noised in joint.seen]
     # Tokens and grid at the first evaluation of a step, the grid alone at Heun's second.
@@ -97,12 +122,15 @@ def test_guided_tokens_follow_the_closed_form(weight):
     times = {"tokens": 0.8, "grid": 0.4}
     states = states_at(times)
     readout = {"tokens": rows_of(states["tokens"])}
-    mixed = Guided(IdealDenoiser(MODEL), PROCESSES, Sampling(guidance=weight), KEYS)(states, times, readout)["tokens"]
+    denoiser = Mixed()
+    Guided(denoiser, PROCESSES, Sampling(guidance=weight), KEYS)(states, at(times), readout)
+    mixed = denoiser.mixture
     ideal = IdealDenoiser(MODEL)
-    log_p = ideal(noised_at(states, times), readout)["tokens"].double().log_softmax(-1)
+    logits = {"tokens": RowLogits(readout["tokens"].rows[0])}
+    log_p = ideal(noised_at(states, times), logits)["tokens"].double().log_softmax(-1)
     # At t = 1 the flow's grid says nothing: the unconditional branch is the tokens' own posterior.
     absent = {"tokens": states["tokens"], "grid": PROCESSES["grid"].prior(KEYS)}
-    log_q = ideal(noised_at(absent, {**times, "grid": 1.0}), readout)["tokens"].double().log_softmax(-1)
+    log_q = ideal(noised_at(absent, {**times, "grid": 1.0}), logits)["tokens"].double().log_softmax(-1)
     expected = (weight * log_p + (1 - weight) * log_q).softmax(-1)
     torch.testing.assert_close(mixed.double().softmax(-1), expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(mixed.exp().sum(-1), torch.ones(len(mixed)))
@@ -114,7 +142,9 @@ def test_guided_tokens_follow_the_closed_form(weight):
 def test_guided_grids_are_w_conditional_and_1_minus_w_unconditional(weight):
     times = {"tokens": 0.0, "grid": 0.7}
     states = states_at(times)
-    mixed = Guided(IdealDenoiser(MODEL), PROCESSES, Sampling(guidance=weight), KEYS)(states, times, {"grid": Dense()})["grid"]
+    mixed = Guided(IdealDenoiser(MODEL), PROCESSES, Sampling(guidance=weight), KEYS)(states, at(times), {"grid": Dense()})[
+        "grid"
+    ]
     ideal = IdealDenoiser(MODEL)
     conditional = ideal(noised_at(states, times), {"grid": Dense()})["grid"]
     masked = {"tokens": ALL_MASKED, "grid": states["grid"]}
@@ -126,7 +156,7 @@ def test_guided_grids_are_w_conditional_and_1_minus_w_unconditional(weight):
 def test_noisy_guidance_noises_the_condition_to_the_final_time_with_the_same_noise_at_every_call():
     watched = Watched()
     sampling = Sampling(steps=4, guidance=2.0, guidance_final_time=0.5)
-    Sampler(MODEL, sampling).sample(watched, KEYS, generate=["tokens"], given={"grid": PAIRS["grid"]})
+    Sampler(MODEL, sampling).sample(watched, KEYS, generate=["tokens"], conditions=Conditions(given={"grid": PAIRS["grid"]}))
     assert watched.batches == [2 * COUNT] * 4
     branches = [(noised.states["grid"][COUNT:], noised.clocks["grid"][COUNT:]) for noised in watched.seen]
     for noised, (state, clock) in zip(watched.seen, branches, strict=True):
@@ -146,7 +176,7 @@ def test_noisy_guidance_masks_tokens_at_the_final_time_and_the_same_ones_at_ever
     keys, tokens = rng.sample_keys(2, torch.arange(count)), draw_pairs(count)["tokens"]
     watched = Watched()
     Sampler(MODEL, Sampling(steps=3, guidance=2.0, guidance_final_time=0.3)).sample(
-        watched, keys, generate=["grid"], given={"tokens": tokens}
+        watched, keys, generate=["grid"], conditions=Conditions(given={"tokens": tokens})
     )
     first = watched.seen[0].states["tokens"][count:]
     assert abs((first == 5).double().mean() - 0.3) < 4 * (0.3 * 0.7 / first.numel()) ** 0.5
@@ -157,10 +187,10 @@ def test_noisy_guidance_masks_tokens_at_the_final_time_and_the_same_ones_at_ever
 def test_the_joint_task_guides_every_modality_by_noising_the_others():
     times = {"tokens": 0.4, "grid": 0.4}
     states = states_at(times)
-    watched = Watched()
+    watched = Mixed()
     sampling = Sampling(guidance=2.0, guidance_final_time=0.9)
     readout = {"tokens": rows_of(states["tokens"]), "grid": Dense()}
-    mixed = Guided(watched, PROCESSES, sampling, KEYS)(states, times, readout)
+    mixed = Guided(watched, PROCESSES, sampling, KEYS)(states, at(times), readout)
     (seen,) = watched.seen
     conditional, for_tokens, for_grid = (
         {name: (seen.states[name][part], seen.clocks[name][part]) for name in states}
@@ -174,12 +204,13 @@ def test_the_joint_task_guides_every_modality_by_noising_the_others():
         torch.testing.assert_close(branch[target][1], torch.full((COUNT,), 0.4))
         torch.testing.assert_close(branch[other][1], torch.full((COUNT,), 0.9))
     ideal = IdealDenoiser(MODEL)
-    plain = ideal(noised_at(states, times), readout)
-    weaker = ideal(noised_at({name: for_grid[name][0] for name in states}, {"tokens": 0.9, "grid": 0.4}), readout)
+    logits = {"tokens": RowLogits(readout["tokens"].rows[0]), "grid": Dense()}
+    plain = ideal(noised_at(states, times), logits)
+    weaker = ideal(noised_at({name: for_grid[name][0] for name in states}, {"tokens": 0.9, "grid": 0.4}), logits)
     torch.testing.assert_close(mixed["grid"], 2 * plain["grid"] - weaker["grid"], atol=1e-5, rtol=0)
-    other = ideal(noised_at({name: for_tokens[name][0] for name in states}, {"tokens": 0.4, "grid": 0.9}), readout)
+    other = ideal(noised_at({name: for_tokens[name][0] for name in states}, {"tokens": 0.4, "grid": 0.9}), logits)
     expected = 2 * plain["tokens"].log_softmax(-1) - other["tokens"].log_softmax(-1)
-    torch.testing.assert_close(mixed["tokens"], expected.log_softmax(-1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(watched.mixture, expected.log_softmax(-1), atol=1e-4, rtol=1e-4)
 
 
 def test_guidance_sharpens_the_conditional_towards_what_the_condition_favours():
@@ -187,7 +218,9 @@ def test_guidance_sharpens_the_conditional_towards_what_the_condition_favours():
     count = 1500
     keys = rng.sample_keys(6, torch.arange(count))
     grid = GRIDS[1].expand(count, -1, -1, -1).contiguous()
-    made = Sampler(MODEL, Sampling(steps=30, guidance=3.0)).sample(Watched(), keys, generate=["tokens"], given={"grid": grid})
+    made = Sampler(MODEL, Sampling(steps=30, guidance=3.0)).sample(
+        Watched(), keys, generate=["tokens"], conditions=Conditions(given={"grid": grid})
+    )
     fits = torch.stack([(made["tokens"] == TOKENS[point]).all(1) for point in (0, 1)]).any(0)
     assert fits.double().mean() > 0.95
 
@@ -195,9 +228,9 @@ def test_guidance_sharpens_the_conditional_towards_what_the_condition_favours():
 def test_guidance_with_no_row_to_unmask_asks_for_none():
     times = {"tokens": 0.4, "grid": 0.0}
     states = {"tokens": PAIRS["tokens"], "grid": PAIRS["grid"]}
-    readout = {"tokens": RowLogits(torch.empty(0, dtype=torch.int64))}
-    mixed = Guided(IdealDenoiser(MODEL), PROCESSES, Sampling(guidance=2.0), KEYS)(states, times, readout)
-    assert mixed["tokens"].shape == (0, 5)
+    readout = {"tokens": draws_at(torch.empty(0, dtype=torch.int64))}
+    mixed = Guided(IdealDenoiser(MODEL), PROCESSES, Sampling(guidance=2.0), KEYS)(states, at(times), readout)
+    assert mixed["tokens"].ids.shape == (0,)
 
 
 def test_visible_masks_of_both_branches_are_joined():
@@ -207,7 +240,7 @@ def test_visible_masks_of_both_branches_are_joined():
     watched = Watched(model)
     times = {"tokens": 0.0, "grid": 0.5}
     states = {"tokens": torch.tensor([[0, 4, 4]]).repeat(COUNT, 1), "grid": PAIRS["grid"]}
-    Guided(watched, processes, Sampling(guidance=2.0), KEYS)(states, times, {"grid": Dense()})
+    Guided(watched, processes, Sampling(guidance=2.0), KEYS)(states, at(times), {"grid": Dense()})
     visible = watched.seen[0].visible["tokens"]
     assert visible is not None
     assert visible[:COUNT].tolist() == [[True, True, False]] * COUNT
@@ -223,7 +256,7 @@ def test_a_condition_noisier_than_the_final_time_stays_as_it_is_while_a_cleaner_
     states = {"tokens": ALL_MASKED, "grid": PAIRS["grid"], "other": PAIRS["grid"]}
     watched = Watched()
     sampling = Sampling(guidance=2.0, guidance_final_time=0.5)
-    Guided(watched, processes, sampling, KEYS)(states, times, {"tokens": RowLogits(torch.arange(3))})
+    Guided(watched, processes, sampling, KEYS)(states, at(times), {"tokens": draws_at(torch.arange(3))})
     (seen,) = watched.seen
     later = {name: clock[COUNT:].unique().item() for name, clock in seen.clocks.items()}
     assert later == pytest.approx({"tokens": 0.4, "grid": 0.5, "other": 0.9})

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from megadiff import rng
-from megadiff.config.schema import Model
-from megadiff.diffusion.masked import Masked, draw_categorical
+from megadiff.config.schema import Model, Sampling
+from megadiff.diffusion.masked import Masked
 from megadiff.diffusion.objective import conditional_losses
 from megadiff.diffusion.process import Process, build_process, build_processes
+from megadiff.diffusion.solvers import Ancestral, Step, draws
+from megadiff.kernels.sample_rows import draw_rows
 from megadiff.types import Noised, Prediction, Readout
 from tests.diffusion.ideal import IdealDenoiser, draw_pairs
 from tests.diffusion.small import model_of
@@ -29,8 +31,10 @@ def drawn(process: Process, what: str) -> torch.Tensor:
         found = {
             "noise": lambda: process.noise(clean, half, KEYS).state,
             "guidance": lambda: process.renoise(clean, 0 * half, half, KEYS),
-            "unmask": lambda: process.chosen(masks, one, half, KEYS),
-            "token": lambda: process.fill(masks, torch.arange(COUNT) * 3, torch.zeros(COUNT, 5), KEYS),
+            "unmask": lambda: _rows(Ancestral(process, Sampling()).request(masks, Step(one, half, KEYS, False)).rows[0]),
+            "token": lambda: draws(process.name, (3,), Sampling(), masks > 0, Step(one, half, KEYS, False)).uniforms.view(
+                -1, 3
+            ),
         }[what]()
     else:
         clean = torch.zeros(COUNT, 1, 1, 2)
@@ -42,22 +46,26 @@ def drawn(process: Process, what: str) -> torch.Tensor:
     return found.flatten(1)[:, 0].double()
 
 
+def _rows(rows: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(COUNT * 3).index_fill(0, rows, 1.0).view(COUNT, 3)
+
+
 def test_all_draws_of_all_modalities_from_one_key_are_independent():
     """A purpose without the modality's name would give two modalities of one kind the same noise."""
     modalities = model_of().modalities
-    draws = []
+    numbers = []
     for kind, whats in (("tokens", ("noise", "guidance", "unmask", "token")), ("grid", ("noise", "guidance", "prior"))):
         for name in ("first", "second"):
-            draws += [drawn(build_process(name, modalities[kind]), what) for what in whats]
-    matrix = torch.corrcoef(torch.stack(draws))
-    assert (matrix - torch.eye(len(draws), dtype=torch.float64)).abs().max() < 4.5 / COUNT**0.5
+            numbers += [drawn(build_process(name, modalities[kind]), what) for what in whats]
+    matrix = torch.corrcoef(torch.stack(numbers))
+    assert (matrix - torch.eye(len(numbers), dtype=torch.float64)).abs().max() < 4.5 / COUNT**0.5
 
 
 def test_a_rare_id_behind_a_frequent_one_is_drawn_at_its_own_rate():
     """1 - 1e-9 is 1 in float32: a cumulative sum in float32 would never give the last id."""
     logits = torch.tensor([[1.0, 1e-9]], dtype=torch.float64).log().float().repeat(2, 1)
     uniforms = torch.tensor([1 - 0.5e-9, 1 - 2e-9], dtype=torch.float64)
-    assert draw_categorical(logits, uniforms).tolist() == [1, 0]
+    assert draw_rows(logits, uniforms).ids.tolist() == [1, 0]
 
 
 def token_losses(model: Model) -> torch.Tensor:

@@ -9,8 +9,9 @@ import torch
 
 from megadiff import rng
 from megadiff.config.schema import GaussianProcess, GridSpace, MaskedProcess, TokenSpace
+from megadiff.diffusion.categorical import after_end
 from megadiff.diffusion.gaussian import Gaussian, vp_log_alpha
-from megadiff.diffusion.masked import Masked, draw_categorical
+from megadiff.diffusion.masked import Masked
 from megadiff.diffusion.process import build_process, build_processes
 from megadiff.types import TokenLosses
 from tests.diffusion.small import model_of
@@ -223,42 +224,8 @@ def test_renoised_tokens_are_masked_at_the_later_rate_and_none_is_unmasked(now, 
 def test_unmasking_reverses_masking_so_that_the_rate_falls_to_the_earlier_one(now, then):
     process = masked()
     state = process.noise(torch.zeros(COUNT, 8, dtype=torch.int64), at(now), KEYS).state
-    chosen = process.chosen(state, at(now), at(then), rng.fold(KEYS, 1))
-    assert not chosen[state != process.mask_id].any()
-    left = ((state == process.mask_id) & ~chosen).double().mean()
-    assert abs(left - then) <= 4 * (then * (1 - then) / state.numel()) ** 0.5
-
-
-def test_filled_rows_are_drawn_from_their_logits_and_all_others_stay():
-    process = masked(length=4)
-    probabilities = torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.0], [0.0, 0.0, 0.05, 0.0, 0.95]])
-    state = torch.full((COUNT, 4), process.mask_id)
-    rows = torch.stack((torch.arange(COUNT) * 4 + 1, torch.arange(COUNT) * 4 + 3), 1).flatten()
-    filled = process.fill(state, rows, probabilities.log().repeat(COUNT, 1), KEYS)
-    assert (filled[:, [0, 2]] == process.mask_id).all()
-    for column, expected in zip((1, 3), probabilities, strict=True):
-        shares = torch.bincount(filled[:, column], minlength=5)[:5] / COUNT
-        assert ((shares - expected).abs() <= 4 * (expected * (1 - expected) / COUNT).sqrt() + 1e-7).all()
-    assert abs(torch.corrcoef(filled[:, [1, 3]].double().T)[0, 1]) < 4 / COUNT**0.5
-
-
-def test_categoricals_are_drawn_with_the_resolution_of_float64():
-    """Gumbel noise or a cumulative sum in float32 cannot draw an id of probability 1e-9 at the right rate."""
-    logits = torch.tensor([[1e-9, 1.0]]).log().repeat(2, 1)
-    assert draw_categorical(logits, torch.tensor([0.5e-9, 2e-9], dtype=torch.float64)).tolist() == [0, 1]
-
-
-def test_categoricals_do_not_depend_on_how_many_are_drawn_at_once():
-    logits = rng.normal(KEYS[:1200], "logits", (7,))
-    uniforms = rng.uniform(KEYS[:1200], "uniforms", dtype=torch.float64)
-    alone = torch.cat([draw_categorical(logits[row : row + 1], uniforms[row : row + 1]) for row in range(1200)])
-    assert torch.equal(draw_categorical(logits, uniforms), alone)
-    assert draw_categorical(logits[:0], uniforms[:0]).shape == (0,)
-
-
-def test_an_id_of_probability_zero_is_never_drawn_at_either_end():
-    logits = torch.tensor([[-math.inf, 0.0, -math.inf]]).repeat(2, 1)
-    assert draw_categorical(logits, torch.tensor([2.0**-53, 1 - 2.0**-53], dtype=torch.float64)).tolist() == [1, 1]
+    left = (state == process.mask_id).double().mean() * (1 - process.unmasking_share(at(now), at(then))[0])
+    assert abs(left - then) <= 4 * (now * (1 - now) / state.numel()) ** 0.5 + 1e-6
 
 
 def iid_losses(process: Masked, times: torch.Tensor, clean: torch.Tensor, probabilities: torch.Tensor, *, exact: bool):
@@ -294,7 +261,7 @@ def test_capped_weight_lowers_the_nelbo_by_1_over_twice_the_cap(cap):
 def test_exact_weight_is_1_over_t_whatever_the_cap():
     process = masked(weight_cap=2.0)
     times = torch.tensor([0.01, 0.25, 0.5, 1.0])
-    torch.testing.assert_close(process.nelbo_weight(times), torch.tensor([100.0, 4.0, 2.0, 1.0]))
+    torch.testing.assert_close(process.schedule.weight(times), torch.tensor([100.0, 4.0, 2.0, 1.0]))
     noised = process.noise(torch.zeros(4, 8, dtype=torch.int64), torch.ones(4), KEYS[:4])
     exact = process.losses(torch.ones(4, 8), noised, times, exact=True)
     capped = process.losses(torch.ones(4, 8), noised, times)
@@ -325,7 +292,7 @@ def test_plain_loss_is_the_mean_cross_entropy_over_every_position():
 def test_positions_after_the_end_mark_count_with_their_own_weight_in_training_and_alike_in_evaluation():
     process = masked(end_id=4, after_end_weight=0.25, weight_cap=1.0)
     clean = torch.tensor([[0, 4, 1, 4, 1, 1, 1, 1], [0, 1, 2, 3, 0, 1, 2, 3]])
-    assert process.after_end(clean).sum(1).tolist() == [6, 0]
+    assert after_end(clean, process.space).sum(1).tolist() == [6, 0]
     noised = process.noise(clean, torch.ones(2), KEYS[:2])
     ones = torch.ones(2)
     training = process.losses(torch.ones(2, 8), noised, ones)
@@ -364,7 +331,7 @@ def test_no_sample_has_all_its_keys_hidden(process):
 def test_without_an_end_mark_or_a_pad_nothing_is_ever_hidden():
     assert masked().visible(torch.zeros(2, 8, dtype=torch.int64), torch.zeros(2)) is None
     assert masked(padding="pad_id").visible(torch.zeros(2, 8, dtype=torch.int64), torch.zeros(2)) is None
-    assert not masked().after_end(torch.zeros(2, 8, dtype=torch.int64)).any()
+    assert not after_end(torch.zeros(2, 8, dtype=torch.int64), masked().space).any()
 
 
 def test_the_prior_of_tokens_is_all_mask():

@@ -13,8 +13,8 @@ from megadiff import rng
 from megadiff.config.errors import UserError
 from megadiff.config.schema import GaussianProcess, GridSpace, Model, Sampling
 from megadiff.diffusion.gaussian import Gaussian
-from megadiff.diffusion.sampler import Sampler
-from megadiff.types import Dense, Noised, Prediction, Readout, RowLogits
+from megadiff.diffusion.sampler import Conditions, Sampler
+from megadiff.types import Dense, Noised, Prediction, Readout, SampledRows
 from tests.diffusion.ideal import GRIDS, SHARES, TOKENS, IdealDenoiser, cells, draw_pairs
 from tests.diffusion.small import model_of
 
@@ -42,7 +42,7 @@ def run(
     denoiser = IdealDenoiser(model)
     sampler = Sampler(model, Sampling(steps=steps))
     initial = start_of(denoiser, keys, grids) if "grid" in generate else {}
-    return sampler.sample(denoiser, keys, generate=generate, given=given, initial=initial)
+    return sampler.sample(denoiser, keys, generate=generate, conditions=Conditions(given=given, initial=initial))
 
 
 def assert_frequencies(labels: Tensor, expected: Tensor, bias: float) -> None:
@@ -118,7 +118,9 @@ def test_vp_from_the_prior_instead_of_its_marginal_differs_but_stays_in_the_data
     """The bias of starting VP at pure noise (what the paper does) is small and only in the frequencies."""
     model = model_of("vp", "epsilon")
     given = {"tokens": TOKENS[1].expand(500, -1).contiguous()}
-    made = Sampler(model, Sampling(steps=40)).sample(IdealDenoiser(model), keys_of(500), generate=["grid"], given=given)
+    made = Sampler(model, Sampling(steps=40)).sample(
+        IdealDenoiser(model), keys_of(500), generate=["grid"], conditions=Conditions(given=given)
+    )
     labels = cells(made["grid"], made["tokens"])
     assert set(labels.tolist()) == {1, 2}
 
@@ -165,10 +167,12 @@ def test_the_error_of_heun_falls_with_the_square_of_the_steps_and_that_of_euler_
     heun, euler = [], []
     for steps in (32, 64, 128):
         sampler = Sampler(model, Sampling(steps=steps))
-        made = sampler.sample(denoiser, keys_of(len(start)), generate=["number"], given={}, initial={"number": start})
+        made = sampler.sample(
+            denoiser, keys_of(len(start)), generate=["number"], conditions=Conditions(given={}, initial={"number": start})
+        )
         heun.append((made["number"] - end).square().mean().sqrt().item())
         state = start
-        for now, then in pairwise(sampler._grid(["number"])):
+        for now, then in pairwise(sampler.grid(["number"])):
             at, earlier = torch.full((len(state),), now), torch.full((len(state),), then)
             noised = Noised({"number": state}, {"number": at}, {"number": None})
             slope = process.slope(denoiser(noised, {"number": Dense()})["number"], state, at)
@@ -205,7 +209,11 @@ def test_no_mask_is_left_given_states_stay_and_only_masked_rows_are_asked_for(st
     states = {name: pairs[name].clone() for name in given}
     done = []
     made = Sampler(model, Sampling(steps=steps)).sample(
-        denoiser, keys_of(count), generate=generate, given=states, progress=lambda at, of: done.append((at, of))
+        denoiser,
+        keys_of(count),
+        generate=generate,
+        conditions=Conditions(given=states),
+        progress=lambda at, of: done.append((at, of)),
     )
     assert done == [(step + 1, steps) for step in range(steps)]
     assert list(made) == ["tokens", "grid"]
@@ -216,8 +224,8 @@ def test_no_mask_is_left_given_states_stay_and_only_masked_rows_are_asked_for(st
     for noised, readout in denoiser.calls:
         assert set(readout) <= set(generate)
         if "tokens" in readout:
-            assert isinstance(readout["tokens"], RowLogits)
-            rows = readout["tokens"].rows
+            assert isinstance(readout["tokens"], SampledRows)
+            rows = readout["tokens"].rows[0]
             assert (noised.states["tokens"].flatten()[rows] == 5).all()
             asked.append(rows)
     if "tokens" in generate:
@@ -230,7 +238,7 @@ def test_every_evaluation_sees_generated_clocks_together_given_ones_at_0_and_abs
     model = model_of()
     for generate, given in ((["tokens", "grid"], {}), (["grid"], {"tokens": TOKENS}), (["tokens"], {})):
         denoiser = Watched(model)
-        Sampler(model, Sampling(steps=4)).sample(denoiser, keys_of(5), generate=generate, given=given)
+        Sampler(model, Sampling(steps=4)).sample(denoiser, keys_of(5), generate=generate, conditions=Conditions(given=given))
         heun = "grid" in generate
         expected = [1.0, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25] if heun else [1.0, 0.75, 0.5, 0.25]
         for (noised, _), time in zip(denoiser.calls, expected, strict=True):
@@ -241,7 +249,9 @@ def test_every_evaluation_sees_generated_clocks_together_given_ones_at_0_and_abs
 
 def test_a_vp_grid_takes_smaller_steps_near_0_where_its_sigma_is_steep():
     denoiser = Watched(model_of("vp", "epsilon"))
-    Sampler(model_of("vp", "epsilon"), Sampling(steps=4)).sample(denoiser, keys_of(5), generate=["tokens", "grid"], given={})
+    Sampler(model_of("vp", "epsilon"), Sampling(steps=4)).sample(
+        denoiser, keys_of(5), generate=["tokens", "grid"], conditions=Conditions(given={})
+    )
     times = [noised.clocks["grid"][0].item() for noised, _ in denoiser.calls]
     assert times == [1.0, 0.5625, 0.5625, 0.25, 0.25, 0.0625, 0.0625]
     assert all(torch.equal(noised.clocks["grid"], noised.clocks["tokens"]) for noised, _ in denoiser.calls)
@@ -250,7 +260,7 @@ def test_a_vp_grid_takes_smaller_steps_near_0_where_its_sigma_is_steep():
 def test_the_number_of_masks_falls_with_the_clock():
     model, count = model_of(), 2000
     denoiser = Watched(model)
-    Sampler(model, Sampling(steps=5)).sample(denoiser, keys_of(count), generate=["tokens"], given={})
+    Sampler(model, Sampling(steps=5)).sample(denoiser, keys_of(count), generate=["tokens"], conditions=Conditions(given={}))
     for noised, _ in denoiser.calls:
         rate = noised.clocks["tokens"][0].item()
         share = (noised.states["tokens"] == 5).double().mean().item()
@@ -263,10 +273,13 @@ def test_the_same_keys_give_the_same_samples_in_any_batch(generate, guidance):
     model, keys, pairs = model_of(), keys_of(40), draw_pairs(40)
     sampler = Sampler(model, Sampling(steps=6, guidance=guidance, guidance_final_time=0.6))
     given = {name: pairs[name] for name in ("tokens", "grid") if name not in generate}
-    whole = sampler.sample(IdealDenoiser(model), keys, generate=generate, given=given)
+    whole = sampler.sample(IdealDenoiser(model), keys, generate=generate, conditions=Conditions(given=given))
     for rows in (torch.tensor([7]), torch.tensor([31, 2, 9, 10]), torch.arange(40).flip(0)):
         part = sampler.sample(
-            IdealDenoiser(model), keys[rows], generate=generate, given={name: state[rows] for name, state in given.items()}
+            IdealDenoiser(model),
+            keys[rows],
+            generate=generate,
+            conditions=Conditions(given={name: state[rows] for name, state in given.items()}),
         )
         assert torch.equal(part["tokens"], whole["tokens"][rows])
         torch.testing.assert_close(part["grid"], whole["grid"][rows], atol=1e-4, rtol=0)
@@ -275,7 +288,10 @@ def test_the_same_keys_give_the_same_samples_in_any_batch(generate, guidance):
 def test_other_keys_give_other_samples():
     model = model_of()
     sampler = Sampler(model, Sampling(steps=6))
-    first, second = (sampler.sample(IdealDenoiser(model), keys_of(50, s), generate=["tokens"], given={}) for s in (1, 2))
+    first, second = (
+        sampler.sample(IdealDenoiser(model), keys_of(50, s), generate=["tokens"], conditions=Conditions(given={}))
+        for s in (1, 2)
+    )
     assert not torch.equal(first["tokens"], second["tokens"])
 
 
@@ -292,7 +308,7 @@ def test_an_impossible_task_is_a_user_error_that_names_the_modality(generate, gi
     model = model_of()
     with pytest.raises(UserError, match=named):
         Sampler(model, Sampling(steps=2)).sample(
-            IdealDenoiser(model), keys_of(5), generate=generate, given=dict.fromkeys(given, TOKENS)
+            IdealDenoiser(model), keys_of(5), generate=generate, conditions=Conditions(given=dict.fromkeys(given, TOKENS))
         )
 
 
@@ -303,6 +319,8 @@ def test_a_grid_is_drawn_at_every_pixel_of_a_larger_space():
     def zero(noised: Noised, readout: Mapping[str, Readout]) -> Prediction:
         return {"grid": torch.zeros_like(noised.states["grid"])}
 
-    made = Sampler(model, Sampling(steps=2)).sample(zero, keys_of(6), generate=["grid"], given={"tokens": TOKENS[[0] * 6]})
+    made = Sampler(model, Sampling(steps=2)).sample(
+        zero, keys_of(6), generate=["grid"], conditions=Conditions(given={"tokens": TOKENS[[0] * 6]})
+    )
     assert made["grid"].shape == (6, 2, 3, 4)
     assert len(made["grid"].unique()) == 6 * 24

@@ -10,9 +10,9 @@ from megadiff.config.errors import UserError
 from megadiff.config.schema import GaussianProcess, GridSpace, Sampling
 from megadiff.diffusion.gaussian import Gaussian
 from megadiff.diffusion.process import build_processes
-from megadiff.diffusion.sampler import Sampler
-from megadiff.diffusion.solvers import Ancestral, Heun, build_solver
-from megadiff.types import Dense
+from megadiff.diffusion.sampler import Conditions, Sampler
+from megadiff.diffusion.solvers import Ancestral, Heun, Solver, Step, build_solver
+from megadiff.types import Dense, Drawn, SampledRows
 from tests.diffusion.ideal import GRIDS, TOKENS, IdealDenoiser
 from tests.diffusion.small import model_of
 
@@ -20,44 +20,60 @@ KEYS = rng.sample_keys(4, torch.arange(200))
 PROCESSES = build_processes(model_of())
 
 
+def step_of(now: float, then: float, keys: torch.Tensor = KEYS) -> Step:
+    count = len(keys)
+    return Step(torch.full((count,), now), torch.full((count,), then), keys, then == 0)
+
+
+def solver_of(name: str, keys: torch.Tensor = KEYS, **sampling) -> Solver:
+    return build_solver(PROCESSES[name], Sampling(**sampling), keys, torch.ones(len(keys)))
+
+
+def drawn_at(request: SampledRows, token: int = 0) -> Drawn:
+    count = request.rows.shape[1]
+    return Drawn(torch.full((count,), token), torch.zeros(count), torch.zeros(count))
+
+
 def test_heun_asks_twice_except_in_the_step_to_0():
-    solver = build_solver(PROCESSES["grid"])
+    solver = solver_of("grid")
     assert isinstance(solver, Heun)
     state = PROCESSES["grid"].prior(KEYS)
     for now, then, twice in ((1.0, 0.5, True), (0.5, 1e-6, True), (0.5, 0.0, False)):
-        moved = solver.move(state, now, then, KEYS, Dense(), torch.ones_like(state))
+        moved = solver.move(state, step_of(now, then), Dense(), torch.ones_like(state))
         assert (moved.slope is not None) == twice
 
 
 def test_heun_moves_along_the_average_of_both_slopes():
-    solver = build_solver(PROCESSES["grid"])
+    solver = solver_of("grid")
     state = PROCESSES["grid"].prior(KEYS)
-    moved = solver.move(state, 0.8, 0.6, KEYS, Dense(), torch.full_like(state, 2.0))
+    moved = solver.move(state, step_of(0.8, 0.6), Dense(), torch.full_like(state, 2.0))
     torch.testing.assert_close(moved.state, state - 0.2 * 2)
-    corrected = solver.correct(state, 0.8, 0.6, moved, torch.full_like(state, 5.0))
+    corrected = solver.correct(state, step_of(0.8, 0.6), moved, torch.full_like(state, 5.0))
     torch.testing.assert_close(corrected, state - 0.2 * 3.5)
 
 
 def test_ancestral_asks_about_chosen_masks_only_and_changes_nothing_else():
-    solver = build_solver(PROCESSES["tokens"])
+    solver = solver_of("tokens")
     assert isinstance(solver, Ancestral)
     clean = TOKENS[torch.arange(200) % 5]
     state = PROCESSES["tokens"].noise(clean, torch.full((200,), 0.8), KEYS).state
-    request = solver.request(state, 0.8, 0.4, KEYS)
-    chosen = torch.zeros(600, dtype=torch.bool).index_fill(0, request.rows, True).view(200, 3)
-    assert 0 < len(request.rows) < (state == 5).sum()
+    request = solver.request(state, step_of(0.8, 0.4))
+    rows = request.rows[0]
+    chosen = torch.zeros(600, dtype=torch.bool).index_fill(0, rows, True).view(200, 3)
+    assert 0 < len(rows) < (state == 5).sum()
     assert (state[chosen] == 5).all()
-    moved = solver.move(state, 0.8, 0.4, KEYS, request, torch.zeros(len(request.rows), 5))
+    moved = solver.move(state, step_of(0.8, 0.4), request, drawn_at(request))
     assert moved.slope is None
-    assert (moved.state[chosen] < 5).all()
+    assert (moved.state[chosen] == 0).all()
     assert torch.equal(moved.state[~chosen], state[~chosen])
 
 
 def test_ancestral_asks_for_an_empty_readout_where_nothing_is_masked():
-    solver = build_solver(PROCESSES["tokens"])
-    request = solver.request(TOKENS, 0.5, 0.25, KEYS[:5])
-    assert request.rows.shape == (0,)
-    assert torch.equal(solver.move(TOKENS, 0.5, 0.25, KEYS[:5], request, torch.empty(0, 5)).state, TOKENS)
+    solver = solver_of("tokens", KEYS[:5])
+    step = step_of(0.5, 0.25, KEYS[:5])
+    request = solver.request(TOKENS, step)
+    assert request.rows.shape == (1, 0)
+    assert torch.equal(solver.move(TOKENS, step, request, drawn_at(request)).state, TOKENS)
 
 
 def test_a_process_without_a_solver_is_refused():
@@ -65,7 +81,7 @@ def test_a_process_without_a_solver_is_refused():
         name = "sound"
 
     with pytest.raises(TypeError, match="sound: there is no solver for a Other"):
-        build_solver(Other())
+        build_solver(Other(), Sampling(), KEYS, torch.ones(200))
 
 
 @pytest.mark.parametrize("schedule", ["vp", "rectified_flow"])
@@ -74,16 +90,17 @@ def test_an_error_of_epsilon_at_time_1_is_not_multiplied_without_bound(schedule)
     config = GaussianProcess(schedule=schedule, target="epsilon")
     process = Gaussian("grid", config, GridSpace(channels=1, height=1, width=2))
     state = process.prior(KEYS)
-    slope = process.slope(1.05 * state, state, torch.ones(200))
-    torch.testing.assert_close(slope, 1.05 * state)
-    clean, _ = process.clean_and_noise(1.05 * state, state, torch.ones(200))
+    clean, noise = process.clean_and_noise(1.05 * state, state, torch.ones(200))
+    torch.testing.assert_close(noise, 1.05 * state)
     assert clean.abs().max() <= 0.05 / 0.0686 * state.abs().max()
 
 
 def test_a_flow_that_predicts_epsilon_gives_the_data_set_back_too():
     model = model_of("rectified_flow", "epsilon")
     given = {"tokens": TOKENS[1].expand(200, -1).contiguous()}
-    made = Sampler(model, Sampling(steps=20)).sample(IdealDenoiser(model), KEYS, generate=["grid"], given=given)["grid"]
+    made = Sampler(model, Sampling(steps=20)).sample(
+        IdealDenoiser(model), KEYS, generate=["grid"], conditions=Conditions(given=given)
+    )["grid"]
     nearest = (made[:, None] - GRIDS[1:3]).abs().flatten(2).amax(2).amin(1)
     assert nearest.quantile(0.95) < 1e-2
 
@@ -106,6 +123,5 @@ def test_an_impossible_task_is_refused_in_one_sentence(generate, given, initial,
             IdealDenoiser(model),
             KEYS[:5],
             generate=generate,
-            given=dict.fromkeys(given, TOKENS),
-            initial=dict.fromkeys(initial, TOKENS),
+            conditions=Conditions(given=dict.fromkeys(given, TOKENS), initial=dict.fromkeys(initial, TOKENS)),
         )

@@ -1,0 +1,107 @@
+"""The truth for drawing tokens: plain torch, logits in float32 and for a chunk of rows at a time.
+
+Legend: B samples, S positions, D width, V vocabulary, R rows, K branches of guidance.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROWS_AT_ONCE = 512
+TILE = 128
+"""Probabilities are added up in tiles of this many tokens, then over tiles: part of what is drawn, so not to be tuned."""
+
+
+class Draws(NamedTuple):
+    """Drawn ids int64 [R]; log-probability and entropy of the untempered, untruncated distribution, float32 [R]."""
+
+    ids: Tensor
+    log_probability: Tensor
+    entropy: Tensor
+
+
+def sample_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    weights: Tensor,
+    uniforms: Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Draws:
+    """One token per row from softmax(sum over branches of weight x logits).
+
+    The head is linear and a row's weights add up to 1, so branches are mixed before it: one product per row, however many
+    branches. Log-probabilities mix like logits: their normalisers are constants of a row.
+
+    Args:
+        hidden: [B, S, D].
+        weight: the head's [V, D].
+        bias: [V] or None.
+        rows: int64 [K, R], indices into the flattened [B * S] positions.
+        weights: float32 [K, R], columns adding up to 1.
+        uniforms: float64 [R].
+        temperature, top_k, top_p: see `draw_rows`.
+    """
+    flat = hidden.flatten(0, 1)
+    head = weight.float(), None if bias is None else bias.float()
+    parts = []
+    for start in range(0, max(rows.shape[1], 1), ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        branches = flat[rows[:, part].flatten()].float().view(*rows[:, part].shape, hidden.shape[-1])
+        mixed = branches[0] if len(branches) == 1 else (branches * weights[:, part, None]).sum(0)
+        logits = F.linear(mixed, *head)
+        parts.append(draw_rows(logits, uniforms[part], temperature, top_k, top_p))
+    return Draws(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def draw_rows(logits: Tensor, uniforms: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Draws:
+    """One token per row of float32 logits [R, V], by inverse distribution function, its sums in float64.
+
+    Gumbel noise in float32 lowers the temperature (Zheng et al., arXiv 2409.02908); one float64 uniform per row does not.
+
+    Args:
+        temperature: logits are divided by it; 0 takes the likeliest token.
+        top_k: only the likeliest `top_k` tokens can be drawn (more where equal); 0 is all.
+        top_p: only the likeliest tokens that together reach this probability can be drawn.
+    """
+    logs = logits.float().log_softmax(-1)
+    shares = logs.exp()
+    entropy = -torch.special.xlogy(shares, shares).sum(-1)
+    ids = logs.argmax(-1) if temperature == 0 else _inverse(_shares(logs, temperature, top_k, top_p), uniforms)
+    return Draws(ids, logs.gather(1, ids[:, None])[:, 0], entropy)
+
+
+def _shares(logs: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Probabilities up to a factor, float32 [R, V]."""
+    if temperature != 1:
+        logs = logs / temperature
+    if 0 < top_k < logs.shape[1]:
+        logs = logs.masked_fill(logs < logs.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        ordered = logs.softmax(-1).sort(-1, descending=True).values
+        before = ordered.double().cumsum(-1) - ordered
+        least = torch.where(before < top_p, ordered, torch.inf).amin(-1, keepdim=True)
+        logs = logs.masked_fill(logs.softmax(-1) < least, -torch.inf)
+    return (logs - logs.amax(-1, keepdim=True)).exp()
+
+
+def _inverse(shares: Tensor, uniforms: Tensor) -> Tensor:
+    """The first index at which the cumulative share exceeds uniform x total; first among tiles, then within one."""
+    vocabulary = shares.shape[1]
+    tiles = F.pad(shares, (0, -vocabulary % TILE)).view(len(shares), -(-vocabulary // TILE), TILE)
+    ends = tiles.sum(-1, dtype=torch.float64).cumsum(-1)
+    aim = uniforms[:, None] * ends[:, -1:]
+    tile = torch.searchsorted(ends, aim, right=True).clamp_max(ends.shape[1] - 1)
+    before = torch.where(tile > 0, ends.gather(1, (tile - 1).clamp_min(0)), 0.0)
+    inside = tiles.gather(1, tile[:, :, None].expand(-1, -1, TILE))[:, 0].double().cumsum(-1)
+    # Rounding may leave the aim beyond a tile's own sum: then the last token of the tile with any share is meant.
+    aim = torch.minimum(aim - before, torch.nextafter(inside[:, -1:], torch.zeros_like(inside[:, -1:])))
+    place = torch.searchsorted(inside, aim, right=True)
+    return (tile * TILE + place)[:, 0].clamp_max(vocabulary - 1)

@@ -1,0 +1,336 @@
+"""From prompts, pictures, masks, tables and data sets to what the sampler is given, a chunk of samples at a time."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from megadiff import rng
+from megadiff.config.errors import UserError
+from megadiff.config.schema import (
+    CaptionField,
+    ClassField,
+    FieldSource,
+    GridSpace,
+    LatentField,
+    NumberField,
+    PixelField,
+    TokenSpace,
+)
+from megadiff.data.encode import CaptionCodec, Codec, unknown_region
+from megadiff.data.loader import Shuffled
+from megadiff.diffusion.sampler import Conditions, Known, Sampler
+from megadiff.evaluation.tasks import IMPUTE, Task, find_task, inpainting
+from megadiff.interfaces.request import GenerateRequest
+from megadiff.interfaces.weights import Loaded
+
+DEFAULT_COUNT = 16
+LONGEST_LABEL = 60
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sample to be drawn: its number decides its random key, whatever the batch or the process."""
+
+    number: int
+    name: str
+    condition: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Samples that are drawn and stored together; `load` gives the items (fewer where some cannot be read) and conditions."""
+
+    task: Task
+    load: Callable[[], tuple[list[Item], Conditions]]
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Turns a request into chunks."""
+
+    request: GenerateRequest
+    loaded: Loaded
+    codecs: Mapping[str, Codec]
+
+    def chunks(self) -> list[Chunk]:
+        """All chunks, in an order that does not depend on who draws them.
+
+        Raises:
+            UserError: the task, a prompt, a picture or a row is at fault.
+        """
+        names, predicted = list(self.loaded.model.modalities), self.loaded.predicted
+        match self.request.task:
+            case "inpaint":
+                return self._inpainting()
+            case "impute":
+                return self._imputing()
+            case task:
+                return self._plain(find_task(task, names, predicted))
+
+    # -------------------------------------------------------------------------------------------------------------- plain
+
+    def _plain(self, task: Task) -> list[Chunk]:
+        request = self.request
+        if request.data is not None:
+            return self._of_data(task, request.data)
+        given = {name: self._values(name) for name in task.given}
+        start = {name: values for name in task.generated if (values := self._values(name))}
+        if missing := [name for name, values in given.items() if not values]:
+            raise UserError(f"{task.name} needs {', '.join(missing)}: {self._flags(missing)}")
+        if start and request.strength is None:
+            names = ", ".join(start)
+            raise UserError(f"{task.name} makes {names}: leave it out, or say with --strength how far to start from it")
+        if request.strength is not None and not start:
+            raise UserError(f"--strength varies something that is there: {self._flags(task.generated)}")
+        # Several prompts take several samples each; a single picture or prompt serves all of them.
+        sources = {**given, **start}
+        several = max((len(values) for values in sources.values()), default=1)
+        if uneven := [name for name, values in sources.items() if len(values) not in (1, several)]:
+            raise UserError(f"{', '.join(uneven)} must be one or as many as the others ({several})")
+        per_source = request.n or (1 if sources else DEFAULT_COUNT)
+        items, picks = [], []
+        for number in range(several * per_source):
+            index = number // per_source
+            picked = {name: found[index % len(found)] for name, found in sources.items()}
+            label = "-".join(label for label, _ in picked.values())
+            condition = {name: picked[name][1] for name in task.given}
+            items.append(Item(number, f"{number:06d}-{_safe(label)}" if label else f"{number:06d}", condition))
+            picks.append(index)
+        states = {name: torch.stack([self._state(name, value) for _, value in found]) for name, found in sources.items()}
+
+        def load(part: slice) -> tuple[list[Item], Conditions]:
+            chosen = torch.tensor(picks[part])
+            taken = {name: state[chosen % len(state)] for name, state in states.items()}
+            return items[part], self._conditions(task, taken, items[part])
+
+        return [Chunk(task, _bound(load, part)) for part in _parts(len(items), request.batch)]
+
+    def _of_data(self, task: Task, address: str) -> list[Chunk]:
+        """Every sample of a data set, or the first n in its shuffled order."""
+        source = Shuffled(address, self.loaded.data, self.loaded.model)
+        needed = [*task.given, *(task.generated if self.request.strength is not None else ())]
+        if not needed:
+            raise UserError(f"{task.name} takes no condition: leave out --data, or vary the data's samples with --strength")
+
+        def load(part: slice) -> tuple[list[Item], Conditions]:
+            found = [(n, sample) for n in range(part.start, part.stop) if (sample := source.read(n)) is not None]
+            items = [Item(n, f"{n:06d}-{_safe(name)}", self._shown(task.given, states)) for n, (name, states) in found]
+            if not items:
+                return [], Conditions()
+            taken = {name: torch.stack([self._limited(name, states[name]) for _, (_, states) in found]) for name in needed}
+            return items, self._conditions(task, taken, items)
+
+        return [
+            Chunk(task, _bound(load, part))
+            for part in _parts(min(len(source), self.request.n or len(source)), self.request.batch)
+        ]
+
+    def _conditions(self, task: Task, states: Mapping[str, Tensor], items: Sequence[Item]) -> Conditions:
+        request = self.request
+        given = {name: states[name] for name in task.given}
+        conditions = Conditions(given=given, held_at=dict.fromkeys(given, request.condition_time))
+        if request.strength is None:
+            return conditions
+        sampler = Sampler(self.loaded.model, request.sampling)
+        keys = keys_of(items, request.seed)
+        start = {name: sampler.noised(name, states[name], request.strength, keys) for name in task.generated if name in states}
+        return conditions._replace(initial=start, start_at=dict.fromkeys(start, request.strength))
+
+    # --------------------------------------------------------------------------------------------------------- in-painting
+
+    def _inpainting(self) -> list[Chunk]:
+        """A picture with a mask, a text with blanks, or both: what is not known is filled in."""
+        request = self.request
+        parts: dict[str, Known] = {}
+        shown: dict[str, Any] = {}
+        if request.image:
+            name = self._only("picture", PixelField, LatentField)
+            picture, space = open_picture(request.image[0]), self.loaded.model.modalities[name].space
+            clean = self.codecs[name].encode(picture)
+            unknown = torch.zeros_like(clean, dtype=torch.bool)
+            if request.mask_image and isinstance(space, GridSpace):
+                unknown = unknown_region(open_picture(request.mask_image), space)
+            parts[name], shown[name] = Known(clean, ~unknown), picture
+        if request.prompt:
+            name = self._only("text", CaptionField)
+            codec = self.codecs[name]
+            assert isinstance(codec, CaptionCodec)
+            parts[name] = Known(*codec.encode_with_blanks(request.prompt[0], request.blank_tokens))
+            shown[name] = request.prompt[0]
+        open_parts = {name: part for name, part in parts.items() if not bool(part.where.all())}
+        if not open_parts:
+            raise UserError("nothing is to be filled in: give --mask-image (white is unknown), or a --text with ___ in it")
+        if headless := [name for name in open_parts if name not in self.loaded.predicted]:
+            raise UserError(f"this model cannot make {', '.join(headless)}; it predicts {', '.join(self.loaded.predicted)}")
+        task = inpainting([name for name in parts if name not in open_parts], list(open_parts))
+        items = [Item(number, f"{number:06d}", shown) for number in range(request.n or 1)]
+
+        def load(part: slice) -> tuple[list[Item], Conditions]:
+            count = len(items[part])
+            repeated = {name: Known(*(t.expand(count, *t.shape) for t in known)) for name, known in parts.items()}
+            given = {name: repeated[name].clean for name in task.given}
+            known = {name: repeated[name] for name in task.generated}
+            return items[part], Conditions(given=given, held_at=dict.fromkeys(given, request.condition_time), known=known)
+
+        return [Chunk(task, _bound(load, part)) for part in _parts(len(items), request.batch)]
+
+    # ---------------------------------------------------------------------------------------------------------- imputation
+
+    def _imputing(self) -> list[Chunk]:
+        """The rows of a CSV; rows that lack the same columns are drawn together."""
+        request, fields = self.request, self.loaded.data.fields
+        if not all(isinstance(field, NumberField | ClassField) for field in fields.values()):
+            raise UserError("impute fills in the rows of a table, and not all of this model's modalities are columns")
+        rows = read_rows(str(request.table), {getattr(field, "column", ""): name for name, field in fields.items()})
+        by_pattern: dict[tuple[str, ...], list[int]] = defaultdict(list)
+        for number, row in enumerate(rows):
+            by_pattern[tuple(name for name in self.loaded.model.modalities if name not in row)].append(number)
+        chunks = []
+        for lacking, numbers in by_pattern.items():
+            if headless := [name for name in lacking if name not in self.loaded.predicted]:
+                raise UserError(f"this model cannot make {', '.join(headless)}, which row {numbers[0] + 1} lacks")
+            task = Task(IMPUTE, tuple(name for name in self.loaded.model.modalities if name not in lacking), lacking)
+
+            def load(part: slice, task: Task = task, numbers: list[int] = numbers) -> tuple[list[Item], Conditions]:
+                chosen = numbers[part]
+                items = [Item(number, f"{number:06d}", rows[number]) for number in chosen]
+                given = {name: torch.stack([self._state(name, rows[n][name]) for n in chosen]) for name in task.given}
+                return items, Conditions(given=given, held_at=dict.fromkeys(given, request.condition_time))
+
+            chunks += [Chunk(task, _bound(load, part)) for part in _parts(len(numbers), request.batch)]
+        return chunks
+
+    # -------------------------------------------------------------------------------------------------------------- values
+
+    def _values(self, name: str) -> list[tuple[str, Any]]:
+        """(label, value) pairs that the flags give for a modality."""
+        request, field = self.request, self.loaded.data.fields[name]
+        if isinstance(field, CaptionField):
+            if (request.prompts or request.prompt) and name != self._only("text", CaptionField):
+                return []
+            return (
+                read_prompts(request.prompts) if request.prompts else [(str(i), text) for i, text in enumerate(request.prompt)]
+            )
+        if isinstance(field, PixelField | LatentField) and request.image:
+            self._only("picture", PixelField, LatentField)
+            return [(Path(path).stem, open_picture(path)) for path in request.image]
+        return []
+
+    def _only(self, what: str, *kinds: type[FieldSource]) -> str:
+        names = [name for name, field in self.loaded.data.fields.items() if isinstance(field, kinds)]
+        if len(names) != 1:
+            found = f"has several: {', '.join(names)}; give them with --data MANIFEST" if names else "has none"
+            raise UserError(f"a {what} is for a model with one modality of that kind, and this one {found}")
+        return names[0]
+
+    def _flags(self, names: Iterable[str]) -> str:
+        fields = [self.loaded.data.fields[name] for name in names]
+        flags = ["--prompt TEXT or --prompts FILE.json"] if any(isinstance(field, CaptionField) for field in fields) else []
+        flags += ["--image FILE"] if any(isinstance(field, PixelField | LatentField) for field in fields) else []
+        return "give " + " or ".join([*flags, "--data MANIFEST"])
+
+    def _state(self, name: str, value: Any) -> Tensor:
+        codec = self.codecs[name]
+        if self.request.repeat_prompt and isinstance(codec, CaptionCodec):
+            value = repeated_to_fill(codec, value)
+        return self._limited(name, codec.encode(value))
+
+    def _limited(self, name: str, state: Tensor) -> Tensor:
+        """Cut tokens after `limit_context_len`: what follows becomes end mark and padding."""
+        space, limit = self.loaded.model.modalities[name].space, self.request.limit_context_len
+        if limit is None or not isinstance(space, TokenSpace) or limit >= space.length:
+            return state
+        if space.end_id is None or space.pad_id is None:
+            raise UserError(f"--limit-context-len needs an end mark, and {name} has none")
+        limited = state.clone()
+        if space.end_id not in state[:limit]:
+            limited[limit - 1] = space.end_id
+        limited[limit:] = space.pad_id
+        return limited
+
+    def _shown(self, names: Iterable[str], states: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {name: self.codecs[name].decode(states[name]) for name in names}
+
+
+def keys_of(items: Sequence[Item], seed: int) -> Tensor:
+    """One random key per sample, int64 [B]: a function of the seed and the sample's number."""
+    return rng.sample_keys(seed, torch.tensor([item.number for item in items], dtype=torch.int64))
+
+
+def read_prompts(path: str) -> list[tuple[str, str]]:
+    """(id, caption) pairs from a JSON file: a list of captions, {"id": "caption"}, or {"text": [captions]}.
+
+    Raises:
+        UserError: the file is missing or has another form.
+    """
+    try:
+        tree = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--prompts {path} cannot be read: {error.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {path} is not JSON: {error}") from None
+    if isinstance(tree, dict) and isinstance(tree.get("text"), list):
+        tree = tree["text"]
+    pairs = list(enumerate(tree)) if isinstance(tree, list) else list(tree.items()) if isinstance(tree, dict) else []
+    if not pairs or not all(isinstance(text, str) for _, text in pairs):
+        raise UserError(
+            f'--prompts {path} must be a list of captions, {{"id": "caption"}}, or {{"text": [captions]}}, and not empty'
+        )
+    return [(str(label), text) for label, text in pairs]
+
+
+def read_rows(path: str, columns: Mapping[str, str]) -> list[dict[str, str]]:
+    """The rows of a CSV by modality, without their empty cells.
+
+    Raises:
+        UserError: it cannot be read, or a column is unknown.
+    """
+    try:
+        with Path(path).open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            header = reader.fieldnames or []
+            rows = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"--table {path} cannot be read as CSV: {error}") from None
+    if unknown := [column for column in header if column not in columns]:
+        raise UserError(f"--table {path} has the columns {', '.join(unknown)}; the model's are {', '.join(columns)}")
+    if not rows:
+        raise UserError(f"--table {path} has no rows under its header")
+    return [{columns[column]: cell for column, cell in row.items() if column in columns and cell} for row in rows]
+
+
+def open_picture(path: str) -> Image.Image:
+    """Raises UserError if it is no picture."""
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGBA")
+    except (OSError, UnidentifiedImageError) as error:
+        raise UserError(f"{path} cannot be read as a picture: {error}") from None
+
+
+def repeated_to_fill(codec: CaptionCodec, prompt: str) -> str:
+    """A prompt as often as its tokens need to fill the context (short captions leave it mostly padding)."""
+    once = max(len(codec.tokenizer.encode(prompt, add_special_tokens=False).ids), 1)
+    return " ".join([prompt] * -(-codec.space.length // once))
+
+
+def _parts(count: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _bound(load: Callable[[slice], tuple[list[Item], Conditions]], part: slice) -> Callable[[], tuple[list[Item], Conditions]]:
+    return lambda: load(part)
+
+
+def _safe(label: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in label)[:LONGEST_LABEL]
