@@ -89,7 +89,8 @@ def plan_launch(run: Run, deepspeed: Mapping[str, Any], environment: Mapping[str
 def missing_files(run: Run) -> list[str]:
     """Local files that the run names and that are not there, as `key: path`."""
     named = {"data.train": run.data.train, "data.held_out": run.data.held_out}
-    named |= {f"data.fields.{name}.tokenizer": getattr(source, "tokenizer", None) for name, source in run.data.fields.items()}
+    for name, source in run.data.fields.items():
+        named |= {f"data.fields.{name}.{key}": getattr(source, key) for key in source.FILES}
     return [f"{key}: {path}" for key, path in named.items() if path and "://" not in path and not Path(path).exists()]
 
 

@@ -95,6 +95,7 @@ class Sampler:
         conditions: Conditions = NOTHING,
         guide: Denoiser | None = None,
         progress: Callable[[int, int], None] | None = None,
+        after_step: Callable[[int, Times, States], States] | None = None,
     ) -> States:
         """Draw the modalities `generate`.
 
@@ -102,6 +103,7 @@ class Sampler:
             keys: int64 [B], one per sample.
             guide: a weaker network for autoguidance.
             progress: called with (steps done, steps in all).
+            after_step: called with (step, where its clocks ended, states); the states that it returns are gone on with.
 
         Returns:
             Clean states of the generated modalities, the others as they stood.
@@ -114,6 +116,8 @@ class Sampler:
         steps = run.steps()
         for index, (now, then, again) in enumerate(steps):
             run.advance(now, then, rng.fold(keys, index), again=again)
+            if after_step:
+                run.states = after_step(index, then, run.states)
             done = run.finished()
             if progress:
                 progress(len(steps) if done else index + 1, len(steps))

@@ -56,11 +56,16 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Planner:
-    """Turns a request into chunks."""
+    """Turns a request into chunks.
+
+    Attributes:
+        keys: the samples' random keys, by default functions of the request's seed and their numbers.
+    """
 
     request: GenerateRequest
     loaded: Loaded
     codecs: Mapping[str, Codec]
+    keys: Tensor | None = None
 
     def chunks(self) -> list[Chunk]:
         """All chunks, in an order that does not depend on who draws them.
@@ -142,7 +147,7 @@ class Planner:
         if request.strength is None:
             return conditions
         sampler = Sampler(self.loaded.model, request.sampling)
-        keys = keys_of(items, request.seed)
+        keys = keys_of(items, request.seed) if self.keys is None else self.keys[: len(items)]
         start = {name: sampler.noised(name, states[name], request.strength, keys) for name in task.generated if name in states}
         return conditions._replace(initial=start, start_at=dict.fromkeys(start, request.strength))
 
@@ -223,7 +228,10 @@ class Planner:
             )
         if isinstance(field, PixelField | LatentField) and request.image:
             self._only("picture", PixelField, LatentField)
-            return [(Path(path).stem, open_picture(path)) for path in request.image]
+            return [
+                (Path(source).stem if isinstance(source, str) else str(index), open_picture(source))
+                for index, source in enumerate(request.image)
+            ]
         return []
 
     def _only(self, what: str, *kinds: type[FieldSource]) -> str:
@@ -309,8 +317,10 @@ def read_rows(path: str, columns: Mapping[str, str]) -> list[dict[str, str]]:
     return [{columns[column]: cell for column, cell in row.items() if column in columns and cell} for row in rows]
 
 
-def open_picture(path: str) -> Image.Image:
-    """Raises UserError if it is no picture."""
+def open_picture(path: str | Image.Image) -> Image.Image:
+    """A picture, or the one in a file. Raises UserError if that is none."""
+    if isinstance(path, Image.Image):
+        return path.convert("RGBA")
     try:
         with Image.open(path) as picture:
             return picture.convert("RGBA")

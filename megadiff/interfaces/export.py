@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,26 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megadiff.config.errors import UserError
-from megadiff.config.schema import CaptionField, Data, FieldSource, Model
+from megadiff.config.schema import Data, FieldSource, Model
 from megadiff.storage import store
 
-CONFIG, WEIGHTS = "megadiff.yaml", "model.safetensors"
+CONFIG, WEIGHTS, CARD = "megadiff.yaml", "model.safetensors", "README.md"
 FORMAT, VERSION = "megadiff-export", 1
 
 
 @dataclass(frozen=True)
 class Exported:
-    """Configuration and whole float32 tensors by parameter name."""
+    """Configuration and whole float32 tensors by parameter name.
+
+    Attributes:
+        card: the model card's text.
+    """
 
     model: Model
     data: Data
     predicted: tuple[str, ...]
     tensors: dict[str, Tensor]
+    card: str
 
 
 class _File(BaseModel):
@@ -43,23 +49,27 @@ class _File(BaseModel):
 
 
 def write(out: Path, exported: Exported) -> None:
-    """Write an export; tokenizers are copied beside the weights.
+    """Write an export; tokenizers and whatever else its fields name are copied beside the weights.
 
     Raises:
-        UserError: `out` is there already, or a tokenizer is not.
+        UserError: `out` is there already, or such a file is not.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already; name a new folder for the export")
     fields: dict[str, Any] = {}
-    tokenizers: dict[str, bytes] = {}
+    copies: dict[str, str] = {}
     for name, source in exported.data.fields.items():
         fields[name] = source.model_dump(mode="json")
-        if isinstance(source, CaptionField):
-            fields[name]["tokenizer"] = f"tokenizer.{name}.json"
-            tokenizers[fields[name]["tokenizer"]] = store.read_bytes(source.tokenizer)
+        for key in source.FILES:
+            if (path := fields[name][key]) is not None:
+                fields[name][key] = copies.setdefault(path, f"{key}.{name}{Path(path).suffix}")
+    contents = {name: store.read_bytes(path) for path, name in copies.items() if not Path(path).is_dir()}
     out.mkdir(parents=True, exist_ok=True)
-    for file, text in tokenizers.items():
-        (out / file).write_bytes(text)
+    for path, name in copies.items():
+        if name in contents:
+            (out / name).write_bytes(contents[name])
+        else:
+            shutil.copytree(path, out / name)
     save_file({name: tensor.contiguous() for name, tensor in exported.tensors.items()}, out / WEIGHTS)
     tree = {
         "format": FORMAT,
@@ -69,6 +79,7 @@ def write(out: Path, exported: Exported) -> None:
         "predicted": list(exported.predicted),
     }
     (out / CONFIG).write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    (out / CARD).write_text(exported.card, encoding="utf-8")
 
 
 def read(folder: Path) -> Exported:
@@ -81,10 +92,12 @@ def read(folder: Path) -> Exported:
         raise UserError(f"{folder} is no whole export: {str(error).splitlines()[0]}") from None
     if (file.format, file.version) != (FORMAT, VERSION):
         raise UserError(f"{path} is a {file.format} of version {file.version}; this program reads {FORMAT} {VERSION}")
-    fields = {
-        name: source.model_copy(update={"tokenizer": str(folder / source.tokenizer)})
-        if isinstance(source, CaptionField)
-        else source
-        for name, source in file.fields.items()
-    }
-    return Exported(file.model, Data(train="", fields=fields), file.predicted, tensors)
+    fields = {name: _beside(source, folder) for name, source in file.fields.items()}
+    card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).exists() else ""
+    return Exported(file.model, Data(train="", fields=fields), file.predicted, tensors, card)
+
+
+def _beside(source: FieldSource, folder: Path) -> FieldSource:
+    """A field whose files lie in the export's folder."""
+    paths = {key: getattr(source, key) for key in source.FILES}
+    return source.model_copy(update={key: str(folder / path) for key, path in paths.items() if path is not None})

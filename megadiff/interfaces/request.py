@@ -6,12 +6,14 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from PIL import Image
+
 from megadiff.config.schema import Sampling
 
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """The flags of `megadiff sample`, one field each (see its help)."""
+    """The flags of `megadiff sample`, one field each (see its help); a program may give pictures instead of files."""
 
     checkpoint: str
     task: str
@@ -20,8 +22,8 @@ class GenerateRequest:
     prompt: tuple[str, ...] = ()
     prompts: str | None = None
     data: str | None = None
-    image: tuple[str, ...] = ()
-    mask_image: str | None = None
+    image: tuple[str | Image.Image, ...] = ()
+    mask_image: str | Image.Image | None = None
     table: str | None = None
     strength: float | None = None
     condition_time: float = 0.0

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from megadiff.config import derived
 from megadiff.config.errors import UserError
 from megadiff.config.layout import RUN
 from megadiff.config.load import load_run, validate
@@ -16,6 +17,7 @@ from megadiff.config.schema import Data, LatentField, Model
 from megadiff.data.encode import Codec, build_codecs
 from megadiff.engine.checkpoint import MANIFEST, CheckpointError, CheckpointReader
 from megadiff.interfaces import export
+from megadiff.interfaces.card import model_card
 from megadiff.models.mmdit import MMDiT, build_model, part_of
 from megadiff.training.stages import newest_checkpoint, stage_of
 from megadiff.types import ALIGNMENT
@@ -31,6 +33,7 @@ class Loaded:
         predicted: the modalities that it has heads for.
         source: what was loaded, for people.
         fingerprint: a hash of the weights.
+        card: the model card's text.
     """
 
     model: Model
@@ -39,6 +42,7 @@ class Loaded:
     module: MMDiT
     source: str
     fingerprint: str
+    card: str
 
     def codecs(self) -> dict[str, Codec]:
         return build_codecs(self.data, self.model)
@@ -76,14 +80,14 @@ def _load(address: str, weights: str, device: torch.device | str) -> Loaded:
         loaded = export.read(folder)
         module = _build(loaded.model, loaded.predicted, loaded.tensors, device)
         fingerprint = file_hash(folder / export.WEIGHTS)
-        return Loaded(loaded.model, loaded.data, loaded.predicted, module, f"export {address}", fingerprint)
+        return Loaded(loaded.model, loaded.data, loaded.predicted, module, f"export {address}", fingerprint, loaded.card)
     if not (folder / MANIFEST).exists():
         folder = _newest(folder)
     checkpoint = from_checkpoint(folder, weights)
     module = _build(checkpoint.model, checkpoint.predicted, checkpoint.tensors, device)
     source = f"{folder} ({weights} weights)"
     fingerprint = file_hash(folder / MANIFEST)  # it holds the hashes of all files
-    return Loaded(checkpoint.model, checkpoint.data, checkpoint.predicted, module, source, fingerprint)
+    return Loaded(checkpoint.model, checkpoint.data, checkpoint.predicted, module, source, fingerprint, checkpoint.card)
 
 
 def file_hash(path: Path) -> str:
@@ -103,8 +107,9 @@ def from_checkpoint(folder: Path, weights: str) -> export.Exported:
     kind = reader.weight_kind(weights)
     needed = [name for name in reader.manifest.parameters if part_of(name) != ALIGNMENT]  # that part is for training only
     tensors = {name: reader.read_whole(kind, name) for name in needed}
-    predicted = tuple(name for name, modality in stage.modalities.items() if modality.predicted)
-    return export.Exported(run.model, run.data, predicted, tensors)
+    shown = "plain weights" if weights == "raw" else f"averaged weights ({kind})"
+    card = model_card(run, stage, step=reader.manifest.progress["optimizer_step"], weights=shown)
+    return export.Exported(run.model, run.data, derived.predicted(stage), tensors, card)
 
 
 def export_run(source: str, out: str, weights: str = "ema") -> None:

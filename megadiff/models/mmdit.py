@@ -65,6 +65,15 @@ class MMDiT(nn.Module):
                 aligned[ALIGNMENT] = self.alignment(stream, readout[ALIGNMENT])
         return {**heads(stream, readout), **aligned}
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; diffusers' pipelines ask their components for it."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
     def layers(self, read: Collection[str] | None = None) -> list[nn.Module]:
         """The layers that forward runs in order when the modalities `read` (None: all predicted) are read out.
 

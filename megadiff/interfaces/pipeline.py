@@ -1,0 +1,204 @@
+"""A diffusers pipeline over an export, a run or a checkpoint: the library's names for what `megadiff sample` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from PIL import Image
+from pydantic import ValidationError
+from torch import Tensor
+
+from megadiff.config.errors import UserError
+from megadiff.config.schema import LatentField, PixelField, Sampling
+from megadiff.diffusion.sampler import Sampler, States, Times
+from megadiff.evaluation.tasks import INPAINT, JOINT, Task, find_task
+from megadiff.interfaces import export
+from megadiff.interfaces.conditions import Planner
+from megadiff.interfaces.request import GenerateRequest
+from megadiff.interfaces.weights import HUB, Loaded, load
+from megadiff.models.mmdit import MMDiT
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+@dataclass
+class MegadiffOutput(BaseOutput):  # type: ignore[misc]
+    """What a call gives.
+
+    Attributes:
+        images: N pictures; for output_type np float [N, H, W, C] and for pt [N, C, H, W], in [0, 1]; None if none were made.
+        texts: N captions, or None.
+        states: per generated modality the clean states [N, ...].
+    """
+
+    images: Any
+    texts: list[str] | None
+    states: dict[str, Tensor]
+
+
+class MegadiffPipeline(DiffusionPipeline):  # type: ignore[misc]
+    """`MegadiffPipeline.from_pretrained(FOLDER)(prompt="red heart").images[0]`."""
+
+    def __init__(self, denoiser: MMDiT, loaded: Loaded | None = None) -> None:
+        super().__init__()
+        self.register_modules(denoiser=denoiser)
+        self._loaded = loaded
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, *, weights: str = "ema", torch_dtype: torch.dtype | None = None, autoencoder: str | None = None
+    ) -> MegadiffPipeline:
+        """Load an export, a run, a checkpoint, or a repository of the Hugging Face hub (ORG/NAME).
+
+        Raises:
+            UserError: nothing loadable is there.
+        """
+        address = str(source)
+        if not Path(address).exists() and address.count("/") == 1 and not address.startswith(HUB):
+            address = HUB + address
+        loaded = load(address, weights, autoencoder=autoencoder)
+        return cls(loaded.module if torch_dtype is None else loaded.module.to(torch_dtype), loaded)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write an export."""
+        tensors = {name: parameter.detach().float().cpu() for name, parameter in self.denoiser.named_parameters()}
+        loaded = self.loaded
+        export.write(Path(folder), export.Exported(loaded.model, loaded.data, loaded.predicted, tensors, loaded.card))
+
+    @property
+    def loaded(self) -> Loaded:
+        if self._loaded is None:
+            raise UserError("this pipeline has no configuration; make it by MegadiffPipeline.from_pretrained(FOLDER)")
+        return self._loaded
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        image: Image.Image | Sequence[Image.Image] | None = None,
+        mask_image: Image.Image | None = None,
+        strength: float | None = None,
+        task: str | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None] | None = None,
+        return_dict: bool = True,
+        **sampling: Any,
+    ) -> MegadiffOutput | tuple[Any, list[str] | None]:
+        """Draw samples.
+
+        Args:
+            prompt: captions; with `mask_image`, or with ___ in it, what is to be filled in.
+            image: pictures to caption, to fill in, or (with `strength`) to start from.
+            mask_image: white is to be filled in.
+            task: by default what the arguments amount to: text to image, image to text, in-painting, or pairs from nothing.
+            generator: where the samples' seeds come from; one per sample, or one for all; torch's own by default.
+            callback_on_step_end: called with (pipeline, step, clocks by modality, {"states": ...}); states that it returns are
+                gone on with.
+            **sampling: other fields of `megadiff.config.schema.Sampling`: order="confidence", guidance_interval=(0.3, 0.8), ...
+
+        Raises:
+            UserError: the arguments do not go together, or the model cannot do that.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise UserError(f"output_type {output_type!r} is unknown; known: {', '.join(OUTPUT_TYPES)}")
+        prompts = () if prompt is None else (prompt,) if isinstance(prompt, str) else tuple(prompt)
+        images = () if image is None else (image,) if isinstance(image, Image.Image) else tuple(image)
+        request = GenerateRequest(
+            checkpoint=self.loaded.source,
+            task=task or self._task_of(prompts, images, mask_image, strength),
+            out="",
+            prompt=prompts,
+            image=images,
+            mask_image=mask_image,
+            strength=strength,
+            sampling=_sampling(num_inference_steps, guidance_scale, sampling),
+            n=num_images_per_prompt,
+            batch=2**31,  # one chunk: the caller chooses how many samples go together
+        )
+        keys = _keys(generator, max(len(prompts), len(images), 1) * num_images_per_prompt)
+        (chunk,) = Planner(request, self.loaded, self.loaded.codecs(), keys).chunks()
+        _, conditions = chunk.load()
+        states = Sampler(self.loaded.model, request.sampling).sample(
+            self.denoiser,
+            keys.to(self.device),
+            generate=chunk.task.generated,
+            conditions=conditions.to(self.device),
+            after_step=None if callback_on_step_end is None else self._told(callback_on_step_end),
+        )
+        output = self._output(chunk.task, states, output_type)
+        return output if return_dict else (output.images, output.texts)
+
+    def _task_of(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Image.Image],
+        mask_image: Image.Image | None,
+        strength: float | None,
+    ) -> str:
+        if mask_image is not None or any("___" in prompt for prompt in prompts):
+            return INPAINT
+        if not prompts and (not images or strength is not None):
+            return JOINT
+        made = [name for name in self.loaded.model.modalities if self._is_picture(name) == bool(prompts)]
+        given = [name for name in self.loaded.model.modalities if name not in made]
+        name = f"{'+'.join(given)}-to-{'+'.join(made)}"
+        return find_task(name, list(self.loaded.model.modalities), self.loaded.predicted).name
+
+    def _is_picture(self, name: str) -> bool:
+        return isinstance(self.loaded.data.fields[name], PixelField | LatentField)
+
+    def _told(self, callback: Callable[..., dict[str, Any] | None]) -> Callable[[int, Times, States], States]:
+        def after_step(step: int, clocks: Times, states: States) -> States:
+            answer = callback(self, step, clocks, {"states": states}) or {}
+            changed: States = answer.get("states", states)
+            return changed
+
+        return after_step
+
+    def _output(self, task: Task, states: States, output_type: str) -> MegadiffOutput:
+        made = {name: states[name] for name in task.generated}
+        if output_type == "latent":
+            return MegadiffOutput(images=None, texts=None, states=made)
+        codecs = self.loaded.codecs()
+        shown = {name: [codecs[name].decode(state.cpu()) for state in made[name]] for name in made}
+        pictures = next((values for name, values in shown.items() if self._is_picture(name)), None)
+        texts = next((values for name, values in shown.items() if not self._is_picture(name)), None)
+        return MegadiffOutput(images=_as(output_type, pictures), texts=texts, states=made)
+
+
+def _sampling(steps: int, guidance: float, others: dict[str, Any]) -> Sampling:
+    try:
+        return Sampling(steps=steps, guidance=guidance, **others)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        place = ".".join(str(part) for part in fault["loc"])
+        raise UserError(f"{place}: {fault['msg'].removeprefix('Value error, ')}") from None
+
+
+def _keys(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> Tensor:
+    """int64 [N] sample keys."""
+    if generator is None or isinstance(generator, torch.Generator):
+        device = "cpu" if generator is None else generator.device
+        return torch.randint(2**62, (count,), generator=generator, device=device)
+    if len(generator) != count:
+        raise UserError(f"generator has {len(generator)} entries for {count} samples; give one, or as many as samples")
+    return torch.cat([torch.randint(2**62, (1,), generator=each, device=each.device).cpu() for each in generator])
+
+
+def _as(output_type: str, pictures: list[Image.Image] | None) -> Any:
+    if pictures is None or output_type == "pil":
+        return pictures
+    stacked = np.stack([np.asarray(picture.convert("RGB"), dtype=np.float32) / 255 for picture in pictures])
+    return stacked if output_type == "np" else torch.from_numpy(stacked).permute(0, 3, 1, 2)

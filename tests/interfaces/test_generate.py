@@ -1,0 +1,247 @@
+"""`megadiff sample`: what is drawn, stored, gone on with and refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from megadiff.config.errors import UserError
+from megadiff.config.schema import Sampling
+from megadiff.data.shards import Shard, read_manifest
+from megadiff.interfaces import generate as module
+from megadiff.interfaces.generate import generate
+from megadiff.interfaces.request import GenerateRequest
+from megadiff.launcher.local import free_port
+
+ROOT = Path(__file__).parents[2]
+HELD_OUT = str(ROOT / "examples/emoji32/held_out")
+FEW = Sampling(steps=3)
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+
+
+def ask(exported: Path, out: Path, **fields: Any) -> list[dict[str, Any]]:
+    request = {"checkpoint": str(exported), "task": "joint", "out": str(out), "sampling": FEW, "batch": 4, **fields}
+    generate(GenerateRequest(**request))
+    return records(out)
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path), dtype=np.int64)
+
+
+def picture(path: Path, colour: str = "red") -> str:
+    image = Image.new("RGB", (32, 32), "white")
+    ImageDraw.Draw(image).rectangle((8, 8, 23, 23), fill=colour)
+    image.save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(("count", "batch"), [(1, 4), (4, 4), (5, 2), (7, 3)])
+def test_exactly_as_many_samples_as_asked_for(exported, tmp_path, count, batch):
+    found = ask(exported, tmp_path / "out", n=count, batch=batch)
+    assert [record["number"] for record in found] == list(range(count))
+    assert len(list((tmp_path / "out").glob("*.image.png"))) == count
+    assert (tmp_path / "out/sheet.png").exists()
+
+
+def test_a_sample_is_the_same_in_any_batch_and_with_other_samples_beside_it(exported, tmp_path):
+    few = ask(exported, tmp_path / "few", n=3, batch=1)
+    many = ask(exported, tmp_path / "many", n=6, batch=5)
+    for one, other in zip(few, many[:3], strict=True):
+        assert one["generated"]["text"] == other["generated"]["text"]
+        difference = pixels(tmp_path / f"few/{one['name']}.image.png") - pixels(tmp_path / f"many/{other['name']}.image.png")
+        assert np.abs(difference).max() <= 1
+    assert few[0]["generated"]["text"] != few[1]["generated"]["text"]
+    other_seed = ask(exported, tmp_path / "seed", n=3, seed=9)
+    assert other_seed[0]["generated"]["text"] != few[0]["generated"]["text"]
+
+
+@pytest.mark.distributed
+def test_two_processes_draw_what_one_draws(exported, tmp_path):
+    alone = ask(exported, tmp_path / "alone", task="text-to-image", data=HELD_OUT, n=7, batch=2)
+    command = [sys.executable, "-m", "megadiff", "sample", "--checkpoint", str(exported), "--task", "text-to-image"]
+    command += ["--data", HELD_OUT, "-n", "7", "--batch", "2", "--steps", "3", "--out", str(tmp_path / "both")]
+    common = {
+        **os.environ,
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+    }
+    ranks = [
+        subprocess.Popen(command, cwd=ROOT, env={**common, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE)
+        for rank in ("0", "1")
+    ]
+    for rank in ranks:
+        _, said = rank.communicate(timeout=120)
+        assert rank.returncode == 0, said.decode()
+    both = records(tmp_path / "both")
+    assert both == alone
+    for record in alone:
+        assert (
+            pixels(tmp_path / f"both/{record['name']}.image.png") == pixels(tmp_path / f"alone/{record['name']}.image.png")
+        ).all()
+
+
+def test_finished_chunks_are_not_drawn_again_and_an_interrupted_one_is(exported, tmp_path, monkeypatch):
+    drawn: list[int] = []
+    draw = module.draw
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(len(arguments[4]))
+        return draw(*arguments, **named)
+
+    monkeypatch.setattr(module, "draw", watched)
+    with pytest.raises(KeyboardInterrupt):
+        ask(exported, tmp_path / "out", n=10)
+    assert drawn == [4, 4]
+    assert not (tmp_path / "out/samples.jsonl").exists()
+    drawn.clear()
+    resumed = ask(exported, tmp_path / "out", n=10)
+    assert drawn == [2]
+    drawn.clear()
+    monkeypatch.setattr(module, "draw", draw)
+    assert ask(exported, tmp_path / "whole", n=10) == resumed
+
+
+def test_a_folder_of_another_request_or_of_other_things_is_refused(exported, tmp_path):
+    ask(exported, tmp_path / "out", n=2)
+    with pytest.raises(UserError, match=r"holds samples of another request \(seed: 0, now 1\); name a new folder"):
+        ask(exported, tmp_path / "out", n=2, seed=1)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").touch()
+    with pytest.raises(UserError, match="holds other files; name a new folder"):
+        ask(exported, tmp_path / "mine", n=2)
+
+
+def test_tar_shards_hold_the_samples_and_are_listed_in_a_manifest(exported, tmp_path):
+    out = tmp_path / "out"
+    found = ask(exported, out, task="text-to-image", data=HELD_OUT, n=6, format="tar")
+    manifest = read_manifest(str(out))
+    assert [(entry.name, entry.samples) for entry in manifest.shards] == [("samples-000000.tar", 4), ("samples-000001.tar", 2)]
+    assert manifest.facts["request"]["task"] == "text-to-image"
+    shard = Shard("x", out / "samples-000001.tar")
+    assert [shard.key(offset) for offset in range(2)] == [record["name"] for record in found[4:]]
+    members = shard.members(0)
+    assert set(members) == {"image.png", "json"}
+    assert json.loads(members["json"]) == found[4]
+    assert not list(out.glob("*.image.png"))
+    assert (out / "sheet.png").exists()
+
+
+def test_a_whole_data_set_is_sampled_with_each_condition_once(exported, tmp_path):
+    found = ask(exported, tmp_path / "out", task="image-to-text", data=HELD_OUT, batch=64, sampling=Sampling(steps=1))
+    assert len(found) == read_manifest(HELD_OUT).samples
+    assert len({record["name"].partition("-")[2] for record in found}) == len(found)
+    assert (tmp_path / f"out/{found[0]['name']}.image.given.png").exists()
+
+
+def test_prompts_are_repeated_and_cut_as_asked(exported, tmp_path):
+    """--limit-context-len takes the smaller of the two lengths."""
+    common = {"task": "text-to-image", "prompt": ("a red heart on a green apple beside a blue car",), "n": 1}
+    plain = ask(exported, tmp_path / "plain", **common)
+    cut = ask(exported, tmp_path / "cut", **common, limit_context_len=3)
+    ask(exported, tmp_path / "long", **common, limit_context_len=500)
+    same = pixels(tmp_path / f"plain/{plain[0]['name']}.image.png")
+    assert (same == pixels(tmp_path / f"long/{plain[0]['name']}.image.png")).all()
+    assert (same != pixels(tmp_path / f"cut/{cut[0]['name']}.image.png")).any()
+
+
+def test_in_painting_keeps_what_is_known_of_the_picture_and_of_the_text(exported, tmp_path):
+    mask = Image.new("L", (32, 32), 0)
+    ImageDraw.Draw(mask).rectangle((16, 0, 31, 31), fill=255)
+    mask.save(tmp_path / "mask.png")
+    shown = picture(tmp_path / "shown.png")
+    found = ask(
+        exported,
+        tmp_path / "out",
+        task="inpaint",
+        image=(shown,),
+        mask_image=str(tmp_path / "mask.png"),
+        prompt=("a ___ heart",),
+        n=3,
+    )
+    texts = [record["generated"]["text"]["text"] for record in found]
+    assert all(text.startswith("a") and text.endswith("heart") and text != "a heart" for text in texts)
+    assert len(set(texts)) > 1
+    for record in found:
+        made = pixels(tmp_path / f"out/{record['name']}.image.png")
+        assert (made[:, :16] == pixels(Path(shown))[:, :16]).all()
+        assert (made[:, 16:] != pixels(Path(shown))[:, 16:]).any()
+
+
+def test_only_the_picture_or_only_the_text_may_have_an_unknown_part(exported, tmp_path):
+    shown = picture(tmp_path / "shown.png")
+    text = ask(exported, tmp_path / "text", task="inpaint", image=(shown,), prompt=("heart ___",))
+    assert list(text[0]["generated"]) == ["text"]
+    assert text[0]["generated"]["text"]["text"].startswith("heart")
+    Image.new("L", (64, 64), 255).save(tmp_path / "all.png")
+    drawn = ask(
+        exported, tmp_path / "image", task="inpaint", image=(shown,), mask_image=str(tmp_path / "all.png"), prompt=("red",)
+    )
+    assert list(drawn[0]["generated"]) == ["image"]
+    with pytest.raises(UserError, match="nothing is to be filled in: give --mask-image"):
+        ask(exported, tmp_path / "none", task="inpaint", image=(shown,), prompt=("a heart",))
+    with pytest.raises(UserError, match=r"takes 43 tokens with its blanks, and the model's captions have 16; shorten it"):
+        ask(exported, tmp_path / "long", task="inpaint", prompt=("a ___ heart",), blank_tokens=40)
+
+
+def test_variations_are_the_nearer_the_smaller_the_strength(exported, tmp_path):
+    shown = picture(tmp_path / "shown.png")
+    away = []
+    for strength in (0.05, 0.9):
+        common = {"task": "text-to-image", "prompt": ("red",), "image": (shown,), "strength": strength}
+        (record,) = ask(exported, tmp_path / f"out{strength}", **common)
+        away.append(np.abs(pixels(tmp_path / f"out{strength}/{record['name']}.image.png") - pixels(Path(shown))).mean())
+    assert away[0] < 25 < away[1]
+
+
+def test_autoguidance_goes_away_from_the_weaker_network(exported, tiny, tmp_path, monkeypatch):
+    from tests.interfaces.conftest import write_export
+
+    monkeypatch.chdir(ROOT)
+    weaker = write_export(tiny, tmp_path / "weaker", seed=5)
+    plain = ask(exported, tmp_path / "plain", n=2)
+    same = ask(exported, tmp_path / "same", n=2, guide=str(exported), sampling=Sampling(steps=3, autoguidance=2.0))
+    other = ask(exported, tmp_path / "other", n=2, guide=str(weaker), sampling=Sampling(steps=3, autoguidance=2.0))
+    assert [record["generated"] for record in same] == [record["generated"] for record in plain]
+    for record in plain:
+        mine = pixels(tmp_path / f"plain/{record['name']}.image.png")
+        assert np.abs(mine - pixels(tmp_path / f"same/{record['name']}.image.png")).max() <= 1
+        assert (mine != pixels(tmp_path / f"other/{record['name']}.image.png")).any()
+    assert other
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"task": "text-to-image", "image": ("x.png",)}, "x.png cannot be read as a picture"),
+        ({"task": "text-to-sound"}, "this model cannot do text-to-sound; it can do: image-to-text, text-to-image, joint"),
+        ({"task": "image-to-text", "prompt": ("a cat",)}, "image-to-text needs image: give --image FILE or --data MANIFEST"),
+        (
+            {"task": "text-to-image", "prompt": ("a",), "strength": 0.5},
+            "--strength varies something that is there: give --image",
+        ),
+        ({"data": HELD_OUT}, "joint takes no condition: leave out --data, or vary the data's samples with --strength"),
+        ({"task": "impute", "table": "x.csv"}, "not all of this model's modalities are columns"),
+        ({"prompt": ("a",)}, "joint makes text: leave it out, or say with --strength how far to start from it"),
+    ],
+)
+def test_an_impossible_request_is_one_sentence(exported, tmp_path, fields, sentence):
+    with pytest.raises(UserError) as error:
+        ask(exported, tmp_path / "out", **fields)
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
