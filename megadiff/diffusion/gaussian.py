@@ -23,7 +23,7 @@ SMALLEST_SHARE = 1e-3
 
 
 def vp_log_alpha(times: Tensor) -> Tensor:
-    """log alpha(t) = -1/2 of the integral of beta, with sqrt(beta) linear in t; alpha(1) is 0.0688.
+    """log alpha(t) = -1/2 of the integral of beta, with sqrt(beta) linear in t; alpha(1) is 0.069.
 
     Source: the betas of latent diffusion (Rombach et al. 2022), in continuous time as in the paper's code.
     """

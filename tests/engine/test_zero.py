@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from megadiff.engine.checkpoint import CheckpointReader, latest_checkpoint
 from megadiff.interfaces.weights import load
+from tests.data.small import sample, write_source
 from tests.engine.worker import probe_input
 from tests.ranks import ROOT, run_ranks, start_ranks
 
@@ -182,3 +185,44 @@ def test_a_damaged_file_stops_all_ranks_with_one_sentence(zero3_at_5: dict[str, 
     assert "rank_00001.safetensors is damaged" in report["error"]
     assert "\n" not in report["error"]
     assert json.dumps(report["error"])
+
+
+@pytest.fixture(scope="module")
+def with_features(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source of numbered samples that carry features of 16 tokens with 6 numbers each."""
+    folder = tmp_path_factory.mktemp("features")
+    members = {}
+    for number in range(32):
+        buffer = io.BytesIO()
+        np.save(buffer, np.random.default_rng(number).normal(size=(16, 6)).astype(np.float16))
+        members[number] = {**sample(number), "dino.npy": buffer.getvalue()}
+    members[5].pop("dino.npy")  # one sample cannot be read
+    return Path(write_source(folder, [16, 16], members))
+
+
+def test_a_stage_aligns_with_features_of_its_shards_alike_on_one_rank_and_under_zero3(with_features, tmp_path):
+    overrides = [
+        f"data.train={with_features}",
+        "data.features={image: dino.npy}",
+        "data.block_shards=1",
+        "stages.first.alignment={modality: image, block: 0, features: 6, weight: 0.5}",
+        "stages.first.steps=3",
+        "stages.second.initialise={source: previous, new: [text], dropped: [alignment]}",
+        "stages.second.steps=1",
+    ]
+    reference = train(tmp_path / "one", 1, 0, overrides=overrides, stages=("first", "second"))
+    assert "error" not in reference
+    alone = train(tmp_path / "alone", 1, 0, overrides=overrides)
+    shared = train(tmp_path / "shared", 2, 3, overrides=overrides, zero_options=PARTITION_ALL)
+    assert_same_curve(shared, alone)
+    rows = [json.loads(line) for line in (tmp_path / "alone/first/metrics.jsonl").read_text().splitlines()]
+    assert all(0 < row["losses"]["alignment"] < 2 for row in rows)
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["losses"]["image"] + 0.5 * row["losses"]["alignment"], rel=1e-5)
+    assert load(str(tmp_path / "alone")).predicted == ("image",)  # sampling does not need the projection
+
+
+def test_the_true_bound_of_tokens_is_reported_with_every_step(one_rank):
+    rows = [json.loads(line) for line in (one_rank["folder"] / "third/metrics.jsonl").read_text().splitlines()]
+    assert all(row["nelbo"]["text"] > 0 for row in rows)
+    assert all("image" not in row["nelbo"] for row in rows)
