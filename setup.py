@@ -34,6 +34,7 @@ setup(
         "transformers>=5",
         "diffusers>=0.37",
         "tokenizers>=0.22",
+        "ftfy>=6.3",
         "safetensors>=0.7",
         "huggingface-hub>=1",
         "numpy>=2",

@@ -13,7 +13,37 @@ def add(verbs: Verbs) -> None:
     parser = add_verb(verbs, "data", "make data sets and index shards", "Make data sets and index shards.")
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     _add_emoji(actions)
+    _add_table(actions)
     _add_index(actions)
+
+
+def _add_table(actions: Verbs) -> None:
+    parser = add_verb(
+        actions,
+        "table",
+        "the rows of a CSV as tar shards, one modality a column",
+        "Write the rows of a CSV as tar shards (train and held out) and columns.json, what a model must know of its columns,\n"
+        "and print the sections of a run file that fit them.",
+        "  megadiff data table people.csv data/people --classes postcode\n",
+    )
+    parser.add_argument("source", metavar="FILE.csv", help="a file or an address; its first line names the columns")
+    parser.add_argument("out", metavar="OUT", help="a folder, or an s3:// address")
+    parser.add_argument("--shard-rows", metavar="N", type=positive, default=5000, help="rows per tar shard (default: 5000)")
+    parser.add_argument("--held-out-share", metavar="SHARE", type=_share, default=0.1, help="(default: 0.1)")
+    parser.add_argument(
+        "--classes", metavar="A,B", type=_names, default=(), help="columns of categories that look like numbers"
+    )
+    parser.add_argument("--numbers", metavar="A,B", type=_names, default=(), help="columns that must be numbers")
+    parser.set_defaults(run=make_table)
+    parser = add_verb(
+        actions,
+        "diamonds",
+        "a table to try: 53,940 diamonds, 7 columns of numbers and 3 of categories",
+        "Fetch the diamonds of plotnine's wheel with pip and write them as `data table` does, for configs/run/diamonds.yaml.",
+        "  megadiff data diamonds data/diamonds\n",
+    )
+    parser.add_argument("out", metavar="OUT", help="a folder, or an s3:// address")
+    parser.set_defaults(run=make_diamonds)
 
 
 def _add_emoji(actions: Verbs) -> None:
@@ -61,8 +91,12 @@ def _add_index(actions: Verbs) -> None:
     parser.set_defaults(run=index)
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 def _sets(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    names = _names(text)
     unknown = [name for name in names if name not in EMOJI_SETS]
     if unknown or not names:
         raise argparse.ArgumentTypeError(f"unknown set {', '.join(unknown)}; known: {', '.join(EMOJI_SETS)}")
@@ -91,6 +125,32 @@ def make_emoji(arguments: argparse.Namespace) -> int:
         held_out_share=arguments.held_out_share,
         vocabulary=arguments.vocabulary,
     )
+    return 0
+
+
+def make_table(arguments: argparse.Namespace) -> int:
+    import yaml
+
+    from megadiff.data.recipes import table
+
+    made = table.make_table(
+        arguments.source,
+        arguments.out,
+        shard_rows=arguments.shard_rows,
+        held_out_share=arguments.held_out_share,
+        classes=arguments.classes,
+        numbers=arguments.numbers,
+    )
+    print(f"table: {arguments.out} ({made.train:,} rows to train on, {made.held_out:,} held out)\n")
+    print(yaml.safe_dump(table.as_config(made.columns, arguments.out), sort_keys=False, default_flow_style=None), end="")
+    return 0
+
+
+def make_diamonds(arguments: argparse.Namespace) -> int:
+    from megadiff.data.recipes import table
+
+    made = table.make_diamonds(arguments.out)
+    print(f"table: {arguments.out} ({made.train:,} rows to train on, {made.held_out:,} held out)")
     return 0
 
 

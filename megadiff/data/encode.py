@@ -15,7 +15,19 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from megadiff.config.errors import ConfigError, UserError
-from megadiff.config.schema import CaptionField, Data, GridSpace, Model, PixelField, TokenSpace
+from megadiff.config.schema import (
+    CaptionField,
+    ClassField,
+    Data,
+    GridSpace,
+    LatentField,
+    Model,
+    NumberField,
+    PixelField,
+    TokenSpace,
+)
+from megadiff.data import clip
+from megadiff.data.columns import ClassCodec, NumberCodec
 from megadiff.data.errors import SampleError
 from megadiff.data.shards import Members
 from megadiff.storage import store
@@ -110,11 +122,12 @@ def _fit(picture: Image.Image, width: int, height: int) -> Image.Image:
 
 
 class CaptionCodec:
-    """Captions: tokens, the end mark, padding."""
+    """Captions: the start mark where there is one, tokens, the end mark, padding."""
 
     def __init__(self, field: CaptionField, space: TokenSpace) -> None:
         """Raises ConfigError if the tokenizer is missing or does not fit the space."""
         self.member, self.space = field.member, space
+        self.clean = clip.clean if field.cleaning == "clip" else normalise
         path = field.tokenizer
         if not store.exists(path):
             raise ConfigError(f"tokenizer {path} does not exist; give the path of a tokenizer.json")
@@ -136,7 +149,7 @@ class CaptionCodec:
 
     def encode(self, value: str) -> Tensor:
         """A caption to int64 [S]; what is too long is cut so that the end mark stays."""
-        ids = self.tokenizer.encode(normalise(value), add_special_tokens=False).ids
+        ids = [*self._start(), *self.tokenizer.encode(self.clean(value), add_special_tokens=False).ids]
         length, end, pad = self.space.length, self.space.end_id, self.space.pad_id
         if end is not None:
             ids = [*ids[: length - 1], end]
@@ -153,13 +166,13 @@ class CaptionCodec:
             UserError: it is too long.
         """
         pieces = re.split(r"_{3,}", " ".join(value.split()))
-        ids: list[int] = []
-        known: list[bool] = []
+        ids = self._start()
+        known = [True] * len(ids)
         for number, piece in enumerate(pieces):
             if number:
                 ids += [0] * blank_tokens
                 known += [False] * blank_tokens
-            text = f" {normalise(piece)}" if piece.startswith(" ") else normalise(piece)
+            text = f" {self.clean(piece)}" if piece.startswith(" ") else self.clean(piece)
             found = self.tokenizer.encode(text, add_special_tokens=False).ids if text.strip() else []
             ids += found
             known += [True] * len(found)
@@ -177,13 +190,16 @@ class CaptionCodec:
         return torch.tensor([*ids, *[fill] * rest]), torch.tensor([*known, *[closed] * rest], dtype=torch.bool)
 
     def decode(self, state: Tensor) -> str:
-        """int64 [S] to text, cut at the end mark; the mask state and padding show as nothing."""
+        """int64 [S] to text, cut at the end mark; the mask state, the start mark and padding show as nothing."""
         ids = state.tolist()
         if self.space.end_id in ids:
             ids = ids[: ids.index(self.space.end_id)]
-        hidden = {self.space.vocabulary, self.space.pad_id}
+        hidden = {self.space.vocabulary, self.space.start_id, self.space.pad_id}
         text: str = self.tokenizer.decode([i for i in ids if i not in hidden], skip_special_tokens=False)
         return text.strip()
+
+    def _start(self) -> list[int]:
+        return [] if self.space.start_id is None else [self.space.start_id]
 
     def _captions(self, members: Members) -> list[str]:
         if self.member not in members:
@@ -211,13 +227,21 @@ def build_codecs(data: Data, model: Model) -> dict[str, Codec]:
     Raises:
         ConfigError: a field does not fit its modality's space, or a tokenizer is missing.
     """
+    from megadiff.data.latents import LatentCodec  # which is built on the codec of pictures
+
     codecs: dict[str, Codec] = {}
     for name, modality in model.modalities.items():
         field, space = data.fields[name], modality.space
         if isinstance(field, PixelField) and isinstance(space, GridSpace):
             codecs[name] = PixelCodec(field, space)
+        elif isinstance(field, LatentField) and isinstance(space, GridSpace):
+            codecs[name] = LatentCodec(field, space, name)
         elif isinstance(field, CaptionField) and isinstance(space, TokenSpace):
             codecs[name] = CaptionCodec(field, space)
+        elif isinstance(field, NumberField) and isinstance(space, GridSpace):
+            codecs[name] = NumberCodec(field, space)
+        elif isinstance(field, ClassField) and isinstance(space, TokenSpace):
+            codecs[name] = ClassCodec(field, space)
         else:
             raise ConfigError(f"data.fields.{name} is {field.kind}, which cannot fill a {space.kind} space")
     return codecs

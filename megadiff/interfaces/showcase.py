@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -9,16 +10,18 @@ from torch import Tensor
 
 from megadiff import rng
 from megadiff.config.errors import UserError
-from megadiff.config.schema import CaptionField, Run, Showcase
+from megadiff.config.schema import CaptionField, ClassField, NumberField, Run, Showcase
 from megadiff.data.encode import Codec
 from megadiff.data.loader import HeldOut, read_held_out
 from megadiff.diffusion.sampler import Conditions
 from megadiff.evaluation.gap import conditioning_gap
 from megadiff.evaluation.report import Section, contact_sheet
+from megadiff.evaluation.table import Table, compare, picture, table_of
 from megadiff.evaluation.tasks import Task, cell_of, draw, progress_bar, tasks_of
 from megadiff.interfaces.weights import Loaded, load
 
 SHEET = "samples.png"
+ROWS_AT_ONCE = 2000
 
 
 def make_showcase(run: Run) -> int:
@@ -35,6 +38,8 @@ def make_showcase(run: Run) -> int:
         raise UserError(f"run {run.name} has no showcase section")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load(run.folder, "ema", device)
+    if all(isinstance(field, NumberField | ClassField) for field in run.data.fields.values()):
+        return _table(run, rule, loaded, device)
     held = read_held_out(run.data.held_out or run.data.train, run.data, run.model, rule.gap_pairs)
     if len(held.ids) < rule.gap_pairs:
         raise UserError(f"showcase.gap_pairs is {rule.gap_pairs}, but the held-out data has {len(held.ids)} pairs")
@@ -51,6 +56,29 @@ def make_showcase(run: Run) -> int:
         print(f"conditioning gap, {gap}", flush=True)
         fine &= gap.excludes_zero
     return 0 if fine else 1
+
+
+def _table(run: Run, rule: Showcase, loaded: Loaded, device: torch.device) -> int:
+    """Compare rows drawn from nothing with the training data's; 0."""
+    (joint,) = [task for task in tasks_of(list(run.model.modalities), loaded.predicted) if not task.given]
+    codecs = loaded.codecs()
+    keys = rng.sample_keys(run.seed, torch.arange(rule.rows)).to(device)
+    with progress_bar("rows") as report, torch.no_grad():
+        drawn = draw(loaded.module, loaded.model, rule.sampling, joint, keys, Conditions(), batch=ROWS_AT_ONCE, progress=report)
+    made = _rows({name: state.cpu() for name, state in drawn.items()}, codecs)
+    sources = (run.data.train, run.data.held_out or run.data.train)
+    real, held_out = (_rows(read_held_out(source, run.data, run.model, rule.rows).states, codecs) for source in sources)
+    path = Path(run.folder) / SHEET
+    picture(real, made).save(path)
+    print(f"samples: {path}")
+    print(compare(real, made, held_out), flush=True)
+    return 0
+
+
+def _rows(states: Mapping[str, Tensor], codecs: Mapping[str, Codec]) -> Table:
+    """Columns [N] out of states [N, ...]."""
+    count = len(next(iter(states.values())))
+    return table_of([{name: codecs[name].decode(state[row]) for name, state in states.items()} for row in range(count)])
 
 
 def _section(loaded: Loaded, task: Task, rule: Showcase, held: HeldOut, seed: int, device: torch.device) -> Section:

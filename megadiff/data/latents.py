@@ -1,0 +1,119 @@
+"""Latents of an autoencoder: read as such, or made from a picture and shown as one (latent diffusion, arXiv 2112.10752)."""
+
+from __future__ import annotations
+
+import io
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from megadiff import rng
+from megadiff.config.errors import ConfigError
+from megadiff.config.schema import GridSpace, LatentField, PixelField
+from megadiff.data.encode import PixelCodec
+from megadiff.data.errors import SampleError
+from megadiff.data.shards import Members
+from megadiff.distributed.ranks import Ranks
+
+PICTURE_CHANNELS = 3
+
+
+class LatentCodec:
+    """Latents [C, H, W] times the field's scale; pictures go through the autoencoder, which is loaded when first needed."""
+
+    def __init__(self, field: LatentField, space: GridSpace, name: str = "image") -> None:
+        """`name` is the modality's, for errors."""
+        self.field, self.space, self.name = field, space, name
+        self._made: tuple[Any, PixelCodec] | None = None
+        self._lock = threading.Lock()
+
+    def read(self, members: Members, key: int) -> Tensor | Image.Image:
+        """Scaled latents, float32 [C, H, W]; or the picture, where the field's member is one.
+
+        Of a mean and a deviation [2, C, H, W] one latent is drawn: mean + deviation * normal(key).
+        """
+        if not self.field.member.endswith("npy"):
+            return self._autoencoder()[1].read(members, key)
+        values = self._array(members)
+        if values.ndim == 4:
+            noise = rng.normal(rng.sample_keys(key), "latent of a picture", values.shape[1:])[0]
+            return (values[0] + values[1] * noise) * self.field.scale
+        return values * self.field.scale
+
+    def encode(self, value: Tensor | Image.Image) -> Tensor:
+        """A picture to the scaled mean of its latents, float32 [C, H, W]; latents stay as they are.
+
+        Raises:
+            ConfigError: it is a picture and there is no autoencoder.
+        """
+        if isinstance(value, Tensor):
+            return value
+        network, pictures = self._autoencoder()
+        with torch.no_grad():
+            pixels = pictures.encode(value)[None].to(network.device)
+            mean: Tensor = network.encode(pixels).latent_dist.mean
+            return mean[0].float().cpu() * self.field.scale
+
+    def decode(self, state: Tensor) -> Image.Image:
+        """Scaled latents [C, H, W] to a picture. Raises ConfigError if there is no autoencoder."""
+        network, pictures = self._autoencoder()
+        with torch.no_grad():
+            latents = state.float()[None].to(network.device) / self.field.scale
+            return pictures.decode(network.decode(latents).sample[0])
+
+    def _array(self, members: Members) -> Tensor:
+        member = self.field.member
+        if member not in members:
+            raise SampleError(f"it has no .{member} member (it has {', '.join(sorted(members)) or 'none'})")
+        try:
+            values = np.load(io.BytesIO(members[member]), allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise SampleError(f"its .{member} member is no NumPy array: {error}") from None
+        shape = (self.space.channels, self.space.height, self.space.width)
+        if not isinstance(values, np.ndarray) or values.shape not in (shape, (2, *shape)):
+            found = list(getattr(values, "shape", []))
+            raise SampleError(f"its .{member} member has the shape {found}, not {list(shape)} or {[2, *shape]}")
+        if values.dtype.kind != "f" or not np.isfinite(values).all():
+            raise SampleError(f"its .{member} member must hold finite floating-point numbers ({values.dtype})")
+        return torch.from_numpy(values.astype(np.float32))
+
+    def _autoencoder(self) -> tuple[Any, PixelCodec]:
+        """The autoencoder, and the codec of pictures of its size."""
+        with self._lock:  # the loader decodes in threads
+            if self._made is None:
+                self._made = self._load()
+            return self._made
+
+    def _load(self) -> tuple[Any, PixelCodec]:
+        where, folder = f"data.fields.{self.name}.autoencoder", self.field.autoencoder
+        if folder is None:
+            raise ConfigError(
+                f"{where} is not set, and it takes an autoencoder to read or show pictures; give --autoencoder FOLDER "
+                "(a diffusers AutoencoderKL such as stabilityai/sd-vae-ft-mse)"
+            )
+        if not (Path(folder) / "config.json").exists():
+            raise ConfigError(f"{where}: {folder} has no config.json; give the folder of a diffusers AutoencoderKL")
+        from diffusers import AutoencoderKL
+
+        try:
+            network = AutoencoderKL.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise ConfigError(f"{where}: {folder} cannot be read as a diffusers AutoencoderKL: {reason}") from None
+        channels = int(network.config.latent_channels)
+        if channels != self.space.channels:
+            raise ConfigError(f"{where}: {folder} has {channels} latent channels, and the model's grid {self.space.channels}")
+        factor = 2 ** (len(network.config.block_out_channels) - 1)
+        pixels = GridSpace(channels=PICTURE_CHANNELS, height=self.space.height * factor, width=self.space.width * factor)
+        network = network.eval().requires_grad_(False).to(_device())
+        return network, PixelCodec(PixelField(member=self.field.member), pixels)
+
+
+def _device() -> torch.device:
+    """This rank's GPU, as a thread of the loader does not inherit which one it is; else the CPU."""
+    return torch.device("cuda", Ranks.from_environment().local_rank) if torch.cuda.is_available() else torch.device("cpu")

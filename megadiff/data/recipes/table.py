@@ -1,0 +1,192 @@
+"""A CSV file as tar shards, one row a sample, with what a model needs to know of its columns; and one such table to try."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megadiff.config.errors import UserError
+from megadiff.data.columns import Column, column_of_classes, column_of_numbers, write_columns
+from megadiff.data.errors import DataError
+from megadiff.data.order import generator
+from megadiff.data.shards import Manifest, write_manifest, write_shard
+from megadiff.storage import store
+
+TRAIN, HELD_OUT = "train", "held_out"
+DIAMONDS = ("plotnine", "0.15.9", "plotnine/data/diamonds.csv")
+"""Prices and attributes of 53,940 diamonds (ggplot2's data set), out of a wheel under the MIT licence."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """What was written: columns by name, and rows per split."""
+
+    columns: dict[str, Column]
+    train: int
+    held_out: int
+
+
+def make_table(
+    source: str,
+    out: str,
+    *,
+    shard_rows: int = 5000,
+    held_out_share: float = 0.1,
+    seed: int = 0,
+    classes: Sequence[str] = (),
+    numbers: Sequence[str] = (),
+) -> Table:
+    """Write a CSV as shards for training and for evaluation, and columns.json of the training rows.
+
+    A column is one of numbers if every cell is a finite number, unless `classes` names it.
+
+    Raises:
+        UserError: the file cannot be read, a cell is empty, or a column that `numbers` names holds something else.
+    """
+    try:
+        text = store.read_bytes(source).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise DataError(f"{source} is not UTF-8 text; convert it") from None
+    return pack_table(text, source, out, shard_rows, held_out_share, seed, classes, numbers)
+
+
+def make_diamonds(out: str, *, folder: Path | None = None) -> Table:
+    """The diamonds of plotnine's wheel, which pip fetches into `folder` (by default the user's cache).
+
+    Raises:
+        UserError: pip cannot fetch it.
+    """
+    package, version, member = DIAMONDS
+    folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megadiff" / "pip"
+    wheel = folder / f"{package}-{version}-py3-none-any.whl"
+    if not wheel.exists():
+        _download(package, version, folder)
+    try:
+        text = zipfile.ZipFile(wheel).read(member).decode("utf-8")
+    except (zipfile.BadZipFile, KeyError, OSError) as error:
+        raise UserError(f"{wheel} is damaged ({error}); delete it and start again") from None
+    return pack_table(text, member, out)
+
+
+def _download(package: str, version: str, folder: Path) -> None:
+    aside = folder / f".{os.getpid()}"
+    aside.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pip", "download", f"{package}=={version}", "--no-deps", "--only-binary", ":all:"]
+    try:
+        done = subprocess.run([*command, "--quiet", "--dest", str(aside)], capture_output=True, text=True, check=False)
+        found = list(aside.glob("*.whl"))
+        if done.returncode or not found:
+            reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
+            raise UserError(f"pip cannot fetch {package}=={version}: {reason}")
+        found[0].replace(folder / found[0].name)
+    finally:
+        shutil.rmtree(aside)
+
+
+def pack_table(
+    text: str,
+    source: str,
+    out: str,
+    shard_rows: int = 5000,
+    held_out_share: float = 0.1,
+    seed: int = 0,
+    classes: Sequence[str] = (),
+    numbers: Sequence[str] = (),
+) -> Table:
+    """`make_table` of a CSV's text; `source` names it in errors."""
+    header, rows = _parse(text, source)
+    if unknown := [name for name in (*classes, *numbers) if name not in header]:
+        raise UserError(f"{source} has no column {', '.join(unknown)}; it has {', '.join(header)}")
+    of_numbers = [_is_number(header[i], [row[i] for row in rows], source, classes, numbers) for i in range(len(header))]
+    order = generator(seed, "table").permutation(len(rows)).tolist()
+    kept = len(rows) - round(held_out_share * len(rows))
+    splits = {TRAIN: order[:kept], HELD_OUT: order[kept:]}
+    columns = {}
+    for index, name in enumerate(header):
+        cells = [rows[number][index] for number in splits[TRAIN]]
+        if of_numbers[index]:
+            columns[name] = column_of_numbers([float(cell) for cell in cells], cells)
+        else:
+            columns[name] = column_of_classes(cells, [row[index] for row in rows])
+    with tqdm(total=len(rows), desc="rows", unit="row", disable=None) as bar:
+        for split, numbers_of_rows in splits.items():
+            entries = []
+            for start in range(0, len(numbers_of_rows), shard_rows):
+                part = numbers_of_rows[start : start + shard_rows]
+                samples = {f"{number:08d}": {"json": _sample(header, rows[number], of_numbers)} for number in part}
+                entries.append(write_shard(store.join(out, split), f"{split}-{start // shard_rows:05d}.tar", samples))
+                bar.update(len(part))
+            if entries:
+                write_manifest(store.join(out, split), Manifest(tuple(entries), {"split": split, "source": source}))
+    write_columns(out, columns)
+    return Table(columns, kept, len(rows) - kept)
+
+
+def _parse(text: str, source: str) -> tuple[list[str], list[list[str]]]:
+    try:
+        lines = [line for line in csv.reader(io.StringIO(text), strict=True) if line]
+    except csv.Error as error:
+        raise DataError(f"{source} is no CSV: {error}") from None
+    if len(lines) < 2:
+        raise DataError(f"{source} needs a line of column names and at least one row")
+    header, rows = lines[0], lines[1:]
+    if len(set(header)) != len(header):
+        raise DataError(f"{source} names a column twice: {', '.join(header)}")
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(header):
+            raise DataError(f"{source}, row {number} has {len(row)} cells, and the header has {len(header)}")
+        if "" in row:
+            raise DataError(f"{source}, row {number} has no {header[row.index('')]}; fill the cell or leave out the row")
+    return header, rows
+
+
+def _is_number(name: str, cells: Sequence[str], source: str, classes: Sequence[str], numbers: Sequence[str]) -> bool:
+    if name in classes:
+        return False
+    for number, cell in enumerate(cells, 1):
+        try:
+            finite = math.isfinite(float(cell))
+        except ValueError:
+            finite = False
+        if not finite:
+            if name in numbers:
+                raise DataError(f"{source}, row {number}: {name} is {cell!r}, which is no number")
+            return False
+    return True
+
+
+def _sample(header: Sequence[str], row: Sequence[str], of_numbers: Sequence[bool]) -> bytes:
+    cells = {name: float(cell) if number else cell for name, cell, number in zip(header, row, of_numbers, strict=True)}
+    return json.dumps(cells, ensure_ascii=False).encode()
+
+
+def as_config(columns: dict[str, Column], folder: str) -> dict[str, object]:
+    """Sections `data.fields` and `model.modalities` for the columns of a table."""
+    fields, modalities = {}, {}
+    for name, column in columns.items():
+        word = "".join(letter if letter.isascii() and letter.isalnum() else "_" for letter in name.lower())
+        modality = word if word[:1].isalpha() else f"c_{word}"
+        fields[modality] = {"kind": column.kind, "column": name, "columns": store.join(folder, "columns.json")}
+        if column.kind == "number":
+            modalities[modality] = {
+                "space": {"kind": "grid", "channels": 1, "height": 1, "width": 1},
+                "process": {"kind": "gaussian"},
+            }
+        else:
+            modalities[modality] = {
+                "space": {"kind": "tokens", "vocabulary": len(column.values), "length": 1},
+                "process": {"kind": "masked"},
+            }
+    return {"data": {"fields": fields}, "model": {"modalities": modalities}}

@@ -1,0 +1,165 @@
+"""How well a drawn table agrees with a real one: error rates of columns and of pairs of columns, as the literature counts them.
+
+Definitions are SDMetrics': shape = 1 - KSComplement (numbers) or 1 - TVComplement (categories); trend =
+1 - CorrelationSimilarity (two numbers) or 1 - ContingencySimilarity (else; numbers are cut into 10 bins).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Table = Mapping[str, NDArray[Any]]
+"""Columns by name: float64 for numbers, text for categories; all of one length."""
+
+BINS = 10
+
+
+def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Columns from rows."""
+    return {name: _column([row[name] for row in rows]) for name in rows[0]}
+
+
+def _column(values: list[Any]) -> NDArray[Any]:
+    return np.asarray(values, dtype=str if isinstance(values[0], str) else np.float64)
+
+
+def is_number(column: NDArray[Any]) -> bool:
+    return column.dtype.kind == "f"
+
+
+def shape_errors(real: Table, drawn: Table) -> dict[str, float]:
+    """By column: the Kolmogorov-Smirnov statistic of numbers, the total variation distance of categories."""
+    return {name: _ks(real[name], drawn[name]) if is_number(real[name]) else _tv(real[name], drawn[name]) for name in real}
+
+
+def trend_errors(real: Table, drawn: Table) -> dict[tuple[str, str], float]:
+    """By pair of columns: half the difference of the correlations of numbers, else the total variation of the contingency."""
+    errors = {}
+    for first, second in combinations(real, 2):
+        if is_number(real[first]) and is_number(real[second]):
+            found = [_correlation(table[first], table[second]) for table in (real, drawn)]
+            errors[first, second] = abs(found[0] - found[1]) / 2
+        else:
+            cut = [_cut(real[name], drawn[name]) for name in (first, second)]
+            pairs = [np.char.add(np.char.add(cut[0][side], "\x1f"), cut[1][side]) for side in range(2)]
+            errors[first, second] = _tv(*pairs)
+    return errors
+
+
+def _ks(real: NDArray[Any], drawn: NDArray[Any]) -> float:
+    points = np.concatenate([real, drawn])
+    shares = [np.searchsorted(np.sort(side), points, side="right") / len(side) for side in (real, drawn)]
+    return float(np.abs(shares[0] - shares[1]).max())
+
+
+def _tv(real: NDArray[Any], drawn: NDArray[Any]) -> float:
+    names = np.unique(np.concatenate([real, drawn]))
+    shares = []
+    for side in (real, drawn):
+        found, counts = np.unique(side, return_counts=True)
+        share = np.zeros(len(names))
+        share[np.searchsorted(names, found)] = counts / len(side)
+        shares.append(share)
+    return float(np.abs(shares[0] - shares[1]).sum() / 2)
+
+
+def _correlation(first: NDArray[Any], second: NDArray[Any]) -> float:
+    if first.std() == 0 or second.std() == 0:
+        return 0.0
+    return float(np.corrcoef(first, second)[0, 1])
+
+
+def _cut(real: NDArray[Any], drawn: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Categories as they are; numbers in bins of equal width over the real range, those beyond it in the end bins."""
+    if not is_number(real):
+        return real, drawn
+    inner = np.linspace(real.min(), real.max(), BINS + 1)[1:-1]
+    return np.digitize(real, inner).astype(str), np.digitize(drawn, inner).astype(str)
+
+
+@dataclass(frozen=True)
+class TableReport:
+    """Error rates of a drawn table, and of real rows that were held out: what no model can be expected to beat."""
+
+    shape: dict[str, float]
+    trend: dict[tuple[str, str], float]
+    floor_shape: dict[str, float]
+    floor_trend: dict[tuple[str, str], float]
+
+    def __str__(self) -> str:
+        width = max(len(name) for name in (*self.shape, "mean shape error"))
+        lines = [f"{'error rate, %'.ljust(width)}  drawn  held out"]
+        rows = [(name, self.shape[name], self.floor_shape[name]) for name in self.shape]
+        rows.append(("mean shape error", _mean(self.shape), _mean(self.floor_shape)))
+        rows.append(("mean trend error", _mean(self.trend), _mean(self.floor_trend)))
+        lines += [f"{name.ljust(width)}  {100 * drawn:5.2f}  {100 * floor:8.2f}" for name, drawn, floor in rows]
+        return "\n".join(lines)
+
+
+def _mean(errors: Mapping[Any, float]) -> float:
+    return float(np.mean(list(errors.values()))) if errors else 0.0
+
+
+def compare(real: Table, drawn: Table, held_out: Table) -> TableReport:
+    """The error rates of drawn rows against real ones, beside those of held-out rows."""
+    return TableReport(
+        shape_errors(real, drawn), trend_errors(real, drawn), shape_errors(real, held_out), trend_errors(real, held_out)
+    )
+
+
+def picture(real: Table, drawn: Table) -> Image.Image:
+    """Every column's distribution in both tables, and the error of every pair."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = list(real)
+    columns = 4
+    rows = -(-(len(names) + 1) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 2.7 * rows), layout="constrained", squeeze=False)
+    panels = axes.flatten()
+    shape, trend = shape_errors(real, drawn), trend_errors(real, drawn)
+    for axis, name in zip(panels, names, strict=False):
+        _panel(axis, real[name], drawn[name])
+        axis.set_title(f"{name}: {100 * shape[name]:.2f} %", fontsize=10)
+        axis.set_yticks([])
+        axis.tick_params(labelsize=8)
+    panels[0].legend(fontsize=8, frameon=False)
+    matrix = np.zeros((len(names), len(names)))
+    for (first, second), error in trend.items():
+        matrix[names.index(first), names.index(second)] = matrix[names.index(second), names.index(first)] = 100 * error
+    axis = panels[len(names)]
+    shown = axis.imshow(matrix, cmap="magma_r", vmin=0)
+    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+    axis.set_yticks(range(len(names)), names, fontsize=7)
+    axis.set_title(f"error of pairs, %: mean {100 * _mean(trend):.2f}", fontsize=10)
+    figure.colorbar(shown, ax=axis)
+    for axis in panels[len(names) + 1 :]:
+        axis.axis("off")
+    figure.canvas.draw()
+    image = Image.frombuffer("RGBA", figure.canvas.get_width_height(), figure.canvas.buffer_rgba()).convert("RGB")
+    plt.close(figure)
+    return image
+
+
+def _panel(axis: Any, real: NDArray[Any], drawn: NDArray[Any]) -> None:
+    colours = {"real": "#9ca3af", "drawn": "#dc2626"}
+    if is_number(real):
+        low, high = np.quantile(real, [0.001, 0.999])
+        bins = np.linspace(low, high, 41)
+        axis.hist(real, bins, density=True, color=colours["real"], label="real")
+        axis.hist(drawn, bins, density=True, histtype="step", color=colours["drawn"], linewidth=1.4, label="drawn")
+        return
+    names = np.unique(np.concatenate([real, drawn]))
+    places = np.arange(len(names))
+    for offset, (label, side) in zip((-0.2, 0.2), (("real", real), ("drawn", drawn)), strict=True):
+        axis.bar(places + offset, [np.mean(side == name) for name in names], 0.4, color=colours[label], label=label)
+    axis.set_xticks(places, names, rotation=30, ha="right")
