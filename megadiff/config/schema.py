@@ -245,7 +245,7 @@ class CaptionField(Section):
     tokenizer: str
     """Path of a Hugging Face tokenizer.json."""
     cleaning: Literal["plain", "clip"] = "plain"
-    """plain: HTML entities resolved, white space collapsed; clip: ftfy first, as CLIP's own tokenizer does."""
+    """plain: HTML entities resolved, white space collapsed; clip: ftfy first and lower case after, as CLIP's tokenizer does."""
 
 
 class NumberField(Section):
@@ -559,6 +559,8 @@ class Run(Section):
             faults.append(f"stage names must differ: {', '.join(names)}")
         for index, stage in enumerate(self.stages):
             faults += _stage_faults(stage, self, first=index == 0)
+        if self.showcase is not None:
+            faults += _invisible(self, "showcase")
         if faults:
             raise ValueError("; ".join(faults))
         return self
@@ -601,6 +603,8 @@ def _stage_faults(stage: Stage, run: Run, *, first: bool) -> list[str]:
         faults.append(f"freeze names {', '.join(unknown)}; known parts: {', '.join(parts)}")
     if not any(modality.predicted and modality.loss_weight > 0 for modality in stage.modalities.values()):
         faults.append("no modality is predicted with a loss weight above 0")
+    if stage.samples is not None:
+        faults += _invisible(run, "samples")
     if stage.alignment is not None:
         faults += _alignment_faults(stage.alignment, run)
     shares = sum(m.conditioning.clean + m.conditioning.absent for m in stage.modalities.values())
@@ -618,6 +622,12 @@ def _stage_faults(stage: Stage, run: Run, *, first: bool) -> list[str]:
         if trains and "joint" in stage.freeze and name in stage.freeze:
             faults.append(f"{name}: joint and {name} are frozen, so its loss trains nothing; set its loss_weight to 0")
     return [where + fault for fault in faults]
+
+
+def _invisible(run: Run, section: str) -> list[str]:
+    """Latents cannot be shown without their autoencoder."""
+    blind = [name for name, f in run.data.fields.items() if isinstance(f, LatentField) and f.autoencoder is None]
+    return [f"{section} shows {name}, which needs data.fields.{name}.autoencoder" for name in blind]
 
 
 def _alignment_faults(alignment: Alignment, run: Run) -> list[str]:

@@ -111,26 +111,24 @@ def _draw(
 
 
 def _open_folder(out: Path, identity: Mapping[str, Any]) -> None:
-    """Make the folder, or go on in one that holds part of the same request."""
+    """Make the folder, or go on in one that holds part of the same request. Several processes may do so at once."""
     path = out / REQUEST
     try:
         (out / PARTS).mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            differing = [key for key in identity if before.get(key) != identity[key]]
-            if differing:
-                was, now = (json.dumps(tree.get(differing[0]), ensure_ascii=False) for tree in (before, identity))
-                raise UserError(
-                    f"--out {out} holds samples of another request ({differing[0]}: {was}, now {now}); name a new folder"
-                )
-            return
-        if any(entry.name != PARTS for entry in out.iterdir()):
-            raise UserError(f"--out {out} holds other files; name a new folder")
-        _write_whole(path, json.dumps(identity, indent=1, ensure_ascii=False).encode())
+        strangers = [entry.name for entry in out.iterdir() if entry.name != PARTS and REQUEST not in entry.name]
+        if not path.exists():  # looked for after the listing: another process writes it before anything else
+            if strangers:
+                raise UserError(f"--out {out} holds other files ({min(strangers)}); name a new folder")
+            _write_whole(path, json.dumps(identity, indent=1, ensure_ascii=False).encode())
+        before = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}; name another folder") from None
     except json.JSONDecodeError:
         raise UserError(f"{path} is damaged; name a new folder") from None
+    differing = [key for key in identity if before.get(key) != identity[key]]
+    if differing:
+        was, now = (json.dumps(tree.get(differing[0]), ensure_ascii=False) for tree in (before, identity))
+        raise UserError(f"--out {out} holds samples of another request ({differing[0]}: {was}, now {now}); name a new folder")
 
 
 def _write_whole(path: Path, data: bytes) -> None:

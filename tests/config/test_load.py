@@ -212,3 +212,52 @@ def test_a_key_of_another_form_is_one_sentence(tmp_path: Path, text: str) -> Non
     with pytest.raises(ConfigError) as caught:
         load_run(path)
     assert str(path) in str(caught.value)
+
+
+LATENTS = {"kind": "latents"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"stage_defaults__samples": {"every_steps": 5}},
+            "stage first: samples shows image, which needs data.fields.image.autoencoder",
+        ),
+        ({"showcase": {}}, "showcase shows image, which needs data.fields.image.autoencoder"),
+    ],
+)
+def test_latents_without_an_autoencoder_cannot_be_shown(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
+    content = tree(data__fields__image=LATENTS, **changes)
+    with pytest.raises(ConfigError, match=sentence):
+        load_run(write_yaml(tmp_path / "run.yaml", content))
+    content["data"]["fields"]["image"] = {**LATENTS, "autoencoder": "vae"}
+    load_run(write_yaml(tmp_path / "run.yaml", content))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model__modalities__image__process": {"kind": "gaussian", "schedule": "vp", "shift": 2.0}}, "shift belongs to"),
+        ({"model__modalities__image__process": {"kind": "gaussian", "loss_weight": "min_snr"}}, "use logit_normal times"),
+        ({"model__modalities__text__process": {"kind": "masked", "mask_class": True}}, "mask_class is part of the plain loss"),
+        ({"model__modalities__text__process": {"kind": "gaussian"}}, "a tokens space takes a masked or uniform process"),
+        ({"data__fields__image": {"kind": "number", "column": "a", "columns": "c.json"}}, "which fills a grid of 1 x 1 x 1"),
+        ({"data__fields__text": {"kind": "class", "column": "a", "columns": "c.json"}}, "a token space of length 1"),
+        ({"stage_defaults__alignment": {"modality": "sound", "block": 0, "features": 4}}, "alignment.modality is sound"),
+        (
+            {"stage_defaults__alignment": {"modality": "image", "block": 0, "features": 4}},
+            "name their member under data.features",
+        ),
+        ({"stage_defaults__alignment": {"modality": "image", "block": 9, "features": 4}}, "the joint blocks are 0 to 1"),
+        ({"stage_defaults__samples": {"every_steps": 5, "sampling": {"order": "threshold"}}}, "must make equal calls"),
+        ({"stage_defaults__samples": {"every_steps": 5, "sampling": {"autoguidance": 2}}}, "needs a second network"),
+        ({"showcase": {"sampling": {"remask": "cap", "order": "entropy"}}}, "remask goes with the ancestral order"),
+        ({"model__modalities__text__space__start_id": 50}, r"start_id \(50\) must be below vocabulary"),
+    ],
+)
+def test_options_of_processes_fields_and_samplers_that_do_not_fit(
+    tmp_path: Path, changes: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        load_run(write_yaml(tmp_path / "run.yaml", tree(**changes)))

@@ -123,7 +123,7 @@ def test_a_folder_of_another_request_or_of_other_things_is_refused(exported, tmp
         ask(exported, tmp_path / "out", n=2, seed=1)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").touch()
-    with pytest.raises(UserError, match="holds other files; name a new folder"):
+    with pytest.raises(UserError, match=r"holds other files \(thesis.tex\); name a new folder"):
         ask(exported, tmp_path / "mine", n=2)
 
 
