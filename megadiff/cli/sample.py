@@ -153,9 +153,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _several(processes: int) -> int:
-    """The same command once per process, by torchrun."""
+    """The same command once per process, by torchrun. Together they take no more threads than there are cores."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.run([*launcher, "-m", "megadiff", *sys.argv[1:]], check=False).returncode
+    own = max(len(os.sched_getaffinity(0)) // processes, 1)
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    threads = min(int(asked), own) if asked.isdigit() else own
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    return subprocess.run([*launcher, "-m", "megadiff", *sys.argv[1:]], env=environment, check=False).returncode
 
 
 def how_to_sample(arguments: argparse.Namespace) -> tuple[Sampling, bool]:
