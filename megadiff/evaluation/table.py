@@ -19,6 +19,8 @@ Table = Mapping[str, NDArray[Any]]
 """Columns by name: float64 for numbers, text for categories; all of one length."""
 
 BINS = 10
+_MOST_BARS = 15
+"""Of a column with more categories, a picture shows the most frequent ones."""
 
 
 def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -116,16 +118,16 @@ def compare(real: Table, drawn: Table, held_out: Table) -> TableReport:
 
 def picture(real: Table, drawn: Table) -> Image.Image:
     """Every column's distribution in both tables, and the error of every pair."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
+    # Without pyplot, which would change the backend of a notebook that calls this.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     names = list(real)
     columns = 4
     rows = -(-(len(names) + 1) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 2.7 * rows), layout="constrained", squeeze=False)
-    panels = axes.flatten()
+    figure = Figure(figsize=(3.6 * columns, 2.7 * rows), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
     shape, trend = shape_errors(real, drawn), trend_errors(real, drawn)
     for axis, name in zip(panels, names, strict=False):
         _panel(axis, real[name], drawn[name])
@@ -136,29 +138,35 @@ def picture(real: Table, drawn: Table) -> Image.Image:
     matrix = np.zeros((len(names), len(names)))
     for (first, second), error in trend.items():
         matrix[names.index(first), names.index(second)] = matrix[names.index(second), names.index(first)] = 100 * error
-    axis = panels[len(names)]
+    axis = panels[-1]  # in the last column, where the colour bar takes no other panel's room
     shown = axis.imshow(matrix, cmap="magma_r", vmin=0)
     axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     axis.set_yticks(range(len(names)), names, fontsize=7)
     axis.set_title(f"error of pairs, %: mean {100 * _mean(trend):.2f}", fontsize=10)
     figure.colorbar(shown, ax=axis)
-    for axis in panels[len(names) + 1 :]:
+    for axis in panels[len(names) : -1]:
         axis.axis("off")
-    figure.canvas.draw()
-    image = Image.frombuffer("RGBA", figure.canvas.get_width_height(), figure.canvas.buffer_rgba()).convert("RGB")
-    plt.close(figure)
-    return image
+    canvas.draw()
+    return Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
 
 
 def _panel(axis: Any, real: NDArray[Any], drawn: NDArray[Any]) -> None:
     colours = {"real": "#9ca3af", "drawn": "#dc2626"}
     if is_number(real):
         low, high = np.quantile(real, [0.001, 0.999])
+        if low == high:
+            low, high = (real.min(), real.max()) if real.min() < real.max() else (low - 0.5, low + 0.5)
         bins = np.linspace(low, high, 41)
-        axis.hist(real, bins, density=True, color=colours["real"], label="real")
-        axis.hist(drawn, bins, density=True, histtype="step", color=colours["drawn"], linewidth=1.4, label="drawn")
+        # What lies beyond stands in the end bins, as in the errors.
+        sides = [(side.clip(low, high), np.full(len(side), 1 / len(side))) for side in (real, drawn)]
+        axis.hist(sides[0][0], bins, weights=sides[0][1], color=colours["real"], label="real")
+        style = {"histtype": "step", "color": colours["drawn"], "linewidth": 1.4, "label": "drawn"}
+        axis.hist(sides[1][0], bins, weights=sides[1][1], **style)
         return
-    names = np.unique(np.concatenate([real, drawn]))
+    names, counts = np.unique(np.concatenate([real, drawn]), return_counts=True)
+    if len(names) > _MOST_BARS:
+        names = names[np.sort(np.argsort(-counts, kind="stable")[:_MOST_BARS])]
+        axis.set_xlabel(f"the {_MOST_BARS} most frequent of {len(counts)}", fontsize=8)
     places = np.arange(len(names))
     for offset, (label, side) in zip((-0.2, 0.2), (("real", real), ("drawn", drawn)), strict=True):
         axis.bar(places + offset, [np.mean(side == name) for name in names], 0.4, color=colours[label], label=label)

@@ -73,13 +73,13 @@ def test_the_same_file_gives_the_same_bytes(source, tmp_path):
 @pytest.mark.parametrize(
     ("text", "options", "sentence"),
     [
-        ("a,b\n1,2\n3,\n", {}, "row 2 has no b; fill the cell or leave out the row"),
-        ("a,b\n1,2\n3\n", {}, "row 2 has 1 cells, and the header has 2"),
+        ("a,b\n1,2\n3,\n", {}, "line 3 has no b; fill the cell or leave out the row"),
+        ("a,b\n1,2\n3\n", {}, "line 3 has 1 cells, and the header has 2"),
         ("a,b\n", {}, "needs a line of column names and at least one row"),
         ("a,a\n1,2\n", {}, "names a column twice: a, a"),
-        ("a\n1\nx\n", {"numbers": ["a"]}, "row 2: a is 'x', which is no number"),
+        ("a\n1\nx\n", {"numbers": ["a"]}, "line 3: a is 'x', which is no number"),
         ("a\n1\n", {"classes": ["b"]}, "has no column b; it has a"),
-        ("a\nnan\n", {"numbers": ["a"]}, "row 1: a is 'nan', which is no number"),
+        ("a\nnan\n", {"numbers": ["a"]}, "line 2: a is 'nan', which is no number"),
     ],
 )
 def test_a_bad_file_is_one_sentence(tmp_path, text, options, sentence):

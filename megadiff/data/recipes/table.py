@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from megadiff.config.errors import UserError
+from megadiff.config.schema import RESERVED_NAMES
 from megadiff.data.columns import Column, column_of_classes, column_of_numbers, write_columns
 from megadiff.data.errors import DataError
 from megadiff.data.order import generator
@@ -53,7 +56,8 @@ def make_table(
     A column is one of numbers if every cell is a finite number, unless `classes` names it.
 
     Raises:
-        UserError: the file cannot be read, a cell is empty, or a column that `numbers` names holds something else.
+        UserError: the file cannot be read, a cell is empty, a column that `numbers` names holds something else, or no row is
+            left to train on.
     """
     try:
         text = store.read_bytes(source).decode("utf-8-sig")
@@ -106,12 +110,21 @@ def pack_table(
     numbers: Sequence[str] = (),
 ) -> Table:
     """`make_table` of a CSV's text; `source` names it in errors."""
-    header, rows = _parse(text, source)
+    if not 0 <= held_out_share < 1:
+        raise UserError(f"held_out_share ({held_out_share}) must be a share from 0 to below 1")
+    header, rows, lines = _parse(text, source)
     if unknown := [name for name in (*classes, *numbers) if name not in header]:
         raise UserError(f"{source} has no column {', '.join(unknown)}; it has {', '.join(header)}")
-    of_numbers = [_is_number(header[i], [row[i] for row in rows], source, classes, numbers) for i in range(len(header))]
+    if both := [name for name in classes if name in numbers]:
+        raise UserError(f"{', '.join(both)} cannot be both a column of classes and one of numbers")
+    of_numbers = [
+        name not in classes and _is_number(name, [row[i] for row in rows], lines, source, required=name in numbers)
+        for i, name in enumerate(header)
+    ]
     order = generator(seed, "table").permutation(len(rows)).tolist()
     kept = len(rows) - round(held_out_share * len(rows))
+    if kept == 0:
+        raise UserError(f"{source} has {len(rows)} rows, and a held_out_share of {held_out_share} leaves none to train on")
     splits = {TRAIN: order[:kept], HELD_OUT: order[kept:]}
     columns = {}
     for index, name in enumerate(header):
@@ -134,35 +147,41 @@ def pack_table(
     return Table(columns, kept, len(rows) - kept)
 
 
-def _parse(text: str, source: str) -> tuple[list[str], list[list[str]]]:
+def _parse(text: str, source: str) -> tuple[list[str], list[list[str]], list[int]]:
+    """The header, the rows, and the line of the file on which each row begins; empty lines are no rows."""
+    records, lines, begins = [], [], 1
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        lines = [line for line in csv.reader(io.StringIO(text), strict=True) if line]
+        for record in reader:
+            if record:
+                records.append(record)
+                lines.append(begins)
+            begins = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{source} is no CSV: {error}") from None
-    if len(lines) < 2:
+        raise DataError(f"{source}, line {begins} is no CSV: {error}") from None
+    if len(records) < 2:
         raise DataError(f"{source} needs a line of column names and at least one row")
-    header, rows = lines[0], lines[1:]
+    header, rows, lines = records[0], records[1:], lines[1:]
     if len(set(header)) != len(header):
         raise DataError(f"{source} names a column twice: {', '.join(header)}")
-    for number, row in enumerate(rows, 1):
+    for line, row in zip(lines, rows, strict=True):
         if len(row) != len(header):
-            raise DataError(f"{source}, row {number} has {len(row)} cells, and the header has {len(header)}")
-        if "" in row:
-            raise DataError(f"{source}, row {number} has no {header[row.index('')]}; fill the cell or leave out the row")
-    return header, rows
+            raise DataError(f"{source}, line {line} has {len(row)} cells, and the header has {len(header)}")
+        for name, cell in zip(header, row, strict=True):
+            if not cell.strip():
+                raise DataError(f"{source}, line {line} has no {name}; fill the cell or leave out the row")
+    return header, rows, lines
 
 
-def _is_number(name: str, cells: Sequence[str], source: str, classes: Sequence[str], numbers: Sequence[str]) -> bool:
-    if name in classes:
-        return False
-    for number, cell in enumerate(cells, 1):
+def _is_number(name: str, cells: Sequence[str], lines: Sequence[int], source: str, *, required: bool) -> bool:
+    for line, cell in zip(lines, cells, strict=True):
         try:
-            finite = math.isfinite(float(cell))
+            finite = "_" not in cell and math.isfinite(float(cell))  # Python reads 2024_01 as a number
         except ValueError:
             finite = False
         if not finite:
-            if name in numbers:
-                raise DataError(f"{source}, row {number}: {name} is {cell!r}, which is no number")
+            if required:
+                raise DataError(f"{source}, line {line}: {name} is {cell!r}, which is no number")
             return False
     return True
 
@@ -174,10 +193,10 @@ def _sample(header: Sequence[str], row: Sequence[str], of_numbers: Sequence[bool
 
 def as_config(columns: dict[str, Column], folder: str) -> dict[str, object]:
     """Sections `data.fields` and `model.modalities` for the columns of a table."""
-    fields, modalities = {}, {}
+    fields: dict[str, object] = {}
+    modalities: dict[str, object] = {}
     for name, column in columns.items():
-        word = "".join(letter if letter.isascii() and letter.isalnum() else "_" for letter in name.lower())
-        modality = word if word[:1].isalpha() else f"c_{word}"
+        modality = _modality(name, fields)
         fields[modality] = {"kind": column.kind, "column": name, "columns": store.join(folder, "columns.json")}
         if column.kind == "number":
             modalities[modality] = {
@@ -190,3 +209,12 @@ def as_config(columns: dict[str, Column], folder: str) -> dict[str, object]:
                 "process": {"kind": "masked"},
             }
     return {"data": {"fields": fields}, "model": {"modalities": modalities}}
+
+
+def _modality(column: str, taken: Container[str]) -> str:
+    """A name that the schema accepts and that no other column has."""
+    word = re.sub("[^a-z0-9]", "_", column.lower())
+    if not word[:1].isalpha() or word in RESERVED_NAMES:
+        word = f"c_{word}"
+    numbered = (f"{word}_{number}" for number in itertools.count(2))
+    return word if word not in taken else next(name for name in numbered if name not in taken)
