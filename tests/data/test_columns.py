@@ -10,7 +10,16 @@ import pytest
 
 from megadiff.config.errors import ConfigError, UserError
 from megadiff.config.schema import ClassField, GridSpace, NumberField, TokenSpace
-from megadiff.data.columns import ClassCodec, Column, NumberCodec, Ranked, read_columns, write_columns
+from megadiff.data.columns import (
+    ClassCodec,
+    Column,
+    NumberCodec,
+    Ranked,
+    column_of_classes,
+    column_of_numbers,
+    read_columns,
+    write_columns,
+)
 from megadiff.data.errors import DataError, SampleError
 
 ONE = GridSpace(channels=1, height=1, width=1)
@@ -41,6 +50,31 @@ def test_a_number_comes_back_from_any_place_in_its_interval_of_ranks(columns, pl
         assert codec.decode(state) == value
     assert number(columns, "whole").decode(number(columns, "whole").encode(3)) == 3
     assert isinstance(number(columns, "whole").decode(number(columns, "whole").encode("4")), int)
+
+
+@pytest.mark.parametrize("place", [1e-16, 1e-6, 0.5, 1 - 1e-6, 1 - 1e-16])
+def test_rounding_to_float32_makes_no_value_its_neighbour_in_a_long_column(tmp_path, place):
+    values = tuple(float(value) for value in range(20_000))
+    address = write_columns(str(tmp_path), {"n": Column("number", values, (3,) * len(values))})
+    codec = number(address, "n")
+    assert [codec.decode(codec.encode(Ranked(value, place))) for value in values] == list(values)
+
+
+def test_columns_written_anew_are_read_anew(columns, tmp_path):
+    assert read_columns(columns)["price"] == PRICES
+    write_columns(str(tmp_path), {"price": CUTS})
+    assert read_columns(columns) == {"price": CUTS}
+
+
+@pytest.mark.parametrize(
+    ("texts", "decimals"), [(["1", "20"], 0), (["1.5", "2"], 1), (["1e-05", "2"], 5), (["1.5e3"], 0), ([" 2.25 "], 2)]
+)
+def test_decimals_are_counted_in_scientific_notation_too(texts, decimals):
+    assert column_of_numbers([float(text) for text in texts], texts).decimals == decimals
+
+
+def test_a_class_that_only_other_rows_have_is_listed_with_no_rows():
+    assert column_of_classes(["b", "a", "b"], ["b", "a", "b", "c"]) == Column("class", ("a", "b", "c"), (1, 2, 0))
 
 
 def test_the_training_data_is_standard_normal_however_discrete(columns):
@@ -87,13 +121,17 @@ def test_what_does_not_fit_is_one_sentence(columns, tmp_path):
         number(columns, "size")
     with pytest.raises(ConfigError, match="is a class, and the field asks for a number"):
         number(columns, "cut")
-    with pytest.raises(UserError, match="column price takes numbers, not 'cheap'"):
-        number(columns).encode("cheap")
+    for value in ("cheap", "nan", float("inf"), None, True):
+        with pytest.raises(UserError, match=f"column price takes numbers, not {value!r}"):
+            number(columns).encode(value)
     with pytest.raises(UserError, match="column cut has no class 'Bad'; it has Fair, Good, Ideal"):
         ClassCodec(cut, TokenSpace(vocabulary=3, length=1)).encode("Bad")
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(DataError, match="megadiff data table"):
         read_columns(str(tmp_path / "bad.json"))
+    empty = write_columns(str(tmp_path / "empty"), {"price": Column("number", (1.0,), ())})
+    with pytest.raises(DataError, match="column price has 1 values and 0 counts"):
+        read_columns(empty)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +141,8 @@ def test_what_does_not_fit_is_one_sentence(columns, tmp_path):
         (row(cut="Good"), "its row has no column price"),
         (row(price="much"), "its price is 'much', which is no number"),
         (row(price=True), "its price is True"),
+        (row(price=math.nan), "its price is nan"),
+        (row(price=10**400), "which is no number"),
         ({"json": b"[1]"}, "holds no row"),
         ({"json": b"{"}, "holds no row"),
     ],
@@ -110,3 +150,9 @@ def test_what_does_not_fit_is_one_sentence(columns, tmp_path):
 def test_an_unreadable_sample_says_what_is_wrong(columns, members, sentence):
     with pytest.raises(SampleError, match=sentence):
         number(columns).read(members, 0)
+
+
+def test_a_class_that_columns_json_lacks_makes_the_sample_unreadable(columns):
+    codec = ClassCodec(ClassField(column="cut", columns=columns), TokenSpace(vocabulary=3, length=1))
+    with pytest.raises(SampleError, match=r"its cut is 'Bad', which columns\.json does not list"):
+        codec.read(row(cut="Bad"), 0)

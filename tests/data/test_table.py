@@ -63,6 +63,33 @@ def test_the_printed_sections_fit_the_shards(source, tmp_path):
     assert batch.weight.tolist() == [1.0] * 8
 
 
+def test_printed_names_are_allowed_and_no_column_is_lost(tmp_path):
+    (tmp_path / "names.csv").write_text("A b,a_b,type,1x,年,月\n" + "1,2,3,4,5,6\n" * 20)
+    made = table.make_table(str(tmp_path / "names.csv"), str(tmp_path / "out"))
+    sections = table.as_config(made.columns, "out")
+    assert list(sections["model"]["modalities"]) == ["a_b", "a_b_2", "c_type", "c_1x", "c__", "c___2"]
+    assert [field["column"] for field in sections["data"]["fields"].values()] == list(made.columns)
+    Model(width=8, heads=1, head_dim=8, joint_depth=1, **sections["model"])
+
+
+def test_codes_with_underscores_are_categories(tmp_path):
+    (tmp_path / "codes.csv").write_text("month\n2024_01\n2024_02\n2024_01\n")
+    made = table.make_table(str(tmp_path / "codes.csv"), str(tmp_path / "out"))
+    assert made.columns["month"].values == ("2024_01", "2024_02")
+
+
+def test_awkward_cells_come_through_whole(tmp_path):
+    cells = ['say ""yes""', "two\nlines", "comma, here", "ünï", " spaced "]
+    (tmp_path / "a.csv").write_text(
+        "word,n\n" + "".join(f'"{cell}",{i}\n' for i, cell in enumerate(cells * 4)), encoding="utf-8"
+    )
+    made = table.make_table(str(tmp_path / "a.csv"), str(tmp_path / "out"))
+    assert set(made.columns["word"].values) == {cell.replace('""', '"') for cell in cells}
+    shard = Shard("x", tmp_path / "out/train" / read_manifest(str(tmp_path / "out/train")).shards[0].name)
+    rows = [json.loads(shard.members(place)["json"]) for place in range(len(shard))]
+    assert all(row["word"] == cells[int(row["n"]) % 5].replace('""', '"') for row in rows)
+
+
 def test_the_same_file_gives_the_same_bytes(source, tmp_path):
     for out in ("one", "two"):
         table.make_table(source, str(tmp_path / out))
@@ -80,6 +107,11 @@ def test_the_same_file_gives_the_same_bytes(source, tmp_path):
         ("a\n1\nx\n", {"numbers": ["a"]}, "line 3: a is 'x', which is no number"),
         ("a\n1\n", {"classes": ["b"]}, "has no column b; it has a"),
         ("a\nnan\n", {"numbers": ["a"]}, "line 2: a is 'nan', which is no number"),
+        ('a,b\n\n"1\n2",3\n4, \n', {}, "line 5 has no b"),
+        ('a,b\n1,"2\n', {}, "line 2 is no CSV"),
+        ("a\n1\n", {"classes": ["a"], "numbers": ["a"]}, "a cannot be both a column of classes and one of numbers"),
+        ("a\n1\n2\n", {"held_out_share": 0.9}, "has 2 rows, and a held_out_share of 0.9 leaves none to train on"),
+        ("a\n1\n", {"held_out_share": 1.5}, "held_out_share (1.5) must be a share"),
     ],
 )
 def test_a_bad_file_is_one_sentence(tmp_path, text, options, sentence):

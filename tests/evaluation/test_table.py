@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from megadiff.evaluation.table import compare, picture, shape_errors, table_of, trend_errors
 
 RNG = np.random.default_rng(0)
+ROOT = Path(__file__).parents[2]
 
 
 def test_shape_is_the_largest_gap_of_distribution_functions_or_the_total_variation():
@@ -54,3 +59,28 @@ def test_the_picture_has_a_panel_for_every_column():
     assert image.mode == "RGB"
     assert image.width > 1000
     assert len(np.unique(np.asarray(image).reshape(-1, 3), axis=0)) > 50
+
+
+@pytest.mark.parametrize(
+    ("real", "drawn"),
+    [
+        (np.ones(50), np.ones(50)),
+        (RNG.normal(size=50), RNG.normal(size=50) + 100),
+        (np.where(np.arange(5000) < 2, 1.0, 0.0), np.zeros(10)),
+        (np.array([f"street {i % 40}" for i in range(200)]), np.array([f"street {i % 60}" for i in range(200)])),
+    ],
+    ids=["one value", "far away", "almost all zero", "many categories"],
+)
+def test_awkward_columns_can_be_drawn(real, drawn):
+    assert picture({"a": real}, {"a": drawn}).width > 1000
+
+
+def test_the_picture_leaves_the_backend_of_a_notebook_alone():
+    script = (
+        "import matplotlib, numpy as np; matplotlib.use('svg')\n"
+        "from megadiff.evaluation.table import picture\n"
+        "picture({'a': np.arange(9.0)}, {'a': np.arange(9.0)})\n"
+        "assert matplotlib.get_backend() == 'svg'"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
