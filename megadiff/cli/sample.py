@@ -55,6 +55,14 @@ SAMPLING = (
 )
 """Flags that are fields of `Sampling`: name, type, metavar, help."""
 
+NEEDS = {
+    "grid_shift": ("grid", ("shifted",)),
+    "threshold": ("order", ("threshold",)),
+    "order_noise": ("order", ("confidence", "entropy")),
+    "remask_strength": ("remask", ("cap", "conf", "loop")),
+}
+"""Flags that mean something only beside certain values of another."""
+
 
 def add(verbs: Verbs) -> None:
     parser = add_verb(
@@ -121,15 +129,13 @@ def _add_condition(group: Any) -> None:
     group.add_argument("--prompts", metavar="FILE.json", help='a list of captions, {"id": "caption"}, or {"text": [...]}')
     group.add_argument("--image", metavar="FILE", action="append", default=[], help="a picture; repeat for more")
     group.add_argument("--mask-image", metavar="FILE", help="inpaint: white is to be filled in")
-    group.add_argument("--blank-tokens", metavar="N", type=positive, default=2, help="tokens that a ___ takes (default: 2)")
+    group.add_argument("--blank-tokens", metavar="N", type=positive, help="inpaint: tokens that a ___ takes (default: 2)")
     group.add_argument("--table", metavar="FILE.csv", help="impute: rows with empty cells")
     group.add_argument("--data", metavar="MANIFEST", help="take the conditions from this data set")
     group.add_argument(
         "--strength", metavar="T", type=float, help="start from the picture or text noised to time T: variations"
     )
-    group.add_argument(
-        "--condition-time", metavar="T", type=float, default=0.0, help="hold conditions noised to time T (default: 0, clean)"
-    )
+    group.add_argument("--condition-time", metavar="T", type=float, help="hold conditions noised to time T (default: 0, clean)")
     group.add_argument("--limit-context-len", metavar="L", type=positive, help="use at most L tokens of a caption")
     group.add_argument(
         "--repeat-prompt", action="store_true", default=None, help="repeat a caption until it fills the context (the paper)"
@@ -147,7 +153,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     own = {"run", "parser", "preset", "processes", "guidance_interval", "repeat_prompt", *(flag[0] for flag in SAMPLING)}
     flags = {key: value for key, value in vars(arguments).items() if key not in own}
-    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in flags.items()}
+    given = {key: value for key, value in flags.items() if value is not None}
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     print(f"samples: {generate(GenerateRequest(**fields, sampling=sampling, repeat_prompt=repeat_prompt))}")
     return 0
 
@@ -178,7 +185,7 @@ def how_to_sample(arguments: argparse.Namespace) -> tuple[Sampling, bool]:
     fields |= {name: value for name in names if (value := getattr(arguments, name)) is not None}
     repeat_prompt = bool(fields.pop("repeat_prompt", False))
     try:
-        return Sampling(**fields), repeat_prompt
+        sampling = Sampling(**fields)
     except ValidationError as error:
         fault = error.errors()[0]
         flag = "".join(f"--{str(part).replace('_', '-')} " for part in fault["loc"][:1])
@@ -186,6 +193,14 @@ def how_to_sample(arguments: argparse.Namespace) -> tuple[Sampling, bool]:
             f"{flag}{getattr(arguments, str(fault['loc'][0]), '') if fault['loc'] else ''}: "
             f"{fault['msg'].removeprefix('Value error, ')}"
         ) from None
+
+    for name, (partner, values) in NEEDS.items():
+        if getattr(arguments, name) is not None and getattr(sampling, partner) not in values:
+            wanted = " or ".join(values)
+            raise UserError(f"--{name.replace('_', '-')} goes with --{partner} {wanted}, and has no effect without")
+    if sampling.guidance == 1 and (arguments.guidance_interval or arguments.guidance_final_time is not None):
+        raise UserError("--guidance-interval and --guidance-final-time go with a --guidance other than 1")
+    return sampling, repeat_prompt
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -220,6 +235,16 @@ def check(arguments: argparse.Namespace) -> None:
         raise UserError("--task inpaint takes one --image, one --text, or both")
     if task in ("inpaint", "impute") and arguments.strength is not None:
         raise UserError(f"--strength starts from a whole picture or text, which --task {task} does not; leave it out")
+    useless = {
+        "blank_tokens": task != "inpaint",
+        "resample": task != "inpaint",
+        "condition_time": task == "joint",
+        "limit_context_len": task in single,
+        "repeat_prompt": task in single,
+    }
+    for name, idle in useless.items():
+        if idle and getattr(arguments, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} has no effect on --task {task}; leave it out")
     if bool(arguments.guide) != (arguments.autoguidance not in (None, 1.0)):
         raise UserError("--guide RUN and --autoguidance V go together")
     for flag in ("strength", "condition_time"):
