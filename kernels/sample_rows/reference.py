@@ -81,7 +81,7 @@ def draw_rows(logits: Tensor, uniforms: Tensor, temperature: float = 1.0, top_k:
 def _shares(logs: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     """Probabilities up to a factor, float32 [R, V]."""
     if temperature != 1:
-        logs = logs / temperature
+        logs = (logs - logs.amax(-1, keepdim=True)) / temperature
     if 0 < top_k < logs.shape[1]:
         logs = logs.masked_fill(logs < logs.topk(top_k).values[:, -1:], -torch.inf)
     if top_p < 1:

@@ -141,7 +141,9 @@ def make_table(arguments: argparse.Namespace) -> int:
         classes=arguments.classes,
         numbers=arguments.numbers,
     )
-    print(f"table: {arguments.out} ({made.train:,} rows to train on, {made.held_out:,} held out)\n")
+    constant = [name for name, column in made.columns.items() if len(column.values) == 1]
+    note = f"; {', '.join(constant)} always the same" if constant else ""
+    print(f"table: {arguments.out} ({made.train:,} rows to train on, {made.held_out:,} held out{note})\n")
     print(yaml.safe_dump(table.as_config(made.columns, arguments.out), sort_keys=False, default_flow_style=None), end="")
     return 0
 

@@ -6,6 +6,9 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
+import time
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -13,6 +16,7 @@ from pydantic import ValidationError
 from megadiff.cli.arguments import Verbs, add_verb, positive
 from megadiff.config.errors import UserError
 from megadiff.config.schema import Sampling
+from megadiff.launcher.local import ERROR_FILE
 
 EXAMPLES = """\
   megadiff sample --checkpoint runs/quickstart --task text-to-image --prompt "red heart" --guidance 3 --out samples
@@ -58,7 +62,6 @@ SAMPLING = (
 NEEDS = {
     "grid_shift": ("grid", ("shifted",)),
     "threshold": ("order", ("threshold",)),
-    "order_noise": ("order", ("confidence", "entropy")),
     "remask_strength": ("remask", ("cap", "conf", "loop")),
 }
 """Flags that mean something only beside certain values of another."""
@@ -160,13 +163,31 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _several(processes: int) -> int:
-    """The same command once per process, by torchrun. Together they take no more threads than there are cores."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    """The same command once per process, with no more threads in all than there are cores; one that fails ends the others."""
     own = max(len(os.sched_getaffinity(0)) // processes, 1)
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    threads = min(int(asked), own) if asked.isdigit() else own
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    return subprocess.run([*launcher, "-m", "megadiff", *sys.argv[1:]], env=environment, check=False).returncode
+    threads = min(int(asked), own) if asked.isdigit() and int(asked) else own
+    with tempfile.TemporaryDirectory() as folder:
+        error = Path(folder) / "error"
+        common = {**os.environ, "WORLD_SIZE": str(processes), "OMP_NUM_THREADS": str(threads), ERROR_FILE: str(error)}
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-m", "megadiff", *sys.argv[1:]],
+                env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=None if rank == 0 else subprocess.DEVNULL,
+            )
+            for rank in range(processes)
+        ]
+        try:
+            while None in (codes := [rank.poll() for rank in ranks]) and not any(codes):
+                time.sleep(0.1)
+        finally:
+            for rank in ranks:
+                rank.terminate()
+                rank.wait()
+        if error.exists():
+            raise UserError(error.read_text(encoding="utf-8").strip())
+        return next((abs(code) for code in codes if code), 0)
 
 
 def how_to_sample(arguments: argparse.Namespace) -> tuple[Sampling, bool]:
@@ -175,11 +196,11 @@ def how_to_sample(arguments: argparse.Namespace) -> tuple[Sampling, bool]:
     Raises:
         UserError: a value is out of its range.
     """
-    from megadiff.interfaces.presets import PRESETS
+    from megadiff.interfaces.presets import INPAINT_RESAMPLE, PRESETS
 
     if arguments.preset is not None and arguments.preset not in PRESETS:
         raise UserError(f"--preset {arguments.preset} is unknown; known: {', '.join(PRESETS)}")
-    fields: dict[str, Any] = {"resample": 4} if arguments.task == "inpaint" else {}
+    fields: dict[str, Any] = {"resample": INPAINT_RESAMPLE} if arguments.task == "inpaint" else {}
     fields |= PRESETS.get(arguments.preset, {})
     names = [*(flag[0] for flag in SAMPLING), "guidance_interval", "repeat_prompt"]
     fields |= {name: value for name in names if (value := getattr(arguments, name)) is not None}
@@ -188,12 +209,8 @@ def how_to_sample(arguments: argparse.Namespace) -> tuple[Sampling, bool]:
         sampling = Sampling(**fields)
     except ValidationError as error:
         fault = error.errors()[0]
-        flag = "".join(f"--{str(part).replace('_', '-')} " for part in fault["loc"][:1])
-        raise UserError(
-            f"{flag}{getattr(arguments, str(fault['loc'][0]), '') if fault['loc'] else ''}: "
-            f"{fault['msg'].removeprefix('Value error, ')}"
-        ) from None
-
+        named = [f"--{str(part).replace('_', '-')} {getattr(arguments, str(part), '')}: " for part in fault["loc"][:1]]
+        raise UserError("".join(named) + fault["msg"].removeprefix("Value error, ")) from None
     for name, (partner, values) in NEEDS.items():
         if getattr(arguments, name) is not None and getattr(sampling, partner) not in values:
             wanted = " or ".join(values)

@@ -159,6 +159,9 @@ class Modality(Section):
         wanted = {"grid": ("gaussian",), "tokens": ("masked", "uniform")}[self.space.kind]
         if self.process.kind not in wanted:
             raise ValueError(f"a {self.space.kind} space takes a {' or '.join(wanted)} process, not {self.process.kind}")
+        by_pad = isinstance(self.process, MaskedProcess) and self.process.padding == "pad_id"
+        if by_pad and isinstance(self.space, TokenSpace) and self.space.pad_id is None:
+            raise ValueError("padding: pad_id hides the pads, and the space has no pad_id")
         if self.positions == "sincos" and self.space.kind != "grid":
             raise ValueError("sincos positions are for grids; tokens take learned or rope")
         return self
@@ -451,6 +454,8 @@ class Sampling(Section):
     def _options_go_together(self) -> Sampling:
         if self.guidance_interval[0] > self.guidance_interval[1]:
             raise ValueError(f"guidance_interval {self.guidance_interval} must be (lower, upper)")
+        if self.order_noise and self.order not in ("confidence", "entropy"):
+            raise ValueError(f"order_noise goes with the confidence and entropy orders, not with {self.order}")
         if self.remask != "none" and self.order != "ancestral":
             raise ValueError(f"remask goes with the ancestral order, not with {self.order}")
         return self
@@ -533,6 +538,12 @@ class Showcase(Section):
     gap_pairs: Annotated[int, Field(ge=16)] = 256
     """Held-out pairs over which the conditioning gap is measured."""
 
+    @model_validator(mode="after")
+    def _one_network(self) -> Showcase:
+        if self.sampling.autoguidance != 1:
+            raise ValueError("autoguidance needs a second network, which a showcase has not; leave it out")
+        return self
+
 
 class Run(Section):
     """A whole run: one model, one source of data, a chain of stages."""
@@ -560,7 +571,9 @@ class Run(Section):
         for index, stage in enumerate(self.stages):
             faults += _stage_faults(stage, self, first=index == 0)
         if self.showcase is not None:
-            faults += _invisible(self, "showcase")
+            faults += _invisible(self, "showcase") + _order_faults(self.model, self.showcase.sampling, "showcase")
+        if unknown := [name for name in self.data.features if name not in known]:
+            faults.append(f"data.features names {', '.join(unknown)}; the model's modalities are {', '.join(known)}")
         if faults:
             raise ValueError("; ".join(faults))
         return self
@@ -604,7 +617,7 @@ def _stage_faults(stage: Stage, run: Run, *, first: bool) -> list[str]:
     if not any(modality.predicted and modality.loss_weight > 0 for modality in stage.modalities.values()):
         faults.append("no modality is predicted with a loss weight above 0")
     if stage.samples is not None:
-        faults += _invisible(run, "samples")
+        faults += _invisible(run, "samples") + _order_faults(run.model, stage.samples.sampling, "samples")
     if stage.alignment is not None:
         faults += _alignment_faults(stage.alignment, run)
     shares = sum(m.conditioning.clean + m.conditioning.absent for m in stage.modalities.values())
@@ -622,6 +635,15 @@ def _stage_faults(stage: Stage, run: Run, *, first: bool) -> list[str]:
         if trains and "joint" in stage.freeze and name in stage.freeze:
             faults.append(f"{name}: joint and {name} are frozen, so its loss trains nothing; set its loss_weight to 0")
     return [where + fault for fault in faults]
+
+
+def _order_faults(model: Model, sampling: Sampling, section: str) -> list[str]:
+    """Orders of unmasking need a mask."""
+    maskless = [name for name, modality in model.modalities.items() if isinstance(modality.process, UniformProcess)]
+    if not maskless or (sampling.order in ("ancestral", "tau_leaping") and sampling.remask == "none"):
+        return []
+    wanted = sampling.order if sampling.remask == "none" else f"remask: {sampling.remask}"
+    return [f"{section}: {', '.join(maskless)} has no mask state, which {wanted} needs; take ancestral or tau_leaping"]
 
 
 def _invisible(run: Run, section: str) -> list[str]:

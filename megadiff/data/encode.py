@@ -71,7 +71,7 @@ class PixelCodec:
 
     def encode(self, value: Image.Image) -> Tensor:
         """A picture to float32 [C, H, W]."""
-        picture = _eight_bit(value).convert("RGBA")
+        picture = eight_bit(value).convert("RGBA")
         ground = Image.new("RGBA", picture.size, "white")
         ground.alpha_composite(picture)
         cropped = _fit(ground.convert("RGB" if self.space.channels == 3 else "L"), self.space.width, self.space.height)
@@ -87,13 +87,15 @@ class PixelCodec:
 def unknown_region(mask: Image.Image, space: GridSpace) -> Tensor:
     """A mask (white: unknown) to bool [C, H, W]; a place of the grid with any unknown pixel in it is unknown."""
     grey = Image.alpha_composite(Image.new("RGBA", mask.size, "black"), mask.convert("RGBA")).convert("L")
-    picture = grey.point(lambda value: 255 if value >= 128 else 0)
+    picture = grey.point(lambda value: 255 if value >= 128 else 0).convert(
+        "F"
+    )  # in 8 bits one pixel of many would round to none
     factor = max(space.width / picture.width, space.height / picture.height)
     size = (max(space.width, round(picture.width * factor)), max(space.height, round(picture.height * factor)))
     scaled = picture.resize(size, Image.Resampling.BOX)
     left, top = (scaled.width - space.width) // 2, (scaled.height - space.height) // 2
     cropped = scaled.crop((left, top, left + space.width, top + space.height))
-    unknown = torch.from_numpy(np.asarray(cropped, dtype=np.uint8) > 0)
+    unknown = torch.from_numpy(np.asarray(cropped) > 0)
     return unknown.expand(space.channels, -1, -1)
 
 
@@ -101,7 +103,7 @@ _LONGEST_PX = 2**15
 """A picture that is longer than this once its short edge fits is no picture of anything, and could take all memory."""
 
 
-def _eight_bit(picture: Image.Image) -> Image.Image:
+def eight_bit(picture: Image.Image) -> Image.Image:
     """16-bit greys scaled to 8 bits; Pillow's own conversion would make all above 255 white."""
     if not picture.mode.startswith("I"):
         return picture

@@ -132,9 +132,8 @@ def _joined(branches: list[Noised]) -> Noised:
     names = branches[0].states
     visible: dict[str, Tensor | None] = {}
     for name in names:
-        masks = [branch.visible[name] for branch in branches]
-        present = [mask for mask in masks if mask is not None]
-        visible[name] = torch.cat(present) if len(present) == len(masks) else None
+        masks = [mask for branch in branches if (mask := branch.visible[name]) is not None]
+        visible[name] = torch.cat(masks) if masks else None  # a process hides positions in all branches or in none
     return Noised(
         states={name: torch.cat([branch.states[name] for branch in branches]) for name in names},
         clocks={name: torch.cat([branch.clocks[name] for branch in branches]) for name in names},

@@ -19,6 +19,7 @@ from megadiff import rng
 from megadiff.config.errors import UserError
 from megadiff.config.schema import Sampling
 from megadiff.diffusion.categorical import SMALLEST_SHARE
+from megadiff.diffusion.gaussian import SMALLEST_SHARE as SMALLEST_NOISE
 from megadiff.diffusion.gaussian import Gaussian
 from megadiff.diffusion.masked import Masked
 from megadiff.diffusion.process import Process
@@ -115,7 +116,10 @@ class Heun(_Plain):
         if moved.slope is None:
             return moved.state
         slope = 0.5 * (moved.slope + self.process.slope(prediction.float(), moved.state, step.then))
-        return self.process.integrate(state, step.now, step.then, slope)
+        corrected = self.process.integrate(state, step.now, step.then, slope)
+        # Where there is next to no noise left, the clean state alone does not tell which it is.
+        blind = (self.process.config.target == "clean") & (self.process.sigma(step.then) < SMALLEST_NOISE)
+        return torch.where(_wide(blind), moved.state, corrected)
 
 
 class Exponential(_Plain):
@@ -138,14 +142,17 @@ class Exponential(_Plain):
     def move(self, state: Tensor, step: Step, request: Dense, prediction: Tensor) -> Moved:
         clean, _ = self.process.clean_and_noise(prediction.float(), state, step.now)
         alpha, sigma = self.process.alpha(step.then), self.process.sigma(step.then)
+        # A clock that stands (a start at t = 0) would divide 0 by 0; its state stays as it is.
+        standing = _wide(step.now == step.then)
         ratio = sigma / self.process.sigma(step.now)
         decay = ratio * self.process.alpha(step.now) / alpha  # e^-h
         aim = self._extrapolated(clean, -decay.log(), step.last)
         if not self.stochastic:
-            return Moved(_wide(ratio) * state + _wide(alpha * (1 - decay)) * aim)
+            return Moved(torch.where(standing, state, _wide(ratio) * state + _wide(alpha * (1 - decay)) * aim))
         moved = _wide(ratio * decay) * state + _wide(alpha * (1 - decay**2)) * aim
         noise = rng.normal(step.keys, f"{self.process.name} step", self.process.shape)
-        return Moved(moved + _wide(sigma * (1 - decay**2).clamp_min(0).sqrt()) * noise)
+        moved = moved + _wide(sigma * (1 - decay**2).clamp_min(0).sqrt()) * noise
+        return Moved(torch.where(standing, state, moved))
 
     def forget(self) -> None:
         self._before = None

@@ -26,7 +26,7 @@ from megadiff.config.schema import (
     PixelField,
     TokenSpace,
 )
-from megadiff.data.encode import CaptionCodec, Codec, unknown_region
+from megadiff.data.encode import CaptionCodec, Codec, eight_bit, unknown_region
 from megadiff.data.loader import Shuffled
 from megadiff.diffusion.sampler import Conditions, Known, Sampler
 from megadiff.evaluation.tasks import IMPUTE, Task, find_task, inpainting
@@ -35,6 +35,7 @@ from megadiff.interfaces.weights import Loaded
 
 DEFAULT_COUNT = 16
 LONGEST_LABEL = 60
+"""Bytes of a prompt's or picture's name in a file's."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class Planner:
             items = [Item(n, f"{n:06d}-{_safe(name)}", self._shown(task.given, states)) for n, (name, states) in found]
             if not items:
                 return [], Conditions()
-            taken = {name: torch.stack([self._limited(name, states[name]) for _, (_, states) in found]) for name in needed}
+            taken = {name: torch.stack([self._taken(name, states[name]) for _, (_, states) in found]) for name in needed}
             return items, self._conditions(task, taken, items)
 
         return [
@@ -156,6 +157,8 @@ class Planner:
     def _inpainting(self) -> list[Chunk]:
         """A picture with a mask, a text with blanks, or both: what is not known is filled in."""
         request = self.request
+        if len(request.image) > 1 or len(request.prompt) > 1:
+            raise UserError("in-painting takes one picture, one text, or both; call it once for each")
         parts: dict[str, Known] = {}
         shown: dict[str, Any] = {}
         if request.image:
@@ -164,14 +167,18 @@ class Planner:
             clean = self.codecs[name].encode(picture)
             unknown = torch.zeros_like(clean, dtype=torch.bool)
             if request.mask_image and isinstance(space, GridSpace):
-                unknown = unknown_region(open_picture(request.mask_image), space)
+                mask = open_picture(request.mask_image)
+                if abs(mask.width * picture.height - mask.height * picture.width) > max(*mask.size, *picture.size):
+                    shapes = [f"{image.width} x {image.height}" for image in (mask, picture)]
+                    raise UserError(f"the mask is {shapes[0]} px and the picture {shapes[1]}: their sides must have one ratio")
+                unknown = unknown_region(mask, space)
             parts[name], shown[name] = Known(clean, ~unknown), picture
         if request.prompt:
             name = self._only("text", CaptionField)
             codec = self.codecs[name]
             assert isinstance(codec, CaptionCodec)
             parts[name] = Known(*codec.encode_with_blanks(request.prompt[0], request.blank_tokens))
-            shown[name] = request.prompt[0]
+            shown[name] = _text(request.prompt[0])
         open_parts = {name: part for name, part in parts.items() if not bool(part.where.all())}
         if not open_parts:
             raise UserError("nothing is to be filled in: give --mask-image (white is unknown), or a --text with ___ in it")
@@ -223,9 +230,9 @@ class Planner:
         if isinstance(field, CaptionField):
             if (request.prompts or request.prompt) and name != self._only("text", CaptionField):
                 return []
-            return (
-                read_prompts(request.prompts) if request.prompts else [(str(i), text) for i, text in enumerate(request.prompt)]
-            )
+            prompts = list(enumerate(request.prompt))
+            found = read_prompts(request.prompts) if request.prompts else [(str(index), text) for index, text in prompts]
+            return [(label, _text(prompt)) for label, prompt in found]
         if isinstance(field, PixelField | LatentField) and request.image:
             self._only("picture", PixelField, LatentField)
             return [
@@ -253,13 +260,19 @@ class Planner:
             value = repeated_to_fill(codec, value)
         return self._limited(name, codec.encode(value))
 
+    def _taken(self, name: str, state: Tensor) -> Tensor:
+        """A data set's state as a condition."""
+        if self.request.repeat_prompt and isinstance(self.codecs[name], CaptionCodec):
+            return self._state(name, self.codecs[name].decode(state))
+        return self._limited(name, state)
+
     def _limited(self, name: str, state: Tensor) -> Tensor:
         """Cut tokens after `limit_context_len`: what follows becomes end mark and padding."""
         space, limit = self.loaded.model.modalities[name].space, self.request.limit_context_len
         if limit is None or not isinstance(space, TokenSpace) or limit >= space.length:
             return state
         if space.end_id is None or space.pad_id is None:
-            raise UserError(f"--limit-context-len needs an end mark, and {name} has none")
+            raise UserError(f"--limit-context-len needs an end mark and padding, and {name} lacks one of them")
         limited = state.clone()
         if space.end_id not in state[:limit]:
             limited[limit - 1] = space.end_id
@@ -304,14 +317,18 @@ def read_rows(path: str, columns: Mapping[str, str]) -> list[dict[str, str]]:
         UserError: it cannot be read, or a column is unknown.
     """
     try:
-        with Path(path).open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            header = reader.fieldnames or []
+        with Path(path).open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, restkey="")
+            header = list(reader.fieldnames or [])
             rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--table {path} cannot be read as CSV: {error}") from None
     if unknown := [column for column in header if column not in columns]:
         raise UserError(f"--table {path} has the columns {', '.join(unknown)}; the model's are {', '.join(columns)}")
+    if len(set(header)) != len(header):
+        raise UserError(f"--table {path} names a column twice: {', '.join(header)}")
+    if long := [number for number, row in enumerate(rows, 1) if "" in row]:
+        raise UserError(f"--table {path}, row {long[0]} has more cells than the header has columns")
     if not rows:
         raise UserError(f"--table {path} has no rows under its header")
     return [{columns[column]: cell for column, cell in row.items() if column in columns and cell} for row in rows]
@@ -319,12 +336,12 @@ def read_rows(path: str, columns: Mapping[str, str]) -> list[dict[str, str]]:
 
 def open_picture(path: str | Image.Image) -> Image.Image:
     """A picture, or the one in a file. Raises UserError if that is none."""
-    if isinstance(path, Image.Image):
-        return path.convert("RGBA")
     try:
+        if isinstance(path, Image.Image):
+            return eight_bit(path).convert("RGBA")
         with Image.open(path) as picture:
-            return picture.convert("RGBA")
-    except (OSError, UnidentifiedImageError) as error:
+            return eight_bit(picture).convert("RGBA")
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as a picture: {error}") from None
 
 
@@ -343,4 +360,12 @@ def _bound(load: Callable[[slice], tuple[list[Item], Conditions]], part: slice) 
 
 
 def _safe(label: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in label)[:LONGEST_LABEL]
+    safe = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in label)
+    return safe.encode()[:LONGEST_LABEL].decode(errors="ignore")
+
+
+def _text(prompt: str) -> str:
+    """Raises UserError if it is no text."""
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise UserError("a prompt holds bytes that are no UTF-8 text; write it in UTF-8")
+    return prompt

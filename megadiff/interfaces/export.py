@@ -88,7 +88,7 @@ def read(folder: Path) -> Exported:
     try:
         file = _File.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
         tensors = load_file(folder / WEIGHTS)
-    except (ValidationError, yaml.YAMLError, SafetensorError, OSError) as error:
+    except (ValidationError, yaml.YAMLError, SafetensorError, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{folder} is no whole export: {str(error).splitlines()[0]}") from None
     if (file.format, file.version) != (FORMAT, VERSION):
         raise UserError(f"{path} is a {file.format} of version {file.version}; this program reads {FORMAT} {VERSION}")

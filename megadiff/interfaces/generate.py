@@ -7,6 +7,7 @@ per chunk), and, once all chunks are there, `samples.jsonl`, `sheet.png`, for ta
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -25,19 +26,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megadiff.config.errors import UserError
-from megadiff.config.schema import ClassField, NumberField
+from megadiff.config.schema import ClassField, LatentField, NumberField
 from megadiff.data.encode import Codec
-from megadiff.data.shards import Manifest, Members, Shard, ShardEntry, write_manifest, write_shard
+from megadiff.data.shards import MANIFEST, Manifest, Members, Shard, ShardEntry, write_manifest, write_shard
 from megadiff.distributed.ranks import Ranks
 from megadiff.evaluation.report import Section, contact_sheet
 from megadiff.evaluation.tasks import Task, cell_of, draw
 from megadiff.interfaces.conditions import Chunk, Item, Planner, keys_of
 from megadiff.interfaces.request import GenerateRequest
 from megadiff.interfaces.weights import Loaded, load
+from megadiff.storage import store
 
 SHEET_CELLS = 32
 RECORDS, SHEET, TABLE, REQUEST, PARTS = "samples.jsonl", "sheet.png", "samples.csv", "request.json", ".parts"
-SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_LOOKS = 10.0, 0.2
 
 
 def generate(request: GenerateRequest) -> Path:
@@ -50,13 +52,15 @@ def generate(request: GenerateRequest) -> Path:
         UserError: the checkpoint, the task, a condition or the output folder is at fault.
     """
     ranks = Ranks.from_environment()
-    device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = _device(ranks)
     loaded = load(request.checkpoint, request.weights, device, autoencoder=request.autoencoder)
     guide = None if request.guide is None else _guide(request.guide, request.weights, loaded, device)
+    _check_autoencoders(loaded, request)
     codecs = loaded.codecs()
     chunks = Planner(request, loaded, codecs).chunks()
     out = Path(request.out)
     identity = {**request.record(), "weights_hash": loaded.fingerprint, "guide_hash": guide and guide.fingerprint}
+    identity["contents"] = _contents(request)
     _open_folder(out, identity)
     writer = _Writer(out, codecs, request.format)
     mine = [number for number in range(ranks.rank, len(chunks), ranks.world) if not writer.has(number)]
@@ -64,11 +68,38 @@ def generate(request: GenerateRequest) -> Path:
         for done, number in enumerate(mine):
             items, drawn = _draw(chunks[number], request, loaded, guide, device, _offset(report, done))
             writer.write(number, chunks[number].task, items, drawn)
-    if ranks.world > 1:
-        _wait_for_all(ranks)
     if ranks.rank == 0:
+        while not all(
+            writer.has(number) for number in range(len(chunks))
+        ):  # of other processes; torchrun ends all if one fails
+            time.sleep(SECONDS_BETWEEN_LOOKS)
         _join(writer, chunks, loaded, identity)
     return out / RECORDS
+
+
+def _device(ranks: Ranks) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
+
+
+def _check_autoencoders(loaded: Loaded, request: GenerateRequest) -> None:
+    """Before anything is drawn. Raises UserError if latents could not be shown, or `autoencoder` has nothing to decode."""
+    fields = loaded.data.fields
+    latents = [name for name, field in fields.items() if isinstance(field, LatentField)]
+    if blind := [name for name in latents if getattr(fields[name], "autoencoder", None) is None]:
+        raise UserError(f"{', '.join(blind)} is latents: give --autoencoder FOLDER, a diffusers AutoencoderKL, to show them")
+    if request.autoencoder is not None and not latents:
+        raise UserError("--autoencoder is for models of latents, and this model has none; leave it out")
+
+
+def _contents(request: GenerateRequest) -> dict[str, str]:
+    """Hashes of the files that samples depend on: a path may name other contents tomorrow."""
+    named = [request.prompts, request.table, request.mask_image, *request.image]
+    paths = [str(path) for path in named if path is not None]
+    if request.data is not None:
+        paths.append(request.data if request.data.endswith(".json") else store.join(request.data, MANIFEST))
+    return {path: hashlib.sha256(store.read_bytes(path)).hexdigest() for path in paths}
 
 
 def _guide(address: str, weights: str, loaded: Loaded, device: torch.device) -> Loaded:
@@ -120,10 +151,10 @@ def _open_folder(out: Path, identity: Mapping[str, Any]) -> None:
             if strangers:
                 raise UserError(f"--out {out} holds other files ({min(strangers)}); name a new folder")
             _write_whole(path, json.dumps(identity, indent=1, ensure_ascii=False).encode())
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = dict(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}; name another folder") from None
-    except json.JSONDecodeError:
+    except (ValueError, TypeError):
         raise UserError(f"{path} is damaged; name a new folder") from None
     differing = [key for key in identity if before.get(key) != identity[key]]
     if differing:
@@ -154,9 +185,9 @@ class _Writer:
         shard: dict[str, Members] = {}
         for index, item in enumerate(items):
             files: Members = {}
-            given = {name: _stored(value, f"{name}.given.png", files) for name, value in item.condition.items()}
+            given = {name: _stored(value, item.name, f"{name}.given.png", files) for name, value in item.condition.items()}
             values = {name: self.codecs[name].decode(state[index]) for name, state in drawn.items()}
-            generated = {name: _stored(value, f"{name}.png", files) for name, value in values.items()}
+            generated = {name: _stored(value, item.name, f"{name}.png", files) for name, value in values.items()}
             record = {"number": item.number, "name": item.name, "task": task.name, "given": given, "generated": generated}
             lines.append(record)
             shard[item.name] = {**files, "json": json.dumps(record, ensure_ascii=False).encode()}
@@ -179,11 +210,11 @@ class _Writer:
         if "picture" not in stored:
             return next(iter(stored.values()))
         if self.format == "folder":
-            return Image.open(self.out / f"{name}.{stored['picture']}")
+            return Image.open(self.out / stored["picture"])
         path = self.out / self.shard_name(number)
         shard = Shard(str(path), path)
         offset = next(offset for offset in range(len(shard)) if shard.key(offset) == name)
-        return Image.open(io.BytesIO(shard.members(offset)[stored["picture"]]))
+        return Image.open(io.BytesIO(shard.members(offset)[stored["picture"].removeprefix(f"{name}.")]))
 
     def shard_name(self, number: int) -> str:
         return f"samples-{number:06d}.tar"
@@ -192,14 +223,14 @@ class _Writer:
         return self.out / PARTS / f"{number:06d}.json"
 
 
-def _stored(value: Any, ending: str, files: Members) -> dict[str, Any]:
+def _stored(value: Any, name: str, ending: str, files: Members) -> dict[str, Any]:
     """A value as a record holds it; pictures go to `files`."""
     if not isinstance(value, Image.Image):
         return {"value": value} if isinstance(value, int | float) else {"text": str(value)}
     buffer = io.BytesIO()
     value.convert("RGB").save(buffer, "png")
     files[ending] = buffer.getvalue()
-    return {"picture": ending}
+    return {"picture": f"{name}.{ending}"}
 
 
 def _join(writer: _Writer, chunks: Sequence[Chunk], loaded: Loaded, identity: Mapping[str, Any]) -> None:
@@ -267,11 +298,3 @@ def _progress(title: str, chunks: int, *, active: bool) -> Iterator[Callable[[fl
 
 def _offset(report: Callable[[float], None], chunk: int) -> Callable[[int, int], None]:
     return lambda done, total: report(chunk + done / total)
-
-
-def _wait_for_all(ranks: Ranks) -> None:
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", rank=ranks.rank, world_size=ranks.world)
-    dist.barrier()
-    dist.destroy_process_group()

@@ -21,6 +21,7 @@ from megadiff.diffusion.sampler import Sampler, States, Times
 from megadiff.evaluation.tasks import INPAINT, JOINT, Task, find_task
 from megadiff.interfaces import export
 from megadiff.interfaces.conditions import Planner
+from megadiff.interfaces.presets import INPAINT_RESAMPLE
 from megadiff.interfaces.request import GenerateRequest
 from megadiff.interfaces.weights import HUB, Loaded, load
 from megadiff.models.mmdit import MMDiT
@@ -66,8 +67,10 @@ class MegadiffPipeline(DiffusionPipeline):  # type: ignore[misc]
         loaded = load(address, weights, autoencoder=autoencoder)
         return cls(loaded.module if torch_dtype is None else loaded.module.to(torch_dtype), loaded)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write an export."""
+    def save_pretrained(self, folder: str | Path, *, safe_serialization: bool = True) -> None:
+        """Write an export. Its weights are always safetensors: raises UserError if others are asked for."""
+        if not safe_serialization:
+            raise UserError("an export's weights are safetensors; leave safe_serialization=False out")
         tensors = {name: parameter.detach().float().cpu() for name, parameter in self.denoiser.named_parameters()}
         loaded = self.loaded
         export.write(Path(folder), export.Exported(loaded.model, loaded.data, loaded.predicted, tensors, loaded.card))
@@ -114,16 +117,21 @@ class MegadiffPipeline(DiffusionPipeline):  # type: ignore[misc]
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type {output_type!r} is unknown; known: {', '.join(OUTPUT_TYPES)}")
         prompts = () if prompt is None else (prompt,) if isinstance(prompt, str) else tuple(prompt)
+        if num_images_per_prompt < 1:
+            raise UserError(f"num_images_per_prompt is {num_images_per_prompt}; it must be 1 or more")
         images = () if image is None else (image,) if isinstance(image, Image.Image) else tuple(image)
+        if not all(isinstance(each, Image.Image) for each in images):
+            raise UserError("image takes PIL pictures, or a list of them")
+        asked = task or self._task_of(prompts, images, mask_image, strength)
         request = GenerateRequest(
             checkpoint=self.loaded.source,
-            task=task or self._task_of(prompts, images, mask_image, strength),
+            task=asked,
             out="",
             prompt=prompts,
             image=images,
             mask_image=mask_image,
             strength=strength,
-            sampling=_sampling(num_inference_steps, guidance_scale, sampling),
+            sampling=_sampling(asked, num_inference_steps, guidance_scale, sampling),
             n=num_images_per_prompt,
             batch=2**31,  # one chunk: the caller chooses how many samples go together
         )
@@ -178,20 +186,25 @@ class MegadiffPipeline(DiffusionPipeline):  # type: ignore[misc]
         return MegadiffOutput(images=_as(output_type, pictures), texts=texts, states=made)
 
 
-def _sampling(steps: int, guidance: float, others: dict[str, Any]) -> Sampling:
+def _sampling(task: str, steps: int, guidance: float, others: dict[str, Any]) -> Sampling:
+    """Raises UserError if an option is unknown, out of its range, or not the pipeline's."""
+    names = {"steps": "num_inference_steps", "guidance": "guidance_scale", "autoguidance": "megadiff sample --guide"}
+    if wrong := [name for name in names if name in others]:
+        raise UserError(f"{wrong[0]} is not an argument here: use {names[wrong[0]]}")
+    defaults = {"resample": INPAINT_RESAMPLE} if task == INPAINT else {}
     try:
-        return Sampling(steps=steps, guidance=guidance, **others)
+        return Sampling(**{**defaults, **others, "steps": steps, "guidance": guidance})
     except ValidationError as error:
         fault = error.errors()[0]
-        place = ".".join(str(part) for part in fault["loc"])
-        raise UserError(f"{place}: {fault['msg'].removeprefix('Value error, ')}") from None
+        place = "".join(f"{part}: " for part in fault["loc"])
+        raise UserError(place + fault["msg"].removeprefix("Value error, ")) from None
 
 
 def _keys(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> Tensor:
     """int64 [N] sample keys."""
     if generator is None or isinstance(generator, torch.Generator):
         device = "cpu" if generator is None else generator.device
-        return torch.randint(2**62, (count,), generator=generator, device=device)
+        return torch.randint(2**62, (count,), generator=generator, device=device).cpu()
     if len(generator) != count:
         raise UserError(f"generator has {len(generator)} entries for {count} samples; give one, or as many as samples")
     return torch.cat([torch.randint(2**62, (1,), generator=each, device=each.device).cpu() for each in generator])

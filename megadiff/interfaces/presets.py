@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+INPAINT_RESAMPLE = 4
+"""How often in-painting makes each step unless told otherwise."""
+
 PAPER = {"steps": 50, "solver": "heun", "grid": "uniform", "order": "tau_leaping"}
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {

@@ -17,7 +17,7 @@ from megadiff.diffusion.sampler import Conditions
 from megadiff.evaluation.gap import conditioning_gap
 from megadiff.evaluation.report import Section, contact_sheet
 from megadiff.evaluation.table import Table, compare, picture, table_of
-from megadiff.evaluation.tasks import Task, cell_of, draw, progress_bar, tasks_of
+from megadiff.evaluation.tasks import JOINT, Task, cell_of, draw, find_task, progress_bar, tasks_of
 from megadiff.interfaces.weights import Loaded, load
 
 SHEET = "samples.png"
@@ -60,7 +60,7 @@ def make_showcase(run: Run) -> int:
 
 def _table(run: Run, rule: Showcase, loaded: Loaded, device: torch.device) -> int:
     """Compare rows drawn from nothing with the training data's; 0."""
-    (joint,) = [task for task in tasks_of(list(run.model.modalities), loaded.predicted) if not task.given]
+    joint = find_task(JOINT, list(run.model.modalities), loaded.predicted)
     codecs = loaded.codecs()
     keys = rng.sample_keys(run.seed, torch.arange(rule.rows)).to(device)
     with progress_bar("rows") as report, torch.no_grad():

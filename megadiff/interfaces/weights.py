@@ -119,6 +119,8 @@ def export_run(source: str, out: str, weights: str = "ema") -> None:
         UserError: there is no checkpoint, or `out` is not empty.
     """
     folder = Path(source)
+    if (folder / export.CONFIG).exists():
+        raise UserError(f"{source} is an export already; copy its folder")
     export.write(Path(out), from_checkpoint(folder if (folder / MANIFEST).exists() else _newest(folder), weights))
 
 

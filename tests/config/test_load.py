@@ -253,6 +253,21 @@ def test_latents_without_an_autoencoder_cannot_be_shown(tmp_path: Path, changes:
         ({"stage_defaults__samples": {"every_steps": 5, "sampling": {"order": "threshold"}}}, "must make equal calls"),
         ({"stage_defaults__samples": {"every_steps": 5, "sampling": {"autoguidance": 2}}}, "needs a second network"),
         ({"showcase": {"sampling": {"remask": "cap", "order": "entropy"}}}, "remask goes with the ancestral order"),
+        ({"showcase": {"sampling": {"order_noise": 1, "order": "threshold"}}}, "order_noise goes with the confidence"),
+        ({"showcase": {"sampling": {"autoguidance": 2}}}, "needs a second network, which a showcase has not"),
+        ({"model__modalities__text__process": {"kind": "masked", "padding": "pad_id"}}, "and the space has no pad_id"),
+        ({"data__features": {"sound": "a.npy"}}, "data.features names sound; the model's modalities are text, image"),
+        (
+            {
+                "model__modalities__text__process": {"kind": "uniform"},
+                "stage_defaults__samples": {"every_steps": 5, "sampling": {"order": "entropy"}},
+            },
+            "stage first: samples: text has no mask state, which entropy needs; take ancestral or tau_leaping",
+        ),
+        (
+            {"model__modalities__text__process": {"kind": "uniform"}, "showcase": {"sampling": {"remask": "cap"}}},
+            "showcase: text has no mask state, which remask: cap needs",
+        ),
         ({"model__modalities__text__space__start_id": 50}, r"start_id \(50\) must be below vocabulary"),
     ],
 )

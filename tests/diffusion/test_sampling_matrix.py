@@ -223,6 +223,29 @@ def test_variations_stay_the_nearer_to_their_start_the_smaller_the_strength():
     assert same[0] > same[1] + 0.05 > same[2] + 0.1
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_start_at_time_0_is_already_there(solver):
+    conditions = Conditions(initial={"grid": PAIRS["grid"]}, start_at={"grid": 0.0})
+    made = run(model_of("vp", "epsilon"), Sampling(steps=3, solver=solver), ["grid"], conditions)
+    assert torch.equal(made["grid"], PAIRS["grid"])
+
+
+def test_heun_does_not_ask_a_clean_target_for_noise_that_is_too_small_to_tell():
+    """On the karras grid the last steps but one end where sigma is 2e-3 and less."""
+    model = model_of("rectified_flow", "clean")
+    start = Sampler(model, Sampling()).noised("grid", PAIRS["grid"], 0.5, KEYS)
+    conditions = Conditions(given={"tokens": PAIRS["tokens"]}, initial={"grid": start}, start_at={"grid": 0.5})
+    made = [
+        Sampler(model, Sampling(steps=7, grid="karras", solver=solver)).sample(
+            IdealDenoiser(model), KEYS, generate=["grid"], conditions=conditions
+        )["grid"]
+        for solver in ("heun", "euler")
+    ]
+    nearest = [(state[:, None] - GRIDS).abs().flatten(2).amax(2).amin(1) for state in made]
+    assert nearest[0].max() < 0.01
+    assert nearest[1].max() < 1e-3
+
+
 def test_a_condition_held_at_a_time_above_0_says_less():
     model = model_of()
     given = {"tokens": TOKENS[0].expand(COUNT, -1).contiguous()}

@@ -127,6 +127,15 @@ def test_a_folder_of_another_request_or_of_other_things_is_refused(exported, tmp
         ask(exported, tmp_path / "mine", n=2)
 
 
+def test_a_file_that_changed_is_another_request(exported, tmp_path):
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps(["red heart", "cat"]))
+    ask(exported, tmp_path / "out", task="text-to-image", prompts=str(prompts))
+    prompts.write_text(json.dumps(["blue sky", "dog"]))
+    with pytest.raises(UserError, match=r"holds samples of another request \(contents: "):
+        ask(exported, tmp_path / "out", task="text-to-image", prompts=str(prompts))
+
+
 def test_tar_shards_hold_the_samples_and_are_listed_in_a_manifest(exported, tmp_path):
     out = tmp_path / "out"
     found = ask(exported, out, task="text-to-image", data=HELD_OUT, n=6, format="tar")
@@ -158,6 +167,49 @@ def test_prompts_are_repeated_and_cut_as_asked(exported, tmp_path):
     same = pixels(tmp_path / f"plain/{plain[0]['name']}.image.png")
     assert (same == pixels(tmp_path / f"long/{plain[0]['name']}.image.png")).all()
     assert (same != pixels(tmp_path / f"cut/{cut[0]['name']}.image.png")).any()
+
+
+def test_captions_of_a_data_set_are_repeated_as_asked(exported, tmp_path):
+    common = {"task": "text-to-image", "data": HELD_OUT, "n": 2}
+    plain = ask(exported, tmp_path / "plain", **common)
+    ask(exported, tmp_path / "repeated", **common, repeat_prompt=True)
+    for record in plain:
+        name = f"{record['name']}.image.png"
+        assert (pixels(tmp_path / "plain" / name) != pixels(tmp_path / "repeated" / name)).any()
+
+
+def test_16_bit_pictures_are_read_as_in_training(tmp_path):
+    from megadiff.interfaces.conditions import open_picture
+
+    Image.fromarray(np.full((4, 4), 40000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert open_picture(str(tmp_path / "deep.png")).getpixel((0, 0))[0] == 156
+    assert open_picture(Image.open(tmp_path / "deep.png")).getpixel((0, 0))[0] == 156
+
+
+def test_one_white_pixel_of_a_large_mask_is_a_hole():
+    from megadiff.config.schema import GridSpace
+    from megadiff.data.encode import unknown_region
+
+    mask = Image.new("L", (2048, 2048), 0)
+    mask.putpixel((5, 2000), 255)
+    unknown = unknown_region(mask, GridSpace(channels=3, height=32, width=32))
+    assert unknown.nonzero().tolist() == [[channel, 31, 0] for channel in range(3)]
+
+
+@pytest.mark.distributed
+def test_several_processes_of_one_command_say_a_mistake_once(exported, tmp_path):
+    command = [sys.executable, "-m", "megadiff", "sample", "--checkpoint", str(exported), "--processes", "2", "--steps", "2"]
+    flags = ["--task", "text-to-image", "--out", str(tmp_path / "out")]
+    wrong = subprocess.run([*command, *flags, "--prompts", "none.json"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert wrong.stderr.count("\n") == 1
+    assert "--prompts none.json cannot be read" in wrong.stderr
+    right = subprocess.run(
+        [*command, *flags, "--prompt", "cat", "-n", "3", "--batch", "1"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert right.returncode == 0
+    assert right.stdout.count("samples: ") == 1
+    assert len(records(tmp_path / "out")) == 3
 
 
 def test_in_painting_keeps_what_is_known_of_the_picture_and_of_the_text(exported, tmp_path):
@@ -237,6 +289,9 @@ def test_autoguidance_goes_away_from_the_weaker_network(exported, tiny, tmp_path
         ),
         ({"data": HELD_OUT}, "joint takes no condition: leave out --data, or vary the data's samples with --strength"),
         ({"task": "impute", "table": "x.csv"}, "not all of this model's modalities are columns"),
+        ({"task": "text-to-image", "prompt": ("\udcff",)}, "a prompt holds bytes that are no UTF-8 text"),
+        ({"autoencoder": "vae"}, "--autoencoder is for models of latents, and this model has none"),
+        ({"task": "inpaint", "prompt": ("a ___", "b ___")}, "in-painting takes one picture, one text, or both"),
         ({"prompt": ("a",)}, "joint makes text: leave it out, or say with --strength how far to start from it"),
     ],
 )

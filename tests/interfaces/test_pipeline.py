@@ -91,6 +91,14 @@ def test_sampling_options_pass_through_and_wrong_ones_are_named(pipe):
     assert pipe(image=Image.new("RGB", (32, 32)), num_inference_steps=2, order="confidence", top_p=0.9).texts
     with pytest.raises(UserError, match="solver: Input should be 'euler', 'heun'"):
         pipe("red", solver="rk4")
+    for wrong, said in (
+        ({"guidance": 3}, "guidance is not an argument here: use guidance_scale"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
+        ({"image": [np.zeros((32, 32, 3))]}, "image takes PIL pictures"),
+        ({"mask_image": Image.new("L", (32, 32)), "image": [Image.new("RGB", (32, 32))] * 2}, "in-painting takes one picture"),
+    ):
+        with pytest.raises(UserError, match=said):
+            pipe("red", **wrong)
 
 
 def test_it_moves_saves_and_loads_like_any_pipeline(pipe, tmp_path):

@@ -62,7 +62,7 @@ def test_rows_from_nothing_are_a_csv_of_values_that_occur(network, run, tmp_path
 
 
 def test_empty_cells_are_filled_in_and_the_others_stay(network, tmp_path):
-    (tmp_path / "rows.csv").write_text("Colour,Price,Size\nred,,\n,7,1.25\ngreen,50,2\n,,\nred,,0.5\n")
+    (tmp_path / "rows.csv").write_text("\ufeffColour,Price,Size\nred,,\n,7,1.25\ngreen,50,2\n,,\nred,,0.5\n")
     request = GenerateRequest(
         checkpoint=network,
         task="impute",
@@ -89,6 +89,8 @@ def test_empty_cells_are_filled_in_and_the_others_stay(network, tmp_path):
         ("Colour\nblue\n", "column Colour has no class 'blue'; it has green, red"),
         ("Price,Colour\nmuch,\n", "column Price takes numbers, not 'much'"),
         ("Price\n", "has no rows under its header"),
+        ("Price,Price\n1,2\n", "names a column twice: Price, Price"),
+        ("Price,Size\n1,2,3\n", "row 1 has more cells than the header has columns"),
     ],
 )
 def test_a_row_that_cannot_be_is_one_sentence(network, tmp_path, text, sentence):

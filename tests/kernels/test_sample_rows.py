@@ -48,6 +48,7 @@ def test_temperature_sharpens_and_zero_takes_the_likeliest():
     assert_shares(draw_rows(logits.expand(COUNT, -1), UNIFORMS, 0.5).ids, (logits.double() / 0.5).softmax(0))
     greedy = draw_rows(logits.expand(10, -1), UNIFORMS[:10], 0.0)
     assert greedy.ids.tolist() == [1] * 10
+    assert draw_rows(logits.expand(10, -1), UNIFORMS[:10], 1e-40).ids.tolist() == [1] * 10
     torch.testing.assert_close(greedy.log_probability, logits.log_softmax(0)[1].expand(10))
 
 

@@ -196,6 +196,8 @@ def as_config(columns: dict[str, Column], folder: str) -> dict[str, object]:
     fields: dict[str, object] = {}
     modalities: dict[str, object] = {}
     for name, column in columns.items():
+        if column.kind == "class" and len(column.values) == 1:
+            continue  # always the same: there is nothing to model
         modality = _modality(name, fields)
         fields[modality] = {"kind": column.kind, "column": name, "columns": store.join(folder, "columns.json")}
         if column.kind == "number":
