@@ -177,8 +177,8 @@ class Planner:
             name = self._only("text", CaptionField)
             codec = self.codecs[name]
             assert isinstance(codec, CaptionCodec)
-            parts[name] = Known(*codec.encode_with_blanks(request.prompt[0], request.blank_tokens))
             shown[name] = _text(request.prompt[0])
+            parts[name] = Known(*codec.encode_with_blanks(shown[name], request.blank_tokens))
         open_parts = {name: part for name, part in parts.items() if not bool(part.where.all())}
         if not open_parts:
             raise UserError("nothing is to be filled in: give --mask-image (white is unknown), or a --text with ___ in it")

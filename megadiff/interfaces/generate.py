@@ -69,9 +69,8 @@ def generate(request: GenerateRequest) -> Path:
             items, drawn = _draw(chunks[number], request, loaded, guide, device, _offset(report, done))
             writer.write(number, chunks[number].task, items, drawn)
     if ranks.rank == 0:
-        while not all(
-            writer.has(number) for number in range(len(chunks))
-        ):  # of other processes; torchrun ends all if one fails
+        # Other processes may not be done; their launcher ends all if one fails.
+        while not all(writer.has(number) for number in range(len(chunks))):
             time.sleep(SECONDS_BETWEEN_LOOKS)
         _join(writer, chunks, loaded, identity)
     return out / RECORDS

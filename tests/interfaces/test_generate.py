@@ -290,6 +290,7 @@ def test_autoguidance_goes_away_from_the_weaker_network(exported, tiny, tmp_path
         ({"data": HELD_OUT}, "joint takes no condition: leave out --data, or vary the data's samples with --strength"),
         ({"task": "impute", "table": "x.csv"}, "not all of this model's modalities are columns"),
         ({"task": "text-to-image", "prompt": ("\udcff",)}, "a prompt holds bytes that are no UTF-8 text"),
+        ({"task": "inpaint", "prompt": ("a ___ \udcff",)}, "a prompt holds bytes that are no UTF-8 text"),
         ({"autoencoder": "vae"}, "--autoencoder is for models of latents, and this model has none"),
         ({"task": "inpaint", "prompt": ("a ___", "b ___")}, "in-painting takes one picture, one text, or both"),
         ({"prompt": ("a",)}, "joint makes text: leave it out, or say with --strength how far to start from it"),
