@@ -1,31 +1,38 @@
 """One way to read and write any address: a file path, or s3:// gs:// az:// http(s)://. The only file that imports obstore.
 
-Credentials come from the usual places (AWS_*, GOOGLE_*, AZURE_* variables, instance metadata) and are never logged.
+Credentials come from the usual places (AWS_*, GOOGLE_*, AZURE_* variables, ~/.aws, instance metadata) and are never logged.
+A reading asks for one version of an object: when a body breaks, the rest is asked for by Range with If-Match.
 """
 
 from __future__ import annotations
 
+import configparser
+import errno
+import fcntl
 import os
 import random
 import re
 import secrets
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import obstore
 from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError, PreconditionError, UnauthenticatedError
-from obstore.store import from_url
+from obstore.store import HTTPStore, from_url
 
 from megadiff.config.errors import UserError
 
-CHUNK_BYTES = 8 * 2**20
-"""Remote objects are read in ranges of this size, so that a body that breaks costs one range."""
-ATTEMPTS = 6
-_FIRST_PAUSE_S = 0.2
+CHUNK_BYTES = 2**20
+"""Bodies are taken in chunks of at least this size."""
+ATTEMPTS = 8
+"""So often in a row may a request fail, or a body break without another chunk, before that is an error."""
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 15.0
 
 Result = TypeVar("Result")
 
@@ -36,6 +43,10 @@ class StorageError(UserError):
 
 class MissingError(StorageError):
     """A distant object that does not exist."""
+
+
+class FullError(StorageError):
+    """A disk without room for what should be written."""
 
 
 def is_local(address: str) -> bool:
@@ -65,40 +76,87 @@ def read_bytes(address: str, offset: int = 0, length: int | None = None) -> byte
     """
     if is_local(address):
         return _read_file(address, offset, length)
-    store, path = _store_and_path(address)
-    meta = _with_retries(address, lambda: obstore.head(store, path))
-    end = meta["size"] if length is None else min(offset + length, meta["size"])
-    parts = []
-    while offset < end:
-        stop = min(offset + CHUNK_BYTES, end)
-        parts.append(_with_retries(address, lambda a=offset, b=stop: _range(store, path, a, b, meta["e_tag"])))  # type: ignore[misc]
-        offset = stop
-    return b"".join(parts)
+    if length == 0:
+        return b""
+    return b"".join(chunk for _, chunk in _chunks(address, offset, None if length is None else offset + length))
+
+
+def read_whole(address: str) -> memoryview:
+    """The object's bytes without a second copy of them, for large ones. Raises as `read_bytes`."""
+    if is_local(address):
+        return memoryview(_read_file(address, 0, None))
+    whole, filled = memoryview(b""), 0
+    for size, chunk in _chunks(address):
+        if not filled:
+            whole = memoryview(bytearray(size))
+        whole[filled : filled + len(chunk)] = chunk
+        filled += len(chunk)
+    return whole
 
 
 def write_bytes(address: str, data: bytes) -> None:
     """Write the whole object; a reader sees the old one or the new one, never a part."""
     if is_local(address):
         return _write_file(address, data)
-    store, path_in_store = _store_and_path(address)
-    _with_retries(address, lambda: obstore.put(store, path_in_store, data))
+    store, path = _store_and_path(address)
+    _with_retries(address, lambda: obstore.put(store, path, data))
     return None
 
 
 def download(address: str, path: Path) -> None:
-    """Copy an object to a local path, which appears only when it is whole."""
-    _write_file(str(path), read_bytes(address))
+    """Copy an object to a local path, which appears only when it is whole; where there is a file, nothing is done.
+
+    Processes that want the same path wait for the first. What a killed one has left is gone on with, if the object is still
+    the same version.
+
+    Raises:
+        FullError: the disk is full. StorageError: as `read_bytes`, or the path cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(partial) as file:
+            if path.exists():
+                partial.unlink()
+                return
+            try:
+                _fill(file, partial, address)
+                file.flush()
+                os.fsync(file.fileno())  # a machine that dies must not leave a file of the right size and wrong content
+                partial.replace(path)
+            except OSError:
+                file.truncate(0)
+                raise
+            finally:
+                if file.seek(0, os.SEEK_END) == 0:
+                    partial.unlink(missing_ok=True)
+                if not partial.exists():
+                    _tag_file(partial).unlink(missing_ok=True)
+    except OSError as error:
+        raise _unwritable(str(path), error) from None
 
 
 def exists(address: str) -> bool:
     if is_local(address):
         return local_path(address).exists()
-    store, path = _store_and_path(address)
     try:
-        _with_retries(address, lambda: obstore.head(store, path))
+        size(address)
     except MissingError:
         return False
     return True
+
+
+def size(address: str) -> int:
+    """The object's size in bytes. Raises MissingError if there is none, StorageError if it cannot be reached."""
+    if is_local(address):
+        try:
+            return local_path(address).stat().st_size
+        except FileNotFoundError:
+            raise MissingError(f"{address} does not exist") from None
+        except OSError as error:
+            raise StorageError(f"{address} cannot be read: {error.strerror}") from None
+    store, path = _store_and_path(address)
+    return int(_with_retries(address, lambda: obstore.head(store, path))["size"])
 
 
 def list_names(folder: str) -> list[str]:
@@ -111,6 +169,18 @@ def list_names(folder: str) -> list[str]:
     store, path = _store_and_path(folder)
     found = _with_retries(folder, lambda: obstore.list_with_delimiter(store, path))
     return sorted(entry["path"].rpartition("/")[2] for entry in found["objects"])
+
+
+def shown(address: str) -> str:
+    """An address as it may be printed: without what a URL's query or user part may give away."""
+    if is_local(address):
+        return address
+    scheme, _, rest = address.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path.partition('?')[0]}"
+
+
+# --------------------------------------------------------------------------------------------------------------- files
 
 
 def _read_file(address: str, offset: int, length: int | None) -> bytes:
@@ -133,69 +203,247 @@ def _write_file(address: str, data: bytes) -> None:
         finally:
             aside.unlink(missing_ok=True)
     except OSError as error:
-        raise StorageError(f"{address} cannot be written: {error.strerror}") from None
+        raise _unwritable(address, error) from None
 
 
-def _range(store: Any, path: str, start: int, stop: int, tag: str | None) -> bytes:
-    """One range, of the object that was there at the start (its ETag must still match)."""
-    options: dict[str, Any] = {"range": (start, stop)}
-    if tag is not None:
+def _unwritable(address: str, error: OSError) -> StorageError:
+    kind = FullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
+    return kind(f"{address} cannot be written: {error.strerror}")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[BinaryIO]:
+    """The file at a path, made if it is not there, held by this process alone."""
+    while True:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if _is_at(path, file):
+                yield file
+                return
+        finally:  # its holder has renamed or deleted it meanwhile: take the one that is there now
+            file.close()
+
+
+def _is_at(path: Path, file: BinaryIO) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _fill(file: BinaryIO, partial: Path, address: str) -> None:
+    """Bring a partial copy to its end."""
+    if is_local(address):
+        with _opened(address) as source:
+            file.truncate(0)
+            shutil.copyfileobj(source, file, CHUNK_BYTES)
+        return
+    start, tag = file.seek(0, os.SEEK_END), _tag_of(partial)
+    if not tag:
+        start = _emptied(file)
+    try:
+        _append(file, partial, address, start, tag)
+    except _ChangedError:
+        if not start:
+            raise
+        _append(file, partial, address, _emptied(file), None)  # what was there is of an older version
+
+
+def _append(file: BinaryIO, partial: Path, address: str, start: int, tag: str | None) -> None:
+    version = _Version(tag)
+    for _, chunk in _chunks(address, start, None, version):
+        if version.tag != tag:
+            _tag_file(partial).write_text(version.tag or "", encoding="utf-8")
+            tag = version.tag
+        file.write(chunk)
+
+
+def _emptied(file: BinaryIO) -> int:
+    file.seek(0)
+    return file.truncate(0)
+
+
+def _tag_file(partial: Path) -> Path:
+    return partial.with_name(partial.name + ".etag")
+
+
+def _tag_of(partial: Path) -> str | None:
+    try:
+        return _tag_file(partial).read_text(encoding="utf-8") or None
+    except OSError:
+        return None
+
+
+def _opened(address: str) -> BinaryIO:
+    try:
+        return local_path(address).open("rb")
+    except FileNotFoundError:
+        raise MissingError(f"{address} does not exist") from None
+    except OSError as error:
+        raise StorageError(f"{address} cannot be read: {error.strerror}") from None
+
+
+# ------------------------------------------------------------------------------------------------------ distant objects
+
+
+class _ChangedError(StorageError):
+    """Another version of an object than the one that was being read."""
+
+
+class _Version:
+    """Which version of an object is being read: its ETag, once it is known."""
+
+    def __init__(self, tag: str | None = None) -> None:
+        self.tag = tag
+
+    def check(self, tag: str | None) -> None:
+        """Not every server heeds If-Match; what it sends says which version it is."""
+        if self.tag is not None and tag not in (None, self.tag):
+            raise PreconditionError("it has another ETag than at the start")
+        self.tag = self.tag or tag
+
+
+class _Retry:
+    """Pauses between attempts: twice as long each time, with jitter; the count begins again with any progress."""
+
+    def __init__(self, address: str) -> None:
+        self.address, self.failures = address, 0
+
+    def progress(self) -> None:
+        self.failures = 0
+
+    def failed(self, error: Exception) -> None:
+        """Pause, or raise what the error means."""
+        if isinstance(error, PreconditionError):
+            raise _ChangedError(f"{shown(self.address)} changed while it was read; shards must not be replaced during a run")
+        self.failures += 1
+        final = (NotFoundError, FileNotFoundError, PermissionDeniedError, UnauthenticatedError, PermissionError)
+        if isinstance(error, final) or self.failures >= ATTEMPTS:
+            raise _explain(self.address, error)
+        pause = min(_FIRST_PAUSE_S * 2 ** (self.failures - 1), _LONGEST_PAUSE_S)
+        time.sleep(pause * random.uniform(0.5, 1.5))
+
+
+def _chunks(
+    address: str, start: int = 0, stop: int | None = None, version: _Version | None = None
+) -> Iterator[tuple[int, memoryview]]:
+    """The object's size and the chunks of a range of it (or of less, where it ends), all of one version."""
+    store, path = _store_and_path(address)
+    version, retry = version or _Version(), _Retry(address)
+    size = None
+    while size is None or start < (size if stop is None else min(stop, size)):
+        try:
+            found = obstore.get(store, path, options=_options(start, stop, version.tag))
+            version.check(found.meta["e_tag"])
+            size = int(found.meta["size"])
+            end = found.range[1]
+            for chunk in found.stream(min_chunk_size=CHUNK_BYTES):
+                retry.progress()
+                start += len(chunk)
+                yield size, memoryview(chunk)
+            if start < end:
+                raise OSError(f"the body ended {end - start} bytes early")
+        except (BaseError, OSError) as error:
+            if start and _is_past_the_end(error):
+                return
+            retry.failed(error)
+
+
+def _options(start: int, stop: int | None, tag: str | None) -> Any:
+    options: dict[str, Any] = {}
+    if stop is not None:
+        options["range"] = (start, stop)
+    elif start:
+        options["range"] = {"offset": start}
+    if tag is not None and not tag.startswith("W/"):  # a weak tag never matches
         options["if_match"] = tag
-    found = obstore.get(store, path, options=options)
-    # Not every server heeds If-Match; what it sends says which version it is.
-    if tag is not None and found.meta["e_tag"] not in (None, tag):
-        raise PreconditionError(f"{path} has another ETag than at the start")
-    data = bytes(found.bytes())
-    if len(data) != stop - start:
-        raise OSError(f"{len(data)} bytes came instead of {stop - start}")
-    return data
+    return options
+
+
+def _is_past_the_end(error: Exception) -> bool:
+    """Whether a server refused a range that begins where the object has ended (416)."""
+    return "416" in str(error) or "Requested range starts at" in str(error) or "Invalid range" in str(error)
 
 
 def _with_retries(address: str, attempt: Callable[[], Result]) -> Result:
-    pause = _FIRST_PAUSE_S
-    for number in range(1, ATTEMPTS + 1):
+    retry = _Retry(address)
+    while True:
         try:
             return attempt()
-        except (NotFoundError, FileNotFoundError, PermissionDeniedError, UnauthenticatedError, PermissionError) as error:
-            raise _explain(address, error) from None
-        except PreconditionError:
-            raise StorageError(f"{address} changed while it was read; shards must not be replaced during a run") from None
         except (BaseError, OSError) as error:
-            if number == ATTEMPTS:
-                raise _explain(address, error) from None
-        time.sleep(pause * random.uniform(0.5, 1.5))
-        pause *= 2
-    raise AssertionError("unreachable")
+            retry.failed(error)
 
 
 def _explain(address: str, error: Exception) -> StorageError:
     if isinstance(error, NotFoundError | FileNotFoundError):
-        return MissingError(f"{address} does not exist")
+        return MissingError(f"{shown(address)} does not exist")
     if isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError):
-        return StorageError(f"{address} may not be read or written with the credentials at hand")
-    return StorageError(f"{address} cannot be reached after {ATTEMPTS} attempts: {_in_one_line(error)}")
+        return StorageError(f"{shown(address)} may not be read or written with the credentials at hand")
+    return StorageError(f"{shown(address)} cannot be reached after {ATTEMPTS} attempts: {_in_one_line(error)}")
 
 
 def _in_one_line(error: Exception) -> str:
-    return re.sub(r"\s+", " ", str(error).partition("Debug source")[0]).strip()[:200]
+    text = re.sub(r"\s+", " ", str(error).partition("Debug source")[0]).strip()
+    return re.sub(r"\?[^\s)\"']*", "", text)[:200]  # a URL's query may be a signature
 
 
 def _store_and_path(address: str) -> tuple[Any, str]:
     scheme, _, rest = address.partition("://")
+    if scheme in ("http", "https") and "?" in rest:
+        return _page(address), ""
     bucket, _, path = rest.partition("/")
     return _store(f"{scheme}://{bucket}"), path
+
+
+_RETRY: Any = {"max_retries": 3, "retry_timeout": timedelta(seconds=60)}
+_CLIENT: Any = {"timeout": "120s", "connect_timeout": "10s", "allow_http": True}
 
 
 @lru_cache(maxsize=16)
 def _store(root: str) -> Any:
     """One client per bucket or host; it keeps its connections."""
-    retry: Any = {"max_retries": 3, "retry_timeout": timedelta(seconds=60)}
-    client: Any = {"timeout": "60s", "connect_timeout": "10s", "allow_http": True}
-    config: Any = {}
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    if root.startswith("s3://") and endpoint:
-        config = {"endpoint": endpoint, "virtual_hosted_style_request": "false"}
+    config = _s3_config() if root.startswith("s3://") else {}
     try:
-        return from_url(root, config=config or None, client_options=client, retry_config=retry)
+        return from_url(root, config=config or None, client_options=_CLIENT, retry_config=_RETRY)
     except (BaseError, ValueError) as error:
-        raise StorageError(f"{root} is no address that can be read: {_in_one_line(error)}") from None
+        raise StorageError(f"{shown(root)} is no address that can be read: {_in_one_line(error)}") from None
+
+
+@lru_cache(maxsize=16)
+def _page(address: str) -> Any:
+    """A client for one URL with a query, which a client for a host could not name."""
+    try:
+        return HTTPStore.from_url(address, client_options=_CLIENT, retry_config=_RETRY)
+    except (BaseError, ValueError) as error:
+        raise StorageError(f"{shown(address)} is no address that can be read: {_in_one_line(error)}") from None
+
+
+def _s3_config() -> Any:
+    """What obstore does not find by itself: the endpoint's usual variables, and the profile in ~/.aws."""
+    profile = {} if "AWS_ACCESS_KEY_ID" in os.environ else _aws_profile()
+    known = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
+    config = {key: profile[key] for key in known if key in profile}
+    if "region" in profile and not {"AWS_REGION", "AWS_DEFAULT_REGION"} & os.environ.keys():
+        config["region"] = profile["region"]
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or profile.get("endpoint_url")
+    if endpoint:
+        config |= {"endpoint": endpoint, "virtual_hosted_style_request": "false"}
+    return config
+
+
+def _aws_profile() -> dict[str, str]:
+    """The keys of the AWS profile in use, from ~/.aws/config and ~/.aws/credentials."""
+    name = os.environ.get("AWS_PROFILE", "default")
+    found: dict[str, str] = {}
+    sections = {"config": name if name == "default" else f"profile {name}", "credentials": name}
+    for file, section in sections.items():
+        place = {"config": "AWS_CONFIG_FILE", "credentials": "AWS_SHARED_CREDENTIALS_FILE"}[file]
+        parser = configparser.RawConfigParser()
+        try:
+            parser.read(os.environ.get(place) or Path.home() / ".aws" / file, encoding="utf-8")
+        except (configparser.Error, UnicodeDecodeError) as error:
+            raise StorageError(f"~/.aws/{file} cannot be read: {type(error).__name__}") from None
+        if parser.has_section(section):
+            found |= dict(parser[section])
+    return found

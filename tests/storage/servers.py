@@ -58,7 +58,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._empty(412)
             cut = body and mood.broken_bodies > 0
             mood.broken_bodies -= cut
-            mood.bodies += body and not cut
+            mood.bodies += body
         self._send(tag, body=body, cut=cut)
         return None
 
