@@ -88,7 +88,9 @@ def plan_launch(run: Run, deepspeed: Mapping[str, Any], environment: Mapping[str
 
 def missing_files(run: Run) -> list[str]:
     """Local files that the run names and that are not there, as `key: path`."""
-    named = {"data.train": run.data.train, "data.held_out": run.data.held_out}
+    train = run.data.train
+    named: dict[str, str | None] = {"data.held_out": run.data.held_out}
+    named |= {"data.train": train} if isinstance(train, str) else {f"data.train.{name}": at for name, at in train.items()}
     for name, source in run.data.fields.items():
         named |= {f"data.fields.{name}.{key}": getattr(source, key) for key in source.FILES}
     return [f"{key}: {path}" for key, path in named.items() if path and "://" not in path and not Path(path).exists()]

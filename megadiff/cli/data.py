@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from megadiff.cli import data_pack
 from megadiff.cli.arguments import Verbs, add_verb, positive
 
 EMOJI_SETS = ("noto", "noto-v1", "fluent-emoji-flat", "fluent-emoji-3d")
@@ -14,6 +15,7 @@ def add(verbs: Verbs) -> None:
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     _add_emoji(actions)
     _add_table(actions)
+    data_pack.add(actions)
     _add_index(actions)
 
 

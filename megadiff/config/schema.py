@@ -243,7 +243,8 @@ class CaptionField(Section):
 
     kind: Literal["caption"] = "caption"
     member: str = "json"
-    """Ending of the tar member: json with a list under `captions`, or txt with one caption."""
+    """Ending of the tar member: json with a list under `captions`, txt with one caption, or tokens.npy with their token ids
+    (what `megadiff data encode` writes: int32 [captions, longest], filled up with -1, without marks)."""
     FILES: ClassVar = ("tokenizer",)
     tokenizer: str
     """Path of a Hugging Face tokenizer.json."""
@@ -277,17 +278,19 @@ FieldSource = Annotated[PixelField | LatentField | CaptionField | NumberField | 
 
 
 class Cache(Section):
-    """A node-local folder for shards that come from afar."""
+    """A node-local folder for shards that come from afar, shared by the ranks of the node."""
 
     folder: LocalPath
     max_bytes: Positive = 100 * 2**30
+    """The least used shards are dropped above this; room for what is open (see `Data.cache`) and a few more is the least."""
 
 
 class Data(Section):
     """Where samples come from and in which order."""
 
-    train: str
-    """Manifest of the training shards: a path or an s3://, gs://, az://, http(s):// address."""
+    train: str | Annotated[dict[Name, str], Field(min_length=1)]
+    """Manifest of the training shards: a path or an s3://, gs://, az://, http(s):// address; or several by name, which are
+    mixed in every batch in the proportion of their sizes, or as a stage's `mixture` says."""
     held_out: str | None = None
     """Manifest of the shards that are never trained on."""
     fields: dict[Name, FieldSource]
@@ -300,10 +303,23 @@ class Data(Section):
     max_unreadable_share: Share = 0.01
     """A run stops when a larger share of the samples read so far could not be decoded."""
     workers: NotNegative = 2
-    """Decoding threads per rank; 0 decodes in the training thread."""
+    """Decoding threads per rank; 0 decodes, and fetches shards, in the training thread."""
     prefetch_batches: Positive = 4
+    """Global batches that are decoded ahead."""
+    downloads: Positive = 4
+    """Shards that a rank fetches at once, ahead of their use."""
     cache: Cache | None = None
-    """Without one, distant shards are held in memory: lanes per rank x (block_shards + 2) of them."""
+    """Without one, distant shards are held in memory: lanes per rank x 1.5 block_shards of them on average."""
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Manifests of the training shards, by name."""
+        return {"train": self.train} if isinstance(self.train, str) else dict(self.train)
+
+    @property
+    def reference(self) -> str:
+        """What samples are compared with: the shards that are held out, else the first to train on."""
+        return self.held_out or next(iter(self.sources.values()))
 
 
 # --------------------------------------------------------------------------------------------------------------- stages
@@ -505,6 +521,9 @@ class Stage(Section):
     """Spread the times of a global batch evenly (low discrepancy)."""
     alignment: Alignment | None = None
     ema: Annotated[dict[Name, EmaProfile], Field(min_length=1)]
+    mixture: dict[Name, Annotated[float, Field(ge=0)]] = {}
+    """Shares of the sources in `data.train` in every batch, in any proportion; a source that is not named is not read. Empty:
+    in the proportion of their sizes."""
     freeze: tuple[str, ...] = ()
     """Parts that stay as they are: `joint` (embeddings and joint blocks) or a modality's name (its tower and head)."""
     initialise: Initialise = Initialise()
@@ -610,6 +629,10 @@ def _stage_faults(stage: Stage, run: Run, *, first: bool) -> list[str]:
             f"batch.global_samples ({count}) must be a multiple of data.lanes ({run.data.lanes}); "
             f"nearest: {below or run.data.lanes} or {below + run.data.lanes}"
         )
+    if strangers := [name for name in stage.mixture if name not in run.data.sources]:
+        faults.append(f"mixture names {', '.join(strangers)}; data.train has {', '.join(run.data.sources)}")
+    elif stage.mixture and not any(stage.mixture.values()):
+        faults.append("every weight of the mixture is 0; give one source at least a share")
     parts = ["joint", *known, *(["alignment"] if stage.alignment else [])]
     unknown = [part for part in stage.freeze if part not in parts]
     if unknown:

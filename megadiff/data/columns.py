@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megadiff.config.errors import ConfigError, UserError
 from megadiff.config.schema import ClassField, GridSpace, NumberField, TokenSpace
+from megadiff.data.codec import Codec, member_of
 from megadiff.data.errors import DataError, SampleError
 from megadiff.data.shards import Members
 from megadiff.storage import store
@@ -91,12 +92,12 @@ class Ranked(NamedTuple):
     place: float
 
 
-class NumberCodec:
+class NumberCodec(Codec):
     """One column of numbers."""
 
     def __init__(self, field: NumberField, space: GridSpace) -> None:
         """Raises ConfigError if the column is unknown or of another kind."""
-        self.member, self.column = field.member, field.column
+        self.member, self.column, self.space = field.member, field.column, space
         column = _column(field.columns, field.column, "number")
         self.values = np.asarray(column.values, dtype=np.float64)
         self.decimals = column.decimals
@@ -141,12 +142,12 @@ class NumberCodec:
         return min(max(start + ranked.place * (stop - start), start + margin), stop - margin)
 
 
-class ClassCodec:
+class ClassCodec(Codec):
     """One column of categories."""
 
     def __init__(self, field: ClassField, space: TokenSpace) -> None:
         """Raises ConfigError if the column is unknown, of another kind, or has another number of classes."""
-        self.member, self.column = field.member, field.column
+        self.member, self.column, self.space = field.member, field.column, space
         self.values = [str(value) for value in _column(field.columns, field.column, "class").values]
         if len(self.values) != space.vocabulary:
             raise ConfigError(
@@ -192,10 +193,9 @@ def _row(data: bytes) -> Mapping[str, Any]:
 
 
 def _cell(members: Members, member: str, column: str) -> Any:
-    if member not in members:
-        raise SampleError(f"it has no .{member} member (it has {', '.join(sorted(members)) or 'none'})")
+    data = member_of(members, member)
     try:
-        return _row(members[member])[column]
+        return _row(data)[column]
     except KeyError:
         raise SampleError(f"its row has no column {column}") from None
     except (ValueError, TypeError) as error:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import io
 import json
 import re
-from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,31 +27,18 @@ from megadiff.config.schema import (
     TokenSpace,
 )
 from megadiff.data import clip
+from megadiff.data.buckets import Bucket, fit
+from megadiff.data.codec import Array, Codec, array_of, member_of
 from megadiff.data.columns import ClassCodec, NumberCodec
 from megadiff.data.errors import SampleError
-from megadiff.data.shards import Members
+from megadiff.data.shards import Manifest, Members
 from megadiff.storage import store
 
 
-class Codec(Protocol):
-    """One modality's way in and out."""
-
-    def read(self, members: Members, key: int) -> Any:
-        """The value (a picture, a text) in a sample's members; `key` decides where there are several.
-
-        Raises:
-            SampleError: it is missing or damaged.
-        """
-
-    def encode(self, value: Any) -> Tensor:
-        """A value to a clean state, without the batch axis."""
-
-    def decode(self, state: Tensor) -> Any:
-        """A state to a value."""
-
-
-class PixelCodec:
+class PixelCodec(Codec):
     """Pictures: RGB on white, scaled and centre-cropped to the grid, values in [-1, 1]."""
+
+    space: GridSpace
 
     def __init__(self, field: PixelField, space: GridSpace) -> None:
         """Raises ConfigError if the grid has neither one nor three channels."""
@@ -60,28 +47,56 @@ class PixelCodec:
         self.member, self.space = field.member, space
 
     def read(self, members: Members, key: int) -> Image.Image:
-        if self.member not in members:
-            raise SampleError(f"it has no .{self.member} member (it has {', '.join(sorted(members)) or 'none'})")
+        return self._read(members)
+
+    def _read(self, members: Members, enough: tuple[int, int] | None = None) -> Image.Image:
+        """The picture, or one scaled down, though no smaller than (width, height), where its format makes that cheap."""
+        data = member_of(members, self.member)
         try:
-            with Image.open(io.BytesIO(members[self.member])) as picture:
+            with Image.open(io.BytesIO(data)) as picture:
+                if enough:
+                    picture.draft(None, enough)
                 picture.load()
                 return picture.copy()
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise SampleError(f"its .{self.member} member is no readable picture: {error}") from None
 
-    def encode(self, value: Image.Image) -> Tensor:
-        """A picture to float32 [C, H, W]."""
-        picture = eight_bit(value).convert("RGBA")
-        ground = Image.new("RGBA", picture.size, "white")
-        ground.alpha_composite(picture)
-        cropped = _fit(ground.convert("RGB" if self.space.channels == 3 else "L"), self.space.width, self.space.height)
-        pixels = np.asarray(cropped, dtype=np.float32).reshape(self.space.height, self.space.width, self.space.channels)
-        return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1).contiguous()
+    def encode(self, value: Image.Image, bucket: Bucket | None = None) -> Tensor:
+        """A picture to float32 [C, H, W], of the bucket's size where one is given."""
+        return self.finish(torch.from_numpy(self._pixels(value, bucket)[None]), _NO_KEYS)[0]
+
+    def load(self, members: Members, key: int, bucket: Bucket | None = None) -> Array:
+        """uint8 [H, W, C]."""
+        height, width = bucket or (self.space.height, self.space.width)
+        return self._pixels(self._read(members, (_DRAFT * width, _DRAFT * height)), bucket)
+
+    def blank(self, bucket: Bucket | None = None) -> Array:
+        height, width = bucket or (self.space.height, self.space.width)
+        return np.full((height, width, self.space.channels), 128, dtype=np.uint8)
+
+    def finish(self, stacked: Tensor, keys: Tensor) -> Tensor:
+        """uint8 [B, H, W, C] to float32 [B, C, H, W]."""
+        return (stacked.float() / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
+
+    def _pixels(self, picture: Image.Image, bucket: Bucket | None) -> Array:
+        height, width = bucket or (self.space.height, self.space.width)
+        mode = "RGB" if self.space.channels == 3 else "L"
+        if picture.mode != mode:
+            picture = eight_bit(picture).convert("RGBA")
+            ground = Image.new("RGBA", picture.size, "white")
+            ground.alpha_composite(picture)
+            picture = ground.convert(mode)
+        return np.array(fit(picture, height, width)).reshape(height, width, self.space.channels)
 
     def decode(self, state: Tensor) -> Image.Image:
         """float [C, H, W] to a picture; values outside [-1, 1] are clipped."""
         pixels = ((state.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
         return Image.fromarray(pixels if self.space.channels == 3 else pixels[..., 0])
+
+
+_NO_KEYS = torch.empty(0, dtype=torch.int64)
+_DRAFT = 2
+"""A JPEG may be decoded at a half, a quarter or an eighth of its size if that is still so many times what is wanted."""
 
 
 def unknown_region(mask: Image.Image, space: GridSpace) -> Tensor:
@@ -99,10 +114,6 @@ def unknown_region(mask: Image.Image, space: GridSpace) -> Tensor:
     return unknown.expand(space.channels, -1, -1)
 
 
-_LONGEST_PX = 2**15
-"""A picture that is longer than this once its short edge fits is no picture of anything, and could take all memory."""
-
-
 def eight_bit(picture: Image.Image) -> Image.Image:
     """16-bit greys scaled to 8 bits; Pillow's own conversion would make all above 255 white."""
     if not picture.mode.startswith("I"):
@@ -110,21 +121,10 @@ def eight_bit(picture: Image.Image) -> Image.Image:
     return Image.fromarray((np.asarray(picture, dtype=np.float64).clip(0, 65535) / 257).round().astype(np.uint8))
 
 
-def _fit(picture: Image.Image, width: int, height: int) -> Image.Image:
-    """Scale so that the picture covers width x height, then crop the centre. Raises SampleError if it is far too thin."""
-    if picture.size == (width, height):
-        return picture
-    factor = max(width / picture.width, height / picture.height)
-    size = (max(width, round(picture.width * factor)), max(height, round(picture.height * factor)))
-    if max(size) > max(_LONGEST_PX, width, height):
-        raise SampleError(f"it is {picture.width} x {picture.height} px, too thin to fill {width} x {height}")
-    scaled = picture.resize(size, Image.Resampling.BICUBIC if factor > 1 else Image.Resampling.LANCZOS)
-    left, top = (scaled.width - width) // 2, (scaled.height - height) // 2
-    return scaled.crop((left, top, left + width, top + height))
-
-
-class CaptionCodec:
+class CaptionCodec(Codec):
     """Captions: the start mark where there is one, tokens, the end mark, padding."""
+
+    space: TokenSpace
 
     def __init__(self, field: CaptionField, space: TokenSpace) -> None:
         """Raises ConfigError if the tokenizer is missing or does not fit the space."""
@@ -146,18 +146,53 @@ class CaptionCodec:
         self.tokenizer.no_truncation()
 
     def read(self, members: Members, key: int) -> str:
+        if self.member.endswith("npy"):
+            text: str = self.tokenizer.decode(self._ids(members, key).tolist(), skip_special_tokens=False)
+            return text
         captions = self._captions(members)
         return captions[key % len(captions)]
 
     def encode(self, value: str) -> Tensor:
         """A caption to int64 [S]; what is too long is cut so that the end mark stays."""
-        ids = [*self._start(), *self.tokenizer.encode(self.clean(value), add_special_tokens=False).ids]
-        length, end, pad = self.space.length, self.space.end_id, self.space.pad_id
+        return torch.from_numpy(self._sequence(np.array(self.ids(value), dtype=np.int64)))
+
+    def load(self, members: Members, key: int, bucket: Bucket | None = None) -> Array:
+        """int64 [S]."""
+        if self.member.endswith("npy"):
+            return self._sequence(self._ids(members, key))
+        return self._sequence(np.array(self.ids(self.read(members, key)), dtype=np.int64))
+
+    def ids(self, caption: str) -> list[int]:
+        """A caption's token ids, without marks, of any length."""
+        found: list[int] = self.tokenizer.encode(self.clean(caption), add_special_tokens=False).ids
+        return found
+
+    def _sequence(self, ids: Array) -> Array:
+        """Token ids with their marks, cut or filled up to int64 [S]."""
+        length, start, end, pad = self.space.length, self.space.start_id, self.space.end_id, self.space.pad_id
+        sequence = np.full(length, pad if pad is not None else end if end is not None else 0, dtype=np.int64)
+        begin = 0 if start is None else 1
+        stop = min(begin + len(ids), length if end is None else length - 1)
+        if start is not None:
+            sequence[0] = start
+        sequence[begin:stop] = ids[: stop - begin]
         if end is not None:
-            ids = [*ids[: length - 1], end]
-        fill = pad if pad is not None else end if end is not None else 0
-        ids = [*ids[:length], *[fill] * (length - len(ids))]
-        return torch.tensor(ids, dtype=torch.int64)
+            sequence[stop] = end
+        return sequence
+
+    def _ids(self, members: Members, key: int) -> Array:
+        """One of the captions in an array of token ids [captions, longest]."""
+        captions = array_of(members, self.member)
+        if captions.ndim != 2 or captions.dtype.kind != "i" or not len(captions):
+            found = f"{captions.dtype} {list(captions.shape)}"
+            raise SampleError(f"its .{self.member} member must hold whole numbers [captions, longest], not {found}")
+        ids = captions[key % len(captions)]
+        length = int(ids.argmin()) if ids.size and ids.min() < 0 else len(ids)
+        if ids.size and ids.max() >= self.space.vocabulary:
+            raise SampleError(
+                f"its .{self.member} member has the id {ids.max()}, and the vocabulary is {self.space.vocabulary}"
+            )
+        return np.asarray(ids[:length])
 
     def encode_with_blanks(self, value: str, blank_tokens: int) -> tuple[Tensor, Tensor]:
         """A text with blanks (___) to int64 [S] ids and bool [S], where they are known.
@@ -204,10 +239,9 @@ class CaptionCodec:
         return [] if self.space.start_id is None else [self.space.start_id]
 
     def _captions(self, members: Members) -> list[str]:
-        if self.member not in members:
-            raise SampleError(f"it has no .{self.member} member (it has {', '.join(sorted(members)) or 'none'})")
+        data = member_of(members, self.member)
         try:
-            text = members[self.member].decode("utf-8")
+            text = data.decode("utf-8")
             captions = json.loads(text)["captions"] if self.member.endswith("json") else [text]
         except (UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
             raise SampleError(f"its .{self.member} member holds no captions: {type(error).__name__} {error}") from None
@@ -221,6 +255,32 @@ class CaptionCodec:
 def normalise(caption: str) -> str:
     """HTML entities resolved, white space collapsed."""
     return " ".join(html.unescape(caption).split())
+
+
+def check_manifest(address: str, manifest: Manifest, data: Data, model: Model) -> None:
+    """Compare what encoded shards say of themselves with the fields that read them.
+
+    Raises:
+        ConfigError: latents were made for another scale, tokens by another tokenizer, or shards have buckets and the model
+            learned positions.
+    """
+    buckets = {shard.bucket for shard in manifest.shards} - {None}
+    for name, field in data.fields.items():
+        told = manifest.facts.get("encoded", {}).get(field.member, {})
+        where = f"data.fields.{name}"
+        if isinstance(field, LatentField) and told and told["scale"] != field.scale:
+            raise ConfigError(f"{where}.scale is {field.scale:g}, and {address} holds latents for {told['scale']:g}")
+        if isinstance(field, CaptionField) and told:
+            found = hashlib.sha256(store.read_bytes(field.tokenizer)).hexdigest()
+            if found != told["tokenizer"]:
+                raise ConfigError(f"{where}.tokenizer ({field.tokenizer}) is not the one that made the tokens of {address}")
+            if field.cleaning != told["cleaning"]:
+                raise ConfigError(f"{where}.cleaning is {field.cleaning}, and {address} holds tokens of {told['cleaning']}")
+        modality = model.modalities.get(name)
+        if buckets and isinstance(field, PixelField | LatentField) and modality and modality.positions == "learned":
+            raise ConfigError(
+                f"{address} has buckets, and model.modalities.{name}.positions are learned for one size; take sincos or rope"
+            )
 
 
 def build_codecs(data: Data, model: Model) -> dict[str, Codec]:

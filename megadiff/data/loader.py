@@ -1,14 +1,14 @@
-"""Shards and an order to micro-batches on the right rank, decoded ahead by threads."""
+"""Shards and an order to micro-batches on the right rank; shards are fetched, and batches decoded, ahead by threads."""
 
 from __future__ import annotations
 
-import io
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -18,11 +18,17 @@ from torch import Tensor
 
 from megadiff import rng
 from megadiff.config.errors import ConfigError
-from megadiff.config.schema import Data, Model, TokenSpace
-from megadiff.data.encode import build_codecs
+from megadiff.config.schema import Data, Model
+from megadiff.data.buckets import Bucket
+from megadiff.data.cache import ShardCache
+from megadiff.data.codec import Array, array_of
+from megadiff.data.encode import build_codecs, check_manifest
 from megadiff.data.errors import DataError, SampleError
-from megadiff.data.order import Order, Visit, generator
-from megadiff.data.shards import Members, ShardReader, read_manifest
+from megadiff.data.mixture import Mixture, Step
+from megadiff.data.order import generator
+from megadiff.data.reader import ShardReader
+from megadiff.data.shards import Members, Shard, read_manifest
+from megadiff.storage import store
 from megadiff.types import Batch
 
 log = logging.getLogger(__name__)
@@ -34,10 +40,11 @@ _NAMED_IN_LOG = 20
 
 @dataclass(frozen=True)
 class LoaderStats:
-    """Since this process began: samples taken by this rank, and those that could not be decoded."""
+    """Since this process began: samples taken by this rank, those that could not be decoded, and the time spent waiting."""
 
     read: int
     unreadable: int
+    waited_s: float = field(default=0.0, compare=False)
 
 
 def check_unreadable(read: int, unreadable: int, share: float) -> None:
@@ -53,11 +60,11 @@ def check_unreadable(read: int, unreadable: int, share: float) -> None:
         )
 
 
-class Sample(NamedTuple):
-    """Clean states and precomputed features of one sample, by modality."""
+class _Loaded(NamedTuple):
+    """What the codecs loaded of one sample, and its precomputed features; by modality."""
 
-    states: dict[str, Tensor]
-    features: dict[str, Tensor]
+    values: dict[str, Array]
+    features: dict[str, Array]
 
 
 @dataclass(frozen=True)
@@ -67,53 +74,44 @@ class FeatureReader:
     member: str
     shape: tuple[int, int]
 
-    def read(self, members: Members) -> Tensor:
+    def read(self, members: Members) -> Array:
         """Float32 [S, F]. Raises SampleError if the member is missing, damaged or of another shape."""
-        if self.member not in members:
-            raise SampleError(f"it has no .{self.member} member (it has {', '.join(sorted(members)) or 'none'})")
-        try:
-            values = np.load(io.BytesIO(members[self.member]), allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise SampleError(f"its .{self.member} member is no NumPy array: {error}") from None
+        values = array_of(members, self.member)
         if values.shape != self.shape:
             raise SampleError(f"its .{self.member} member has the shape {list(values.shape)}, not {list(self.shape)}")
-        return torch.from_numpy(values.astype(np.float32))
+        return values.astype(np.float32)
 
-    def blank(self) -> Tensor:
-        return torch.zeros(self.shape)
+    def blank(self) -> Array:
+        return np.zeros(self.shape, dtype=np.float32)
 
 
-class _Source:
-    """Decodes one visit at a time. Thread-safe."""
+class _Codecs:
+    """Members of samples to stacked arrays, and those to clean states. Thread-safe."""
 
-    def __init__(
-        self, address: str, data: Data, model: Model, in_memory: int = 64, features: Mapping[str, tuple[int, int]] | None = None
-    ) -> None:
-        self.features = {name: FeatureReader(data.features[name], shape) for name, shape in (features or {}).items()}
-        self.manifest = read_manifest(address)
-        self.reader = ShardReader(address, self.manifest, data.cache, in_memory)
+    def __init__(self, data: Data, model: Model, features: Mapping[str, tuple[int, int]] | None = None) -> None:
         self.codecs = build_codecs(data, model)
-        self.model = model
+        self.features = {name: FeatureReader(data.features[name], shape) for name, shape in (features or {}).items()}
 
-    def sample(self, shard: int, offset: int, key: int) -> Sample:
+    def load(self, members: Members, key: int, bucket: Bucket | None = None) -> _Loaded:
         """Raises SampleError if the sample cannot be decoded."""
-        members = self.reader.members(shard, offset)
-        states = {name: codec.encode(codec.read(members, key)) for name, codec in self.codecs.items()}
-        return Sample(states, {name: reader.read(members) for name, reader in self.features.items()})
+        values = {name: codec.load(members, key, bucket) for name, codec in self.codecs.items()}
+        return _Loaded(values, {name: reader.read(members) for name, reader in self.features.items()})
 
-    def name(self, shard: int, offset: int) -> str:
-        return f"{self.manifest.shards[shard].name}/{self.reader.shard(shard).key(offset)}"
+    def stack(self, samples: Sequence[_Loaded | None], bucket: Bucket | None = None) -> tuple[dict[str, Tensor], ...]:
+        """Values and features [B, ...]; None is a sample that could not be loaded."""
+        values = {
+            name: codec.stack([sample and sample.values[name] for sample in samples], bucket)
+            for name, codec in self.codecs.items()
+        }
+        features = {
+            name: np.stack([reader.blank() if sample is None else sample.features[name] for sample in samples])
+            for name, reader in self.features.items()
+        }
+        return tuple({name: torch.from_numpy(array) for name, array in part.items()} for part in (values, features))
 
-    def blank(self) -> Sample:
-        """States and features of the right shapes for a sample that cannot be read."""
-        blank: dict[str, Tensor] = {}
-        for name, modality in self.model.modalities.items():
-            space = modality.space
-            if isinstance(space, TokenSpace):
-                blank[name] = torch.zeros(space.length, dtype=torch.int64)
-            else:
-                blank[name] = torch.zeros(space.channels, space.height, space.width)
-        return Sample(blank, {name: reader.blank() for name, reader in self.features.items()})
+    def finish(self, stacked: Mapping[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
+        """Clean states."""
+        return {name: codec.finish(stacked[name], keys) for name, codec in self.codecs.items()}
 
 
 class Loader:
@@ -131,56 +129,70 @@ class Loader:
         data_ranks: int = 1,
         data_step: int = 0,
         features: Mapping[str, tuple[int, int]] | None = None,
+        mixture: Mapping[str, float] | None = None,
     ) -> None:
         """Start with global batch number `data_step`.
 
         Args:
             features: modalities whose precomputed features are read as well, with their shape (tokens, numbers).
+            mixture: shares of the sources; by default their sizes.
 
         Raises:
-            UserError: the manifest cannot be read, or lanes, ranks and batch do not divide.
+            UserError: a manifest cannot be read or does not fit the fields, or lanes, ranks and batch do not divide.
         """
-        # Lanes move through blocks of their own: each needs a block's shards at once, one more where it starts amid a shard,
-        # and one of the next block.
-        in_memory = -(-data.lanes // data_ranks) * (data.block_shards + 2)
-        self._source = _Source(data.train, data, model, in_memory, features)
-        self._order = Order([s.samples for s in self._source.manifest.shards], data.lanes, data.block_shards, seed)
-        self._slots = self._order.slots_of_rank(data_rank, data_ranks, global_samples)
+        manifests = {name: read_manifest(address) for name, address in data.sources.items()}
+        for name, manifest in manifests.items():
+            check_manifest(data.sources[name], manifest, data, model)
+        self._codecs = _Codecs(data, model, features)
+        self._mixture = Mixture(manifests, data.lanes, data.block_shards, seed, mixture)
+        self._slots = self._mixture.slots_of_rank(data_rank, data_ranks, global_samples)
         if len(self._slots) % micro_batch:
             raise ConfigError(
                 f"batch.micro_batch ({micro_batch}) must divide a rank's {len(self._slots)} samples of the global batch "
                 f"({global_samples} over {data_ranks} ranks)"
             )
+        self._decoders = ThreadPoolExecutor(data.workers, thread_name_prefix="decode") if data.workers else None
+        self._fetchers = ThreadPoolExecutor(data.downloads, thread_name_prefix="fetch") if data.workers else None
+        cache = ShardCache(data.cache) if data.cache else None
+        self._readers = [
+            ShardReader(store.folder_of(data.sources[name]), manifest, cache, fetchers=self._fetchers)
+            for name, manifest in manifests.items()
+        ]
+        self._prefixes = [f"{name}/" if len(manifests) > 1 else "" for name in manifests]
         self.seed, self.global_samples, self.micro_batch = seed, global_samples, micro_batch
         self.data_step = data_step
-        self._ahead = data.prefetch_batches if data.workers else 0
-        self._pool = ThreadPoolExecutor(data.workers, thread_name_prefix="loader") if data.workers else None
+        self._ahead = data.prefetch_batches if data.workers else 1
         self._pending: deque[Future[list[Batch]]] = deque()
+        self._needed: deque[dict[int, list[int]]] = deque()
         self._next = data_step
         self._read = self._unreadable = 0
+        self._waited_s = 0.0
         self._named: set[str] = set()
         self._lock = threading.Lock()
 
-    def take(self) -> list[Batch]:
-        """The micro-batches of the next global batch, in order.
+    def take(self, device: torch.device | str = "cpu") -> list[Batch]:
+        """The micro-batches of the next global batch, in order, on a device.
 
         Raises:
             UserError: a shard is missing or damaged.
         """
-        if self._pool is None:
-            batches = self._step(self.data_step)
-        else:
-            while len(self._pending) < self._ahead:
-                self._pending.append(self._pool.submit(self._step, self._next))
-                self._next += 1
-            batches = self._pending.popleft().result()
+        moved = [batch.to(torch.device(device)) for batch in self.take_stored()]
+        return [replace(batch, states=self._codecs.finish(batch.states, batch.keys)) for batch in moved]
+
+    def take_stored(self) -> list[Batch]:
+        """`take` with states as they are stored (bytes of pixels, means and deviations of latents), on the CPU."""
+        began = time.perf_counter()
+        self._plan()
+        batches = self._pending.popleft().result()
+        self._waited_s += time.perf_counter() - began
+        self._needed.popleft()
         self.data_step += 1
         self._read += sum(len(batch.weight) for batch in batches)
         self._unreadable += sum(int((batch.weight == 0).sum()) for batch in batches)
         return batches
 
     def stats(self) -> LoaderStats:
-        return LoaderStats(self._read, self._unreadable)
+        return LoaderStats(self._read, self._unreadable, self._waited_s)
 
     def state(self) -> dict[str, Any]:
         """What `load_state` needs to go on from here; a few integers, however far the run is."""
@@ -194,36 +206,77 @@ class Loader:
         for future in self._pending:
             future.cancel()
         self._pending.clear()
+        self._needed.clear()
         self.data_step = self._next = data_step
 
     def close(self) -> None:
         """Stop the threads."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._decoders, self._fetchers):
+            if pool is not None:
+                pool.shutdown(wait=True, cancel_futures=True)
 
-    def _step(self, data_step: int) -> list[Batch]:
-        visits = self._order.slots(data_step, self.global_samples, self._slots)
-        epochs = torch.tensor([visit.epoch for visit in visits])
-        indices = torch.tensor([visit.index for visit in visits])
-        keys = rng.sample_keys(self.seed, epochs, indices, data_step)
-        parts = [slice(start, start + self.micro_batch) for start in range(0, len(visits), self.micro_batch)]
-        slots = torch.tensor(list(self._slots))
-        return [self._batch(visits[part], keys[part], slots[part], data_step) for part in parts]
+    def _plan(self) -> None:
+        """See to it that the next global batches are under way, and the shards of those after them."""
+        while len(self._pending) < self._ahead:
+            step = self._mixture.step(self._next, self._slots, self.global_samples)
+            self._needed.append(self._shards_of(step))
+            self._expect()
+            self._pending.append(self._submit(step, self._next))
+            self._next += 1
 
-    def _batch(self, visits: Sequence[Visit], keys: Tensor, slots: Tensor, data_step: int) -> Batch:
-        samples: list[Sample] = []
-        weights, names = [], []
-        for visit, key in zip(visits, keys.tolist(), strict=True):
-            names.append(self._source.name(visit.shard, visit.offset))
+    def _shards_of(self, step: Step) -> dict[int, list[int]]:
+        """Per source the shards of a step and of those soon after it."""
+        needed = self._mixture.shards_ahead(self._next, self._slots, self.global_samples)
+        for source in needed:
+            now = np.unique(step.shard[step.source == source]).tolist()
+            needed[source] = list(dict.fromkeys([*now, *needed[source]]))
+        return needed
+
+    def _expect(self) -> None:
+        for source, reader in enumerate(self._readers):
+            reader.expect(dict.fromkeys(shard for needed in self._needed for shard in needed.get(source, ())))
+
+    def _submit(self, step: Step, data_step: int) -> Future[list[Batch]]:
+        if self._decoders is not None:
+            return self._decoders.submit(self._decode, step, data_step)
+        done: Future[list[Batch]] = Future()
+        done.set_result(self._decode(step, data_step))
+        return done
+
+    def _decode(self, step: Step, data_step: int) -> list[Batch]:
+        keys = rng.sample_keys(self.seed, torch.from_numpy(step.epoch), torch.from_numpy(step.number), data_step)
+        bucket = None if step.bucket is None else Bucket.parse(step.bucket)
+        shards: dict[tuple[int, int], Shard] = {}
+        samples: list[_Loaded | None] = []
+        names = []
+        places = zip(step.source.tolist(), step.shard.tolist(), step.offset.tolist(), keys.tolist(), strict=True)
+        for source, number, offset, key in places:
+            shard = shards.get((source, number))
+            if shard is None:
+                shard = shards[source, number] = self._readers[source].shard(number)
+            entry = self._readers[source].manifest.shards[number]
+            names.append(f"{self._prefixes[source]}{entry.name}/{shard.key(offset)}")
             try:
-                samples.append(self._source.sample(visit.shard, visit.offset, key))
-                weights.append(1.0)
+                samples.append(self._codecs.load(shard.members(offset), key, bucket))
             except SampleError as error:
                 self._report(names[-1], error)
-                samples.append(self._source.blank())
-                weights.append(0.0)
-        states, features = (_stacked([sample[part] for sample in samples]) for part in range(2))
-        return Batch(states, keys, slots, torch.tensor(weights), tuple(names), data_step, self.global_samples, features)
+                samples.append(None)
+        slots = torch.tensor(list(self._slots))
+        parts = [slice(start, start + self.micro_batch) for start in range(0, len(samples), self.micro_batch)]
+        return [self._batch(samples[part], keys[part], slots[part], names[part], bucket, data_step) for part in parts]
+
+    def _batch(
+        self,
+        samples: Sequence[_Loaded | None],
+        keys: Tensor,
+        slots: Tensor,
+        names: Sequence[str],
+        bucket: Bucket | None,
+        data_step: int,
+    ) -> Batch:
+        stacked, features = self._codecs.stack(samples, bucket)
+        weight = torch.tensor([float(sample is not None) for sample in samples])
+        return Batch(stacked, keys, slots, weight, tuple(names), data_step, self.global_samples, features)
 
     def _report(self, name: str, error: SampleError) -> None:
         with self._lock:
@@ -248,8 +301,11 @@ class Shuffled:
 
     def __init__(self, address: str, data: Data, model: Model, seed: int = 0) -> None:
         """Raises UserError if the manifest cannot be read."""
-        self._source = _Source(address, data, model)
-        shards = self._source.manifest.shards
+        manifest = read_manifest(address)
+        check_manifest(address, manifest, data, model)
+        self._codecs = _Codecs(data, model)
+        self._reader = ShardReader(store.folder_of(address), manifest, ShardCache(data.cache) if data.cache else None)
+        shards = manifest.shards
         self._places = [(shard, offset) for shard, entry in enumerate(shards) for offset in range(entry.samples)]
         self._order = generator(seed, "held out").permutation(len(self._places))
 
@@ -262,13 +318,17 @@ class Shuffled:
         Raises:
             UserError: its shard cannot be read.
         """
-        shard, offset = self._places[self._order[number]]
-        name = self._source.name(shard, offset)
+        place, offset = self._places[self._order[number]]
+        shard, entry = self._reader.shard(place), self._reader.manifest.shards[place]
+        bucket = None if entry.bucket is None else Bucket.parse(entry.bucket)
         try:
-            return name.rpartition("/")[2], self._source.sample(shard, offset, key=0).states
+            loaded = self._codecs.load(shard.members(offset), 0, bucket)
         except SampleError as error:
-            log.warning("sample %s is skipped: %s", name, error)
+            log.warning("sample %s/%s is skipped: %s", entry.name, shard.key(offset), error)
             return None
+        stacked, _ = self._codecs.stack([loaded])
+        states = self._codecs.finish(stacked, rng.sample_keys(0))
+        return shard.key(offset).rpartition("/")[2], {name: state[0] for name, state in states.items()}
 
 
 def read_held_out(address: str, data: Data, model: Model, count: int, seed: int = 0) -> HeldOut:

@@ -2,43 +2,58 @@
 
 Shards are permuted by (seed, epoch) and laid end to end as one list of N samples. The list is cut into L lanes of
 floor(N / L) samples; the N mod L that are left over rotate with the epoch. Within a lane, samples are permuted in blocks of a
-few shards' worth, so that a reader needs only a few shards at a time. Lanes run on across epochs. A rank owns contiguous lanes.
+few shards' worth, so that a reader needs only a few shards at a time; the lanes' blocks end at different steps, so that new
+shards are needed evenly over time. Lanes run on across epochs. A rank owns contiguous lanes.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megadiff.config.errors import UserError
 
+Numbers = NDArray[np.int64]
 
-@dataclass(frozen=True)
-class Visit:
-    """One reading of one sample.
+
+class Visits(NamedTuple):
+    """Readings of samples, each an array of as many numbers.
 
     Attributes:
-        shard: index into the manifest's shards.
-        offset: the sample's place within the shard.
-        index: the sample's number over all shards in the manifest's order; with the epoch it identifies the visit.
+        shard: indices into the manifest's shards.
+        offset: the samples' places within their shards.
+        number: the samples' numbers over all shards in the manifest's order; with the epoch they identify the visits.
     """
 
-    epoch: int
-    shard: int
-    offset: int
-    index: int
+    epoch: Numbers
+    shard: Numbers
+    offset: Numbers
+    number: Numbers
+
+
+class _Block(NamedTuple):
+    """A part of a lane's epoch within which samples are permuted: places `start` to `stop`."""
+
+    number: int
+    start: int
+    stop: int
 
 
 class Order:
-    """The order of samples of one source."""
+    """The order of samples of one list of shards."""
 
-    def __init__(self, shard_samples: Sequence[int], lanes: int, block_shards: int, seed: int) -> None:
+    def __init__(
+        self, shard_samples: Sequence[int] | Numbers, lanes: int, block_shards: int, seed: int, *, name: str = ""
+    ) -> None:
         """Take the number of samples of each shard.
+
+        Args:
+            name: keys the random numbers, so that lists of one run are shuffled differently.
 
         Raises:
             UserError: there are fewer samples than lanes.
@@ -47,69 +62,75 @@ class Order:
         self.starts = np.concatenate([[0], np.cumsum(self.sizes)])
         self.samples = int(self.starts[-1])
         self.lanes, self.seed = lanes, seed
+        self._words = (seed, name) if name else (seed,)
         self.lane_samples = self.samples // lanes
         if self.lane_samples == 0:
-            raise UserError(f"data.lanes ({lanes}) is larger than the number of samples ({self.samples}); lower data.lanes")
+            where = f" of {name}" if name else ""
+            raise UserError(
+                f"data.lanes ({lanes}) is larger than the number of samples{where} ({self.samples}); lower data.lanes"
+            )
         mean = max(1.0, self.samples / max(1, len(self.sizes)))
         self.block = max(1, min(self.lane_samples, round(block_shards * mean)))
         self._shards_of_epoch = lru_cache(maxsize=4)(self._permuted_shards)
-        self._block_of = lru_cache(maxsize=4 * lanes)(self._permuted_block)
+        self._permutation_of = lru_cache(maxsize=4 * lanes)(self._permutation)
+        self._shards_of = lru_cache(maxsize=8 * lanes)(self._shards_of_block)
 
     @property
     def left_over(self) -> int:
         """How many samples each epoch leaves out (others each time)."""
         return self.samples % self.lanes
 
-    def visit(self, lane: int, position: int) -> Visit:
-        """The sample at a lane's `position`, which counts on across epochs."""
+    def visits(self, lane: int, position: int, count: int) -> Visits:
+        """The samples at `count` of a lane's positions, which run on across epochs."""
+        parts = []
+        while count:
+            epoch, place = divmod(position, self.lane_samples)
+            block = self._block_at(lane, place)
+            taken = min(count, block.stop - place)
+            within = self._permutation_of(epoch, lane, block)[place - block.start : place - block.start + taken]
+            listed = self._listed(epoch, lane, block.start + within)
+            order, ends = self._shards_of_epoch(epoch)
+            nth = np.searchsorted(ends, listed, side="right")
+            shard = order[nth]
+            offset = listed - (ends[nth] - self.sizes[shard])
+            parts.append(Visits(np.full(taken, epoch, dtype=np.int64), shard, offset, self.starts[shard] + offset))
+            position, count = position + taken, count - taken
+        return parts[0] if len(parts) == 1 else Visits(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+    def shards_ahead(self, lane: int, position: int) -> list[int]:
+        """The shards that a lane needs from a position on: all of the present block's, and of the next block's
+        the more the further the present one is."""
         epoch, place = divmod(position, self.lane_samples)
-        block, within = divmod(place, self.block)
-        place = block * self.block + int(self._block_of(epoch, lane, block)[within])
-        # The list starts at another sample each epoch, so that the samples left over at its end rotate.
-        listed = (lane * self.lane_samples + place + epoch * self.left_over) % self.samples
+        block = self._block_at(lane, place)
+        following = divmod(position - place + block.stop, self.lane_samples)
+        present = self._shards_of(epoch, lane, block)
+        coming = self._shards_of(following[0], lane, self._block_at(lane, following[1]))
+        share = (place - block.start + 1) / (block.stop - block.start)
+        return [*present, *coming[: -(-int(len(coming) * share * 1024) // 1024)]]
+
+    def _block_at(self, lane: int, place: int) -> _Block:
+        ahead = lane * self.block // self.lanes  # where the lane's first block has begun, as it were
+        number = (place + ahead) // self.block
+        return _Block(number, max(0, number * self.block - ahead), min(self.lane_samples, (number + 1) * self.block - ahead))
+
+    def _listed(self, epoch: int, lane: int, places: Numbers) -> Numbers:
+        """Places in the list of all samples. It starts at another sample each epoch, so that those left over rotate."""
+        listed: Numbers = (lane * self.lane_samples + places + epoch * self.left_over) % self.samples
+        return listed
+
+    def _shards_of_block(self, epoch: int, lane: int, block: _Block) -> list[int]:
         order, ends = self._shards_of_epoch(epoch)
-        nth = int(np.searchsorted(ends, listed, side="right"))
-        shard = int(order[nth])
-        offset = listed - int(ends[nth] - self.sizes[shard])
-        return Visit(epoch, shard, offset, int(self.starts[shard]) + offset)
+        first, last = self._listed(epoch, lane, np.array([block.start, block.stop - 1]))
+        a, b = np.searchsorted(ends, [first, last], side="right").tolist()
+        turns = range(a, b + 1) if first <= last else [*range(a, len(order)), *range(b + 1)]
+        return [int(order[nth]) for nth in turns if self.sizes[order[nth]]]
 
-    def global_batch(self, data_step: int, global_samples: int) -> list[Visit]:
-        """All visits of a step, by slot: slot = lane * (global_samples / lanes) + j."""
-        return self.slots(data_step, global_samples, range(global_samples))
-
-    def slots(self, data_step: int, global_samples: int, slots: range) -> list[Visit]:
-        """The visits of some slots of a step.
-
-        Raises:
-            UserError: the lanes do not divide the global batch.
-        """
-        per_lane = self._per_lane(global_samples)
-        return [self.visit(slot // per_lane, data_step * per_lane + slot % per_lane) for slot in slots]
-
-    def slots_of_rank(self, data_rank: int, data_ranks: int, global_samples: int) -> range:
-        """The contiguous slots (whole lanes) of one data-parallel rank.
-
-        Raises:
-            UserError: the ranks do not divide the lanes, or the lanes the global batch.
-        """
-        per_lane = self._per_lane(global_samples)
-        if self.lanes % data_ranks:
-            raise UserError(f"data.lanes ({self.lanes}) must be a multiple of the data-parallel ranks ({data_ranks})")
-        share = self.lanes // data_ranks * per_lane
-        return range(data_rank * share, (data_rank + 1) * share)
-
-    def _per_lane(self, global_samples: int) -> int:
-        if global_samples % self.lanes:
-            raise UserError(f"batch.global_samples ({global_samples}) must be a multiple of data.lanes ({self.lanes})")
-        return global_samples // self.lanes
-
-    def _permuted_shards(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        order = generator(self.seed, "shards", epoch).permutation(len(self.sizes))
+    def _permuted_shards(self, epoch: int) -> tuple[Numbers, Numbers]:
+        order = generator(*self._words, "shards", epoch).permutation(len(self.sizes))
         return order, np.cumsum(self.sizes[order])
 
-    def _permuted_block(self, epoch: int, lane: int, block: int) -> NDArray[np.int64]:
-        size = min(self.block, self.lane_samples - block * self.block)
-        return generator(self.seed, "block", epoch, lane, block).permutation(size)
+    def _permutation(self, epoch: int, lane: int, block: _Block) -> Numbers:
+        return generator(*self._words, "block", epoch, lane, block.number).permutation(block.stop - block.start)
 
 
 def generator(*words: int | str) -> np.random.Generator:

@@ -32,7 +32,7 @@ class PeriodicSamples:
         self.tasks = tasks_of(list(run.model.modalities), derived.predicted(stage))
         # Every rank draws equally many: under ZeRO-3 each call of the model is a collective.
         self.share = -(-rule.count // ranks.world)
-        source = run.data.held_out or run.data.train
+        source = run.data.reference
         self.held = read_held_out(source, run.data, run.model, self.share * ranks.world).states
 
     def due(self, training: Any) -> bool:

@@ -57,7 +57,7 @@ def model_card(run: Run, stage: Stage, *, step: int, weights: str) -> str:
         stage=stage.name,
         step=step,
         steps=stage.steps,
-        data=run.data.train,
+        data=", ".join(run.data.sources.values()),
         stages="\n".join(_stage_row(each) for each in run.stages),
     )
 

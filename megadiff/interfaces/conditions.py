@@ -26,7 +26,8 @@ from megadiff.config.schema import (
     PixelField,
     TokenSpace,
 )
-from megadiff.data.encode import CaptionCodec, Codec, eight_bit, unknown_region
+from megadiff.data.codec import Codec
+from megadiff.data.encode import CaptionCodec, eight_bit, unknown_region
 from megadiff.data.loader import Shuffled
 from megadiff.diffusion.sampler import Conditions, Known, Sampler
 from megadiff.evaluation.tasks import IMPUTE, Task, find_task, inpainting

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from megadiff.config.errors import UserError
 from megadiff.config.schema import ClassField, LatentField, NumberField
-from megadiff.data.encode import Codec
+from megadiff.data.codec import Codec
 from megadiff.data.shards import MANIFEST, Manifest, Members, Shard, ShardEntry, write_manifest, write_shard
 from megadiff.distributed.ranks import Ranks
 from megadiff.evaluation.report import Section, contact_sheet

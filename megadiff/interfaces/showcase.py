@@ -11,7 +11,7 @@ from torch import Tensor
 from megadiff import rng
 from megadiff.config.errors import UserError
 from megadiff.config.schema import CaptionField, ClassField, NumberField, Run, Showcase
-from megadiff.data.encode import Codec
+from megadiff.data.codec import Codec
 from megadiff.data.loader import HeldOut, read_held_out
 from megadiff.diffusion.sampler import Conditions
 from megadiff.evaluation.gap import conditioning_gap
@@ -40,7 +40,7 @@ def make_showcase(run: Run) -> int:
     loaded = load(run.folder, "ema", device)
     if all(isinstance(field, NumberField | ClassField) for field in run.data.fields.values()):
         return _table(run, rule, loaded, device)
-    held = read_held_out(run.data.held_out or run.data.train, run.data, run.model, rule.gap_pairs)
+    held = read_held_out(run.data.reference, run.data, run.model, rule.gap_pairs)
     if len(held.ids) < rule.gap_pairs:
         raise UserError(f"showcase.gap_pairs is {rule.gap_pairs}, but the held-out data has {len(held.ids)} pairs")
     tasks = tasks_of(list(run.model.modalities), loaded.predicted)
@@ -66,7 +66,7 @@ def _table(run: Run, rule: Showcase, loaded: Loaded, device: torch.device) -> in
     with progress_bar("rows") as report, torch.no_grad():
         drawn = draw(loaded.module, loaded.model, rule.sampling, joint, keys, Conditions(), batch=ROWS_AT_ONCE, progress=report)
     made = _rows({name: state.cpu() for name, state in drawn.items()}, codecs)
-    sources = (run.data.train, run.data.held_out or run.data.train)
+    sources = (next(iter(run.data.sources.values())), run.data.reference)
     real, held_out = (_rows(read_held_out(source, run.data, run.model, rule.rows).states, codecs) for source in sources)
     path = Path(run.folder) / SHEET
     picture(real, made).save(path)

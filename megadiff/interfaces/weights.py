@@ -14,7 +14,8 @@ from megadiff.config.errors import UserError
 from megadiff.config.layout import RUN
 from megadiff.config.load import load_run, validate
 from megadiff.config.schema import Data, LatentField, Model
-from megadiff.data.encode import Codec, build_codecs
+from megadiff.data.codec import Codec
+from megadiff.data.encode import build_codecs
 from megadiff.engine.checkpoint import MANIFEST, CheckpointError, CheckpointReader
 from megadiff.interfaces import export
 from megadiff.interfaces.card import model_card

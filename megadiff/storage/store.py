@@ -63,6 +63,11 @@ def join(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}"
 
 
+def folder_of(address: str) -> str:
+    """The folder of a JSON file that is named itself or by its folder."""
+    return parent(address) if address.endswith(".json") else address
+
+
 def parent(address: str) -> str:
     """The folder that an address lies in."""
     return str(local_path(address).parent) if is_local(address) else address.rstrip("/").rpartition("/")[0]

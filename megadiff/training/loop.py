@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -97,9 +96,9 @@ def _train(training: Training, loader: Loader, objective: Objective, callbacks: 
     engine, progress, monitor = training.engine, training.progress, training.monitor
     health = Health()
     for step in _steps(training):
-        began = time.perf_counter()
-        batches = [batch.to(engine.device) for batch in loader.take()]
-        waited = time.perf_counter() - began
+        before = loader.stats().waited_s
+        batches = loader.take(engine.device)
+        waited = loader.stats().waited_s - before
         result = engine.step(batches, objective)
         health.check(result, step)
         if result.applied:
@@ -153,6 +152,7 @@ def _loader(run: Run, stage: Stage, ranks: Ranks, seed: int, progress: Progress)
         data_ranks=ranks.world,
         data_step=progress.data_step,
         features=_features(run, stage),
+        mixture=stage.mixture,
     )
     if progress.loader:
         loader.load_state(progress.loader)

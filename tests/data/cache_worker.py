@@ -5,21 +5,29 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from megadiff.config.schema import Cache
-from megadiff.data.shards import ShardReader, read_manifest
+from megadiff.data.cache import ShardCache
+from megadiff.data.reader import ShardReader
+from megadiff.data.shards import read_manifest
 from megadiff.storage import store
 from tests.data.small import sample
+
+
+def chunks_of(content: bytes) -> Iterator[tuple[int, memoryview]]:
+    yield len(content), memoryview(content)
 
 
 def main() -> None:
     request = json.loads(sys.argv[1])
     manifest = read_manifest(request["far"])
     # A folder stands in for a bucket: only the transport is replaced.
-    store.read_bytes = lambda address, *_: (Path(request["far"]) / address.removeprefix("far://bucket/")).read_bytes()  # type: ignore[assignment]
+    far = Path(request["far"])
+    store._chunks = lambda address, *_: chunks_of((far / address.removeprefix("far://bucket/")).read_bytes())  # type: ignore[assignment]
     cache = Cache(folder=request["cache"], max_bytes=request["max_bytes"])
-    reader = ShardReader("far://bucket", manifest, cache, in_memory=len(manifest.shards))
+    reader = ShardReader("far://bucket", manifest, ShardCache(cache), keep=request["keep"])
     step = 1 + int(os.environ["RANK"])
     numbers = [(turn * step) % len(manifest.shards) for turn in range(request["readings"])]
     print(json.dumps({"right": sum(reader.members(number, 0) == sample(number) for number in numbers)}))

@@ -16,9 +16,8 @@ from megadiff.config.schema import Cache, Model
 from megadiff.data import loader as loader_module
 from megadiff.data.errors import DataError
 from megadiff.data.loader import FEWEST_READ, HeldOut, Loader, LoaderStats, check_unreadable, read_held_out
-from megadiff.data.order import Order
+from megadiff.data.mixture import Mixture
 from megadiff.data.shards import Members, read_manifest
-from megadiff.storage import store
 from megadiff.types import Batch
 from tests.data.small import TRAIN, data_of, sample, tiny, write_source
 from tests.ranks import ROOT, run_ranks
@@ -80,15 +79,15 @@ def test_micro_batches_cover_the_slots_of_a_global_batch_in_order(opened: Any) -
 def test_a_batch_holds_the_samples_that_the_order_names(opened: Any) -> None:
     manifest = read_manifest(str(TRAIN))
     data = tiny()[0]
-    order = Order([shard.samples for shard in manifest.shards], data.lanes, data.block_shards, seed=5)
+    order = Mixture({"train": manifest}, data.lanes, data.block_shards, seed=5)
     batch = joined([opened(data_step=40).take()])
-    shards = [manifest.shards[visit.shard].name for visit in order.global_batch(40, GLOBAL)]
+    shards = [manifest.shards[shard].name for shard in order.step(40, range(GLOBAL), GLOBAL).shard]
     assert [name.split("/")[0] for name in batch["ids"]] == shards
 
 
 def test_picture_and_caption_of_a_sample_stay_together(tmp_path: Path, opened: Any) -> None:
     loader = opened(data_of(write_source(tmp_path, [20, 20]), lanes=4))
-    codec = loader._source.codecs["text"]
+    codec = loader._codecs.codecs["text"]
     for batch in loader.take():
         numbers = (batch.states["image"][:, 0, 0, 0].add(1).mul(127.5)).round().int().tolist()
         assert [int(codec.decode(text).split()[1]) for text in batch.states["text"]] == numbers
@@ -143,7 +142,7 @@ def test_keys_differ_between_samples_visits_and_seeds(tmp_path: Path, opened: An
 
 def test_another_caption_may_be_drawn_at_the_next_visit(tmp_path: Path, opened: Any) -> None:
     loader = opened(data_of(write_source(tmp_path, [8]), lanes=8), global_samples=8)
-    codec = loader._source.codecs["text"]
+    codec = loader._codecs.codecs["text"]
     drawn: dict[str, set[str]] = {}
     for _ in range(12):
         for batch in loader.take():
@@ -317,7 +316,7 @@ def test_an_epoch_reads_each_shard_about_as_often_as_lanes_pass_it(
     read: list[str] = []
     original = loader_module.ShardReader._read
     monkeypatch.setattr(
-        loader_module.ShardReader, "_read", lambda self, entry: read.append(entry.name) or original(self, entry)
+        loader_module.ShardReader, "_read", lambda self, index: read.append(str(index)) or original(self, index)
     )
     # 32 lanes of 12 samples in blocks of 4 shards: about 160 shards are open at once on one rank.
     data = data_of(write_source(tmp_path, [3] * 128), lanes=32, block_shards=4, workers=0)
@@ -338,8 +337,11 @@ def test_a_cache_smaller_than_what_is_open_still_gives_the_right_samples(
     # Local shards are read in place; here the folder plays a bucket.
     monkeypatch.setattr("megadiff.storage.store.is_local", lambda address: str(tmp_path / "far") not in address)
     content = {f"{tmp_path}/far/{path.name}": path.read_bytes() for path in (tmp_path / "far").iterdir()}
-    read = store.read_bytes
-    monkeypatch.setattr("megadiff.storage.store.read_bytes", lambda address, *_: content.get(address) or read(address))
+
+    def chunks(address: str, *_: Any) -> Iterator[tuple[int, memoryview]]:
+        yield len(content[address]), memoryview(content[address])
+
+    monkeypatch.setattr("megadiff.storage.store._chunks", chunks)
     monkeypatch.setattr("megadiff.storage.store.parent", lambda address: address.rpartition("/")[0])
     found = joined([opened(data_of(address, cache=small, workers=0)).take()])
     assert found == expected

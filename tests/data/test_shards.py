@@ -8,6 +8,7 @@ import io
 import os
 import tarfile
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,14 @@ import pytest
 
 from megadiff.config.errors import UserError
 from megadiff.config.schema import Cache
-from megadiff.data import shards
+from megadiff.data import reader as reader_module
+from megadiff.data.cache import ShardCache
 from megadiff.data.errors import DataError
+from megadiff.data.reader import ShardReader
 from megadiff.data.shards import (
     Manifest,
     Shard,
-    ShardCache,
     ShardEntry,
-    ShardReader,
     index_shards,
     pack_shard,
     read_manifest,
@@ -43,16 +44,17 @@ def far_away(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[str]:
     """Make far://bucket/... an address whose objects lie in a folder; returns the list of the addresses downloaded."""
     downloaded: list[str] = []
 
-    def read_bytes(address: str, offset: int = 0, length: int | None = None) -> bytes:
+    def chunks(address: str, start: int = 0, *_: Any) -> Iterator[tuple[int, memoryview]]:
         downloaded.append(address)
-        return (folder / address.removeprefix("far://bucket/")).read_bytes()
+        content = (folder / address.removeprefix("far://bucket/")).read_bytes()
+        yield len(content), memoryview(content)[start:]
 
-    monkeypatch.setattr(store, "read_bytes", read_bytes)
+    monkeypatch.setattr(store, "_chunks", chunks)
     return downloaded
 
 
 def held_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir())
+    return sum(path.stat().st_size for path in folder.glob("*.tar"))
 
 
 def test_samples_come_back_in_the_order_in_which_they_were_written(tmp_path: Path) -> None:
@@ -177,7 +179,7 @@ def test_a_tar_that_is_cut_is_refused_wherever_it_is_cut(tmp_path: Path, cut: in
     path = tmp_path / "000.tar"
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(DataError, match=r"000\.tar has \d+ bytes, and the manifest says \d+"):
-        ShardReader(address, read_manifest(address), None, 4).shard(0)
+        ShardReader(str(tmp_path), read_manifest(address)).shard(0)
     with pytest.raises(DataError, match=r"000\.tar is damaged"):
         index_shards(str(tmp_path))
 
@@ -193,7 +195,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     address = write_source(tmp_path, [2, 2])
     (tmp_path / "001.tar").unlink()
     with pytest.raises(DataError, match=r"001\.tar cannot be read \(No such file"):
-        ShardReader(address, read_manifest(address), None, 4).shard(1)
+        ShardReader(str(tmp_path), read_manifest(address)).shard(1)
 
 
 def test_a_shard_with_another_number_of_samples_is_named_with_both(tmp_path: Path) -> None:
@@ -201,7 +203,7 @@ def test_a_shard_with_another_number_of_samples_is_named_with_both(tmp_path: Pat
     manifest = index_shards(str(tmp_path))
     wrong = Manifest((manifest.shards[0], ShardEntry(**{**vars(manifest.shards[1]), "samples": 3})))
     with pytest.raises(DataError, match=r"001\.tar holds 2 samples, and the manifest says 3"):
-        ShardReader(str(tmp_path), wrong, None, 4).shard(1)
+        ShardReader(str(tmp_path), wrong).shard(1)
 
 
 def test_a_reader_keeps_few_shards_open_and_reads_each_once_while_it_is_open(
@@ -209,9 +211,11 @@ def test_a_reader_keeps_few_shards_open_and_reads_each_once_while_it_is_open(
 ) -> None:
     address = write_source(tmp_path, [1, 1, 1])
     opened: list[str] = []
-    original = shards.Shard
-    monkeypatch.setattr(shards, "Shard", lambda address, source: opened.append(Path(address).name) or original(address, source))
-    reader = ShardReader(address, read_manifest(address), None, in_memory=2)
+    original = reader_module.Shard
+    monkeypatch.setattr(
+        reader_module, "Shard", lambda address, source: opened.append(Path(address).name) or original(address, source)
+    )
+    reader = ShardReader(str(tmp_path), read_manifest(address), keep=2)
     for index in (0, 1, 0, 1, 2, 1, 0):
         reader.shard(index)
     assert opened == ["000.tar", "001.tar", "002.tar", "000.tar"]
@@ -221,7 +225,7 @@ def test_threads_that_want_the_same_shard_read_it_once(tmp_path: Path, monkeypat
     write_source(tmp_path, [3])
     manifest = read_manifest(str(tmp_path))
     downloaded = far_away(monkeypatch, tmp_path)
-    reader = ShardReader("far://bucket", manifest, None, in_memory=2)
+    reader = ShardReader("far://bucket", manifest)
     gate = threading.Barrier(8)
 
     def read(_: int) -> Any:
@@ -241,7 +245,7 @@ def test_the_cache_downloads_a_shard_once_and_a_later_reader_finds_it(tmp_path: 
     manifest = read_manifest(str(tmp_path / "far"))
     downloaded = far_away(monkeypatch, tmp_path / "far")
     for _ in range(2):
-        reader = ShardReader("far://bucket", manifest, Cache(folder=str(tmp_path / "cache")), in_memory=4)
+        reader = ShardReader("far://bucket", manifest, ShardCache(Cache(folder=str(tmp_path / "cache"))))
         assert reader.members(1, 0) == sample(2)
     assert downloaded == ["far://bucket/001.tar"]
 
@@ -256,9 +260,9 @@ def test_the_cache_stays_under_its_size_and_drops_the_least_used(tmp_path: Path,
     def want(index: int) -> bool:
         """Whether it had to be downloaded."""
         before = len(downloaded)
-        path = cache.path(f"far://bucket/{manifest.shards[index].name}", manifest.shards[index])
+        cache.shard(f"far://bucket/{manifest.shards[index].name}", manifest.shards[index])
         # Clocks of file systems are coarse: make uses differ.
-        _age_all_but(path)
+        _age_all_but(cache.folder / f"{manifest.shards[index].sha256}.tar")
         assert held_bytes(tmp_path / "cache") <= cache.max_bytes
         return len(downloaded) > before
 
@@ -266,7 +270,7 @@ def test_the_cache_stays_under_its_size_and_drops_the_least_used(tmp_path: Path,
 
 
 def _age_all_but(used: Path) -> None:
-    for path in used.parent.iterdir():
+    for path in used.parent.glob("*.tar"):
         if path != used:
             os.utime(path, (path.stat().st_atime, path.stat().st_mtime - 10))
 
@@ -276,7 +280,7 @@ def test_a_shard_that_was_dropped_from_the_cache_is_downloaded_again(tmp_path: P
     manifest = read_manifest(str(tmp_path / "far"))
     far_away(monkeypatch, tmp_path / "far")
     room_for_one = Cache(folder=str(tmp_path / "cache"), max_bytes=manifest.shards[0].bytes + 10)
-    reader = ShardReader("far://bucket", manifest, room_for_one, in_memory=4)
+    reader = ShardReader("far://bucket", manifest, ShardCache(room_for_one))
     for _ in range(2):
         assert [reader.members(index, 1) for index in (0, 1)] == [sample(1), sample(3)]
     assert held_bytes(tmp_path / "cache") <= room_for_one.max_bytes
@@ -293,7 +297,7 @@ def test_a_distant_shard_that_is_not_the_listed_one_is_named_and_not_kept(
     cache = Cache(folder=str(tmp_path / "cache")) if cached else None
     for _ in range(2):
         with pytest.raises(DataError, match=r"000\.tar is not the one that the manifest lists"):
-            ShardReader("far://bucket", manifest, cache, in_memory=4).shard(0)
+            ShardReader("far://bucket", manifest, cache and ShardCache(cache)).shard(0)
 
 
 def test_a_cached_file_that_vanishes_while_room_is_made_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +307,7 @@ def test_a_cached_file_that_vanishes_while_room_is_made_does_no_harm(tmp_path: P
     (tmp_path / "cache").mkdir()
     # A listing names it, and it is gone when its size is asked for.
     (tmp_path / "cache" / "gone.tar").symlink_to(tmp_path / "nowhere")
-    reader = ShardReader("far://bucket", manifest, Cache(folder=str(tmp_path / "cache")), in_memory=4)
+    reader = ShardReader("far://bucket", manifest, ShardCache(Cache(folder=str(tmp_path / "cache"))))
     assert reader.members(0, 1) == sample(1)
 
 
@@ -312,9 +316,11 @@ def test_a_cached_file_that_is_cut_is_downloaded_again(tmp_path: Path, monkeypat
     manifest = read_manifest(str(tmp_path / "far"))
     far_away(monkeypatch, tmp_path / "far")
     cache = ShardCache(Cache(folder=str(tmp_path / "cache")))
-    path = cache.path("far://bucket/000.tar", manifest.shards[0])
+    path = cache.folder / f"{manifest.shards[0].sha256}.tar"
+    cache.folder.mkdir()
     path.write_bytes(b"cut")
-    assert cache.path("far://bucket/000.tar", manifest.shards[0]).stat().st_size == manifest.shards[0].bytes
+    assert len(cache.shard("far://bucket/000.tar", manifest.shards[0])) == 2
+    assert path.stat().st_size == manifest.shards[0].bytes
 
 
 def test_threads_that_fight_over_a_small_cache_all_get_the_right_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,7 +330,7 @@ def test_threads_that_fight_over_a_small_cache_all_get_the_right_bytes(tmp_path:
     cache = Cache(folder=str(tmp_path / "cache"), max_bytes=4 * manifest.shards[0].bytes)
 
     def walk(start: int) -> bool:
-        reader = ShardReader("far://bucket", manifest, cache, in_memory=6)
+        reader = ShardReader("far://bucket", manifest, ShardCache(cache))
         return all(reader.members(n % 6, 0) == sample(n % 6) for n in range(start, start + 60))
 
     with ThreadPoolExecutor(3) as pool:
@@ -335,8 +341,14 @@ def test_threads_that_fight_over_a_small_cache_all_get_the_right_bytes(tmp_path:
 def test_processes_that_share_a_small_cache_all_get_the_right_bytes(tmp_path: Path) -> None:
     write_source(tmp_path / "far", [1] * 6)
     size = read_manifest(str(tmp_path / "far")).shards[0].bytes
-    request = {"far": str(tmp_path / "far"), "cache": str(tmp_path / "cache"), "max_bytes": 4 * size, "readings": 200}
+    request = {
+        "far": str(tmp_path / "far"),
+        "cache": str(tmp_path / "cache"),
+        "max_bytes": 4 * size,
+        "readings": 200,
+        "keep": 1,
+    }
     assert run_ranks(WORKER, 2, request) == [{"right": 200}, {"right": 200}]
     # Each process may be about to write one more than it counted.
     assert held_bytes(tmp_path / "cache") <= 5 * size
-    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".tar"}
+    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".tar", ""}

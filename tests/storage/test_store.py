@@ -304,7 +304,7 @@ def test_a_loader_over_s3_gives_the_same_batches_as_over_files(s3_folder: str, t
         loader.close()
         read.append([(b.ids, b.keys.tolist(), b.states["image"].tolist(), b.states["text"].tolist()) for b in batches])
     assert read[0] == read[1] == read[2]
-    assert len(list((tmp_path / "cache").iterdir())) == 3
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 3
 
 
 # --------------------------------------------------------------------------------------------------- servers that fail

@@ -1,0 +1,144 @@
+"""A folder of downloaded shards, shared by the processes of a node and kept under a size."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from megadiff.config.schema import Cache
+from megadiff.data.errors import DataError
+from megadiff.data.shards import Shard, ShardEntry
+from megadiff.storage import store
+
+log = logging.getLogger(__name__)
+
+_TRIES = 5
+"""How often a shard may be taken away between its download and its opening, before that is an error."""
+
+
+class ShardCache:
+    """Shards by their hash; the least used are dropped. Safe under any number of threads and processes, also killed ones.
+
+    A shard that is open stays readable when its file is dropped.
+    """
+
+    def __init__(self, rule: Cache) -> None:
+        self.folder, self.max_bytes = Path(rule.folder), rule.max_bytes
+        self._full = False
+
+    def shard(self, address: str, entry: ShardEntry) -> Shard:
+        """The local copy of a shard, downloaded if it is not there; in memory where the disk is full.
+
+        Raises:
+            StorageError: it cannot be had. DataError: it is damaged or not the one that the manifest lists.
+        """
+        path = self.folder / f"{entry.sha256}.tar"
+        for _ in range(_TRIES):
+            try:
+                if not self._holds(path, entry):
+                    self._download(address, path, entry)
+                os.utime(path)
+                return Shard(address, path)
+            except FileNotFoundError:  # another process has made room
+                continue
+            except store.FullError as error:
+                if not self._full:
+                    log.warning("%s; shards are held in memory instead", error)
+                self._full = True
+                return Shard(address, fetched(address, entry))
+        raise DataError(f"shard {entry.name} was dropped from the cache again and again; raise data.cache.max_bytes")
+
+    def _holds(self, path: Path, entry: ShardEntry) -> bool:
+        """Whether the file is there and whole; its content is compared if it is older than the machine's start.
+
+        A machine that dies may leave a file of the right size without its content.
+        """
+        try:
+            found = path.stat()
+        except FileNotFoundError:
+            return False
+        whole = found.st_size == entry.bytes and (found.st_ctime > _started() or _hash(path) == entry.sha256)
+        if not whole:
+            path.unlink(missing_ok=True)
+        return whole
+
+    def _download(self, address: str, path: Path, entry: ShardEntry) -> None:
+        self._make_room(path, entry.bytes)
+        store.download(address, path)
+        if _hash(path) != entry.sha256:
+            path.unlink(missing_ok=True)
+            raise not_listed(address)
+
+    def _make_room(self, path: Path, wanted: int) -> None:
+        """Drop the least used until `wanted` bytes fit, counting what others are downloading as so large, too."""
+        with self._locked():
+            held, under_way = [], 0
+            for found in [*self.folder.glob("*.tar"), *self.folder.glob(".*.partial")]:
+                with suppress(FileNotFoundError):
+                    if found.suffix == ".tar" or (_is_abandoned(found) and found.name != f".{path.name}.partial"):
+                        held.append((found.stat().st_mtime, found.stat().st_size, found))
+                    else:
+                        under_way += wanted
+            total = sum(size for _, size, _ in held) + under_way + wanted
+            for _, size, found in sorted(held):
+                if total <= self.max_bytes:
+                    break
+                found.unlink(missing_ok=True)
+                if found.suffix == ".partial":
+                    found.with_name(found.name + ".etag").unlink(missing_ok=True)
+                total -= size
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise store.StorageError(
+                f"the cache {self.folder} cannot be written: {error.strerror}; see data.cache.folder"
+            ) from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def fetched(address: str, entry: ShardEntry) -> memoryview:
+    """A distant shard's bytes. Raises StorageError if it cannot be had, DataError if it is not the listed one."""
+    data = store.read_whole(address)
+    if hashlib.sha256(data).hexdigest() != entry.sha256:
+        raise not_listed(address)
+    return data
+
+
+def not_listed(address: str) -> DataError:
+    return DataError(
+        f"shard {store.shown(address)} is not the one that the manifest lists (its hash differs); run `megadiff data index`"
+    )
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _started() -> float:
+    """When this machine started, in seconds since 1970."""
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def _is_abandoned(partial: Path) -> bool:
+    """Whether no process is filling a partial download."""
+    with partial.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True

@@ -1,0 +1,105 @@
+"""What every codec offers: one modality's way from a sample's members to its clean state, and back to what people look at.
+
+Reading has three steps, so that each runs where it is cheapest: `load` per sample on a thread of the loader, `stack` per batch
+there, and `finish` on the device, where what is stored in few bytes becomes floating-point numbers.
+Legend: B samples, C channels, H height, W width of a grid, S tokens.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megadiff.config.schema import GridSpace, TokenSpace
+from megadiff.data.buckets import Bucket
+from megadiff.data.errors import SampleError
+from megadiff.data.shards import Members
+
+Array = NDArray[Any]
+
+
+class Codec(ABC):
+    """One modality's way in and out."""
+
+    space: GridSpace | TokenSpace
+
+    @abstractmethod
+    def read(self, members: Members, key: int) -> Any:
+        """The value (a picture, a text) in a sample's members; `key` decides where there are several.
+
+        Raises:
+            SampleError: it is missing or damaged.
+        """
+
+    @abstractmethod
+    def encode(self, value: Any) -> Tensor:
+        """A value to a clean state, without the batch axis."""
+
+    @abstractmethod
+    def decode(self, state: Tensor) -> Any:
+        """A state to a value."""
+
+    def load(self, members: Members, key: int, bucket: Bucket | None = None) -> Array:
+        """What `stack` and `finish` make a state of. Raises SampleError as `read`."""
+        return self.encode(self.read(members, key)).numpy()
+
+    def blank(self, bucket: Bucket | None = None) -> Array:
+        """What stands for a sample that cannot be loaded."""
+        if isinstance(self.space, TokenSpace):
+            return np.zeros(self.space.length, dtype=np.int64)
+        return np.zeros((self.space.channels, self.space.height, self.space.width), dtype=np.float32)
+
+    def stack(self, values: Sequence[Array | None], bucket: Bucket | None = None) -> Array:
+        """Loaded samples to one array [B, ...]; None is a sample that could not be loaded."""
+        read = [value for value in values if value is not None]
+        blank = np.zeros_like(read[0]) if read else self.blank(bucket)
+        return np.stack([blank if value is None else value for value in values])
+
+    def finish(self, stacked: Tensor, keys: Tensor) -> Tensor:
+        """The clean states of stacked samples, on their device; `keys` int64 [B] decide what is drawn."""
+        return stacked
+
+
+def member_of(members: Members, member: str) -> bytes:
+    """A member's bytes. Raises SampleError if the sample has none of that ending."""
+    if member not in members:
+        raise SampleError(f"it has no .{member} member (it has {', '.join(sorted(members)) or 'none'})")
+    return members[member]
+
+
+_NPY_HEADERS: dict[bytes, tuple[np.dtype[Any], tuple[int, ...]]] = {}
+"""What the headers of arrays seen so far say: the samples of a data set have few different ones, and parsing is slow."""
+
+
+def array_of(members: Members, member: str) -> Array:
+    """A NumPy array in a member. Raises SampleError if it is missing or damaged."""
+    data = member_of(members, member)
+    begins = 10 + int.from_bytes(data[8:10], "little")
+    known = _NPY_HEADERS.get(data[:begins])
+    if known is None:
+        known = _NPY_HEADERS[data[:begins]] = _header(data, member)
+    dtype, shape = known
+    try:
+        return np.frombuffer(data, dtype, offset=begins).reshape(shape)
+    except ValueError as error:
+        raise SampleError(f"its .{member} member is no whole NumPy array: {error}") from None
+
+
+def _header(data: bytes, member: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    import io
+
+    file = io.BytesIO(data)
+    try:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError("its format is not 1.0")
+        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+        if by_columns or dtype.hasobject:
+            raise ValueError("it is stored by columns or holds objects")
+    except (ValueError, OSError, EOFError, SyntaxError) as error:
+        raise SampleError(f"its .{member} member is no NumPy array: {error}") from None
+    return dtype, shape

@@ -1,0 +1,242 @@
+"""Several lists of samples in one order: sources in given shares within every batch, one bucket a batch.
+
+Which bucket a step takes and which source a slot takes follow quotas: after any number of choices each list has been chosen
+as often as its share says, to within one or two; the n-th choice is computed without those before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from megadiff.config.errors import ConfigError, UserError
+from megadiff.data.errors import DataError
+from megadiff.data.order import Numbers, Order, Visits
+from megadiff.data.shards import Manifest
+
+
+class Quota:
+    """A sequence of choices in which choice k has the share a_k / sum(a): its j-th turn stands at (j + 1/2) / share."""
+
+    def __init__(self, shares: Sequence[int]) -> None:
+        """Take whole numbers above 0, one a choice."""
+        self.shares = list(shares)
+        self._total = sum(self.shares)
+        common = math.lcm(*self.shares)
+        self._gaps = [common // share for share in self.shares]  # between turns, in units in which all are whole
+
+    def span(self, first: int, count: int) -> tuple[Numbers, Numbers]:
+        """Choices number `first` and after, int64 [count], and which turn of the chosen each is."""
+        if len(self.shares) == 1:
+            return np.zeros(count, dtype=np.int64), np.arange(first, first + count)
+        certain = self._certain(first)
+        turns = self._in_order(certain, first + count)[first - sum(certain) :]
+        return np.array([k for _, k, _ in turns], dtype=np.int64), np.array([turn for _, _, turn in turns], dtype=np.int64)
+
+    def counts(self, number: int) -> list[int]:
+        """How often each choice has been made before choice `number`."""
+        made = self._certain(number)
+        for _, k, _ in self._in_order(made, number):
+            made[k] += 1
+        return made
+
+    def _certain(self, number: int) -> list[int]:
+        """So many turns of each choice surely stand before `number`: a turn is at most half a turn per choice off its place."""
+        return [max(0, (number - len(self.shares) - 2) * share // self._total) for share in self.shares]
+
+    def _in_order(self, begins: Sequence[int], number: int) -> list[tuple[int, int, int]]:
+        """(when, choice, turn) of those turns before `number` that are not among each choice's first `begins`."""
+        until = number + len(self.shares) + 2
+        turns = [
+            ((2 * turn + 1) * self._gaps[k], k, turn)
+            for k, share in enumerate(self.shares)
+            for turn in range(begins[k], until * share // self._total + 2)
+        ]
+        return sorted(turns)[: number - sum(begins)]
+
+
+class Part(NamedTuple):
+    """One list of samples: the shards of one source that are of one bucket."""
+
+    source: int
+    shards: Numbers
+    order: Order
+
+
+class Step(NamedTuple):
+    """The samples of some slots of a step.
+
+    Attributes:
+        bucket: HEIGHTxWIDTH in pixels, or None.
+        source: int64, the index of each sample's source.
+        number: each sample's number over all sources; with the epoch it identifies the visit.
+    """
+
+    bucket: str | None
+    source: Numbers
+    epoch: Numbers
+    shard: Numbers
+    offset: Numbers
+    number: Numbers
+
+
+class Mixture:
+    """The order of samples of one or more sources; of buckets, where the manifests name them."""
+
+    def __init__(
+        self,
+        sources: Mapping[str, Manifest],
+        lanes: int,
+        block_shards: int,
+        seed: int,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        """Mix sources in the proportion of `weights`, by default of their sizes.
+
+        Raises:
+            UserError: a weight's source is unknown; a list has fewer samples than lanes; some shards have a bucket, others not.
+        """
+        self.lanes = lanes
+        self._starts = _starts(sources)
+        shares = _shares(sources, weights or {})
+        self.buckets: tuple[str | None, ...] = _buckets(sources, shares)
+        self._parts: list[list[Part]] = []
+        within, over = [], []
+        for bucket in self.buckets:
+            parts = [
+                part
+                for number, (name, manifest) in enumerate(sources.items())
+                if shares[name] and (part := _part(number, name, manifest, bucket, lanes, block_shards, seed)) is not None
+            ]
+            names = list(sources)
+            weighed = [shares[names[part.source]] * part.order.samples / sources[names[part.source]].samples for part in parts]
+            self._parts.append(parts)
+            within.append(weighed)
+            over.append(sum(weighed, Fraction(0)))
+        self._of_bucket = Quota(_whole(over))
+        self._of_source = [Quota(_whole(weighed)) for weighed in within]
+        self._chosen = lru_cache(maxsize=64)(self._choose)
+
+    @property
+    def lists(self) -> list[Part]:
+        """Every list of samples that is read."""
+        return [part for parts in self._parts for part in parts]
+
+    def step(self, data_step: int, slots: range, global_samples: int) -> Step:
+        """The samples at some slots of a global batch; slot = lane x (global_samples / lanes) + place.
+
+        Raises:
+            UserError: the lanes do not divide the global batch.
+        """
+        per_lane = self._per_lane(global_samples)
+        bucket, turn = self._chosen(data_step)
+        columns: list[list[Numbers]] = [[] for _ in range(5)]
+        for lane in range(slots.start // per_lane, -(-slots.stop // per_lane)):
+            first = max(slots.start - lane * per_lane, 0)
+            last = min(slots.stop - lane * per_lane, per_lane)
+            sources, turns = self._of_source[bucket].span(turn * per_lane + first, last - first)
+            found = np.empty((5, last - first), dtype=np.int64)
+            for number, part in enumerate(self._parts[bucket]):
+                where = np.flatnonzero(sources == number)
+                if len(where):
+                    visits = part.order.visits(lane, int(turns[where[0]]), len(where))
+                    found[:, where] = self._told(part, visits)
+            for column, values in zip(columns, found, strict=True):
+                column.append(values)
+        return Step(self.buckets[bucket], *(np.concatenate(column) for column in columns))
+
+    def shards_ahead(self, data_step: int, slots: range, global_samples: int) -> dict[int, list[int]]:
+        """Per source, the shards that the slots need at a step and soon after, the soonest first."""
+        per_lane = self._per_lane(global_samples)
+        needed: dict[int, dict[int, None]] = {}
+        turns = self._of_bucket.counts(data_step)
+        for parts, quota, turn in zip(self._parts, self._of_source, turns, strict=True):
+            positions = quota.counts(turn * per_lane)
+            for part, position in zip(parts, positions, strict=True):
+                ahead = needed.setdefault(part.source, {})
+                for lane in range(slots.start // per_lane, -(-slots.stop // per_lane)):
+                    ahead |= dict.fromkeys(part.shards[part.order.shards_ahead(lane, position)].tolist())
+        return {source: list(shards) for source, shards in needed.items()}
+
+    def slots_of_rank(self, data_rank: int, data_ranks: int, global_samples: int) -> range:
+        """The contiguous slots (whole lanes) of one data-parallel rank.
+
+        Raises:
+            UserError: the ranks do not divide the lanes, or the lanes the global batch.
+        """
+        per_lane = self._per_lane(global_samples)
+        if self.lanes % data_ranks:
+            raise UserError(f"data.lanes ({self.lanes}) must be a multiple of the data-parallel ranks ({data_ranks})")
+        share = self.lanes // data_ranks * per_lane
+        return range(data_rank * share, (data_rank + 1) * share)
+
+    def _per_lane(self, global_samples: int) -> int:
+        if global_samples % self.lanes:
+            raise UserError(f"batch.global_samples ({global_samples}) must be a multiple of data.lanes ({self.lanes})")
+        return global_samples // self.lanes
+
+    def _choose(self, data_step: int) -> tuple[int, int]:
+        bucket, turn = self._of_bucket.span(data_step, 1)
+        return int(bucket[0]), int(turn[0])
+
+    def _told(self, part: Part, visits: Visits) -> Numbers:
+        """Rows source, epoch, shard, offset, number: of the list's own shards those of the manifest."""
+        sources = np.full(len(visits.epoch), part.source)
+        shards = part.shards[visits.shard]
+        numbers = self._starts[part.source][shards] + visits.offset
+        return np.stack([sources, visits.epoch, shards, visits.offset, numbers])
+
+
+def _starts(sources: Mapping[str, Manifest]) -> list[Numbers]:
+    """Per source the number, over all sources, of each shard's first sample."""
+    found, first = [], 0
+    for manifest in sources.values():
+        ends = first + np.cumsum([shard.samples for shard in manifest.shards], dtype=np.int64)
+        found.append(np.concatenate([[first], ends[:-1]]))
+        first = int(ends[-1])
+    return found
+
+
+def _shares(sources: Mapping[str, Manifest], weights: Mapping[str, float]) -> dict[str, Fraction]:
+    if unknown := [name for name in weights if name not in sources]:
+        raise ConfigError(f"mixture names {', '.join(unknown)}; data.train has {', '.join(sources)}")
+    if not weights:
+        return {name: Fraction(manifest.samples) for name, manifest in sources.items()}
+    shares = {name: Fraction(str(weights.get(name, 0))) for name in sources}
+    if not any(shares.values()):
+        raise ConfigError("every weight of the mixture is 0; give one source at least a share")
+    return shares
+
+
+def _buckets(sources: Mapping[str, Manifest], shares: Mapping[str, Fraction]) -> tuple[str | None, ...]:
+    read = [manifest for name, manifest in sources.items() if shares[name]]
+    found = {shard.bucket for manifest in read for shard in manifest.shards if shard.samples}
+    if None in found and len(found) > 1:
+        raise DataError("some shards have a bucket and others have none; pack all sources with the same buckets, or with none")
+    return tuple(sorted(found, key=str))
+
+
+def _part(
+    number: int, name: str, manifest: Manifest, bucket: str | None, lanes: int, block_shards: int, seed: int
+) -> Part | None:
+    shards = np.array([i for i, shard in enumerate(manifest.shards) if shard.bucket == bucket], dtype=np.int64)
+    sizes = [manifest.shards[i].samples for i in shards]
+    if not sum(sizes):
+        return None
+    # A single list is keyed by the seed alone: a source that gets a name keeps its order.
+    word = "/".join([*([name] if number else []), *([bucket] if bucket else [])])
+    return Part(number, shards, Order(sizes, lanes, block_shards, seed, name=word))
+
+
+def _whole(shares: Iterable[Fraction]) -> list[int]:
+    """Whole numbers in the same proportion."""
+    shares = list(shares)
+    common = math.lcm(*(share.denominator for share in shares))
+    numbers = [int(share * common) for share in shares]
+    divisor = math.gcd(*numbers)
+    return [number // divisor for number in numbers]

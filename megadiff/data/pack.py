@@ -1,0 +1,581 @@
+"""Pictures with captions from anywhere as tar shards: what every kind of source shares.
+
+A source names units of work and reads a unit's samples; a unit becomes shards, one row of them per bucket and side (train, held
+out). What lies in a shard depends on the source and the options alone, not on processes, restarts or time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import tempfile
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from PIL import Image, ImageOps
+
+from megadiff.config.errors import UserError
+from megadiff.data.buckets import Bucket, Buckets
+from megadiff.data.errors import DataError
+from megadiff.data.shards import MANIFEST, Manifest, Members, ShardEntry, write_manifest, write_shard
+from megadiff.data.units import UNITS, Done, run_units
+from megadiff.storage import store
+
+KINDS = ("folder", "table", "tars", "sam-llava")
+TRAIN, HELD_OUT = "train", "held_out"
+PICTURES = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif")
+"""Endings of files and members that are taken for pictures."""
+FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+"""Members that are written, and Pillow's names for them."""
+
+NO_CAPTION, NO_PICTURE, UNREADABLE, TOO_SMALL = "no caption", "no picture", "unreadable picture", "too small"
+UNREACHABLE = "unreachable picture"
+"""Why a sample is left out."""
+
+_NAMED = 20
+_HOPELESS = 20
+_SHARDS_PER_UNIT = 8
+_IN_MEMORY_BYTES = 256 * 2**20
+_ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+_ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)
+
+Transform = Callable[[Mapping[str, Members], "Bucket | None"], Mapping[str, Members]]
+"""A shard's samples by key, and their bucket, to what is written in their place under the same keys."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A sample that is not written: where it is from, one of the reasons above, and the fault in words."""
+
+    source: str
+    reason: str
+    detail: str = ""
+
+
+class LeaveOut(Exception):
+    """Raised while a sample's picture is read: (reason, detail)."""
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A sample as a source has it.
+
+    Attributes:
+        origin: stable, and unique over the whole source; the key is made from it.
+        source: the path, address or key, for people.
+        captions: as found; they are cleaned later.
+        read: its picture's bytes. Raises LeaveOut.
+    """
+
+    origin: str
+    source: str
+    captions: Sequence[Any]
+    read: Callable[[], bytes]
+
+
+class Source(Protocol):
+    """One kind of raw data, cut into units."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of the units: stable, each once, of letters, digits, - and _."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What the units' samples depend on."""
+
+    @property
+    def threads(self) -> int:
+        """How many pictures are read at once; above 1 where reading is waiting."""
+
+    def samples(self, unit: int) -> Iterator[Raw | LeftOut]:
+        """A unit's samples, always in the same order. Raises DataError, StorageError."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How samples are written.
+
+    Attributes:
+        shard_samples: at most so many samples in a shard.
+        buckets: shards hold pictures of one bucket each; None for one row of shards.
+        size_px: pictures with a longer shorter edge are scaled down to it; None leaves their bytes as they are.
+        format, quality: of pictures that are encoded anew.
+        min_size_px: pictures with a shorter edge are left out.
+        held_out_share: of the samples, by a hash of the key.
+    """
+
+    shard_samples: int = 1000
+    buckets: Buckets | None = None
+    size_px: int | None = None
+    format: str = "jpg"
+    quality: int = 95
+    min_size_px: int = 1
+    held_out_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.held_out_share < 1:
+            raise UserError(f"held_out_share ({self.held_out_share}) must be a share from 0 to below 1")
+        if self.format not in FORMATS:
+            raise UserError(f"format {self.format} is unknown; known: {', '.join(FORMATS)}")
+        if not 1 <= self.quality <= 100:
+            raise UserError(f"quality ({self.quality}) must lie between 1 and 100")
+        if self.shard_samples < 1:
+            raise UserError(f"shard_samples ({self.shard_samples}) must be 1 or more")
+
+    def record(self) -> dict[str, Any]:
+        """What the output depends on, as JSON can hold it."""
+        buckets = None if self.buckets is None else [str(bucket) for bucket in self.buckets.buckets]
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {**fields, "buckets": buckets}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A sample that can be written."""
+
+    key: str
+    members: Members
+    bucket: Bucket | None
+
+
+def pack(
+    source: Source,
+    out: str,
+    packing: Packing,
+    *,
+    transform: Transform | None = None,
+    identity: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
+    rank: int = 0,
+    world: int = 1,
+) -> Manifest | None:
+    """Write a source as shards under `out` (with a held-out share: `out`/train and `out`/held_out), each unit once.
+
+    Args:
+        transform: applied to the samples of every shard before it is written.
+        identity: what `transform` depends on.
+        facts: go into the manifests beside the kind of source and the counts.
+
+    Returns:
+        The manifest of all shards on rank 0, which waits for the others; None elsewhere.
+
+    Raises:
+        UserError: the source is at fault, `out` holds something else, or not one sample is left, in all or on one side.
+    """
+    _check_out(out)
+    job = {"source": source.kind, **source.identity, **packing.record(), **(identity or {})}
+    all_facts = {"source_kind": source.kind, **(facts or {})}
+    manifest = run_units(
+        out,
+        source.names,
+        lambda unit: _make(source, unit, out, packing, transform),
+        identity=job,
+        facts=all_facts,
+        rank=rank,
+        world=world,
+        label=source.kind,
+    )
+    if manifest is None:
+        return None
+    if manifest.samples == 0:
+        raise DataError(f"not one sample of the {len(source.names)} units could be written{_reasons(manifest)}")
+    if packing.held_out_share:
+        _split(out, manifest, packing.held_out_share)
+    return manifest
+
+
+def key_of(origin: str) -> str:
+    """A key from an origin: its letters for people, a hash of the whole; ASCII, without dots and slashes."""
+    return f"{slug(origin.rpartition('/')[2].partition('.')[0])}-{_hash(origin, 10)}"
+
+
+def unit_name(origin: str) -> str:
+    """A unit's name from what it is read from."""
+    return f"{slug(origin.rpartition('/')[2].partition('.')[0])}-{_hash(origin, 5)}"
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_]+", "_", text)[:40].strip("_") or "x"
+
+
+def printable(text: str) -> str:
+    """A path as UTF-8 can hold it."""
+    return os.fsencode(text).decode("utf-8", "backslashreplace")
+
+
+def clean(captions: Iterable[Any]) -> list[str]:
+    """Texts without white space around them; what is empty, no text, or half of a surrogate pair goes."""
+    texts = [caption.strip() for caption in captions if isinstance(caption, str)]
+    return [text for text in texts if text and not re.search("[\ud800-\udfff]", text)]
+
+
+def captions_in(tree: Any) -> list[Any]:
+    """The captions of parsed JSON: a text, a list of texts, or an object with `captions` or `caption`."""
+    if isinstance(tree, Mapping):
+        found = tree.get("captions")
+        return captions_in(found if found else tree.get("caption"))
+    if isinstance(tree, str):
+        return [tree]
+    return list(tree) if isinstance(tree, Sequence) else []
+
+
+def expand(address: str) -> list[str]:
+    """An address with {00000..00012} or {a,b} in it as the addresses that it stands for."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", address)
+    if found is None:
+        return [address]
+    if found[3] is not None:
+        choices = found[3].split(",")
+    else:
+        first, last = int(found[1]), int(found[2])
+        if first > last:
+            raise UserError(f"{found[0]} in {address} counts down; write {{{found[2]}..{found[1]}}}")
+        choices = [str(number).zfill(len(found[1])) for number in range(first, last + 1)]
+    return [whole for choice in choices for whole in expand(address[: found.start()] + choice + address[found.end() :])]
+
+
+def scratch_of(out: str, folder: str | None) -> Path:
+    """A folder of this job's own for downloads until they are used; the same one after a restart."""
+    if folder is None and store.is_local(out):
+        return store.local_path(out) / ".scratch"
+    return Path(folder or tempfile.gettempdir()) / f"megadiff-pack-{os.getuid()}-{_hash(out.rstrip('/'), 6)}"
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Only one process of this machine at a time; a lock ends with its process, and its file with the last holder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with path.open("a") as file:
+            with suppress(OSError):  # Some network file systems know no locks.
+                fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                same = os.path.samestat(os.fstat(file.fileno()), path.stat())
+            except FileNotFoundError:
+                same = False  # The one before has deleted it.
+            if same:
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
+
+
+def unit_samples(packing: Packing) -> int:
+    """How many samples a unit should have: where they are dealt to several rows of shards, so many that few are small."""
+    return packing.shard_samples * (_SHARDS_PER_UNIT if packing.buckets or packing.held_out_share else 1)
+
+
+# ------------------------------------------------------------------------------------------------------------ a sample
+
+
+def prepare(raw: Raw, packing: Packing) -> Prepared | LeftOut:
+    """A sample's members and bucket, or why it is left out."""
+    captions = clean(raw.captions)
+    if not captions:
+        return LeftOut(raw.source, NO_CAPTION)
+    try:
+        ending, data, height, width = _picture(raw.read(), packing)
+    except LeaveOut as fault:
+        return LeftOut(raw.source, *fault.args)
+    facts = {"captions": captions, "width": width, "height": height, "source": raw.source}
+    bucket = None if packing.buckets is None else packing.buckets.of(height, width)
+    return Prepared(key_of(raw.origin), {ending: data, "json": json.dumps(facts, ensure_ascii=False).encode()}, bucket)
+
+
+def _picture(data: bytes, packing: Packing) -> tuple[str, bytes, int, int]:
+    """(ending, bytes, height, width) as written; height and width as a viewer shows it. Raises LeaveOut."""
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            turned = picture.getexif().get(_ORIENTATION) in _SIDEWAYS
+            width, height = picture.size[::-1] if turned else picture.size
+            short = min(height, width)
+            if short < packing.min_size_px:
+                raise LeaveOut(TOO_SMALL, f"{width} x {height} px")
+            ending = _ENDINGS.get(picture.format or "")
+            if packing.size_px is None or short <= packing.size_px:
+                if ending is not None:
+                    # Only to know that it is whole: an eighth of a JPEG is decoded faster and reads it to its end.
+                    picture.draft(None, (1, 1))
+                    picture.load()
+                    return ending, data, height, width
+                made = _upright(picture)
+                return "png", _encoded(made, "png", packing.quality), made.height, made.width
+            factor = packing.size_px / short
+            size = (max(1, round(width * factor)), max(1, round(height * factor)))
+            # The decoder may scale a JPEG down to no less than twice the size; the rest is ours.
+            picture.draft(None, (2 * max(size), 2 * max(size)))
+            made = _upright(picture).resize(size, Image.Resampling.LANCZOS)
+            return packing.format, _encoded(made, packing.format, packing.quality), made.height, made.width
+    except (OSError, ValueError, SyntaxError, TypeError, OverflowError, Image.DecompressionBombError) as error:
+        raise LeaveOut(UNREADABLE, " ".join(str(error).split()) or type(error).__name__) from None
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """Turned as its EXIF says, with 8 bits, in L, RGB or RGBA."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):
+        from megadiff.data.encode import eight_bit  # torch, which nothing else here needs
+
+        return eight_bit(picture)
+    if picture.mode == "F":
+        raise ValueError("its values are floating-point numbers")
+    if picture.mode in ("L", "RGB", "RGBA"):
+        return picture if "transparency" not in picture.info else picture.convert("RGBA")
+    if picture.mode == "1":
+        return picture.convert("L")
+    return picture.convert("RGBA" if "A" in picture.mode or "a" in picture.mode or "transparency" in picture.info else "RGB")
+
+
+def _encoded(picture: Image.Image, format: str, quality: int) -> bytes:
+    if format == "jpg" and picture.mode == "RGBA":
+        ground = Image.new("RGBA", picture.size, "white")
+        ground.alpha_composite(picture)
+        picture = ground.convert("RGB")
+    picture.info.clear()  # Pillow would keep a colour profile in some formats only, that of CMYK on RGB as well.
+    buffer = io.BytesIO()
+    picture.save(buffer, FORMATS[format], **({} if format == "png" else {"quality": quality}))
+    return buffer.getvalue()
+
+
+# -------------------------------------------------------------------------------------------------------------- a unit
+
+
+@dataclass
+class _Row:
+    """Shards of one side and bucket; samples wait in a file until there are enough."""
+
+    bucket: Bucket | None
+    prefix: str
+    waiting: list[tuple[str, dict[str, tuple[int, int]]]]
+    written: int = 0
+
+
+def _make(source: Source, unit: int, out: str, packing: Packing, transform: Transform | None) -> Done:
+    counts: Counter[str] = Counter()
+    left: list[LeftOut] = []
+    rows: dict[tuple[str, Bucket | None], _Row] = {}
+    entries: list[ShardEntry] = []
+    keys: set[str] = set()
+
+    def flush(row: _Row) -> None:
+        samples: Mapping[str, Members] = {
+            key: {ending: _read(spill, *place) for ending, place in places.items()} for key, places in row.waiting
+        }
+        if transform is not None:
+            samples = transform(samples, row.bucket)
+        if samples:
+            bucket = None if row.bucket is None else str(row.bucket)
+            entries.append(write_shard(out, f"{row.prefix}{row.written:03d}.tar", samples, bucket))
+            row.written += 1
+        row.waiting.clear()
+
+    def work(sample: Raw | LeftOut) -> Prepared | LeftOut:
+        return sample if isinstance(sample, LeftOut) else prepare(sample, packing)
+
+    with tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY_BYTES) as spill:
+        for made in _in_order(source.samples(unit), work, source.threads):
+            if isinstance(made, Prepared) and made.key in keys:
+                made = LeftOut(made.key, "key twice")
+            if isinstance(made, LeftOut):
+                counts[f"left out: {made.reason}"] += 1
+                left.append(made)
+                continue
+            keys.add(made.key)
+            side = _side(made.key, packing.held_out_share)
+            counts["written"] += 1
+            row = rows.setdefault((side, made.bucket), _row(side, source.names[unit], made.bucket))
+            row.waiting.append((made.key, {ending: _append(spill, data) for ending, data in made.members.items()}))
+            if len(row.waiting) == packing.shard_samples:
+                flush(row)
+        for row in rows.values():
+            if row.waiting:
+                flush(row)
+    _check_reachable(counts, left, source.names[unit])
+    return Done(tuple(entries), dict(counts), tuple(_first_of_each(left)))
+
+
+def _row(side: str, unit: str, bucket: Bucket | None) -> _Row:
+    return _Row(bucket, f"{side}{unit}-" if bucket is None else f"{side}{unit}-{bucket}-", [])
+
+
+def _side(key: str, share: float) -> str:
+    if not share:
+        return ""
+    return f"{HELD_OUT if int(_hash(key, 8), 16) / 2**64 < share else TRAIN}/"
+
+
+def _check_reachable(counts: Counter[str], left: Sequence[LeftOut], name: str) -> None:
+    """Some addresses are always dead; if all are, the network is."""
+    failed = counts[f"left out: {UNREACHABLE}"]
+    if failed >= _HOPELESS and not counts["written"]:
+        last = next(entry.detail for entry in reversed(left) if entry.reason == UNREACHABLE)
+        raise DataError(f"not one of {failed} pictures of unit {name} could be fetched ({last}); start again once they can be")
+
+
+def _first_of_each(left: Iterable[LeftOut]) -> Iterator[dict[str, str]]:
+    seen: Counter[str] = Counter()
+    for entry in left:
+        seen[entry.reason] += 1
+        if seen[entry.reason] <= _NAMED:
+            yield {name: value for name, value in asdict(entry).items() if value}
+
+
+def _append(file: Any, data: bytes) -> tuple[int, int]:
+    start = file.seek(0, os.SEEK_END)
+    file.write(data)
+    return start, len(data)
+
+
+def _read(file: Any, start: int, size: int) -> bytes:
+    file.seek(start)
+    return bytes(file.read(size))
+
+
+def _in_order(items: Iterable[Item], work: Callable[[Item], Result], threads: int) -> Iterator[Result]:
+    """`work` of each item in their order, some ahead in threads."""
+    if threads == 1:
+        yield from map(work, items)
+        return
+    ahead: deque[Future[Result]] = deque()
+    with ExitStack() as stack:
+        pool = ThreadPoolExecutor(threads)
+        stack.callback(pool.shutdown, cancel_futures=True)
+        for item in items:
+            ahead.append(pool.submit(work, item))
+            if len(ahead) >= 4 * threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+# ---------------------------------------------------------------------------------------------------------- the output
+
+
+def _check_out(out: str) -> None:
+    """Raises UserError if `out` is a data set that was made by something else."""
+    if store.exists(store.join(out, MANIFEST)) and not store.exists(store.join(out, f"{UNITS}/job.json")):
+        raise UserError(f"{out} holds another data set ({MANIFEST}); name a new folder")
+
+
+def _split(out: str, manifest: Manifest, share: float) -> None:
+    """A manifest per side, from the one of all shards. Raises DataError if a side is empty."""
+    for side in (TRAIN, HELD_OUT):
+        inside = [entry for entry in manifest.shards if entry.name.startswith(f"{side}/")]
+        if not inside:
+            raise DataError(
+                f"a held_out_share of {share:g} leaves no sample of {manifest.samples} on the side of {side}; give another "
+                "one, and a new folder"
+            )
+        shards = tuple(replace(entry, name=entry.name.removeprefix(f"{side}/")) for entry in inside)
+        write_manifest(store.join(out, side), Manifest(shards, {"split": side, **manifest.facts}))
+
+
+def left_out(manifest: Manifest) -> dict[str, int]:
+    """How many samples were left out, by reason."""
+    counts: Mapping[str, int] = manifest.facts.get("counts", {})
+    return {name.removeprefix("left out: "): count for name, count in counts.items() if name.startswith("left out: ")}
+
+
+def _reasons(manifest: Manifest) -> str:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in left_out(manifest).items())
+    return f" (left out: {reasons})" if reasons else ""
+
+
+def _hash(text: str, size: int) -> str:
+    """Hexadecimal, two digits a byte; depends on the text alone."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=size).hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------------- the sources
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of a table's columns; None takes the first usual one that is there."""
+
+    image: str | None = None
+    caption: str | None = None
+
+
+def open_source(
+    kind: str,
+    sources: Sequence[str],
+    unit_samples: int,
+    scratch: Path,
+    *,
+    columns: Columns | None = None,
+    captions: str | None = None,
+) -> Source:
+    """Raw data of a kind (one of KINDS, or auto).
+
+    Args:
+        captions: the table of captions, for sam-llava.
+
+    Raises:
+        UserError: it cannot be found or read, or the arguments do not go together.
+    """
+    from megadiff.data.recipes.folder import FolderSource
+    from megadiff.data.recipes.rows import RowsSource
+    from megadiff.data.recipes.sam_llava import SamLlavaSource
+    from megadiff.data.recipes.tars import TarsSource
+
+    kind = kind_of(sources[0]) if kind == "auto" else kind
+    columns = columns or Columns()
+    if kind in ("folder", "sam-llava") and len(sources) > 1:
+        raise UserError(f"--kind {kind} takes one source, and {len(sources)} are given: {', '.join(sources[:3])}")
+    if captions is not None and kind != "sam-llava":
+        raise UserError(f"--captions goes with --kind sam-llava, and {sources[0]} is of kind {kind}; leave it out")
+    if columns != Columns() and kind not in ("table", "sam-llava"):
+        raise UserError(
+            f"--image-column and --caption-column go with tables, and {sources[0]} is of kind {kind}; leave them out"
+        )
+    if kind == "folder":
+        return FolderSource(sources[0], unit_samples)
+    if kind == "table":
+        return RowsSource(sources, unit_samples, columns.image, columns.caption)
+    if kind == "tars":
+        return TarsSource(sources, scratch)
+    if captions is None:
+        raise UserError("--kind sam-llava needs --captions TABLE, the captions by the pictures' names")
+    return SamLlavaSource(sources[0], captions, scratch, columns.image, columns.caption)
+
+
+def kind_of(source: str) -> str:
+    """What kind of raw data an address is. Raises UserError if that cannot be told."""
+    from megadiff.data.recipes.rows import LINES, PARQUET
+
+    address = expand(source)[0]
+    if (kind := _kind_of_name(address, PARQUET + LINES)) is not None:
+        return kind
+    names = store.list_names(address)
+    kinds = {kind for name in names if not name.startswith(".") and (kind := _kind_of_name(name, PARQUET + LINES))}
+    kinds.discard("sam-llava")  # a README.txt beside the data
+    if len(kinds) > 1:
+        raise UserError(f"{source} holds {' and '.join(sorted(kinds))}; say which by --kind")
+    if kinds:
+        return kinds.pop()
+    if not store.is_local(source):
+        raise UserError(f"{source} holds neither .tar files nor tables; name what should be read, or its --kind")
+    return "folder"
+
+
+def _kind_of_name(name: str, tables: tuple[str, ...]) -> str | None:
+    endings = {".tar": "tars", ".txt": "sam-llava", ".tsv": "sam-llava", **dict.fromkeys(tables, "table")}
+    return next((kind for ending, kind in endings.items() if name.lower().endswith(ending)), None)

@@ -1,0 +1,95 @@
+"""A folder of pictures with captions beside them: cat.jpg and cat.txt (a caption a line) or cat.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from megadiff.config.errors import UserError
+from megadiff.data.errors import DataError
+from megadiff.data.pack import NO_CAPTION, NO_PICTURE, PICTURES, LeaveOut, LeftOut, Raw, captions_in, clean, printable
+from megadiff.storage import store
+
+
+class FolderSource:
+    """Units are runs of the sorted paths."""
+
+    kind = "folder"
+    threads = 1
+
+    def __init__(self, folder: str, unit_samples: int) -> None:
+        """Raises UserError if the folder is not local, or holds no pictures."""
+        if not store.is_local(folder):
+            raise UserError(f"{folder} is not local; loose files are read from a local folder only: mount or copy it")
+        self.folder = store.local_path(folder)
+        digest, paths = hashlib.blake2b(digest_size=16), []
+        for path, size in sorted(_pictures(self.folder)):
+            paths.append(path)
+            digest.update(os.fsencode(path) + f"\0{size}\n".encode())
+        if not paths:
+            raise DataError(f"{folder} holds no pictures ({', '.join(PICTURES)})")
+        self.chunks = [paths[start : start + unit_samples] for start in range(0, len(paths), unit_samples)]
+        self.names = [f"{number:06d}" for number in range(len(self.chunks))]
+        self.identity = {"pictures": len(paths), "paths_and_sizes": digest.hexdigest(), "unit_samples": unit_samples}
+
+    def samples(self, unit: int) -> Iterator[Raw | LeftOut]:
+        for path in self.chunks[unit]:
+            source = printable(path)
+            captions = captions_beside(self.folder / path)
+            if isinstance(captions, str):
+                yield LeftOut(source, NO_CAPTION, captions)
+            else:
+                yield Raw(path, source, captions, partial(_bytes, self.folder / path))
+
+
+def captions_beside(path: Path) -> list[str] | str:
+    """The captions of a picture: its .json if that has any, else the lines of its .txt; or what is wrong with them."""
+    fault = ""
+    for ending in (".json", ".txt"):
+        beside = path.with_suffix(ending)
+        try:
+            text = beside.read_bytes().decode("utf-8-sig")
+            found = clean(captions_in(json.loads(text)) if ending == ".json" else re.split(r"\r\n|\n|\r", text))
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise DataError(f"{beside} cannot be read: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
+            fault = f"{printable(beside.name)} cannot be read: {error}"
+            continue
+        if found:
+            return found
+    return fault
+
+
+def _pictures(folder: Path) -> Iterator[tuple[str, int]]:
+    """(path within the folder, bytes) of every picture; hidden files and folders are not looked at."""
+
+    def stop(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be listed: {error.strerror}") from None
+
+    for root, folders, names in os.walk(folder, onerror=stop):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = "" if root == str(folder) else f"{os.path.relpath(root, folder)}/"
+        for name in names:
+            if not name.startswith(".") and name.rpartition(".")[2].lower() in PICTURES:
+                path = os.path.join(root, name)  # noqa: PTH118  (millions of them)
+                try:
+                    size = os.stat(path).st_size  # noqa: PTH116
+                except OSError:
+                    size = -1  # a link to nothing; it is left out with the others that cannot be read
+                yield inside + name, size
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise LeaveOut(NO_PICTURE, "the file is gone, or a link to nothing") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None

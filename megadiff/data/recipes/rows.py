@@ -1,0 +1,337 @@
+"""The rows of Parquet or JSONL files: a column of pictures (bytes, paths or addresses) and one of captions."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import accumulate
+from typing import Any, Protocol
+
+from megadiff.config.errors import UserError
+from megadiff.data.errors import DataError
+from megadiff.data.pack import NO_PICTURE, UNREACHABLE, LeaveOut, LeftOut, Raw, captions_in, expand, printable
+from megadiff.data.recipes.tars import origins_of
+from megadiff.storage import store
+from megadiff.storage.store import MissingError, StorageError
+
+IMAGE_COLUMNS = ("image", "image_path", "path", "url", "jpg", "png", "file_name")
+CAPTION_COLUMNS = ("captions", "caption", "text", "txt")
+PARQUET, LINES = (".parquet", ".pq"), (".jsonl", ".ndjson")
+
+Row = tuple[int, Mapping[str, Any] | None]
+"""A row's number within its file, and its cells; None if it cannot be read."""
+
+_BATCH_ROWS = 128
+_BUFFER_BYTES = 2**20
+_AHEAD = 16
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows of a table: [start, stop), and where in the file the first one is, if that is known."""
+
+    start: int
+    stop: int
+    offset: int = 0
+
+
+class Table(Protocol):
+    """A file of rows that is read piece by piece."""
+
+    address: str
+
+    @property
+    def columns(self) -> Sequence[str]: ...
+
+    def holds_bytes(self, column: str) -> bool:
+        """Whether the cells are objects of their own, so that passing over rows costs as much as reading them."""
+
+    def spans(self, rows: int, *, whole_groups: bool) -> list[Span]:
+        """The table in spans of about so many rows."""
+
+    def rows(self, span: Span, columns: Sequence[str]) -> Iterator[Row]:
+        """The rows of a span. Raises DataError if the file is damaged."""
+
+
+class RowsSource:
+    """A unit is a span of rows."""
+
+    kind = "table"
+
+    def __init__(
+        self,
+        sources: Sequence[str],
+        unit_samples: int,
+        image_column: str | None = None,
+        caption_column: str | None = None,
+    ) -> None:
+        """Raises UserError if there is no table, one has no such columns, or one cannot be read."""
+        addresses = [address for source in sources for address in tables_of(source)]
+        self.origins = origins_of(addresses)
+        self.tables = [open_table(address) for address in addresses]
+        self.image = column_of(self.tables[0], image_column, IMAGE_COLUMNS, "--image-column")
+        self.caption = column_of(self.tables[0], caption_column, CAPTION_COLUMNS, "--caption-column")
+        with ThreadPoolExecutor(_AHEAD) as pool:
+            spans = list(pool.map(partial(self._spans, unit_samples), self.tables))
+            sizes = list(pool.map(store.size, addresses))
+        self.units = [(number, span) for number, found in enumerate(spans) for span in found]
+        first = [number for number, found in enumerate(spans) for number in range(len(found))]
+        self.names = [f"{table:05d}-{number:06d}" for (table, _), number in zip(self.units, first, strict=True)]
+        listed = "".join(f"{origin}\0{size}\n" for origin, size in zip(self.origins, sizes, strict=True))
+        self.identity = {
+            "files": len(addresses),
+            "names_and_sizes": hashlib.blake2b(listed.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest(),
+            "image_column": self.image,
+            "caption_column": self.caption,
+            "unit_samples": unit_samples,
+        }
+        self.threads = 1 if all(table.holds_bytes(self.image) for table in self.tables) else _AHEAD
+
+    def samples(self, unit: int) -> Iterator[Raw | LeftOut]:
+        number, span = self.units[unit]
+        table, origin = self.tables[number], self.origins[number]
+        for row, cells in table.rows(span, [self.image, self.caption]):
+            place = f"{origin}/{row:09d}"
+            if cells is None:
+                yield LeftOut(printable(place), "unreadable row", f"line {row + 1} is no JSON object")
+                continue
+            address = _address(cells.get(self.image), store.parent(table.address))
+            source = printable(place if address is None else address)
+            yield Raw(place, source, captions_in(cells.get(self.caption)), partial(_bytes, cells.get(self.image), address))
+
+    def _spans(self, unit_samples: int, table: Table) -> list[Span]:
+        for column in (self.image, self.caption):
+            if isinstance(table, ParquetTable) and column not in table.columns:
+                raise DataError(f"{store.shown(table.address)} has no column {column}; it has {', '.join(table.columns)}")
+        return table.spans(unit_samples, whole_groups=table.holds_bytes(self.image))
+
+
+def tables_of(source: str) -> list[str]:
+    """The tables that a pattern, an address or a folder stands for. Raises DataError if there are none."""
+    found = []
+    for address in expand(source):
+        if address.lower().endswith(PARQUET + LINES):
+            found.append(address)
+            continue
+        names = [name for name in store.list_names(address) if name.lower().endswith(PARQUET + LINES)]
+        if not names:
+            raise DataError(f"{address} holds no tables ({', '.join(PARQUET + LINES)})")
+        found += [store.join(address, name) for name in names]
+    return found
+
+
+def open_table(address: str) -> Table:
+    return ParquetTable(address) if address.lower().endswith(PARQUET) else LinesTable(address)
+
+
+def column_of(table: Table, asked: str | None, known: Sequence[str], flag: str) -> str:
+    """The column that was asked for, or the first known one. Raises UserError if it is not there."""
+    if asked is not None:
+        if asked not in table.columns:
+            raise UserError(f"{store.shown(table.address)} has no column {asked}; it has {', '.join(table.columns)}")
+        return asked
+    found = next((name for name in known if name in table.columns), None)
+    if found is None:
+        raise UserError(
+            f"{store.shown(table.address)} has none of the columns {', '.join(known)}; give {flag}, one of its "
+            f"{', '.join(table.columns)}"
+        )
+    return found
+
+
+class ParquetTable:
+    """Read by row groups, each in small batches."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+
+    @cached_property
+    def columns(self) -> Sequence[str]:
+        return tuple(self._schema.names)
+
+    def holds_bytes(self, column: str) -> bool:
+        kind = str(self._schema.field(column).type)
+        return "binary" in kind or kind.startswith("list")
+
+    def spans(self, rows: int, *, whole_groups: bool) -> list[Span]:
+        ends = list(accumulate(self._group_rows))
+        total = ends[-1] if ends else 0
+        found, start = [], 0
+        while start < total:
+            stop = min(start + rows, total)
+            if whole_groups:
+                stop = next(end for end in ends if end >= stop)
+            found.append(Span(start, stop))
+            start = stop
+        return found
+
+    def rows(self, span: Span, columns: Sequence[str]) -> Iterator[Row]:
+        ends = list(accumulate(self._group_rows, initial=0))
+        groups = [number for number in range(len(ends) - 1) if ends[number] < span.stop and ends[number + 1] > span.start]
+        at = ends[groups[0]]
+        try:
+            with _raw(self.address) as file:
+                parquet = _parquet().ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+                for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=groups, columns=list(columns), use_threads=False):
+                    low, high = max(span.start - at, 0), min(span.stop - at, batch.num_rows)
+                    if low < high:
+                        cells = batch.slice(low, high - low).to_pylist()
+                        yield from zip(range(at + low, at + high), cells, strict=True)
+                    at += batch.num_rows
+        except (OSError, ValueError) as error:
+            raise self._damaged(error) from None
+
+    @cached_property
+    def _footer(self) -> tuple[Any, list[int]]:
+        try:
+            with _raw(self.address) as file:
+                parquet = _parquet().ParquetFile(file)
+                metadata = parquet.metadata
+                return parquet.schema_arrow, [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)]
+        except (OSError, ValueError) as error:
+            raise self._damaged(error) from None
+
+    @property
+    def _schema(self) -> Any:
+        return self._footer[0]
+
+    @property
+    def _group_rows(self) -> list[int]:
+        return self._footer[1]
+
+    def _damaged(self, error: Exception) -> DataError:
+        reason = " ".join(str(error).split())[:200]
+        return DataError(f"{store.shown(self.address)} is no whole Parquet file ({reason}); write it anew or leave it out")
+
+
+class LinesTable:
+    """JSON Lines: an object a line."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+
+    @cached_property
+    def columns(self) -> Sequence[str]:
+        """Of the first line that is an object."""
+        with self._open() as file:
+            for line in file:
+                cells = _parsed(line)
+                if cells is not None:
+                    return tuple(cells)
+        raise DataError(f"{store.shown(self.address)} holds no JSON objects, one a line")
+
+    def holds_bytes(self, column: str) -> bool:
+        return False
+
+    def spans(self, rows: int, *, whole_groups: bool) -> list[Span]:
+        found, start, offset, at = [], 0, 0, 0
+        number = -1
+        with self._open() as file:
+            for number, line in enumerate(file):
+                if number - start == rows:
+                    found.append(Span(start, number, offset))
+                    start, offset = number, at
+                at += len(line)
+        if number >= start:
+            found.append(Span(start, number + 1, offset))
+        return found
+
+    def rows(self, span: Span, columns: Sequence[str]) -> Iterator[Row]:
+        with self._open() as file:
+            file.seek(span.offset)
+            for number in range(span.start, span.stop):
+                line = file.readline()
+                if line.strip():
+                    yield number, _parsed(line)
+
+    def _open(self) -> io.BufferedReader:
+        return io.BufferedReader(_raw(self.address), 8 * _BUFFER_BYTES)
+
+
+def _parsed(line: bytes) -> Mapping[str, Any] | None:
+    try:
+        cells = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
+    except (ValueError, RecursionError):
+        return None
+    return cells if isinstance(cells, Mapping) else None
+
+
+def _parquet() -> Any:
+    return importlib.import_module("pyarrow.parquet")  # a second of imports that no other source needs
+
+
+class _Distant(io.RawIOBase):
+    """A distant object as a file that can be sought in; each reading is a request for a range."""
+
+    def __init__(self, address: str) -> None:
+        self._address, self._size, self._at = address, store.size(address), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), self._size - self._at)
+        if wanted <= 0:
+            return 0
+        data = store.read_bytes(self._address, self._at, wanted)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def _raw(address: str) -> io.RawIOBase:
+    if not store.is_local(address):
+        return _Distant(address)
+    try:
+        return io.FileIO(store.local_path(address))
+    except OSError as error:
+        raise StorageError(f"{address} cannot be read: {error.strerror}") from None
+
+
+# -------------------------------------------------------------------------------------------------------------- a cell
+
+
+def _address(cell: Any, folder: str) -> str | None:
+    """The address that a cell names, if it does not hold the picture itself."""
+    if isinstance(cell, Mapping):
+        path = cell.get("path")
+        return path if cell.get("bytes") and isinstance(path, str) else _address(cell.get("bytes") or path, folder)
+    if not isinstance(cell, str) or not cell.strip():
+        return None
+    return cell if "://" in cell or cell.startswith("/") else store.join(folder, cell)
+
+
+def _bytes(cell: Any, address: str | None) -> bytes:
+    """A cell's picture. Raises LeaveOut; StorageError if storage of our own is out of reach."""
+    held = cell.get("bytes") if isinstance(cell, Mapping) else cell
+    if isinstance(held, bytes) and held:
+        return held
+    if address is None:
+        raise LeaveOut(NO_PICTURE, "the cell is empty" if not cell else f"the cell is a {type(cell).__name__}")
+    try:
+        return store.read_bytes(address)
+    except MissingError as error:
+        raise LeaveOut(NO_PICTURE, str(error)) from None
+    except StorageError as error:
+        if address.startswith(("http://", "https://")):
+            raise LeaveOut(UNREACHABLE, str(error)) from None
+        if store.is_local(address) and not store.local_path(address).is_file():
+            raise LeaveOut(NO_PICTURE, f"{address} is no file") from None
+        raise

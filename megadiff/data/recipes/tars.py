@@ -1,0 +1,140 @@
+"""Existing tars in WebDataset's layout, such as img2dataset's: jpg, txt and json with a `caption`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megadiff.config.errors import UserError
+from megadiff.data.errors import DataError
+from megadiff.data.pack import (
+    NO_PICTURE,
+    PICTURES,
+    LeftOut,
+    Raw,
+    captions_in,
+    clean,
+    expand,
+    locked,
+    printable,
+    unit_name,
+)
+from megadiff.data.shards import Members, Shard
+from megadiff.storage import store
+
+Captions = Callable[[str, Members], Sequence[Any]]
+"""Of a sample with this key and these members."""
+
+
+class TarsSource:
+    """A unit is a tar; remote ones are downloaded to `scratch`, and deleted once they are done."""
+
+    kind = "tars"
+    threads = 1
+
+    def __init__(self, sources: Sequence[str], scratch: Path) -> None:
+        """Raises UserError if there are no tars, or two with one name."""
+        self.addresses = [address for source in sources for address in tars_of(source)]
+        self.origins = origins_of(self.addresses)
+        self.names = [unit_name(origin) for origin in self.origins]
+        self.identity: dict[str, Any] = {}
+        self.scratch = scratch
+
+    def samples(self, unit: int) -> Iterator[Raw | LeftOut]:
+        address = self.addresses[unit]
+        if store.is_local(address):
+            yield from samples_of(Shard(address, _existing(address)), self.origins[unit], captions_of)
+            return
+        with fetched(address, self.scratch / f"{self.names[unit]}.tar") as path:
+            yield from samples_of(Shard(address, path), self.origins[unit], captions_of)
+
+
+def tars_of(source: str) -> list[str]:
+    """The tars that a pattern, an address or a folder stands for."""
+    found = []
+    for address in expand(source):
+        if address.endswith(".tar"):
+            found.append(address)
+            continue
+        names = [name for name in store.list_names(address) if name.endswith(".tar")]
+        if not names:
+            raise DataError(f"{address} holds no .tar files")
+        found += [store.join(address, name) for name in names]
+    return found
+
+
+def origins_of(addresses: Sequence[str]) -> list[str]:
+    """The shortest ends of the addresses that differ from each other: a set may move and keep its keys."""
+    if len(set(addresses)) < len(addresses):
+        twice = next(address for address in addresses if addresses.count(address) > 1)
+        raise UserError(f"{twice} is named twice")
+    parts = [address.split("/") for address in addresses]
+    for depth in range(1, max(map(len, parts)) + 1):
+        ends = ["/".join(part[-depth:]) for part in parts]
+        if len(set(ends)) == len(ends):
+            return ends
+    raise UserError(f"two of the sources are the same: {', '.join(addresses[:2])}")
+
+
+@contextmanager
+def fetched(address: str, path: Path, check: Callable[[Path], None] | None = None) -> Iterator[Path]:
+    """A distant tar as a local file, which is deleted when it was used to its end; after a kill it is still there.
+
+    Raises:
+        StorageError: it cannot be had. What `check` raises, after the file was deleted.
+    """
+    with locked(path.with_suffix(".lock")):
+        if not path.exists():
+            store.download(address, path)
+        if check is not None:
+            try:
+                check(path)
+            except DataError:
+                path.unlink()
+                raise
+        try:
+            yield path
+        except DataError:
+            path.unlink(missing_ok=True)  # A damaged one must not be found by the next start.
+            raise
+        path.unlink(missing_ok=True)
+
+
+def samples_of(shard: Shard, origin: str, captions: Captions) -> Iterator[Raw | LeftOut]:
+    """Every sample of a tar; `origin` names the tar."""
+    for offset in range(len(shard)):
+        key = shard.key(offset).removeprefix("./")
+        members = shard.members(offset)
+        source = printable(f"{origin}/{key}")
+        picture = picture_in(members)
+        if picture is None:
+            yield LeftOut(source, NO_PICTURE, f"its members are {', '.join(sorted(members))}"[:200])
+        else:
+            yield Raw(f"{origin}/{key}", source, captions(key, members), partial(members.__getitem__, picture))
+
+
+def picture_in(members: Members) -> str | None:
+    """The member that is the picture: .jpg, or else .image.jpg."""
+    exact = [ending for ending in PICTURES if ending in members]
+    return next(iter(exact or [name for name in sorted(members) if name.rpartition(".")[2] in PICTURES]), None)
+
+
+def captions_of(_: str, members: Members) -> Sequence[Any]:
+    """Of the json member (`captions` or `caption`), or the whole of the txt member."""
+    try:
+        found = clean(captions_in(json.loads(members["json"]))) if "json" in members else []
+    except (ValueError, RecursionError):
+        found = []
+    return found or [members.get("txt", b"").decode("utf-8-sig", "replace")]
+
+
+def _existing(address: str) -> Path:
+    path = store.local_path(address)
+    if not path.is_file() or not os.access(path, os.R_OK):
+        raise DataError(f"{address} does not exist or cannot be read; mend the name or take it out")
+    return path

@@ -1,0 +1,131 @@
+"""Work cut into units, each done once, over any number of processes, through kills and restarts.
+
+A unit that is done has a record under OUT/.units/, written after its shards. A process that starts again skips what has a
+record; a unit that was killed before its record is made again, with the same bytes under the same names.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tqdm import tqdm
+
+from megadiff.config.errors import UserError
+from megadiff.data.shards import Manifest, ShardEntry, write_manifest
+from megadiff.storage import store
+
+UNITS, JOB, LEFT_OUT = ".units", "job.json", "left_out.jsonl"
+_POLL_S = 1.0
+_NAMED = 1000
+
+
+@dataclass(frozen=True)
+class Done:
+    """What the making of one unit gave.
+
+    Attributes:
+        shards: their names are relative to the output folder.
+        counts: added up over all units; the manifest tells the sums.
+        left_out: samples that were left out and why; they go to left_out.jsonl.
+    """
+
+    shards: tuple[ShardEntry, ...]
+    counts: Mapping[str, int] = field(default_factory=dict)
+    left_out: tuple[Mapping[str, str], ...] = ()
+
+
+def run_units(
+    out: str,
+    names: Sequence[str],
+    make: Callable[[int], Done],
+    *,
+    identity: Mapping[str, Any],
+    facts: Mapping[str, Any] | None = None,
+    rank: int = 0,
+    world: int = 1,
+    label: str = "shards",
+) -> Manifest | None:
+    """Make every unit that is not done and that is this process's, `names[rank::world]`.
+
+    Args:
+        out: a folder or an address.
+        names: stable over restarts, each once, of letters, digits, - and _.
+        identity: what the output depends on; another one than that of the units already there is refused.
+        facts: go into the manifest.
+        label: what a unit is called in the progress bar.
+
+    Returns:
+        The manifest, on rank 0, which waits for all the others; None on the others.
+
+    Raises:
+        UserError: `out` holds another job's units, or what `make` raises.
+    """
+    if bad := [name for name in names if not re.fullmatch(r"[A-Za-z0-9_-]+", name)]:
+        raise ValueError(f"names of units must be plain words: {bad[0]!r}")
+    if len(set(names)) != len(names):
+        raise ValueError("names of units must differ")
+    records = store.join(out, UNITS)
+    _check_identity(records, out, identity)
+    done = _done(records)
+    mine = [number for number in range(rank, len(names), world) if names[number] not in done]
+    with tqdm(desc=label, unit="unit", total=len(names[rank::world]), disable=None) as bar:
+        bar.update(bar.total - len(mine))
+        for number in mine:
+            made = make(number)
+            store.write_bytes(store.join(records, f"{names[number]}.json"), json.dumps(asdict(made)).encode())
+            bar.update()
+    if rank:
+        return None
+    _wait(records, set(names), world)
+    return _merge(out, records, names, facts or {})
+
+
+def _check_identity(records: str, out: str, identity: Mapping[str, Any]) -> None:
+    wanted = json.loads(json.dumps(identity))
+    address = store.join(records, JOB)
+    if not store.exists(address):
+        store.write_bytes(address, json.dumps(wanted, indent=1, ensure_ascii=False).encode())
+        return
+    found = json.loads(store.read_bytes(address))
+    differing = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
+    if differing:
+        shown = "; ".join(f"{key}: {found.get(key)} there, {wanted.get(key)} here" for key in differing[:4])
+        raise UserError(f"{out} holds shards made with other settings ({shown}); name a new folder or delete it")
+
+
+def _done(records: str) -> set[str]:
+    return {name.removesuffix(".json") for name in store.list_names(records) if name.endswith(".json") and name != JOB}
+
+
+def _wait(records: str, names: set[str], world: int) -> None:
+    """Until every unit has a record; other processes write them."""
+    missing = len(names - _done(records)) if world > 1 else 0
+    with tqdm(desc="other processes", unit="unit", total=missing, disable=None if missing else True) as bar:
+        while missing:
+            time.sleep(_POLL_S)
+            left = len(names - _done(records))
+            bar.update(missing - left)
+            missing = left
+
+
+def _merge(out: str, records: str, names: Iterable[str], facts: Mapping[str, Any]) -> Manifest:
+    shards: list[ShardEntry] = []
+    counts: Counter[str] = Counter()
+    left_out: list[Mapping[str, str]] = []
+    for name in names:
+        record = json.loads(store.read_bytes(store.join(records, f"{name}.json")))
+        shards += [ShardEntry(**entry) for entry in record["shards"]]
+        counts.update(record["counts"])
+        left_out += record["left_out"]
+    manifest = Manifest(tuple(shards), {**facts, **({"counts": dict(sorted(counts.items()))} if counts else {})})
+    if left_out:
+        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in left_out[:_NAMED])
+        store.write_bytes(store.join(out, LEFT_OUT), lines.encode())
+    write_manifest(out, manifest)
+    return manifest
