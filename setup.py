@@ -39,6 +39,7 @@ setup(
         "huggingface-hub>=1",
         "numpy>=2",
         "pillow>=11",
+        "pyarrow>=21",
         "pydantic>=2.11",
         "pyyaml>=6",
         "tensorboard>=2.20",
