@@ -26,12 +26,9 @@ def _purpose_words(purpose: str) -> tuple[int, int]:
 
 
 def _multiply_high_low(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """The high and low 32 bits of multiplier * word, without overflowing int64 (the product has up to 64 bits)."""
-    low16 = multiplier & 0xFFFF
-    high16 = multiplier >> 16
-    partial = word * low16
-    carried = word * high16 + (partial >> 16)
-    return carried >> 16, ((carried & 0xFFFF) << 16) | (partial & 0xFFFF)
+    """The high and low 32 bits of multiplier * word; int64 wraps around, which keeps all 64 bits of the product."""
+    product = word * multiplier
+    return (product >> 32) & _MASK32, product & _MASK32
 
 
 def _philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

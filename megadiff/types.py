@@ -69,11 +69,13 @@ class Stream(NamedTuple):
         tokens: per modality [B, S, D].
         conditioning: per modality [B, D]; never attended to, never updated.
         visible: per modality bool [B, S] or None (all visible as keys).
+        grids: rows and columns of patches of the modalities that are grids.
     """
 
     tokens: dict[str, Tensor]
     conditioning: dict[str, Tensor]
     visible: dict[str, Tensor | None]
+    grids: dict[str, tuple[int, int]]
 
 
 class Dense(NamedTuple):

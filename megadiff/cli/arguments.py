@@ -23,9 +23,9 @@ def add_verb(verbs: Verbs, name: str, summary: str, description: str, examples: 
     return parser
 
 
-def add_run(parser: argparse.ArgumentParser, *, overrides: bool = True) -> None:
+def add_run(parser: argparse.ArgumentParser, *, overrides: bool = True, required: bool = True) -> None:
     """RUN.yaml and, after it, overrides."""
-    parser.add_argument("run_file", metavar="RUN.yaml", help="the run: model, data and stages")
+    parser.add_argument("run_file", metavar="RUN.yaml", nargs=None if required else "?", help="the run: model, data and stages")
     if overrides:
         parser.add_argument(
             "overrides",

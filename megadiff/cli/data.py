@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megadiff.cli import data_pack
+from megadiff.cli import data_encode, data_pack
 from megadiff.cli.arguments import Verbs, add_verb, positive
 
 EMOJI_SETS = ("noto", "noto-v1", "fluent-emoji-flat", "fluent-emoji-3d")
@@ -16,6 +16,7 @@ def add(verbs: Verbs) -> None:
     _add_emoji(actions)
     _add_table(actions)
     data_pack.add(actions)
+    data_encode.add(actions)
     _add_index(actions)
 
 

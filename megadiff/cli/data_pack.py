@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import sys
 from typing import TYPE_CHECKING
 
 from megadiff.cli.arguments import Verbs, add_verb, positive
+from megadiff.cli.data_encode import add_encoding, encoding_of
+from megadiff.cli.processes import several
 from megadiff.config.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,6 +64,7 @@ def add(actions: Verbs) -> None:
     shards.add_argument(
         "--scratch", metavar="DIR", help="where downloads lie until they are used (default: beside OUT, or /tmp)"
     )
+    add_encoding(parser)
     parser.set_defaults(run=run)
 
 
@@ -88,9 +92,7 @@ def _share(text: str) -> float:
 def run(arguments: argparse.Namespace) -> int:
     buckets = check(arguments)
     if arguments.processes > 1 and "RANK" not in os.environ:
-        from megadiff.cli.sample import _several
-
-        return _several(arguments.processes)
+        return several(arguments.processes, sys.argv[1:])
     from megadiff.data import pack
     from megadiff.distributed.ranks import Ranks
 
@@ -113,7 +115,21 @@ def run(arguments: argparse.Namespace) -> int:
         columns=pack.Columns(arguments.image_column, arguments.caption_column),
         captions=arguments.captions,
     )
-    manifest = pack.pack(source, arguments.out, packing, rank=ranks.rank, world=ranks.world)
+    encoder = None
+    if arguments.autoencoder or arguments.tokenizer or arguments.features:
+        from megadiff.data.encoder import Encoder
+
+        encoder = Encoder(encoding_of(arguments))
+    manifest = pack.pack(
+        source,
+        arguments.out,
+        packing,
+        transform=encoder,
+        identity=encoder.identity if encoder else None,
+        facts=encoder.facts if encoder else None,
+        rank=ranks.rank,
+        world=ranks.world,
+    )
     if manifest is not None:
         shutil.rmtree(scratch, ignore_errors=True)  # All units are done, and nobody needs it any more.
         print(summary(arguments.out, manifest))

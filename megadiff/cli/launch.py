@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 
-from megadiff.cli.arguments import Verbs, add_run, add_verb
+from megadiff.cli.arguments import Verbs, add_run, add_verb, positive
+from megadiff.cli.processes import several
 from megadiff.config.deepspeed import load_deepspeed
+from megadiff.config.errors import UserError
 from megadiff.config.load import load_run
 from megadiff.launcher import folder, local
+from megadiff.launcher.devices import find_devices
 
 EXAMPLES = """\
   megadiff launch configs/run/quickstart.yaml --deepspeed ds_configs/zero3.json
   megadiff launch configs/run/quickstart.yaml --deepspeed ds_configs/zero2.json folder=runs/short stages.*.steps=20
   megadiff launch configs/run/quickstart.yaml --deepspeed ds_configs/zero3.json --dry-run
+  megadiff launch --processes 8 -- data encode s3://bucket/pairs s3://bucket/latents --autoencoder models/sd-vae
 """
 
 
@@ -21,20 +26,36 @@ def add(verbs: Verbs) -> None:
     parser = add_verb(
         verbs,
         "launch",
-        "train all stages of a run on this machine",
+        "train all stages of a run on this machine, or run another verb as several processes",
         "Check everything, then train the run's stages one after the other through DeepSpeed's launcher, on the GPUs of this\n"
         "machine (CUDA_VISIBLE_DEVICES chooses) or on its CPU, and make the sheet of samples at the end. On a folder that has\n"
-        "checkpoints the run goes on where it stopped; the sections launch and showcase may differ then, other keys may not.",
+        "checkpoints the run goes on where it stopped; the sections launch and showcase may differ then, other keys may not.\n"
+        "After -- may stand another verb, which is then run once per GPU, or as --processes says.",
         EXAMPLES,
     )
-    add_run(parser)
-    parser.add_argument("--deepspeed", metavar="DS.json", required=True, help="how ranks share the work")
+    add_run(parser, required=False)
+    parser.add_argument("--deepspeed", metavar="DS.json", help="how ranks share the work")
+    parser.add_argument("--processes", metavar="N", type=positive, help="of the verb after --; a run says it under `launch`")
     parser.add_argument("--dry-run", action="store_true", help="check, print the commands, and start nothing")
     parser.add_argument("--allow-changes", action="store_true", help="go on in a folder whose run had another configuration")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, command=[])
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command line's own part, and the verb and arguments after `launch ... --`."""
+    if arguments[:1] != ["launch"] or "--" not in arguments:
+        return list(arguments), []
+    place = list(arguments).index("--")
+    return list(arguments[:place]), list(arguments[place + 1 :])
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.command:
+        return _launch_verb(arguments)
+    if arguments.run_file is None or arguments.deepspeed is None:
+        arguments.parser.error("give RUN.yaml and --deepspeed DS.json, or -- and another verb")
+    if arguments.processes is not None:
+        arguments.parser.error("--processes is of a verb after --; a run takes launch.processes=N")
     plan = local.plan_launch(load_run(arguments.run_file, arguments.overrides), load_deepspeed(arguments.deepspeed))
     if not arguments.dry_run:
         return local.launch(plan, allow_changes=arguments.allow_changes, say=_say)
@@ -44,6 +65,15 @@ def run(arguments: argparse.Namespace) -> int:
     for missing in local.missing_files(plan.run):
         print(f"megadiff: note: not there yet: {missing}", file=sys.stderr)
     return 0
+
+
+def _launch_verb(arguments: argparse.Namespace) -> int:
+    if arguments.run_file or arguments.deepspeed or arguments.dry_run or arguments.allow_changes:
+        arguments.parser.error("before -- only --processes N may stand")
+    if arguments.command[0] in ("launch", "train"):
+        raise UserError(f"launch starts {arguments.command[0]} by RUN.yaml and --deepspeed, not after --")
+    processes = arguments.processes or max(find_devices().count, 1)
+    return several(processes, arguments.command)
 
 
 def _say(message: str) -> None:

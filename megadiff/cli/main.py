@@ -45,7 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The parsed command line; exits with code 2 and the verb's usage if it cannot be."""
-    parsed, extras = parser().parse_known_args(arguments)
+    own, command = launch.split(sys.argv[1:] if arguments is None else arguments)
+    parsed, extras = parser().parse_known_args(own)
+    if command:
+        parsed.command = command
     # argparse gives a `*` positional up at the first option, so that overrides after one arrive here.
     if hasattr(parsed, "overrides"):
         parsed.overrides += [extra for extra in extras if not extra.startswith("-")]

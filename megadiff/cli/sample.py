@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
-import tempfile
-import time
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from megadiff.cli.arguments import Verbs, add_verb, positive
+from megadiff.cli.processes import several
 from megadiff.config.errors import UserError
 from megadiff.config.schema import Sampling
-from megadiff.launcher.local import ERROR_FILE
 
 EXAMPLES = """\
   megadiff sample --checkpoint runs/quickstart --task text-to-image --prompt "red heart" --guidance 3 --out samples
@@ -150,7 +146,7 @@ def run(arguments: argparse.Namespace) -> int:
     check(arguments)
     sampling, repeat_prompt = how_to_sample(arguments)
     if arguments.processes > 1 and "RANK" not in os.environ:
-        return _several(arguments.processes)
+        return several(arguments.processes, sys.argv[1:])
     from megadiff.interfaces.generate import generate
     from megadiff.interfaces.request import GenerateRequest
 
@@ -160,34 +156,6 @@ def run(arguments: argparse.Namespace) -> int:
     fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     print(f"samples: {generate(GenerateRequest(**fields, sampling=sampling, repeat_prompt=repeat_prompt))}")
     return 0
-
-
-def _several(processes: int) -> int:
-    """The same command once per process, with no more threads in all than there are cores; one that fails ends the others."""
-    own = max(len(os.sched_getaffinity(0)) // processes, 1)
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    threads = min(int(asked), own) if asked.isdigit() and int(asked) else own
-    with tempfile.TemporaryDirectory() as folder:
-        error = Path(folder) / "error"
-        common = {**os.environ, "WORLD_SIZE": str(processes), "OMP_NUM_THREADS": str(threads), ERROR_FILE: str(error)}
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, "-m", "megadiff", *sys.argv[1:]],
-                env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=None if rank == 0 else subprocess.DEVNULL,
-            )
-            for rank in range(processes)
-        ]
-        try:
-            while None in (codes := [rank.poll() for rank in ranks]) and not any(codes):
-                time.sleep(0.1)
-        finally:
-            for rank in ranks:
-                rank.terminate()
-                rank.wait()
-        if error.exists():
-            raise UserError(error.read_text(encoding="utf-8").strip())
-        return next((abs(code) for code in codes if code), 0)
 
 
 def how_to_sample(arguments: argparse.Namespace) -> tuple[Sampling, bool]:

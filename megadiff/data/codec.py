@@ -7,6 +7,7 @@ Legend: B samples, C channels, H height, W width of a grid, S tokens.
 
 from __future__ import annotations
 
+import io
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from megadiff.config.schema import GridSpace, TokenSpace
 from megadiff.data.buckets import Bucket
 from megadiff.data.errors import SampleError
-from megadiff.data.shards import Members
+from megadiff.data.shards import Views
 
 Array = NDArray[Any]
 
@@ -29,7 +30,7 @@ class Codec(ABC):
     space: GridSpace | TokenSpace
 
     @abstractmethod
-    def read(self, members: Members, key: int) -> Any:
+    def read(self, members: Views, key: int) -> Any:
         """The value (a picture, a text) in a sample's members; `key` decides where there are several.
 
         Raises:
@@ -44,7 +45,7 @@ class Codec(ABC):
     def decode(self, state: Tensor) -> Any:
         """A state to a value."""
 
-    def load(self, members: Members, key: int, bucket: Bucket | None = None) -> Array:
+    def load(self, members: Views, key: int, bucket: Bucket | None = None) -> Array:
         """What `stack` and `finish` make a state of. Raises SampleError as `read`."""
         return self.encode(self.read(members, key)).numpy()
 
@@ -65,8 +66,12 @@ class Codec(ABC):
         return stacked
 
 
-def member_of(members: Members, member: str) -> bytes:
+def member_of(members: Views, member: str) -> bytes:
     """A member's bytes. Raises SampleError if the sample has none of that ending."""
+    return bytes(_view_of(members, member))
+
+
+def _view_of(members: Views, member: str) -> bytes | memoryview:
     if member not in members:
         raise SampleError(f"it has no .{member} member (it has {', '.join(sorted(members)) or 'none'})")
     return members[member]
@@ -76,13 +81,14 @@ _NPY_HEADERS: dict[bytes, tuple[np.dtype[Any], tuple[int, ...]]] = {}
 """What the headers of arrays seen so far say: the samples of a data set have few different ones, and parsing is slow."""
 
 
-def array_of(members: Members, member: str) -> Array:
+def array_of(members: Views, member: str) -> Array:
     """A NumPy array in a member. Raises SampleError if it is missing or damaged."""
-    data = member_of(members, member)
+    data = _view_of(members, member)
     begins = 10 + int.from_bytes(data[8:10], "little")
-    known = _NPY_HEADERS.get(data[:begins])
+    header = bytes(data[:begins])
+    known = _NPY_HEADERS.get(header)
     if known is None:
-        known = _NPY_HEADERS[data[:begins]] = _header(data, member)
+        known = _NPY_HEADERS[header] = _header(header, member)
     dtype, shape = known
     try:
         return np.frombuffer(data, dtype, offset=begins).reshape(shape)
@@ -91,8 +97,6 @@ def array_of(members: Members, member: str) -> Array:
 
 
 def _header(data: bytes, member: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
-    import io
-
     file = io.BytesIO(data)
     try:
         if np.lib.format.read_magic(file) != (1, 0):

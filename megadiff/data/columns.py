@@ -26,7 +26,7 @@ from megadiff.config.errors import ConfigError, UserError
 from megadiff.config.schema import ClassField, GridSpace, NumberField, TokenSpace
 from megadiff.data.codec import Codec, member_of
 from megadiff.data.errors import DataError, SampleError
-from megadiff.data.shards import Members
+from megadiff.data.shards import Views
 from megadiff.storage import store
 
 FORMAT, VERSION = "megadiff-columns", 1
@@ -107,7 +107,7 @@ class NumberCodec(Codec):
         self._index = {float(value): index for index, value in enumerate(self.values)}
         self._salt = int.from_bytes(hashlib.blake2b(field.column.encode(), digest_size=8).digest(), "little")
 
-    def read(self, members: Members, key: int) -> Ranked:
+    def read(self, members: Views, key: int) -> Ranked:
         return Ranked(_number(_cell(members, self.member, self.column), self.column), _place(key ^ self._salt))
 
     def encode(self, value: Ranked | float | str) -> Tensor:
@@ -156,7 +156,7 @@ class ClassCodec(Codec):
             )
         self._states = {value: torch.tensor([index]) for index, value in enumerate(self.values)}
 
-    def read(self, members: Members, key: int) -> str:
+    def read(self, members: Views, key: int) -> str:
         value = str(_cell(members, self.member, self.column))
         if value not in self._states:
             raise SampleError(f"its {self.column} is {value!r}, which {COLUMNS} does not list")
@@ -192,7 +192,7 @@ def _row(data: bytes) -> Mapping[str, Any]:
     return row
 
 
-def _cell(members: Members, member: str, column: str) -> Any:
+def _cell(members: Views, member: str, column: str) -> Any:
     data = member_of(members, member)
     try:
         return _row(data)[column]

@@ -10,7 +10,7 @@ import re
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -31,7 +31,7 @@ from megadiff.data.buckets import Bucket, fit
 from megadiff.data.codec import Array, Codec, array_of, member_of
 from megadiff.data.columns import ClassCodec, NumberCodec
 from megadiff.data.errors import SampleError
-from megadiff.data.shards import Manifest, Members
+from megadiff.data.shards import Manifest, Views
 from megadiff.storage import store
 
 
@@ -46,10 +46,10 @@ class PixelCodec(Codec):
             raise ConfigError(f"a pixel field needs a grid of 1 or 3 channels, not {space.channels}")
         self.member, self.space = field.member, space
 
-    def read(self, members: Members, key: int) -> Image.Image:
+    def read(self, members: Views, key: int) -> Image.Image:
         return self._read(members)
 
-    def _read(self, members: Members, enough: tuple[int, int] | None = None) -> Image.Image:
+    def _read(self, members: Views, enough: tuple[int, int] | None = None) -> Image.Image:
         """The picture, or one scaled down, though no smaller than (width, height), where its format makes that cheap."""
         data = member_of(members, self.member)
         try:
@@ -57,7 +57,7 @@ class PixelCodec(Codec):
                 if enough:
                     picture.draft(None, enough)
                 picture.load()
-                return picture.copy()
+                return ImageOps.exif_transpose(picture)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise SampleError(f"its .{self.member} member is no readable picture: {error}") from None
 
@@ -65,7 +65,7 @@ class PixelCodec(Codec):
         """A picture to float32 [C, H, W], of the bucket's size where one is given."""
         return self.finish(torch.from_numpy(self._pixels(value, bucket)[None]), _NO_KEYS)[0]
 
-    def load(self, members: Members, key: int, bucket: Bucket | None = None) -> Array:
+    def load(self, members: Views, key: int, bucket: Bucket | None = None) -> Array:
         """uint8 [H, W, C]."""
         height, width = bucket or (self.space.height, self.space.width)
         return self._pixels(self._read(members, (_DRAFT * width, _DRAFT * height)), bucket)
@@ -95,6 +95,8 @@ class PixelCodec(Codec):
 
 
 _NO_KEYS = torch.empty(0, dtype=torch.int64)
+NO_TOKEN = -1
+"""Fills up the shorter captions of an array of token ids."""
 _DRAFT = 2
 """A JPEG may be decoded at a half, a quarter or an eighth of its size if that is still so many times what is wanted."""
 
@@ -129,70 +131,56 @@ class CaptionCodec(Codec):
     def __init__(self, field: CaptionField, space: TokenSpace) -> None:
         """Raises ConfigError if the tokenizer is missing or does not fit the space."""
         self.member, self.space = field.member, space
-        self.clean = clip.clean if field.cleaning == "clip" else normalise
-        path = field.tokenizer
-        if not store.exists(path):
-            raise ConfigError(f"tokenizer {path} does not exist; give the path of a tokenizer.json")
-        try:
-            self.tokenizer = Tokenizer.from_buffer(store.read_bytes(path))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise ConfigError(f"tokenizer {path} cannot be read: {error}") from None
+        self.clean = CLEANING[field.cleaning]
+        self.tokenizer = load_tokenizer(field.tokenizer)
         if self.tokenizer.get_vocab_size() != space.vocabulary:
-            found = self.tokenizer.get_vocab_size()
-            raise ConfigError(f"tokenizer {path} has {found} ids, and the model's vocabulary is {space.vocabulary}")
-        # Captions are data: one that spells a special token must not become it.
-        self.tokenizer.encode_special_tokens = True
-        self.tokenizer.no_padding()
-        self.tokenizer.no_truncation()
+            found = f"tokenizer {field.tokenizer} has {self.tokenizer.get_vocab_size()} ids"
+            raise ConfigError(f"{found}, and the model's vocabulary is {space.vocabulary}")
+        pad = space.pad_id if space.pad_id is not None else space.end_id or 0
+        self._empty = np.full(space.length, pad, dtype=np.int64)
 
-    def read(self, members: Members, key: int) -> str:
+    def read(self, members: Views, key: int) -> str:
         if self.member.endswith("npy"):
-            text: str = self.tokenizer.decode(self._ids(members, key).tolist(), skip_special_tokens=False)
+            text: str = self.tokenizer.decode(self._ids(members, key), skip_special_tokens=False)
             return text
-        captions = self._captions(members)
+        captions = captions_of(members, self.member)
         return captions[key % len(captions)]
 
     def encode(self, value: str) -> Tensor:
         """A caption to int64 [S]; what is too long is cut so that the end mark stays."""
-        return torch.from_numpy(self._sequence(np.array(self.ids(value), dtype=np.int64)))
+        return torch.from_numpy(self._sequence(self.ids(value)))
 
-    def load(self, members: Members, key: int, bucket: Bucket | None = None) -> Array:
+    def load(self, members: Views, key: int, bucket: Bucket | None = None) -> Array:
         """int64 [S]."""
         if self.member.endswith("npy"):
             return self._sequence(self._ids(members, key))
-        return self._sequence(np.array(self.ids(self.read(members, key)), dtype=np.int64))
+        return self._sequence(self.ids(self.read(members, key)))
 
     def ids(self, caption: str) -> list[int]:
         """A caption's token ids, without marks, of any length."""
         found: list[int] = self.tokenizer.encode(self.clean(caption), add_special_tokens=False).ids
         return found
 
-    def _sequence(self, ids: Array) -> Array:
+    def _sequence(self, ids: list[int]) -> Array:
         """Token ids with their marks, cut or filled up to int64 [S]."""
-        length, start, end, pad = self.space.length, self.space.start_id, self.space.end_id, self.space.pad_id
-        sequence = np.full(length, pad if pad is not None else end if end is not None else 0, dtype=np.int64)
-        begin = 0 if start is None else 1
-        stop = min(begin + len(ids), length if end is None else length - 1)
-        if start is not None:
-            sequence[0] = start
-        sequence[begin:stop] = ids[: stop - begin]
-        if end is not None:
-            sequence[stop] = end
+        length, start, end = self.space.length, self.space.start_id, self.space.end_id
+        ids = ids if start is None else [start, *ids]
+        ids = ids[:length] if end is None else [*ids[: length - 1], end]
+        sequence = self._empty.copy()
+        sequence[: len(ids)] = ids
         return sequence
 
-    def _ids(self, members: Members, key: int) -> Array:
+    def _ids(self, members: Views, key: int) -> list[int]:
         """One of the captions in an array of token ids [captions, longest]."""
         captions = array_of(members, self.member)
         if captions.ndim != 2 or captions.dtype.kind != "i" or not len(captions):
             found = f"{captions.dtype} {list(captions.shape)}"
             raise SampleError(f"its .{self.member} member must hold whole numbers [captions, longest], not {found}")
-        ids = captions[key % len(captions)]
-        length = int(ids.argmin()) if ids.size and ids.min() < 0 else len(ids)
-        if ids.size and ids.max() >= self.space.vocabulary:
-            raise SampleError(
-                f"its .{self.member} member has the id {ids.max()}, and the vocabulary is {self.space.vocabulary}"
-            )
-        return np.asarray(ids[:length])
+        ids: list[int] = captions[key % len(captions)].tolist()
+        ids = ids[: ids.index(NO_TOKEN)] if NO_TOKEN in ids else ids
+        if ids and not 0 <= min(ids) <= max(ids) < self.space.vocabulary:
+            raise SampleError(f"its .{self.member} member has the id {max(ids)}, and the vocabulary is {self.space.vocabulary}")
+        return ids
 
     def encode_with_blanks(self, value: str, blank_tokens: int) -> tuple[Tensor, Tensor]:
         """A text with blanks (___) to int64 [S] ids and bool [S], where they are known.
@@ -238,23 +226,47 @@ class CaptionCodec(Codec):
     def _start(self) -> list[int]:
         return [] if self.space.start_id is None else [self.space.start_id]
 
-    def _captions(self, members: Members) -> list[str]:
-        data = member_of(members, self.member)
-        try:
-            text = data.decode("utf-8")
-            captions = json.loads(text)["captions"] if self.member.endswith("json") else [text]
-        except (UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
-            raise SampleError(f"its .{self.member} member holds no captions: {type(error).__name__} {error}") from None
-        if not isinstance(captions, list) or not captions or not all(isinstance(item, str) for item in captions):
-            raise SampleError(f"`captions` in its .{self.member} member must be a list of texts, not empty")
-        if any("\ud800" <= letter <= "\udfff" for item in captions for letter in item):
-            raise SampleError(f"a caption in its .{self.member} member holds half of a surrogate pair, which is no text")
-        return captions
+
+def captions_of(members: Views, member: str) -> list[str]:
+    """All captions in a member: json with a list under `captions`, else one text. Raises SampleError."""
+    data = member_of(members, member)
+    try:
+        text = data.decode("utf-8")
+        captions = json.loads(text)["captions"] if member.endswith("json") else [text]
+    except (UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        raise SampleError(f"its .{member} member holds no captions: {type(error).__name__} {error}") from None
+    if not isinstance(captions, list) or not captions or not all(isinstance(item, str) for item in captions):
+        raise SampleError(f"`captions` in its .{member} member must be a list of texts, not empty")
+    if any("\ud800" <= letter <= "\udfff" for item in captions for letter in item):
+        raise SampleError(f"a caption in its .{member} member holds half of a surrogate pair, which is no text")
+    return captions
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    """A tokenizer.json, set up so that a caption that spells a special token does not become it.
+
+    Raises:
+        ConfigError: it is missing or damaged.
+    """
+    if not store.exists(path):
+        raise ConfigError(f"tokenizer {path} does not exist; give the path of a tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_buffer(store.read_bytes(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ConfigError(f"tokenizer {path} cannot be read: {error}") from None
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def normalise(caption: str) -> str:
     """HTML entities resolved, white space collapsed."""
     return " ".join(html.unescape(caption).split())
+
+
+CLEANING = {"plain": normalise, "clip": clip.clean}
+"""What is done to a caption before it is tokenized."""
 
 
 def check_manifest(address: str, manifest: Manifest, data: Data, model: Model) -> None:

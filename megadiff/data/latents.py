@@ -19,7 +19,7 @@ from megadiff.data.buckets import Bucket
 from megadiff.data.codec import Array, Codec, array_of
 from megadiff.data.encode import PixelCodec
 from megadiff.data.errors import SampleError
-from megadiff.data.shards import Members
+from megadiff.data.shards import Views
 from megadiff.distributed.ranks import Ranks
 
 PICTURE_CHANNELS = 3
@@ -36,7 +36,7 @@ class LatentCodec(Codec):
         self._made: tuple[Any, PixelCodec] | None = None
         self._lock = threading.Lock()
 
-    def read(self, members: Members, key: int) -> Tensor | Image.Image:
+    def read(self, members: Views, key: int) -> Tensor | Image.Image:
         """Scaled latents, float32 [C, H, W]; or the picture, where the field's member is one."""
         if not self.field.member.endswith("npy"):
             return self._autoencoder()[1].read(members, key)
@@ -51,7 +51,7 @@ class LatentCodec(Codec):
         """
         return value if isinstance(value, Tensor) else self._mean(value, bucket) * self.field.scale
 
-    def load(self, members: Members, key: int, bucket: Bucket | None = None) -> Array:
+    def load(self, members: Views, key: int, bucket: Bucket | None = None) -> Array:
         """Latents [C, H, W] or their mean and deviation [2, C, H, W], not scaled."""
         if self.field.member.endswith("npy"):
             return self._array(members, bucket)
@@ -84,7 +84,7 @@ class LatentCodec(Codec):
             latents = state.float()[None].to(network.device) / self.field.scale
             return pictures.decode(network.decode(latents).sample[0])
 
-    def _array(self, members: Members, bucket: Bucket | None) -> Array:
+    def _array(self, members: Views, bucket: Bucket | None) -> Array:
         member = self.field.member
         values = array_of(members, member)
         shape = (self.space.channels, self.space.height, self.space.width)
@@ -110,25 +110,40 @@ class LatentCodec(Codec):
                 f"{where} is not set, and it takes an autoencoder to read or show pictures; give --autoencoder FOLDER "
                 "(a diffusers AutoencoderKL such as stabilityai/sd-vae-ft-mse)"
             )
-        if not (Path(folder) / "config.json").exists():
-            raise ConfigError(f"{where}: {folder} has no config.json; give the folder of a diffusers AutoencoderKL")
-        from diffusers import AutoencoderKL
-
-        try:
-            network = AutoencoderKL.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            reason = (str(error).splitlines() or [""])[0]
-            raise ConfigError(f"{where}: {folder} cannot be read as a diffusers AutoencoderKL: {reason}") from None
+        network = load_autoencoder(folder, where)
         channels = int(network.config.latent_channels)
         if channels != self.space.channels:
             raise ConfigError(f"{where}: {folder} has {channels} latent channels, and the model's grid {self.space.channels}")
-        factor = 2 ** (len(network.config.block_out_channels) - 1)
+        factor = downscaling_of(network)
         pixels = GridSpace(channels=PICTURE_CHANNELS, height=self.space.height * factor, width=self.space.width * factor)
-        network = network.eval().requires_grad_(False).to(_device())
         return network, PixelCodec(PixelField(member=self.field.member), pixels)
 
 
-def _device() -> torch.device:
+def load_autoencoder(folder: str, where: str) -> Any:
+    """A frozen diffusers AutoencoderKL on this rank's device, in float32; `where` names its setting in errors.
+
+    Raises:
+        ConfigError: the folder holds none.
+    """
+    if not (Path(folder) / "config.json").exists():
+        raise ConfigError(f"{where}: {folder} has no config.json; give the folder of a diffusers AutoencoderKL")
+    from diffusers import AutoencoderKL
+
+    try:
+        how: dict[str, Any] = {"local_files_only": True, "torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+        network = AutoencoderKL.from_pretrained(folder, **how)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ConfigError(f"{where}: {folder} cannot be read as a diffusers AutoencoderKL: {reason}") from None
+    return network.eval().requires_grad_(False).to(own_device())
+
+
+def downscaling_of(network: Any) -> int:
+    """Pixels per latent along an edge."""
+    return int(2 ** (len(network.config.block_out_channels) - 1))
+
+
+def own_device() -> torch.device:
     """This rank's GPU, as a thread of the loader does not inherit which one it is; else the CPU."""
     return torch.device("cuda", Ranks.from_environment().local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
@@ -136,4 +151,5 @@ def _device() -> torch.device:
 def _finite(values: Array) -> bool:
     if values.dtype != np.float16:
         return bool(np.isfinite(values).all())
-    return bool((values.view(np.uint16) & 0x7C00).max(initial=0) < 0x7C00)  # many times faster than isfinite
+    exponents = values.view(np.uint16) & 0x7C00  # many times faster than isfinite
+    return bool(exponents.max() < 0x7C00)

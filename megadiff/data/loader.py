@@ -27,7 +27,7 @@ from megadiff.data.errors import DataError, SampleError
 from megadiff.data.mixture import Mixture, Step
 from megadiff.data.order import generator
 from megadiff.data.reader import ShardReader
-from megadiff.data.shards import Members, Shard, read_manifest
+from megadiff.data.shards import Shard, Views, read_manifest
 from megadiff.storage import store
 from megadiff.types import Batch
 
@@ -74,7 +74,7 @@ class FeatureReader:
     member: str
     shape: tuple[int, int]
 
-    def read(self, members: Members) -> Array:
+    def read(self, members: Views) -> Array:
         """Float32 [S, F]. Raises SampleError if the member is missing, damaged or of another shape."""
         values = array_of(members, self.member)
         if values.shape != self.shape:
@@ -92,7 +92,7 @@ class _Codecs:
         self.codecs = build_codecs(data, model)
         self.features = {name: FeatureReader(data.features[name], shape) for name, shape in (features or {}).items()}
 
-    def load(self, members: Members, key: int, bucket: Bucket | None = None) -> _Loaded:
+    def load(self, members: Views, key: int, bucket: Bucket | None = None) -> _Loaded:
         """Raises SampleError if the sample cannot be decoded."""
         values = {name: codec.load(members, key, bucket) for name, codec in self.codecs.items()}
         return _Loaded(values, {name: reader.read(members) for name, reader in self.features.items()})
@@ -257,7 +257,7 @@ class Loader:
             entry = self._readers[source].manifest.shards[number]
             names.append(f"{self._prefixes[source]}{entry.name}/{shard.key(offset)}")
             try:
-                samples.append(self._codecs.load(shard.members(offset), key, bucket))
+                samples.append(self._codecs.load(shard.views(offset), key, bucket))
             except SampleError as error:
                 self._report(names[-1], error)
                 samples.append(None)
@@ -322,7 +322,7 @@ class Shuffled:
         shard, entry = self._reader.shard(place), self._reader.manifest.shards[place]
         bucket = None if entry.bucket is None else Bucket.parse(entry.bucket)
         try:
-            loaded = self._codecs.load(shard.members(offset), 0, bucket)
+            loaded = self._codecs.load(shard.views(offset), 0, bucket)
         except SampleError as error:
             log.warning("sample %s/%s is skipped: %s", entry.name, shard.key(offset), error)
             return None

@@ -379,7 +379,11 @@ def _make(source: Source, unit: int, out: str, packing: Packing, transform: Tran
             key: {ending: _read(spill, *place) for ending, place in places.items()} for key, places in row.waiting
         }
         if transform is not None:
-            samples = transform(samples, row.bucket)
+            given, samples = samples, transform(samples, row.bucket)
+            for key in given.keys() - samples.keys():
+                counts["written"] -= 1
+                counts[f"left out: {UNREADABLE}"] += 1
+                left.append(LeftOut(key, UNREADABLE))
         if samples:
             bucket = None if row.bucket is None else str(row.bucket)
             entries.append(write_shard(out, f"{row.prefix}{row.written:03d}.tar", samples, bucket))

@@ -19,7 +19,7 @@ import webdataset
 
 from megadiff.config.errors import UserError
 from megadiff.data.errors import DataError
-from megadiff.data.tar import members_of
+from megadiff.data.tar import index, members_of
 from megadiff.storage import store
 
 FORMAT, VERSION = "megadiff-shards", 1
@@ -27,6 +27,8 @@ MANIFEST = "manifest.json"
 
 Members = dict[str, bytes]
 """A sample: the ending of each member (png, json) and its bytes."""
+Views = Mapping[str, bytes | memoryview]
+"""A sample whose bytes need not be copies of its own."""
 
 
 @dataclass(frozen=True)
@@ -139,22 +141,13 @@ class Shard:
     def __init__(self, address: str, source: bytes | memoryview | Path) -> None:
         """Raises DataError if it is no whole tar, FileNotFoundError if the file is gone."""
         self.address = address
-        if isinstance(source, Path):
-            descriptor = os.open(source, os.O_RDONLY)
-            weakref.finalize(self, os.close, descriptor)
-
-            def read(start: int, size: int) -> bytes:
-                return os.pread(descriptor, size, start)
-        else:
-            held = memoryview(source)
-
-            def read(start: int, size: int) -> bytes:
-                return held[start : start + size].tobytes()
-
-        self._read = read
+        self._held = None if isinstance(source, Path) else memoryview(source)
+        self._descriptor = os.open(source, os.O_RDONLY) if isinstance(source, Path) else None
+        if self._descriptor is not None:
+            weakref.finalize(self, os.close, self._descriptor)
         samples: dict[str, dict[str, tuple[int, int]]] = {}
         try:
-            for name, start, size in members_of(read):
+            for name, start, size in index(self._held) if self._held is not None else members_of(self._read):
                 head, _, base = name.rpartition("/")
                 stem, _, ending = base.partition(".")
                 samples.setdefault(f"{head}/{stem}" if head else stem, {})[ending.lower()] = (start, size)
@@ -172,5 +165,17 @@ class Shard:
 
     def members(self, offset: int) -> Members:
         """The members of the sample at a place, whole."""
-        read = self._read
-        return {ending: read(start, size) for ending, (start, size) in self._places[offset].items()}
+        return {ending: self._read(start, size) for ending, (start, size) in self._places[offset].items()}
+
+    def views(self, offset: int) -> Views:
+        """`members` without copies where the shard is in memory."""
+        if self._held is None:
+            return self.members(offset)
+        held = self._held
+        return {ending: held[start : start + size] for ending, (start, size) in self._places[offset].items()}
+
+    def _read(self, start: int, size: int) -> bytes:
+        if self._held is not None:
+            return self._held[start : start + size].tobytes()
+        assert self._descriptor is not None
+        return os.pread(self._descriptor, size, start)

@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 BLOCK_BYTES = 512
 _END = bytes(BLOCK_BYTES)
 _FILES = (0, ord("0"), ord("7"))
 _LONG_NAME, _PAX = ord("L"), ord("x")
 _CHECKSUM = slice(148, 156)
+_MAGIC, _MAGIC_AT = int.from_bytes(b"usta", "little"), 257
 
 
 class Member(NamedTuple):
@@ -23,6 +25,49 @@ class Member(NamedTuple):
     name: str
     start: int
     size: int
+
+
+def index(data: memoryview) -> list[Member]:
+    """The regular files of a whole tar in memory. Raises ValueError as `members_of`."""
+    found = _index_of_plain(data)
+    return list(members_of(lambda start, size: data[start : start + size].tobytes())) if found is None else found
+
+
+def _index_of_plain(data: memoryview) -> list[Member] | None:
+    """All headers at once, where they are regular files with short names and octal numbers; None where anything differs.
+
+    Headers are the blocks that hold the magic word, if each one's size leads to the next: a block of content that happens to
+    hold it as well breaks that chain.
+    """
+    if len(data) % BLOCK_BYTES or len(data) < 2 * BLOCK_BYTES:
+        return None
+    blocks = np.frombuffer(data, dtype=np.uint8).reshape(-1, BLOCK_BYTES)
+    words = np.ndarray(len(blocks), dtype="<u4", buffer=data, offset=_MAGIC_AT, strides=(BLOCK_BYTES,))
+    places = np.flatnonzero(words == _MAGIC)
+    headers = blocks[places]
+    sizes, sums = _octals(headers[:, 124:135]), _octals(headers[:, 148:154])
+    if not len(places) or sizes is None or sums is None:
+        return None
+    plain = np.isin(headers[:, 156], _FILES).all() and not headers[:, 345].any() and not headers[:, 99].any()
+    follows = places + 1 + (sizes + BLOCK_BYTES - 1) // BLOCK_BYTES
+    chained = places[0] == 0 and (follows[:-1] == places[1:]).all() and follows[-1] < len(blocks)
+    if not plain or not chained or blocks[follows[-1]].any() or (_sums(headers) != sums).any():
+        return None
+    names = np.ascontiguousarray(headers[:, :100]).view("S100")[:, 0].tolist()
+    starts = ((places + 1) * BLOCK_BYTES).tolist()
+    try:
+        return [Member(name.decode(), start, size) for name, start, size in zip(names, starts, sizes.tolist(), strict=True)]
+    except UnicodeDecodeError:
+        return None
+
+
+def _octals(fields: NDArray[np.uint8]) -> NDArray[np.int64] | None:
+    """Fields of octal digits, [N, digits], as numbers; None if there is anything else in one."""
+    digits = fields.astype(np.int64) - ord("0")
+    if ((digits < 0) | (digits > 7)).any():
+        return None
+    numbers: NDArray[np.int64] = digits @ (8 ** np.arange(fields.shape[1] - 1, -1, -1, dtype=np.int64))
+    return numbers
 
 
 def members_of(read: Callable[[int, int], bytes]) -> Iterator[Member]:
@@ -84,8 +129,13 @@ def _pax_records(data: bytes) -> dict[str, str]:
 def _check(headers: list[bytes]) -> None:
     """Compare each header's bytes, summed with blanks for the sum itself, with the sum that it holds."""
     bytes_of = np.frombuffer(b"".join(headers), dtype=np.uint8).reshape(-1, BLOCK_BYTES)
-    sums = bytes_of.sum(axis=1, dtype=np.int64) - bytes_of[:, _CHECKSUM].sum(axis=1, dtype=np.int64) + 8 * ord(" ")
+    sums = _sums(bytes_of)
     said = [_number(header[_CHECKSUM]) for header in headers]
     wrong = np.flatnonzero(sums != np.array(said, dtype=np.int64))
     if len(wrong):
         raise ValueError(f"the header of {_name(headers[int(wrong[0])])!r} does not agree with its checksum")
+
+
+def _sums(headers: NDArray[np.uint8]) -> NDArray[np.int64]:
+    total = headers.sum(axis=1, dtype=np.int64) - headers[:, _CHECKSUM].sum(axis=1, dtype=np.int64)
+    return np.asarray(total + 8 * ord(" "))

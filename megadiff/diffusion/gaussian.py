@@ -73,7 +73,7 @@ class Gaussian:
     # -------------------------------------------------------------------------------------------------------- noising
 
     def noise(self, clean: Tensor, times: Tensor, keys: Tensor) -> NoisedState:
-        noise = rng.normal(keys, f"{self.name} noise", self.shape)
+        noise = rng.normal(keys, f"{self.name} noise", clean.shape[1:])
         alpha, sigma = _wide(self.alpha(times)), _wide(self.sigma(times))
         return NoisedState(alpha * clean + sigma * noise, self.target(clean, noise, times))
 
@@ -83,7 +83,7 @@ class Gaussian:
     def renoise(self, state: Tensor, times: Tensor, later: Tensor, keys: Tensor) -> Tensor:
         ratio = self.alpha(later) / self.alpha(times).clamp_min(SMALLEST_SHARE)
         added = (self.sigma(later) ** 2 - (ratio * self.sigma(times)) ** 2).clamp_min(0).sqrt()
-        return _wide(ratio) * state + _wide(added) * rng.normal(keys, f"{self.name} renoise", self.shape)
+        return _wide(ratio) * state + _wide(added) * rng.normal(keys, f"{self.name} renoise", state.shape[1:])
 
     def pin(self, state: Tensor, clean: Tensor, where: Tensor, times: Tensor, keys: Tensor) -> Tensor:
         return torch.where(where, self.noise(clean, times, keys).state, state)
@@ -94,7 +94,7 @@ class Gaussian:
         return Dense()
 
     def counts(self, noised: NoisedState, *, exact: bool = False) -> Tensor:
-        return torch.full((len(noised.state),), float(math.prod(self.shape)), device=noised.state.device)
+        return torch.full((len(noised.state),), float(math.prod(noised.state.shape[1:])), device=noised.state.device)
 
     def losses(self, prediction: Tensor, noised: NoisedState, times: Tensor, *, exact: bool = False) -> Losses:
         """Squared error, weighted in time where the configuration asks for it; `exact`: unweighted."""

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from megadiff.config.schema import Modality, Model
+from megadiff.config.schema import Modality, Model, TokenSpace
 from megadiff.models.embeddings import rotary_table, rotate
 from megadiff.models.layers import Linear, Table, rms_normalise
 
@@ -29,7 +29,8 @@ class Projection(nn.Module):
         self.query_gain = nn.Parameter(torch.empty(gains)) if config.qk_norm else None
         self.key_gain = nn.Parameter(torch.empty(gains)) if config.qk_norm else None
         rope = modality.positions == "rope"
-        self.rotary = Table(partial(rotary_table, modality.space, config.head_dim)) if rope else None
+        self.rotary = Table(partial(rotary_table, config.head_dim)) if rope else None
+        self.length = modality.space.length if isinstance(modality.space, TokenSpace) else 0
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -37,12 +38,12 @@ class Projection(nn.Module):
             if gain is not None:
                 nn.init.ones_(gain)
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, S, D] -> query, key, value, each [B, S, H, d]."""
+    def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, S, D] -> query, key, value, each [B, S, H, d]; `grid` is the rows and columns of patches, if it is one."""
         query, key, value = self.linear(tokens).unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
         if self.query_gain is not None and self.key_gain is not None:
             query, key = rms_normalise(query, self.query_gain), rms_normalise(key, self.key_gain)
         if self.rotary is not None:
-            table = self.rotary(tokens.device)
+            table = self.rotary(tokens.device, *(grid or (self.length,)))
             query, key = rotate(query, table), rotate(key, table)
         return query, key, value

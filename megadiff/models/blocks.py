@@ -48,10 +48,13 @@ class BlockPart(nn.Module):
         self.output = Linear(inner, config.width, bias=config.attention_bias)
         self.mlp = Mlp(config.width, mlp_hidden(config), config.mlp)
 
-    def project(self, tokens: Tensor, conditioning: Tensor) -> tuple[Modulated, tuple[Tensor, Tensor, Tensor]]:
+    def project(
+        self, tokens: Tensor, conditioning: Tensor, grid: tuple[int, int] | None
+    ) -> tuple[Modulated, tuple[Tensor, Tensor, Tensor]]:
         """Before attention: the block's modulation, and (query, key, value)."""
         modulated = Modulated(*self.modulation(conditioning))
-        return modulated, self.projection(self._modulate(tokens, modulated.attention_shift, modulated.attention_scale))
+        normal = self._modulate(tokens, modulated.attention_shift, modulated.attention_scale)
+        return modulated, self.projection(normal, grid)
 
     def finish(self, tokens: Tensor, attended: Tensor, modulated: Modulated) -> Tensor:
         """After attention: its gated residual, then the MLP's."""
@@ -73,7 +76,10 @@ class Block(nn.Module):
 
     def forward(self, stream: Stream) -> Stream:
         parts: dict[str, BlockPart] = dict(self.parts.items())  # type: ignore[arg-type]
-        projected = {name: part.project(stream.tokens[name], stream.conditioning[name]) for name, part in parts.items()}
+        projected = {
+            name: part.project(stream.tokens[name], stream.conditioning[name], stream.grids.get(name))
+            for name, part in parts.items()
+        }
         attended = joint_attention([qkv for _, qkv in projected.values()], [stream.visible[name] for name in parts])
         tokens = dict(stream.tokens)
         for (name, part), rows in zip(parts.items(), attended, strict=True):

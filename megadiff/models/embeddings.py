@@ -32,38 +32,38 @@ def patchify(grid: Tensor, patch: int) -> Tensor:
     return blocks.permute(0, 2, 4, 3, 5, 1).reshape(batch, (height // patch) * (width // patch), patch * patch * channels)
 
 
-def unpatchify(patches: Tensor, space: GridSpace) -> Tensor:
-    """The inverse of `patchify`: [B, S, p p C] -> [B, C, H, W]."""
-    rows, columns = space.height // space.patch, space.width // space.patch
-    blocks = patches.reshape(len(patches), rows, columns, space.patch, space.patch, space.channels)
-    return blocks.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), space.channels, space.height, space.width)
+def unpatchify(patches: Tensor, channels: int, patch: int, rows: int, columns: int) -> Tensor:
+    """The inverse of `patchify`: [B, rows columns, p p C] -> [B, C, H, W]."""
+    blocks = patches.reshape(len(patches), rows, columns, patch, patch, channels)
+    return blocks.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), channels, rows * patch, columns * patch)
 
 
 # ----------------------------------------------------------------------------------------------------------- positions
 
 
-def sincos_positions(space: GridSpace, width: int, device: torch.device) -> Tensor:
-    """Fixed positions, float32 [S, D]: the first half of the channels for the column, the second for the row.
+def sincos_positions(width: int, device: torch.device, rows: int, columns: int) -> Tensor:
+    """Fixed positions, float32 [rows columns, D]: the first half of the channels for the column, the second for the row.
 
     Each half is [sin, cos] of index * 10000^(-k / (D/4)) (the paper's released network).
     """
-    column, row = _grid_coordinates(space, device)
+    column, row = _grid_coordinates(device, rows, columns)
     rates = 10000.0 ** (-torch.arange(width // 4, device=device, dtype=torch.float64) / (width // 4))
     halves = [axis.double()[:, None] * rates for axis in (column, row)]
     return torch.cat([wave(half) for half in halves for wave in (torch.sin, torch.cos)], dim=-1).float()
 
 
-def rotary_table(space: GridSpace | TokenSpace, head_dim: int, device: torch.device) -> Tensor:
+def rotary_table(head_dim: int, device: torch.device, *sizes: int) -> Tensor:
     """Cosines and sines of the rotary angles, float32 [2, S, 1, d/2].
 
-    Tokens turn by their index; grids by their row in the first half of the angles and by their column in the second.
+    `sizes` are the length of a sequence, or the rows and columns of a grid. Tokens turn by their index; grids by their row in
+    the first half of the angles and by their column in the second.
     Source: Su et al., "RoFormer", arXiv 2104.09864, and its usual extension to two axes.
     """
-    if isinstance(space, GridSpace):
-        column, row = _grid_coordinates(space, device)
+    if len(sizes) == 2:
+        column, row = _grid_coordinates(device, *sizes)
         axes, base = [row, column], GRID_ROTARY_BASE
     else:
-        axes, base = [torch.arange(space.length, device=device)], TOKEN_ROTARY_BASE
+        axes, base = [torch.arange(*sizes, device=device)], TOKEN_ROTARY_BASE
     count = head_dim // 2 // len(axes)
     rates = base ** (-torch.arange(count, device=device, dtype=torch.float64) / count)
     angles = torch.cat([axis.double()[:, None] * rates for axis in axes], dim=-1)
@@ -78,10 +78,9 @@ def rotate(vectors: Tensor, table: Tensor) -> Tensor:
     return turned.to(vectors.dtype)
 
 
-def _grid_coordinates(space: GridSpace, device: torch.device) -> tuple[Tensor, Tensor]:
+def _grid_coordinates(device: torch.device, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """(column, row) of every patch, int64 [S] each, row by row."""
-    columns = space.width // space.patch
-    index = torch.arange(token_count(space), device=device)
+    index = torch.arange(rows * columns, device=device)
     return index % columns, index // columns
 
 
@@ -96,7 +95,7 @@ class PatchEmbedding(nn.Module):
         self.patch = space.patch
         self.projection = Linear(space.channels * space.patch**2, width)
         self.positions = nn.Parameter(torch.empty(token_count(space), width)) if positions == "learned" else None
-        self.fixed = Table(partial(sincos_positions, space, width)) if positions == "sincos" else None
+        self.fixed = Table(partial(sincos_positions, width)) if positions == "sincos" else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -104,13 +103,18 @@ class PatchEmbedding(nn.Module):
             nn.init.normal_(self.positions, std=INITIAL_DEVIATION)
 
     def forward(self, grid: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, S, D]."""
+        """[B, C, H, W] -> [B, S, D]; of any height and width where positions are not learned."""
         tokens: Tensor = self.projection(patchify(grid, self.patch))
         if self.positions is not None:
             tokens = tokens + self.positions
         if self.fixed is not None:
-            tokens = tokens + self.fixed(tokens.device).to(tokens.dtype)
+            tokens = tokens + self.fixed(tokens.device, *grid_of(grid, self.patch)).to(tokens.dtype)
         return tokens
+
+
+def grid_of(grid: Tensor, patch: int) -> tuple[int, int]:
+    """Rows and columns of patches of [B, C, H, W]."""
+    return grid.shape[2] // patch, grid.shape[3] // patch
 
 
 class TokenEmbedding(nn.Module):
@@ -169,6 +173,11 @@ class Embed(nn.Module):
             tokens={name: embedding(noised.states[name]) for name, embedding in self.states.items()},
             conditioning={name: embedding(noised.clocks[name]) for name, embedding in self.clocks.items()},
             visible={name: noised.visible.get(name) for name in self.states},
+            grids={
+                name: grid_of(noised.states[name], embedding.patch)
+                for name, embedding in self.states.items()
+                if isinstance(embedding, PatchEmbedding)
+            },
         )
 
 

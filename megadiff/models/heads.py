@@ -61,13 +61,14 @@ class GridHead(Head):
         super().__init__(config, name)
         self.space = space
 
-    def forward(self, tokens: Tensor, conditioning: Tensor, readout: Readout) -> Tensor:
-        """[B, S, D], [B, D] -> [B, C, H, W]."""
+    def forward(self, tokens: Tensor, conditioning: Tensor, readout: Readout, grid: tuple[int, int] | None = None) -> Tensor:
+        """[B, S, D], [B, D] -> [B, C, H, W], of so many rows and columns of patches; None takes the space's."""
         if not isinstance(readout, Dense):
             raise self.refuse(readout)
+        rows, columns = grid or (self.space.height // self.space.patch, self.space.width // self.space.patch)
         hidden = self.normalised(tokens, conditioning)
         patches = F.linear(hidden.float(), self.weight.float(), self.bias.float())
-        return unpatchify(patches, self.space)
+        return unpatchify(patches, self.space.channels, self.space.patch, rows, columns)
 
 
 class TokenHead(Head):
@@ -92,7 +93,9 @@ class TokenHead(Head):
         if self.mask_weight is not None:
             initialise_linear(self.mask_weight, self.mask_bias, self.rule)
 
-    def forward(self, tokens: Tensor, conditioning: Tensor, readout: Readout) -> Tensor | Drawn:
+    def forward(
+        self, tokens: Tensor, conditioning: Tensor, readout: Readout, grid: tuple[int, int] | None = None
+    ) -> Tensor | Drawn:
         """[B, S, D], [B, D] -> what the readout describes."""
         hidden = self.normalised(tokens, conditioning)
         match readout:
@@ -129,7 +132,7 @@ class Heads(nn.ModuleDict):
 
     def forward(self, stream: Stream, readout: Mapping[str, Readout]) -> Prediction:
         return {
-            name: head(stream.tokens[name], stream.conditioning[name], readout[name])
+            name: head(stream.tokens[name], stream.conditioning[name], readout[name], stream.grids.get(name))
             for name, head in self.items()
             if name in readout
         }

@@ -121,24 +121,25 @@ class Mlp(nn.Module):
 
 
 class Table:
-    """A constant float32 tensor, made on first use on each device.
+    """A constant float32 tensor, made on first use on each device, for each of a few sizes.
 
     Not a buffer: DeepSpeed casts buffers to bfloat16, zero.Init rounds what a constructor computes, and a model on the meta
     device would lose them.
     """
 
-    def __init__(self, make: Callable[[torch.device], Tensor]) -> None:
+    def __init__(self, make: Callable[..., Tensor]) -> None:
+        """`make` takes a device and sizes."""
         self.make = make
-        self.made: dict[torch.device, Tensor] = {}
+        self.made: dict[tuple[object, ...], Tensor] = {}
 
-    def __call__(self, device: torch.device) -> Tensor:
-        if device in self.made:
-            return self.made[device]
+    def __call__(self, device: torch.device, *sizes: int) -> Tensor:
+        if (device, *sizes) in self.made:
+            return self.made[(device, *sizes)]
         # An inference-mode tensor, once cached, could not be used in training later.
         with torch.inference_mode(False), torch.no_grad():
-            table = self.make(device)
+            table = self.make(device, *sizes)
         if type(table) is torch.Tensor and not torch.compiler.is_compiling():  # fake tensors must not outlive their mode
-            self.made[device] = table
+            self.made[(device, *sizes)] = table
         return table
 
     def __getstate__(self) -> dict[str, object]:

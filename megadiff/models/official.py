@@ -244,7 +244,8 @@ def _check_positions(given: Tensor, model: Model) -> None:
 
 def _positions(model: Model, device: torch.device) -> Tensor:
     """[1, S, D]."""
-    return sincos_positions(_grid(model), model.width, device)[None]
+    grid = _grid(model)
+    return sincos_positions(model.width, device, grid.height // grid.patch, grid.width // grid.patch)[None]
 
 
 def _grid(model: Model) -> GridSpace:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from megadiff.config.load import load_run
@@ -52,6 +53,17 @@ def write_source(folder: Path | str, sizes: list[int], changed: Mapping[int, Mem
         entries.append(write_shard(str(folder), f"{shard:03d}.tar", members))
         first += size
     return write_manifest(str(folder), Manifest(tuple(entries)))
+
+
+def make_autoencoder(folder: Path) -> str:
+    """An AutoencoderKL of random weights; two halvings, so 4 pixels per latent."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    blocks: dict[str, Any] = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    network = AutoencoderKL(block_out_channels=(8, 8, 8), norm_num_groups=4, layers_per_block=1, latent_channels=4, **blocks)
+    network.save_pretrained(folder)
+    return str(folder)
 
 
 def _absolute(data: Data) -> dict[str, Any]:

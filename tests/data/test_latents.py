@@ -17,7 +17,7 @@ from megadiff.data.encode import build_codecs
 from megadiff.data.errors import SampleError
 from megadiff.data.latents import LatentCodec
 from megadiff.data.shards import Members
-from tests.data.small import png, tiny
+from tests.data.small import make_autoencoder, png, tiny
 
 SPACE = GridSpace(channels=4, height=4, width=6)
 SCALE = 0.18215
@@ -25,15 +25,7 @@ SCALE = 0.18215
 
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Random weights; two halvings, so a factor of 4."""
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    blocks: dict[str, Any] = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
-    network = AutoencoderKL(block_out_channels=(8, 8, 8), norm_num_groups=4, layers_per_block=1, latent_channels=4, **blocks)
-    folder = tmp_path_factory.mktemp("autoencoder")
-    network.save_pretrained(folder)
-    return str(folder)
+    return make_autoencoder(tmp_path_factory.mktemp("autoencoder"))
 
 
 def codec(**field: Any) -> LatentCodec:

@@ -50,7 +50,13 @@ def far_away(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[str]:
         yield len(content), memoryview(content)[start:]
 
     monkeypatch.setattr(store, "_chunks", chunks)
+    monkeypatch.setattr(store, "_store_and_path", lambda address: (None, address))
+    monkeypatch.setattr(store.obstore, "get", _broken)
     return downloaded
+
+
+def _broken(*_: Any) -> None:
+    raise OSError("the client has given up")
 
 
 def held_bytes(folder: Path) -> int:

@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 def test_unpatchify_undoes_patchify():
     grid = torch.randn(2, 3, 8, 12)
-    assert torch.equal(unpatchify(patchify(grid, 2), SPACE), grid)
+    assert torch.equal(unpatchify(patchify(grid, 2), 3, 2, 4, 6), grid)
 
 
 def test_patches_run_row_by_row_and_hold_row_column_channel():
@@ -41,7 +41,7 @@ def test_patches_run_row_by_row_and_hold_row_column_channel():
 
 
 def test_sincos_positions_hold_the_column_in_the_first_half_and_the_row_in_the_second():
-    table = sincos_positions(SPACE, 16, CPU)
+    table = sincos_positions(16, CPU, 4, 6)
     row, column, k = 3, 4, 2
     rate = 10000.0 ** (-k / 4)
     vector = table[row * 6 + column]
@@ -58,9 +58,9 @@ def test_time_features_are_cosines_then_sines_of_the_scaled_clock():
 
 @pytest.mark.parametrize("axis", ["tokens", "rows", "columns"])
 def test_rotary_scores_depend_only_on_relative_positions(axis):
-    space = TokenSpace(vocabulary=5, length=9) if axis == "tokens" else GridSpace(channels=1, height=6, width=5)
+    sizes = (9,) if axis == "tokens" else (6, 5)
     step = {"tokens": 1, "rows": 5, "columns": 1}[axis]
-    table = rotary_table(space, 16, CPU)
+    table = rotary_table(16, CPU, *sizes)
     query, key = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
 
     def score(at: int, to: int) -> float:
@@ -72,13 +72,13 @@ def test_rotary_scores_depend_only_on_relative_positions(axis):
 
 def test_rotation_keeps_lengths_and_leaves_position_zero_alone():
     vectors = torch.randn(2, 9, 3, 16)
-    turned = rotate(vectors, rotary_table(TokenSpace(vocabulary=5, length=9), 16, CPU))
+    turned = rotate(vectors, rotary_table(16, CPU, 9))
     assert torch.allclose(turned.norm(dim=-1), vectors.norm(dim=-1), atol=1e-5)
     assert torch.equal(turned[:, 0], vectors[:, 0])
 
 
 def test_rows_and_columns_of_a_grid_turn_different_channels():
-    table = rotary_table(GridSpace(channels=1, height=4, width=4), 16, CPU)
+    table = rotary_table(16, CPU, 4, 4)
     assert torch.equal(table[:, 1, 0, :4], table[:, 0, 0, :4])
     assert torch.equal(table[:, 4, 0, 4:], table[:, 0, 0, 4:])
     assert not torch.allclose(table[:, 1, 0, 4:], table[:, 0, 0, 4:])

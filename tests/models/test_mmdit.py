@@ -257,3 +257,17 @@ def test_a_name_that_cannot_be_a_module_is_refused(name):
         build_model(renamed, [name])
     with pytest.raises(ConfigError, match="predicted names sound"):
         build_model(config, ["sound"])
+
+
+@pytest.mark.parametrize("positions", ["sincos", "rope"])
+def test_a_model_without_learned_positions_takes_grids_of_other_sizes(positions):
+    """Turned by a quarter, a grid has other positions, so another output; its own size is not remembered."""
+    model = small_model(small_config(("rope", positions)))
+    noised = small_noised()
+    readout = {"picture": Dense(), "words": Dense()}
+    turned = noised._replace(states={**noised.states, "picture": torch.randn(3, 3, 8, 2)})
+    first, other, again = (model(given, readout) for given in (noised, turned, noised))
+    assert other["picture"].shape == (3, 3, 8, 2)
+    assert torch.equal(first["picture"], again["picture"])
+    square = noised._replace(states={**noised.states, "picture": noised.states["picture"].reshape(3, 3, 6, 4)})
+    assert not torch.allclose(model(square, readout)["words"], first["words"])

@@ -1,0 +1,227 @@
+"""What a data set holds: counted over a fixed choice of its shards, so that far data is not read in whole."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from megadiff.data.codec import array_of
+from megadiff.data.encode import normalise
+from megadiff.data.encoder import TOKENS
+from megadiff.data.errors import SampleError
+from megadiff.data.inspect import (
+    choose_shards,
+    in_order,
+    kind_of,
+    picture_member,
+    picture_size,
+    texts_of,
+    tokens_of,
+)
+from megadiff.data.reader import ShardReader
+from megadiff.data.shards import Manifest, Views, read_manifest
+from megadiff.storage import store
+
+_READERS = 4
+QUANTILES = {"least": 0.0, "median": 0.5, "95 %": 0.95, "99 %": 0.99, "most": 1.0}
+
+
+@dataclass
+class Seen:
+    """Counts over the samples that were read.
+
+    Attributes:
+        members: samples that have a member, by its ending.
+        resolutions: pictures by (height, width), as a viewer shows them.
+        arrays: NumPy members but token ids, by (ending, dtype and shape).
+        captions: samples by their number of captions.
+        characters, words, tokens: captions by their length; words are what white space parts, tokens come without marks.
+        unreadable: members that could not be read, by their ending.
+    """
+
+    samples: int = 0
+    members: Counter[str] = field(default_factory=Counter)
+    resolutions: Counter[tuple[int, int]] = field(default_factory=Counter)
+    arrays: Counter[tuple[str, str]] = field(default_factory=Counter)
+    captions: Counter[int] = field(default_factory=Counter)
+    characters: Counter[int] = field(default_factory=Counter)
+    words: Counter[int] = field(default_factory=Counter)
+    tokens: Counter[int] = field(default_factory=Counter)
+    unreadable: Counter[str] = field(default_factory=Counter)
+
+    def __iadd__(self, other: Seen) -> Seen:
+        for each in fields(self):
+            mine, more = getattr(self, each.name), getattr(other, each.name)
+            if isinstance(mine, Counter):
+                mine.update(more)
+            else:
+                setattr(self, each.name, mine + more)
+        return self
+
+    def add(self, members: Views, tokenizer: Tokenizer | None) -> None:
+        """Count one sample."""
+        self.samples += 1
+        self.members.update(members)
+        if (ending := picture_member(members)) is not None:
+            self._try(ending, lambda: self.resolutions.update([picture_size(bytes(members[ending]))]))
+        for array in sorted(ending for ending in members if kind_of(ending) == "npy" and ending != TOKENS):
+            self._try(array, lambda ending=array: self.arrays.update([(ending, _shape(members, ending))]))
+        self._try("json" if "json" in members else "txt", lambda: self._texts(texts_of(members), members, tokenizer))
+
+    def _texts(self, texts: list[str], members: Views, tokenizer: Tokenizer | None) -> None:
+        self.characters.update(map(len, texts))
+        self.words.update(len(text.split()) for text in texts)
+        if tokenizer is not None and texts:
+            cleaned = [normalise(text) for text in texts]
+            self.tokens.update(len(found.ids) for found in tokenizer.encode_batch(cleaned, add_special_tokens=False))
+            self.captions[len(texts)] += 1
+            return
+        ids: list[list[int]] = []
+
+        def read() -> None:
+            ids.extend(tokens_of(members))
+
+        self._try(TOKENS, read)
+        self.tokens.update(map(len, ids))
+        self.captions[len(texts) or len(ids)] += 1
+
+    def _try(self, ending: str, count: Callable[[], None]) -> None:
+        try:
+            count()
+        except SampleError:
+            self.unreadable[ending] += 1
+
+
+def _shape(members: Views, ending: str) -> str:
+    values = array_of(members, ending)
+    return f"{values.dtype} {list(values.shape)}"
+
+
+@dataclass(frozen=True)
+class Stats:
+    """A data set in numbers.
+
+    Attributes:
+        samples, shards, bytes: of all, as the manifest lists them.
+        buckets: samples of all shards by bucket, HEIGHTxWIDTH; empty where no shard has one.
+        read_shards: so many were read.
+        seen: what they hold.
+        lanes: data.lanes; None if it was not given.
+    """
+
+    address: str
+    samples: int
+    shards: int
+    bytes: int
+    buckets: dict[str, int]
+    read_shards: int
+    seen: Seen
+    lanes: int | None = None
+
+    @property
+    def left_over(self) -> int | None:
+        """How many samples each epoch leaves out (others each time)."""
+        return None if self.lanes is None else self.samples % self.lanes
+
+    def as_tree(self) -> dict[str, Any]:
+        """For JSON."""
+        seen = self.seen
+        return {
+            "address": store.shown(self.address),
+            "samples": self.samples,
+            "shards": self.shards,
+            "bytes": self.bytes,
+            "buckets": self.buckets,
+            "lanes": self.lanes,
+            "left_over": self.left_over,
+            "read": {"samples": seen.samples, "shards": self.read_shards},
+            "members": _by_count(seen.members),
+            "resolutions": _by_count({f"{height}x{width}": n for (height, width), n in seen.resolutions.items()}),
+            "aspect_ratios": spread(aspect_ratios(seen.resolutions)),
+            "arrays": {name: {shape: n for (of, shape), n in _by_count(seen.arrays).items() if of == name}
+                       for name in sorted({name for name, _ in seen.arrays})},
+            "captions_per_sample": dict(sorted(seen.captions.items())),
+            "caption_lengths": {
+                unit: {**spread(lengths), "counts": dict(sorted(lengths.items()))} for unit, lengths in lengths_of(seen).items()
+            },
+            "unreadable": _by_count(seen.unreadable),
+        }  # fmt: skip
+
+
+def measure(
+    address: str,
+    *,
+    samples: int = 10_000,
+    tokenizer: Tokenizer | None = None,
+    lanes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Stats:
+    """The numbers of a data set.
+
+    Args:
+        samples: whole shards are read until there are so many, always the same ones; 0 reads all.
+        tokenizer: counts captions' tokens; else those of tokens.npy are counted, where there are some.
+        progress: called with the number of shards read and to be read.
+
+    Raises:
+        StorageError, DataError: the manifest or a shard cannot be had or is damaged.
+    """
+    manifest = read_manifest(address)
+    chosen = choose_shards(manifest, samples)
+    reader = ShardReader(store.folder_of(address), manifest, keep=1)
+
+    def read(index: int) -> Seen:
+        shard, seen = reader.shard(index), Seen()
+        for place in range(len(shard)):
+            seen.add(shard.views(place), tokenizer)
+        return seen
+
+    total = Seen()
+    for done, part in enumerate(in_order(chosen, read, _READERS), 1):
+        total += part
+        if progress:
+            progress(done, len(chosen))
+    size = sum(entry.bytes for entry in manifest.shards)
+    return Stats(address, manifest.samples, len(manifest.shards), size, _buckets(manifest), len(chosen), total, lanes)
+
+
+def _buckets(manifest: Manifest) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for entry in manifest.shards:
+        counts[entry.bucket or "no bucket"] += entry.samples
+    return {} if set(counts) == {"no bucket"} else _by_count(counts)
+
+
+def aspect_ratios(resolutions: Mapping[tuple[int, int], int]) -> Counter[float]:
+    """Pictures by width / height, to two places."""
+    ratios: Counter[float] = Counter()
+    for (height, width), count in resolutions.items():
+        ratios[round(width / height, 2)] += count
+    return ratios
+
+
+def lengths_of(seen: Seen) -> dict[str, Counter[int]]:
+    """The lengths of captions that were counted, by unit."""
+    lengths = {"characters": seen.characters, "words": seen.words, "tokens": seen.tokens}
+    return {unit: counts for unit, counts in lengths.items() if counts}
+
+
+def spread(counts: Mapping[int, int] | Mapping[float, int]) -> dict[str, float]:
+    """Mean and quantiles of values that are given with how often each occurs; empty of none."""
+    if not counts:
+        return {}
+    values = np.array(sorted(counts))
+    times = np.array([counts[value] for value in values.tolist()])
+    ends = np.cumsum(times)
+    places = np.maximum(np.ceil(np.array(list(QUANTILES.values())) * ends[-1]).astype(np.int64), 1)
+    found = values[np.searchsorted(ends, places)].tolist()
+    return {**dict(zip(QUANTILES, found, strict=True)), "mean": round(float(values @ times) / int(ends[-1]), 2)}
+
+
+def _by_count[Key](counts: Mapping[Key, int]) -> dict[Key, int]:
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], str(item[0]))))
