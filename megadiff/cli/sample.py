@@ -140,6 +140,7 @@ def _add_condition(group: Any) -> None:
         "--repeat-prompt", action="store_true", default=None, help="repeat a caption until it fills the context (the paper)"
     )
     group.add_argument("--autoencoder", metavar="FOLDER", help="of a model of latents: a diffusers AutoencoderKL")
+    group.add_argument("--size", metavar="HxW", help="of pictures in pixels (default: the model's), such as 512x768")
 
 
 def run(arguments: argparse.Namespace) -> int:

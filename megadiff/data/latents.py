@@ -70,6 +70,11 @@ class LatentCodec(Codec):
             values = values[:, 0] + values[:, 1] * rng.normal(keys, "latent of a picture", values.shape[2:])
         return values * self.field.scale
 
+    @property
+    def downscaling(self) -> int:
+        """Pixels per latent along an edge. Raises ConfigError if there is no autoencoder."""
+        return downscaling_of(self._autoencoder()[0])
+
     def _mean(self, picture: Image.Image, bucket: Bucket | None) -> Tensor:
         network, pictures = self._autoencoder()
         with torch.no_grad():

@@ -53,8 +53,8 @@ def generate(request: GenerateRequest) -> Path:
     """
     ranks = Ranks.from_environment()
     device = _device(ranks)
-    loaded = load(request.checkpoint, request.weights, device, autoencoder=request.autoencoder)
-    guide = None if request.guide is None else _guide(request.guide, request.weights, loaded, device)
+    loaded = load(request.checkpoint, request.weights, device, autoencoder=request.autoencoder, size=request.size)
+    guide = None if request.guide is None else _guide(request.guide, request.weights, loaded, device, request.size)
     _check_autoencoders(loaded, request)
     codecs = loaded.codecs()
     chunks = Planner(request, loaded, codecs).chunks()
@@ -101,9 +101,9 @@ def _contents(request: GenerateRequest) -> dict[str, str]:
     return {path: hashlib.sha256(store.read_bytes(path)).hexdigest() for path in paths}
 
 
-def _guide(address: str, weights: str, loaded: Loaded, device: torch.device) -> Loaded:
+def _guide(address: str, weights: str, loaded: Loaded, device: torch.device, size: str | None) -> Loaded:
     """The weaker network for autoguidance. Raises UserError if it models something else."""
-    guide = load(address, weights, device)
+    guide = load(address, weights, device, size=size)
     same = {name: modality.space for name, modality in guide.model.modalities.items()}
     if same != {name: modality.space for name, modality in loaded.model.modalities.items()}:
         raise UserError(

@@ -32,6 +32,7 @@ class GenerateRequest:
     limit_context_len: int | None = None
     guide: str | None = None
     autoencoder: str | None = None
+    size: str | None = None
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
     n: int | None = None

@@ -13,9 +13,11 @@ from megadiff.config import derived
 from megadiff.config.errors import UserError
 from megadiff.config.layout import RUN
 from megadiff.config.load import load_run, validate
-from megadiff.config.schema import Data, LatentField, Model
+from megadiff.config.schema import Data, GridSpace, LatentField, Model, PixelField
+from megadiff.data.buckets import Bucket
 from megadiff.data.codec import Codec
 from megadiff.data.encode import build_codecs
+from megadiff.data.latents import LatentCodec
 from megadiff.engine.checkpoint import MANIFEST, CheckpointError, CheckpointReader
 from megadiff.interfaces import export
 from megadiff.interfaces.card import model_card
@@ -49,7 +51,14 @@ class Loaded:
         return build_codecs(self.data, self.model)
 
 
-def load(address: str, weights: str = "ema", device: torch.device | str = "cpu", *, autoencoder: str | None = None) -> Loaded:
+def load(
+    address: str,
+    weights: str = "ema",
+    device: torch.device | str = "cpu",
+    *,
+    autoencoder: str | None = None,
+    size: str | None = None,
+) -> Loaded:
     """Load weights for sampling.
 
     Args:
@@ -57,12 +66,34 @@ def load(address: str, weights: str = "ema", device: torch.device | str = "cpu",
             in a Hugging Face repository).
         weights: `ema` or `raw`; an export holds one of the two and is taken as it is.
         autoencoder: takes the place of the one that its latent fields name.
+        size: HEIGHTxWIDTH in pixels of pictures, other than the one that the model names.
 
     Raises:
         UserError: nothing loadable is there.
     """
     loaded = _load(address, weights, device)
-    return loaded if autoencoder is None else replace(loaded, data=_with_autoencoder(loaded.data, autoencoder))
+    if autoencoder is not None:
+        loaded = replace(loaded, data=_with_autoencoder(loaded.data, autoencoder))
+    return loaded if size is None else replace(loaded, model=_of_size(loaded, Bucket.parse(size)))
+
+
+def _of_size(loaded: Loaded, size: Bucket) -> Model:
+    """The model with its pictures' grids of another size, which only learned positions would stand against."""
+    modalities = dict(loaded.model.modalities)
+    for name, modality in loaded.model.modalities.items():
+        field, space = loaded.data.fields[name], modality.space
+        if not isinstance(field, PixelField | LatentField) or not isinstance(space, GridSpace):
+            continue
+        if modality.positions == "learned":
+            raise UserError(f"--size: the positions of {name} are learned for {space.height} x {space.width}; leave it out")
+        codec = loaded.codecs()[name]
+        factor = codec.downscaling if isinstance(codec, LatentCodec) else 1
+        step = factor * space.patch
+        if size.height % step or size.width % step:
+            raise UserError(f"--size {size} must be made of multiples of {step} pixels for {name}")
+        grid = space.model_copy(update={"height": size.height // factor, "width": size.width // factor})
+        modalities[name] = modality.model_copy(update={"space": grid})
+    return loaded.model.model_copy(update={"modalities": modalities})
 
 
 def _with_autoencoder(data: Data, folder: str) -> Data:
