@@ -1,0 +1,107 @@
+"""The index of a tar is the one that tarfile finds, whatever wrote it; damage is found wherever it is."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megadiff.data import tar
+from megadiff.data.tar import Member, index, members_of
+
+NAMES = st.text("abcé/.", min_size=1, max_size=160).filter(lambda name: name.strip("/.") and not name.endswith("/"))
+CONTENTS = st.binary(max_size=1200)
+
+
+def written(members: list[tuple[str, bytes]], form: int, **info: Any) -> memoryview:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=form) as archive:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            for key, value in info.items():
+                setattr(member, key, value)
+            archive.addfile(member, io.BytesIO(content))
+    return memoryview(buffer.getvalue())
+
+
+def by_tarfile(data: memoryview) -> list[Member]:
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        return [Member(member.name, member.offset_data, member.size) for member in archive if member.isfile()]
+
+
+def slowly(data: memoryview) -> list[Member]:
+    return list(members_of(lambda start, size: data[start : start + size].tobytes()))
+
+
+@given(
+    st.lists(st.tuples(NAMES, CONTENTS), min_size=1, max_size=8),
+    st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]),
+    st.sampled_from([0, 1.5]),
+)
+def test_the_index_is_the_one_of_tarfile(members: list[tuple[str, bytes]], form: int, mtime: float) -> None:
+    data = written(members, form, mtime=mtime)
+    assert index(data) == slowly(data) == by_tarfile(data)
+
+
+def test_old_names_with_a_prefix_and_big_numbers_are_read() -> None:
+    long = "/".join(["folder" * 5] * 4) + "/x.json"
+    data = written([(long, b"1"), ("y.json", b"22")], tarfile.USTAR_FORMAT)
+    assert index(data) == by_tarfile(data)
+    assert index(data)[0].name == long
+    header = bytearray(data)
+    header[124:136] = b"\x80" + (1).to_bytes(11, "big")  # as GNU tar writes sizes of 8 GiB and more
+    header[148:156] = b"%06o\0 " % (sum(header[:148]) + sum(header[156:512]) + 8 * 32)
+    assert index(memoryview(bytes(header))) == by_tarfile(data)
+
+
+@pytest.mark.parametrize("kind", [tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
+def test_what_is_no_file_is_passed_over(kind: bytes) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        other = tarfile.TarInfo("other")
+        other.type, other.linkname = kind, "a.txt"
+        archive.addfile(other)
+        member = tarfile.TarInfo("a.txt")
+        member.size = 3
+        archive.addfile(member, io.BytesIO(b"abc"))
+    data = memoryview(buffer.getvalue())
+    assert index(data) == by_tarfile(data) == [Member("a.txt", 1024, 3)]
+
+
+def test_content_that_looks_like_headers_is_content(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tar within a tar holds the magic word at the very places where headers would have it."""
+    inner = bytes(written([("x", b"1" * 700)], tarfile.PAX_FORMAT))
+    data = written([("a.tar", inner), ("b", b"2")], tarfile.PAX_FORMAT)
+    assert index(data) == by_tarfile(data)
+    assert tar._index_of_plain(data) is None
+
+
+def test_plain_shards_take_the_fast_way() -> None:
+    assert tar._index_of_plain(written([("a.json", b"{}"), ("a.png", b"x" * 512)], tarfile.PAX_FORMAT)) is not None
+
+
+@given(st.lists(st.tuples(st.sampled_from(["a.b", "c.d"]), CONTENTS), min_size=1, max_size=5), st.data())
+def test_a_flipped_byte_in_a_header_and_a_cut_are_found(members: list[tuple[str, bytes]], draw: st.DataObject) -> None:
+    data = written(members, tarfile.PAX_FORMAT)
+    place = draw.draw(st.sampled_from([member.start - 512 for member in by_tarfile(data)]))
+    at = place + draw.draw(st.integers(0, 511))
+    broken = bytearray(data)
+    broken[at] ^= draw.draw(st.integers(1, 255))
+    for read in (index, slowly):
+        try:
+            found = read(memoryview(bytes(broken)))
+        except ValueError:
+            continue
+        # The one thing that may differ unseen is how the sum itself is written (its filling blanks and zeros).
+        assert found == by_tarfile(data)
+        assert place + 148 <= at < place + 156
+    end = by_tarfile(data)[-1]
+    cut = draw.draw(st.integers(0, end.start + end.size))
+    for read in (index, slowly):
+        with pytest.raises(ValueError, match=r"end of data|checksum|invalid literal|damaged"):
+            read(data[:cut])
