@@ -220,7 +220,10 @@ def encode_shards(source: str, out: str, encoding: Encoding, *, rank: int = 0, w
         entry, shard = manifest.shards[number], reader.shard(number)
         bucket = None if entry.bucket is None else Bucket.parse(entry.bucket)
         made = encoder(_samples(shard), bucket)
-        left = tuple({"source": f"{entry.name}/{key}", "reason": why} for key, why in encoder.faults.items())
+        left = tuple(
+            {"source": f"{entry.name}/{key}", "reason": "cannot be encoded", "detail": why}
+            for key, why in encoder.faults.items()
+        )
         counts = {"written": len(made), **({"left out": len(left)} if left else {})}
         return Done((write_shard(out, f"{names[number]}.tar", made, entry.bucket),) if made else (), counts, left)
 

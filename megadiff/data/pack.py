@@ -190,6 +190,7 @@ def pack(
         rank=rank,
         world=world,
         label=source.kind,
+        publish=not packing.held_out_share,
     )
     if manifest is None:
         return None

@@ -10,7 +10,7 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from megadiff.storage import store
 UNITS, JOB, LEFT_OUT = ".units", "job.json", "left_out.jsonl"
 _POLL_S = 1.0
 _NAMED = 1000
+"""So many samples that were left out are named for each reason."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def run_units(
     rank: int = 0,
     world: int = 1,
     label: str = "shards",
+    publish: bool = True,
 ) -> Manifest | None:
     """Make every unit that is not done and that is this process's, `names[rank::world]`.
 
@@ -59,6 +61,7 @@ def run_units(
         identity: what the output depends on; another one than that of the units already there is refused.
         facts: go into the manifest.
         label: what a unit is called in the progress bar.
+        publish: write the manifest; without, it is the caller's to do.
 
     Returns:
         The manifest, on rank 0, which waits for all the others; None on the others.
@@ -83,7 +86,10 @@ def run_units(
     if rank:
         return None
     _wait(records, set(names), world)
-    return _merge(out, records, names, facts or {})
+    manifest = _merge(out, records, names, facts or {})
+    if publish:
+        write_manifest(out, manifest)
+    return manifest
 
 
 def _check_identity(records: str, out: str, identity: Mapping[str, Any]) -> None:
@@ -125,7 +131,14 @@ def _merge(out: str, records: str, names: Iterable[str], facts: Mapping[str, Any
         left_out += record["left_out"]
     manifest = Manifest(tuple(shards), {**facts, **({"counts": dict(sorted(counts.items()))} if counts else {})})
     if left_out:
-        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in left_out[:_NAMED])
+        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in _first_of_each_reason(left_out))
         store.write_bytes(store.join(out, LEFT_OUT), lines.encode())
-    write_manifest(out, manifest)
     return manifest
+
+
+def _first_of_each_reason(left_out: Iterable[Mapping[str, str]]) -> Iterator[Mapping[str, str]]:
+    named: Counter[str] = Counter()
+    for entry in left_out:
+        named[entry["reason"]] += 1
+        if named[entry["reason"]] <= _NAMED:
+            yield entry

@@ -166,7 +166,7 @@ def test_samples_that_cannot_be_encoded_are_left_out_named_and_counted(tmp_path:
     assert manifest.facts["counts"] == {"left out": 3, "written": 3}
     told = [json.loads(line) for line in (tmp_path / "out" / "left_out.jsonl").read_text().splitlines()]
     assert [entry["source"] for entry in told] == ["000.tar/00002", "000.tar/00001", "000.tar/00004"]
-    assert "no readable picture" in told[1]["reason"]
+    assert "no readable picture" in told[1]["detail"]
 
 
 @pytest.mark.parametrize(
