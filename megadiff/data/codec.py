@@ -24,7 +24,39 @@ from megadiff.data.shards import Views
 Array = NDArray[Any]
 
 
-class Codec(ABC):
+class Loadable(ABC):
+    """What can be read out of samples' members, one array each, and stacked to a batch."""
+
+    @abstractmethod
+    def load(self, members: Views, key: int, bucket: Bucket | None = None) -> Array:
+        """What `stack` takes. Raises SampleError if it is missing or damaged."""
+
+    @abstractmethod
+    def blank(self, bucket: Bucket | None = None) -> Array:
+        """What stands for a sample that cannot be loaded."""
+
+    def load_batch(
+        self, samples: Sequence[Views], keys: Sequence[int], bucket: Bucket | None = None
+    ) -> tuple[Array, dict[int, SampleError]]:
+        """`load` and `stack`; samples that cannot be loaded are blank, and their errors are told by place."""
+        values: list[Array | None] = []
+        errors: dict[int, SampleError] = {}
+        for place, (members, key) in enumerate(zip(samples, keys, strict=True)):
+            try:
+                values.append(self.load(members, key, bucket))
+            except SampleError as error:
+                values.append(None)
+                errors[place] = error
+        return self.stack(values, bucket), errors
+
+    def stack(self, values: Sequence[Array | None], bucket: Bucket | None = None) -> Array:
+        """Loaded samples to one array [B, ...]; None is a sample that could not be loaded."""
+        read = [value for value in values if value is not None]
+        blank = np.zeros_like(read[0]) if read else self.blank(bucket)
+        return np.stack([blank if value is None else value for value in values])
+
+
+class Codec(Loadable):
     """One modality's way in and out."""
 
     space: GridSpace | TokenSpace
@@ -55,12 +87,6 @@ class Codec(ABC):
             return np.zeros(self.space.length, dtype=np.int64)
         return np.zeros((self.space.channels, self.space.height, self.space.width), dtype=np.float32)
 
-    def stack(self, values: Sequence[Array | None], bucket: Bucket | None = None) -> Array:
-        """Loaded samples to one array [B, ...]; None is a sample that could not be loaded."""
-        read = [value for value in values if value is not None]
-        blank = np.zeros_like(read[0]) if read else self.blank(bucket)
-        return np.stack([blank if value is None else value for value in values])
-
     def finish(self, stacked: Tensor, keys: Tensor) -> Tensor:
         """The clean states of stacked samples, on their device; `keys` int64 [B] decide what is drawn."""
         return stacked
@@ -77,8 +103,29 @@ def _view_of(members: Views, member: str) -> bytes | memoryview:
     return members[member]
 
 
+_SHORTEST_HEADER = 64
 _NPY_HEADERS: dict[bytes, tuple[np.dtype[Any], tuple[int, ...]]] = {}
 """What the headers of arrays seen so far say: the samples of a data set have few different ones, and parsing is slow."""
+
+
+def arrays_of(samples: Sequence[Views], member: str) -> Array | None:
+    """The arrays of several samples as one, [B, ...], if they are of one type and shape; else, or if any is damaged, None.
+
+    One copy of the bytes, and next to nothing per sample besides: several times faster than `array_of` and stacking.
+    """
+    views = [members.get(member) for members in samples]
+    if not views or views[0] is None or len(views[0]) < _SHORTEST_HEADER:
+        return None
+    begins = 10 + int.from_bytes(views[0][8:10], "little")
+    header, length = bytes(views[0][:begins]), len(views[0])
+    if not all(view is not None and len(view) == length and view[:begins] == header for view in views):
+        return None
+    try:
+        dtype, shape = _NPY_HEADERS.get(header) or _header(header, member)
+        joined = bytearray().join([view[begins:] for view in views if view is not None])
+        return np.frombuffer(joined, dtype).reshape(len(views), *shape)
+    except (SampleError, ValueError):
+        return None
 
 
 def array_of(members: Views, member: str) -> Array:

@@ -16,7 +16,7 @@ from megadiff import rng
 from megadiff.config.errors import ConfigError
 from megadiff.config.schema import GridSpace, LatentField, PixelField
 from megadiff.data.buckets import Bucket
-from megadiff.data.codec import Array, Codec, array_of
+from megadiff.data.codec import Array, Codec, array_of, arrays_of
 from megadiff.data.encode import PixelCodec
 from megadiff.data.errors import SampleError
 from megadiff.data.shards import Views
@@ -57,6 +57,15 @@ class LatentCodec(Codec):
             return self._array(members, bucket)
         return self._mean(self._autoencoder()[1].read(members, key), bucket).numpy()
 
+    def load_batch(
+        self, samples: Sequence[Views], keys: Sequence[int], bucket: Bucket | None = None
+    ) -> tuple[Array, dict[int, SampleError]]:
+        """All at once where all are arrays of one shape without a fault."""
+        together = arrays_of(samples, self.field.member) if self.field.member.endswith("npy") else None
+        if together is None or self._fault(together.shape[1:], bucket) or not _finite(together):
+            return super().load_batch(samples, keys, bucket)
+        return together, {}
+
     def stack(self, values: Sequence[Array | None], bucket: Bucket | None = None) -> Array:
         """Of latents beside means and deviations, means and deviations of 0."""
         if len({value.ndim for value in values if value is not None}) == 2:
@@ -90,16 +99,21 @@ class LatentCodec(Codec):
             return pictures.decode(network.decode(latents).sample[0])
 
     def _array(self, members: Views, bucket: Bucket | None) -> Array:
-        member = self.field.member
-        values = array_of(members, member)
-        shape = (self.space.channels, self.space.height, self.space.width)
-        if bucket is None and values.shape not in (shape, (2, *shape)):
-            raise SampleError(f"its .{member} member has the shape {list(values.shape)}, not {list(shape)} or {[2, *shape]}")
-        if values.ndim not in (3, 4) or values.shape[-3] != shape[0]:
-            raise SampleError(f"its .{member} member has the shape {list(values.shape)}, without {shape[0]} channels")
-        if values.dtype.kind != "f" or not _finite(values):
-            raise SampleError(f"its .{member} member must hold finite floating-point numbers ({values.dtype})")
+        values = array_of(members, self.field.member)
+        if fault := self._fault(values.shape, bucket):
+            raise SampleError(f"its .{self.field.member} member has the shape {list(values.shape)}, {fault}")
+        if not _finite(values):
+            raise SampleError(f"its .{self.field.member} member must hold finite floating-point numbers ({values.dtype})")
         return values
+
+    def _fault(self, found: Sequence[int], bucket: Bucket | None) -> str:
+        """What is wrong with an array's shape; nothing, for latents [C, H, W] and their moments [2, C, H, W]."""
+        shape = (self.space.channels, self.space.height, self.space.width)
+        if bucket is None and tuple(found) not in (shape, (2, *shape)):
+            return f"not {list(shape)} or {[2, *shape]}"
+        if len(found) not in (3, 4) or found[-3] != shape[0]:
+            return f"without {shape[0]} channels"
+        return ""
 
     def _autoencoder(self) -> tuple[Any, PixelCodec]:
         """The autoencoder, and the codec of pictures of its size."""
@@ -154,7 +168,8 @@ def own_device() -> torch.device:
 
 
 def _finite(values: Array) -> bool:
+    """Whether all are finite floating-point numbers."""
     if values.dtype != np.float16:
-        return bool(np.isfinite(values).all())
+        return values.dtype.kind == "f" and bool(np.isfinite(values).all())
     exponents = values.view(np.uint16) & 0x7C00  # many times faster than isfinite
     return bool(exponents.max() < 0x7C00)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from megadiff.config.errors import ConfigError
 from megadiff.config.schema import Data, Model
 from megadiff.data.buckets import Bucket
 from megadiff.data.cache import ShardCache
-from megadiff.data.codec import Array, array_of
+from megadiff.data.codec import Array, Loadable, array_of
 from megadiff.data.encode import build_codecs, check_manifest
 from megadiff.data.errors import DataError, SampleError
 from megadiff.data.mixture import Mixture, Step
@@ -60,28 +60,20 @@ def check_unreadable(read: int, unreadable: int, share: float) -> None:
         )
 
 
-class _Loaded(NamedTuple):
-    """What the codecs loaded of one sample, and its precomputed features; by modality."""
-
-    values: dict[str, Array]
-    features: dict[str, Array]
-
-
-@dataclass(frozen=True)
-class FeatureReader:
+class FeatureReader(Loadable):
     """Precomputed features of one modality: a NumPy array [S, F] in a member of the shards."""
 
-    member: str
-    shape: tuple[int, int]
+    def __init__(self, member: str, shape: tuple[int, int]) -> None:
+        self.member, self.shape = member, shape
 
-    def read(self, members: Views) -> Array:
+    def load(self, members: Views, key: int = 0, bucket: Bucket | None = None) -> Array:
         """Float32 [S, F]. Raises SampleError if the member is missing, damaged or of another shape."""
         values = array_of(members, self.member)
         if values.shape != self.shape:
             raise SampleError(f"its .{self.member} member has the shape {list(values.shape)}, not {list(self.shape)}")
         return values.astype(np.float32)
 
-    def blank(self) -> Array:
+    def blank(self, bucket: Bucket | None = None) -> Array:
         return np.zeros(self.shape, dtype=np.float32)
 
 
@@ -92,22 +84,22 @@ class _Codecs:
         self.codecs = build_codecs(data, model)
         self.features = {name: FeatureReader(data.features[name], shape) for name, shape in (features or {}).items()}
 
-    def load(self, members: Views, key: int, bucket: Bucket | None = None) -> _Loaded:
-        """Raises SampleError if the sample cannot be decoded."""
-        values = {name: codec.load(members, key, bucket) for name, codec in self.codecs.items()}
-        return _Loaded(values, {name: reader.read(members) for name, reader in self.features.items()})
-
-    def stack(self, samples: Sequence[_Loaded | None], bucket: Bucket | None = None) -> tuple[dict[str, Tensor], ...]:
-        """Values and features [B, ...]; None is a sample that could not be loaded."""
-        values = {
-            name: codec.stack([sample and sample.values[name] for sample in samples], bucket)
-            for name, codec in self.codecs.items()
-        }
-        features = {
-            name: np.stack([reader.blank() if sample is None else sample.features[name] for sample in samples])
-            for name, reader in self.features.items()
-        }
-        return tuple({name: torch.from_numpy(array) for name, array in part.items()} for part in (values, features))
+    def load(
+        self, samples: Sequence[Views], keys: Sequence[int], bucket: Bucket | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[int, SampleError]]:
+        """Values and features [B, ...], and by place what is wrong with the samples that could not be loaded."""
+        errors: dict[int, SampleError] = {}
+        parts: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        kinds: tuple[Mapping[str, Loadable], ...] = (self.codecs, self.features)
+        for part, readers in zip(parts, kinds, strict=True):
+            for name, reader in readers.items():
+                array, faults = reader.load_batch(samples, keys, bucket)
+                errors = {**faults, **errors}
+                part[name] = torch.from_numpy(array)
+        for place in errors:  # nothing of a sample that is not whole
+            for tensor in (*parts[0].values(), *parts[1].values()):
+                tensor[place] = 0
+        return *parts, errors
 
     def finish(self, stacked: Mapping[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
         """Clean states."""
@@ -247,36 +239,33 @@ class Loader:
         keys = rng.sample_keys(self.seed, torch.from_numpy(step.epoch), torch.from_numpy(step.number), data_step)
         bucket = None if step.bucket is None else Bucket.parse(step.bucket)
         shards: dict[tuple[int, int], Shard] = {}
-        samples: list[_Loaded | None] = []
+        samples: list[Views] = []
         names = []
-        places = zip(step.source.tolist(), step.shard.tolist(), step.offset.tolist(), keys.tolist(), strict=True)
-        for source, number, offset, key in places:
+        for source, number, offset in zip(step.source.tolist(), step.shard.tolist(), step.offset.tolist(), strict=True):
             shard = shards.get((source, number))
             if shard is None:
                 shard = shards[source, number] = self._readers[source].shard(number)
-            entry = self._readers[source].manifest.shards[number]
-            names.append(f"{self._prefixes[source]}{entry.name}/{shard.key(offset)}")
-            try:
-                samples.append(self._codecs.load(shard.views(offset), key, bucket))
-            except SampleError as error:
-                self._report(names[-1], error)
-                samples.append(None)
+            names.append(f"{self._prefixes[source]}{self._readers[source].manifest.shards[number].name}/{shard.key(offset)}")
+            samples.append(shard.views(offset))
         slots = torch.tensor(list(self._slots))
         parts = [slice(start, start + self.micro_batch) for start in range(0, len(samples), self.micro_batch)]
         return [self._batch(samples[part], keys[part], slots[part], names[part], bucket, data_step) for part in parts]
 
     def _batch(
         self,
-        samples: Sequence[_Loaded | None],
+        samples: Sequence[Views],
         keys: Tensor,
         slots: Tensor,
         names: Sequence[str],
         bucket: Bucket | None,
         data_step: int,
     ) -> Batch:
-        stacked, features = self._codecs.stack(samples, bucket)
-        weight = torch.tensor([float(sample is not None) for sample in samples])
-        return Batch(stacked, keys, slots, weight, tuple(names), data_step, self.global_samples, features)
+        values, features, errors = self._codecs.load(samples, keys.tolist(), bucket)
+        weight = torch.ones(len(samples))
+        for place, error in sorted(errors.items()):
+            self._report(names[place], error)
+            weight[place] = 0
+        return Batch(values, keys, slots, weight, tuple(names), data_step, self.global_samples, features)
 
     def _report(self, name: str, error: SampleError) -> None:
         with self._lock:
@@ -321,13 +310,11 @@ class Shuffled:
         place, offset = self._places[self._order[number]]
         shard, entry = self._reader.shard(place), self._reader.manifest.shards[place]
         bucket = None if entry.bucket is None else Bucket.parse(entry.bucket)
-        try:
-            loaded = self._codecs.load(shard.views(offset), 0, bucket)
-        except SampleError as error:
-            log.warning("sample %s/%s is skipped: %s", entry.name, shard.key(offset), error)
+        values, _, errors = self._codecs.load([shard.views(offset)], [0], bucket)
+        if errors:
+            log.warning("sample %s/%s is skipped: %s", entry.name, shard.key(offset), errors[0])
             return None
-        stacked, _ = self._codecs.stack([loaded])
-        states = self._codecs.finish(stacked, rng.sample_keys(0))
+        states = self._codecs.finish(values, rng.sample_keys(0))
         return shard.key(offset).rpartition("/")[2], {name: state[0] for name, state in states.items()}
 
 
