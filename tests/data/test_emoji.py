@@ -303,11 +303,11 @@ def test_an_npm_that_fails_is_quoted_in_one_sentence(tmp_path: Path, monkeypatch
 def test_an_archive_is_fetched_once(packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, version = emoji.LABELS
     source = packages / f"{name}-{version}.tgz"
-    fake_npm(tmp_path / "bin", monkeypatch, f'echo "$@" >> {tmp_path}/calls; cp {source} "$4"')
+    fake_npm(tmp_path / "bin", monkeypatch, f'echo "$@" >> {tmp_path}/calls; cp {source} "$5"')
     for _ in range(2):
         package = npm.fetch(name, version, tmp_path / "packages")
         assert package.names() == ["en/data.json"]
-    assert (tmp_path / "calls").read_text().startswith(f"pack {name}@{version} --pack-destination ")
+    assert (tmp_path / "calls").read_text().startswith(f"pack {name}@{version} --silent --pack-destination ")
     assert (tmp_path / "calls").read_text().count("\n") == 1
     assert [path.name for path in (tmp_path / "packages").iterdir()] == [source.name]
 

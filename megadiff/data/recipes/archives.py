@@ -1,0 +1,40 @@
+"""Archives that a package client fetches into the user's cache."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from megadiff.config.errors import UserError
+
+
+def cache_of(client: str) -> Path:
+    """The user's folder for what a client (pip, npm) fetches."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megadiff" / client
+
+
+def fetch_archive(client: str, command: Sequence[str], into: str, package: str, folder: Path) -> None:
+    """Run a package client that writes one archive into a folder, and move it to `folder` once it is whole.
+
+    Args:
+        client: its name, for errors.
+        command: without the folder to write into, which `into` is the flag for.
+        package: name and version, for errors.
+
+    Raises:
+        UserError: it cannot be fetched, in the client's words.
+    """
+    aside = folder / f".{os.getpid()}"
+    aside.mkdir(parents=True, exist_ok=True)
+    try:
+        done = subprocess.run([*command, into, str(aside)], capture_output=True, text=True, check=False)
+        found = list(aside.iterdir())
+        if done.returncode or not found:
+            reason = (done.stderr.strip() or done.stdout.strip() or "no reason given").splitlines()[-1]
+            raise UserError(f"{client} cannot fetch {package}: {reason}")
+        found[0].replace(folder / found[0].name)
+    finally:
+        shutil.rmtree(aside)
