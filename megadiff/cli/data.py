@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megadiff.cli import data_encode, data_pack
+from megadiff.cli import data_encode, data_inspect, data_pack
 from megadiff.cli.arguments import Verbs, add_verb, positive
 
 EMOJI_SETS = ("noto", "noto-v1", "fluent-emoji-flat", "fluent-emoji-3d")
@@ -18,6 +18,7 @@ def add(verbs: Verbs) -> None:
     data_pack.add(actions)
     data_encode.add(actions)
     _add_index(actions)
+    data_inspect.add(actions)
 
 
 def _add_table(actions: Verbs) -> None:

@@ -7,6 +7,7 @@ import html
 import io
 import json
 import re
+import struct
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ class PixelCodec(Codec):
                     picture.draft(None, enough)
                 picture.load()
                 return ImageOps.exif_transpose(picture)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             raise SampleError(f"its .{self.member} member is no readable picture: {error}") from None
 
     def encode(self, value: Image.Image, bucket: Bucket | None = None) -> Tensor:
@@ -95,6 +96,8 @@ class PixelCodec(Codec):
 
 
 _NO_KEYS = torch.empty(0, dtype=torch.int64)
+UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, OverflowError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises at files that are no picture or a damaged one."""
 NO_TOKEN = -1
 """Fills up the shorter captions of an array of token ids."""
 _DRAFT = 2

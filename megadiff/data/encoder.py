@@ -27,13 +27,13 @@ from megadiff.data.codec import Array
 from megadiff.data.encode import CLEANING, NO_TOKEN, PixelCodec, captions_of, load_tokenizer
 from megadiff.data.errors import SampleError
 from megadiff.data.latents import PICTURE_CHANNELS, downscaling_of, load_autoencoder, own_device
+from megadiff.data.pack import PICTURES
 from megadiff.data.reader import ShardReader
 from megadiff.data.shards import Manifest, Members, Shard, Views, read_manifest, write_shard
 from megadiff.data.units import Done, run_units
 from megadiff.storage import store
 
 LATENTS, TOKENS, FEATURES = "latents.npy", "tokens.npy", "features.npy"
-PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet's, which the vision models that features come from were trained on."""
 

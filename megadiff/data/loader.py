@@ -18,16 +18,16 @@ from torch import Tensor
 
 from megadiff import rng
 from megadiff.config.errors import ConfigError
-from megadiff.config.schema import Data, Model
+from megadiff.config.schema import Data, GridSpace, Model
 from megadiff.data.buckets import Bucket
 from megadiff.data.cache import ShardCache
 from megadiff.data.codec import Array, Loadable, array_of
 from megadiff.data.encode import build_codecs, check_manifest
 from megadiff.data.errors import DataError, SampleError
 from megadiff.data.mixture import Mixture, Step
-from megadiff.data.order import generator
+from megadiff.data.order import Order
 from megadiff.data.reader import ShardReader
-from megadiff.data.shards import Shard, Views, read_manifest
+from megadiff.data.shards import Manifest, Shard, Views, read_manifest
 from megadiff.storage import store
 from megadiff.types import Batch
 
@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 FEWEST_READ = 200
 """An unreadable share is judged only after this many samples."""
 _NAMED_IN_LOG = 20
+_HELD_OUT_BLOCK = 8
+"""Samples to compare with come from this many shards at a time: of a large source only a few are fetched."""
 
 
 @dataclass(frozen=True)
@@ -286,20 +288,23 @@ class HeldOut:
 
 
 class Shuffled:
-    """The samples of a manifest in a fixed shuffled order, read by number."""
+    """The samples of a manifest in a fixed shuffled order, read by number; of neighbours in the order many share a shard.
+
+    All are of the model's own size: pictures are cropped to it, of latents those of other buckets are left out.
+    """
 
     def __init__(self, address: str, data: Data, model: Model, seed: int = 0) -> None:
-        """Raises UserError if the manifest cannot be read."""
+        """Raises UserError if the manifest cannot be read, or holds no sample of the model's size."""
         manifest = read_manifest(address)
         check_manifest(address, manifest, data, model)
         self._codecs = _Codecs(data, model)
         self._reader = ShardReader(store.folder_of(address), manifest, ShardCache(data.cache) if data.cache else None)
-        shards = manifest.shards
-        self._places = [(shard, offset) for shard, entry in enumerate(shards) for offset in range(entry.samples)]
-        self._order = generator(seed, "held out").permutation(len(self._places))
+        self._shards = _of_own_size(address, manifest, data, model)
+        sizes = [manifest.shards[number].samples for number in self._shards]
+        self._order = Order(sizes, lanes=1, block_shards=_HELD_OUT_BLOCK, seed=seed, name="held out")
 
     def __len__(self) -> int:
-        return len(self._places)
+        return self._order.samples
 
     def read(self, number: int) -> tuple[str, dict[str, Tensor]] | None:
         """A sample's name and clean states; None, with a warning, if it cannot be decoded.
@@ -307,15 +312,29 @@ class Shuffled:
         Raises:
             UserError: its shard cannot be read.
         """
-        place, offset = self._places[self._order[number]]
-        shard, entry = self._reader.shard(place), self._reader.manifest.shards[place]
-        bucket = None if entry.bucket is None else Bucket.parse(entry.bucket)
-        values, _, errors = self._codecs.load([shard.views(offset)], [0], bucket)
+        visits = self._order.visits(0, number, 1)
+        place, offset = self._shards[int(visits.shard[0])], int(visits.offset[0])
+        shard = self._reader.shard(place)
+        values, _, errors = self._codecs.load([shard.views(offset)], [0])
         if errors:
-            log.warning("sample %s/%s is skipped: %s", entry.name, shard.key(offset), errors[0])
+            name = self._reader.manifest.shards[place].name
+            log.warning("sample %s/%s is skipped: %s", name, shard.key(offset), errors[0])
             return None
         states = self._codecs.finish(values, rng.sample_keys(0))
         return shard.key(offset).rpartition("/")[2], {name: state[0] for name, state in states.items()}
+
+
+def _of_own_size(address: str, manifest: Manifest, data: Data, model: Model) -> list[int]:
+    """The shards whose latents fill the model's grids; all, where there are no buckets of latents."""
+    wanted: set[str] = set()
+    for name, field_ in data.fields.items():
+        told, space = manifest.facts.get("encoded", {}).get(getattr(field_, "member", None), {}), model.modalities[name].space
+        if "factor" in told and isinstance(space, GridSpace):
+            wanted.add(str(Bucket(space.height * told["factor"], space.width * told["factor"])))
+    found = [i for i, shard in enumerate(manifest.shards) if shard.bucket is None or not wanted or shard.bucket in wanted]
+    if not found:
+        raise DataError(f"{address} has no shards of the bucket {', '.join(wanted)}, which is the model's own size")
+    return found
 
 
 def read_held_out(address: str, data: Data, model: Model, count: int, seed: int = 0) -> HeldOut:

@@ -13,13 +13,12 @@ import json
 import os
 import re
 import tempfile
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from PIL import Image, ImageOps
 
@@ -27,6 +26,7 @@ from megadiff.config.errors import UserError
 from megadiff.data.buckets import Bucket, Buckets
 from megadiff.data.errors import DataError
 from megadiff.data.shards import MANIFEST, Manifest, Members, ShardEntry, write_manifest, write_shard
+from megadiff.data.threads import in_order
 from megadiff.data.units import UNITS, Done, run_units
 from megadiff.storage import store
 
@@ -50,9 +50,6 @@ _ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)
 
 Transform = Callable[[Mapping[str, Members], "Bucket | None"], Mapping[str, Members]]
 """A shard's samples by key, and their bucket, to what is written in their place under the same keys."""
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -304,7 +301,8 @@ def _picture(data: bytes, packing: Packing) -> tuple[str, bytes, int, int]:
     """(ending, bytes, height, width) as written; height and width as a viewer shows it. Raises LeaveOut."""
     try:
         with Image.open(io.BytesIO(data)) as picture:
-            turned = picture.getexif().get(_ORIENTATION) in _SIDEWAYS
+            # Of a TIFF Pillow tells the upright size by itself.
+            turned = picture.format != "TIFF" and picture.getexif().get(_ORIENTATION) in _SIDEWAYS
             width, height = picture.size[::-1] if turned else picture.size
             short = min(height, width)
             if short < packing.min_size_px:
@@ -395,7 +393,7 @@ def _make(source: Source, unit: int, out: str, packing: Packing, transform: Tran
         return sample if isinstance(sample, LeftOut) else prepare(sample, packing)
 
     with tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY_BYTES) as spill:
-        for made in _in_order(source.samples(unit), work, source.threads):
+        for made in in_order(source.samples(unit), work, source.threads):
             if isinstance(made, Prepared) and made.key in keys:
                 made = LeftOut(made.key, "key twice")
             if isinstance(made, LeftOut):
@@ -451,23 +449,6 @@ def _append(file: Any, data: bytes) -> tuple[int, int]:
 def _read(file: Any, start: int, size: int) -> bytes:
     file.seek(start)
     return bytes(file.read(size))
-
-
-def _in_order(items: Iterable[Item], work: Callable[[Item], Result], threads: int) -> Iterator[Result]:
-    """`work` of each item in their order, some ahead in threads."""
-    if threads == 1:
-        yield from map(work, items)
-        return
-    ahead: deque[Future[Result]] = deque()
-    with ExitStack() as stack:
-        pool = ThreadPoolExecutor(threads)
-        stack.callback(pool.shutdown, cancel_futures=True)
-        for item in items:
-            ahead.append(pool.submit(work, item))
-            if len(ahead) >= 4 * threads:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
 
 
 # ---------------------------------------------------------------------------------------------------------- the output

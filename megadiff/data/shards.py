@@ -83,6 +83,8 @@ def read_manifest(address: str) -> Manifest:
             shards = tuple([_entry(found) for found in tree["shards"]])
         if not all(isinstance(shard.samples, int) and shard.samples >= 0 for shard in shards):
             raise ValueError("`samples` must be whole numbers")
+        if not all(isinstance(s.bytes, int) and isinstance(s.name, str) and isinstance(s.sha256, str) for s in shards):
+            raise ValueError("`name` and `sha256` must be texts, `bytes` a whole number")
     except (ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise DataError(f"{address} is no manifest of shards ({reason}); make one with `megadiff data index FOLDER`") from None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -16,7 +17,6 @@ from megadiff.data.encoder import TOKENS
 from megadiff.data.errors import SampleError
 from megadiff.data.inspect import (
     choose_shards,
-    in_order,
     kind_of,
     picture_member,
     picture_size,
@@ -25,10 +25,14 @@ from megadiff.data.inspect import (
 )
 from megadiff.data.reader import ShardReader
 from megadiff.data.shards import Manifest, Views, read_manifest
+from megadiff.data.threads import in_order
 from megadiff.storage import store
 
 _READERS = 4
+CAPTIONS = "captions"
 QUANTILES = {"least": 0.0, "median": 0.5, "95 %": 0.95, "99 %": 0.99, "most": 1.0}
+
+Key = TypeVar("Key")
 
 
 @dataclass
@@ -41,7 +45,7 @@ class Seen:
         arrays: NumPy members but token ids, by (ending, dtype and shape).
         captions: samples by their number of captions.
         characters, words, tokens: captions by their length; words are what white space parts, tokens come without marks.
-        unreadable: members that could not be read, by their ending.
+        unreadable: members that could not be read, by their ending, or `captions`.
     """
 
     samples: int = 0
@@ -66,40 +70,37 @@ class Seen:
     def add(self, members: Views, tokenizer: Tokenizer | None) -> None:
         """Count one sample."""
         self.samples += 1
-        self.members.update(members)
+        self.members.update(list(members))  # of a mapping it would add the values
         if (ending := picture_member(members)) is not None:
-            self._try(ending, lambda: self.resolutions.update([picture_size(bytes(members[ending]))]))
-        for array in sorted(ending for ending in members if kind_of(ending) == "npy" and ending != TOKENS):
-            self._try(array, lambda ending=array: self.arrays.update([(ending, _shape(members, ending))]))
-        self._try("json" if "json" in members else "txt", lambda: self._texts(texts_of(members), members, tokenizer))
-
-    def _texts(self, texts: list[str], members: Views, tokenizer: Tokenizer | None) -> None:
+            with self._counted(ending):
+                self.resolutions[picture_size(bytes(members[ending]))] += 1
+        for ending in sorted(members):
+            if kind_of(ending) == "npy" and ending != TOKENS:
+                with self._counted(ending):
+                    values = array_of(members, ending)
+                    self.arrays[ending, f"{values.dtype} {list(values.shape)}"] += 1
+        texts: list[str] = []
+        lengths: list[int] = []
+        with self._counted(CAPTIONS):
+            texts = texts_of(members)
+        with self._counted(TOKENS):
+            lengths = _lengths(texts, tokenizer) if tokenizer and texts else list(map(len, tokens_of(members)))
+        self.captions[len(texts) or len(lengths)] += 1
         self.characters.update(map(len, texts))
         self.words.update(len(text.split()) for text in texts)
-        if tokenizer is not None and texts:
-            cleaned = [normalise(text) for text in texts]
-            self.tokens.update(len(found.ids) for found in tokenizer.encode_batch(cleaned, add_special_tokens=False))
-            self.captions[len(texts)] += 1
-            return
-        ids: list[list[int]] = []
+        self.tokens.update(lengths)
 
-        def read() -> None:
-            ids.extend(tokens_of(members))
-
-        self._try(TOKENS, read)
-        self.tokens.update(map(len, ids))
-        self.captions[len(texts) or len(ids)] += 1
-
-    def _try(self, ending: str, count: Callable[[], None]) -> None:
+    @contextmanager
+    def _counted(self, what: str) -> Iterator[None]:
         try:
-            count()
+            yield
         except SampleError:
-            self.unreadable[ending] += 1
+            self.unreadable[what] += 1
 
 
-def _shape(members: Views, ending: str) -> str:
-    values = array_of(members, ending)
-    return f"{values.dtype} {list(values.shape)}"
+def _lengths(texts: list[str], tokenizer: Tokenizer) -> list[int]:
+    found = tokenizer.encode_batch([normalise(text) for text in texts], add_special_tokens=False)
+    return [len(encoding.ids) for encoding in found]
 
 
 @dataclass(frozen=True)
@@ -223,5 +224,5 @@ def spread(counts: Mapping[int, int] | Mapping[float, int]) -> dict[str, float]:
     return {**dict(zip(QUANTILES, found, strict=True)), "mean": round(float(values @ times) / int(ends[-1]), 2)}
 
 
-def _by_count[Key](counts: Mapping[Key, int]) -> dict[Key, int]:
+def _by_count(counts: Mapping[Key, int]) -> dict[Key, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], str(item[0]))))

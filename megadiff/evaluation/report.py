@@ -10,15 +10,16 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-BACKGROUND, INK, FRAME = (255, 255, 255), (24, 24, 27), (228, 228, 231)
+BACKGROUND, INK, FRAME, SMALL_INK = (255, 255, 255), (24, 24, 27), (228, 228, 231), (113, 113, 122)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A picture with its caption; None where there is only text."""
+    """A picture with its caption, and a note in small print whose lines are cut; None where there is only text."""
 
     picture: Image.Image | None
     caption: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,10 @@ class _Layout:
     def line_px(self) -> int:
         return round(self.text_px * 1.3)
 
+    @property
+    def note_px(self) -> int:
+        return round(self.text_px * 0.8)
+
     def width(self, sections: Sequence[Section]) -> int:
         titles = [round(_font(self.title_px).getlength(section.title)) for section in sections]
         return max([self.columns * (self.cell_px + self.gap_px), *titles]) + self.gap_px
@@ -95,8 +100,14 @@ class _Layout:
         return self.cell_px if any(cell.picture is not None for cell in row) else 0
 
     def _row_height(self, row: Sequence[Cell]) -> int:
-        lines = max(len(self._lines(cell.caption)) for cell in row)
-        return self._picture_height(row) + self.gap_px // 2 + lines * self.line_px + self.gap_px
+        texts = max(self._text_height(cell) for cell in row)
+        return self._picture_height(row) + self.gap_px // 2 + texts + self.gap_px
+
+    def _text_height(self, cell: Cell) -> int:
+        return len(self._lines(cell.caption)) * self.line_px + len(self._notes(cell.note)) * round(self.note_px * 1.3)
+
+    def _notes(self, note: str) -> list[str]:
+        return [line for text in note.splitlines() for line in wrap(text, _font(self.note_px), self.cell_px, 1)]
 
     def _lines(self, caption: str) -> list[str]:
         return wrap(caption, _font(self.text_px), self.cell_px, self.caption_lines)
@@ -107,8 +118,12 @@ class _Layout:
             draw.rectangle((left - 1, top - 1, left + self.cell_px, top + self.cell_px), fill=BACKGROUND, outline=FRAME)
             sheet.paste(picture, (left + (self.cell_px - picture.width) // 2, top + (self.cell_px - picture.height) // 2))
         top += height + self.gap_px // 2
-        for number, line in enumerate(self._lines(cell.caption)):
-            draw.text((left, top + number * self.line_px), line, INK, _font(self.text_px))
+        for line in self._lines(cell.caption):
+            draw.text((left, top), line, INK, _font(self.text_px))
+            top += self.line_px
+        for line in self._notes(cell.note):
+            draw.text((left, top), line, SMALL_INK, _font(self.note_px))
+            top += round(self.note_px * 1.3)
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int, most: int) -> list[str]:

@@ -378,3 +378,15 @@ def test_a_held_out_source_without_any_readable_sample_is_named(tmp_path: Path) 
     address = write_source(tmp_path, [2], {0: {"png": b""}, 1: {"png": b""}})
     with pytest.raises(DataError, match=r"manifest\.json holds no sample that can be read"):
         held_out(address, 4)
+
+
+def test_held_out_samples_of_a_large_source_come_from_few_shards(tmp_path: Path) -> None:
+    data = data_of(write_source(tmp_path, [10] * 40))
+    shards = {name.partition("/")[0] for name in _held_out_names(data, 60)}
+    assert len(shards) == 60
+    opened = {int(name) // 10 for name in shards}
+    assert len(opened) <= 16
+
+
+def _held_out_names(data: Any, count: int) -> list[str]:
+    return read_held_out(str(data.train), data, tiny()[1], count).ids

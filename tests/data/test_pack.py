@@ -753,3 +753,14 @@ def test_the_kind_is_found_out(folder: Path, tmp_path: Path) -> None:
     assert kind_of("links.txt") == "sam-llava"
     with pytest.raises(UserError, match="holds table and tars; say which by --kind"):
         kind_of(str(tmp_path / "mixed"))
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "JPEG", "PNG"])
+def test_a_turned_picture_is_scaled_by_its_upright_sides_whatever_its_format(kind: str) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    buffer = io.BytesIO()
+    Image.new("RGB", (400, 600)).save(buffer, kind, exif=turned)
+    _, data, height, width = pack._picture(buffer.getvalue(), pack.Packing(size_px=200))
+    assert (height, width) == (200, 300)
+    assert Image.open(io.BytesIO(data)).size == (300, 200)

@@ -157,6 +157,7 @@ def test_a_manifest_comes_back_with_its_facts(tmp_path: Path) -> None:
         ('{"format": "megadiff-shards", "version": 1, "shards": 7}', "no manifest"),
         (ONE_SHARD.replace("3", '"3"'), "`samples` must be whole numbers"),
         (ONE_SHARD.replace("3", "-3"), "`samples` must be whole numbers"),
+        (ONE_SHARD.replace('"bytes": 1', '"bytes": null'), "`bytes` a whole number"),
     ],
 )  # fmt: skip
 def test_a_damaged_manifest_gives_one_sentence_that_names_it(tmp_path: Path, content: str, said: str) -> None:

@@ -1,0 +1,151 @@
+"""What looking into a data set takes, whatever is looked for: shards and samples by a fixed choice, and what a member holds."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from megadiff.data.codec import array_of, member_of
+from megadiff.data.encode import NO_TOKEN, captions_of
+from megadiff.data.encoder import TOKENS
+from megadiff.data.errors import SampleError
+from megadiff.data.order import generator
+from megadiff.data.pack import PICTURES
+from megadiff.data.reader import ShardReader
+from megadiff.data.shards import Manifest, Members, Views
+from megadiff.data.threads import in_order
+from megadiff.storage import store
+
+_FEWEST_SHARDS = 8
+"""Drawn samples come from so many shards, or from more where these hold too few."""
+_READERS = 4
+_ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Drawn(NamedTuple):
+    """One sample of a data set: its shard's name, its key, its members."""
+
+    shard: str
+    key: str
+    members: Members
+
+
+def choose_shards(manifest: Manifest, samples: int) -> list[int]:
+    """Indices of shards that together hold at least so many samples; the same ones every time. 0 takes all."""
+    if samples == 0:
+        return [index for index, entry in enumerate(manifest.shards) if entry.samples]
+    chosen, held = [], 0
+    for index in generator("choice of shards").permutation(len(manifest.shards)).tolist():
+        if held >= samples:
+            break
+        if manifest.shards[index].samples:
+            chosen.append(index)
+            held += manifest.shards[index].samples
+    return sorted(chosen)
+
+
+def draw_samples(address: str, manifest: Manifest, count: int, seed: int) -> list[Drawn]:
+    """Samples at random, each once, from a few shards (far ones are read whole); all there are if `count` is larger.
+
+    Raises:
+        StorageError, DataError: a shard cannot be had or is damaged.
+    """
+    random = generator(seed, "samples to show")
+    weights = np.array([entry.samples for entry in manifest.shards], dtype=np.float64)
+    with np.errstate(divide="ignore"):  # an empty shard comes last
+        order = np.argsort(random.exponential(size=len(weights)) / weights, kind="stable")
+    enough = int(np.searchsorted(np.cumsum(weights[order]), min(count, manifest.samples))) + 1
+    shards = [index for index in order[: max(enough, _FEWEST_SHARDS)].tolist() if manifest.shards[index].samples]
+    places = [(index, offset) for index in shards for offset in range(manifest.shards[index].samples)]
+    taken = [places[nth] for nth in random.permutation(len(places))[:count].tolist()]
+    wanted = {index: [place for place in taken if place[0] == index] for index in shards}
+    reader = ShardReader(store.folder_of(address), manifest, keep=1)
+
+    def read(index: int) -> dict[tuple[int, int], Drawn]:
+        if not wanted[index]:
+            return {}
+        shard = reader.shard(index)
+        name = manifest.shards[index].name
+        return {place: Drawn(name, shard.key(place[1]), shard.members(place[1])) for place in wanted[index]}
+
+    found: dict[tuple[int, int], Drawn] = {}
+    for part in in_order(shards, read, _READERS):
+        found |= part
+    return [found[place] for place in taken]
+
+
+def kind_of(ending: str) -> str:
+    """What a member is by the last part of its ending: png of seg.png."""
+    return ending.rpartition(".")[2]
+
+
+def picture_member(members: Views) -> str | None:
+    """The ending of a sample's picture: png rather than seg.png."""
+    pictures = [ending for ending in members if kind_of(ending) in PICTURES]
+    return min(pictures, key=lambda ending: (ending.count("."), ending), default=None)
+
+
+def picture_size(data: bytes) -> tuple[int, int]:
+    """(height, width) as a viewer shows the picture, from its header alone. Raises SampleError."""
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            # A PNG without the chunk would be decoded to its end to look for one there; Pillow turns TIFF itself.
+            upright = picture.format == "TIFF" or (picture.format == "PNG" and "exif" not in picture.info)
+            turned = not upright and picture.getexif().get(_ORIENTATION) in _SIDEWAYS
+            if 0 in picture.size:
+                raise ValueError("it has no pixels")
+            return (picture.width, picture.height) if turned else (picture.height, picture.width)
+    except Exception as error:
+        raise _unreadable(error) from None
+
+
+def load_picture(data: bytes) -> Image.Image:
+    """The picture, decoded to its end. Raises SampleError."""
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            picture.load()
+            return picture
+    except Exception as error:
+        raise _unreadable(error) from None
+
+
+def _unreadable(error: Exception) -> SampleError:
+    """Decoders stumble over damaged bytes in many ways, some of them without a word."""
+    reason = "its format is not known" if isinstance(error, UnidentifiedImageError) else in_one_line(error)
+    return SampleError(f"it is no readable picture: {reason}")
+
+
+def in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def texts_of(members: Views) -> list[str]:
+    """A sample's captions: of its json where that has some, else its txt. Raises SampleError if these are damaged."""
+    if "json" in members and isinstance(row := row_of(members), dict) and "captions" in row:
+        return captions_of(members, "json")
+    return captions_of(members, "txt") if "txt" in members else []
+
+
+def row_of(members: Views) -> object:
+    """What a sample's json holds. Raises SampleError if it is none."""
+    try:
+        return json.loads(member_of(members, "json").decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise SampleError(f"its .json member is no JSON: {error}") from None
+
+
+def tokens_of(members: Views) -> list[list[int]]:
+    """The token ids of each caption, where the shards hold them. Raises SampleError."""
+    if TOKENS not in members:
+        return []
+    captions = array_of(members, TOKENS)
+    if captions.ndim != 2 or captions.dtype.kind != "i":
+        raise SampleError(f"its .{TOKENS} member must hold whole numbers [captions, longest], not {list(captions.shape)}")
+    return [ids[: ids.index(NO_TOKEN)] if NO_TOKEN in ids else ids for ids in captions.tolist()]

@@ -1,0 +1,338 @@
+"""Whether a data set is what its manifest says: every shard, and with `decode` every member."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megadiff.data import tar
+from megadiff.data.codec import array_of
+from megadiff.data.errors import DataError, SampleError
+from megadiff.data.inspect import in_one_line, kind_of, load_picture
+from megadiff.data.pack import PICTURES, printable
+from megadiff.data.shards import Manifest, Shard, ShardEntry, read_manifest
+from megadiff.data.threads import in_order
+from megadiff.storage import store
+
+
+class Kind(StrEnum):
+    """What can be wrong."""
+
+    MISSING = "missing"
+    UNREADABLE = "unreadable"
+    TRUNCATED = "truncated"
+    SIZE = "another size"
+    CORRUPT = "corrupt"
+    SAMPLES = "another number of samples"
+    DUPLICATE = "duplicate"
+    UNLISTED = "not listed"
+    INCOMPLETE = "incomplete"
+    DAMAGED = "damaged member"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong: with which object, and how."""
+
+    kind: Kind
+    object: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.object}: {self.detail}"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found.
+
+    Attributes:
+        shards, samples, bytes: as listed.
+        counts: faults by kind, of kinds that there are.
+        faults: of each kind the first ones, or all.
+        note: what could not be looked at; empty if all was.
+    """
+
+    address: str
+    shards: int
+    samples: int
+    bytes: int
+    counts: dict[Kind, int]
+    faults: tuple[Fault, ...]
+    note: str = ""
+
+    @property
+    def whole(self) -> bool:
+        return not self.counts
+
+
+def verify(
+    address: str,
+    *,
+    quick: bool = False,
+    decode: bool = False,
+    workers: int = 8,
+    keep: int | None = None,
+    found: Callable[[Fault], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Verification:
+    """Compare shards with their manifest. Faults come in the manifest's order, whatever the number of workers.
+
+    Args:
+        quick: presence and sizes alone; no shard is read.
+        decode: open every picture, array and text.
+        workers: shards at once, each of them whole in memory.
+        keep: so many faults of each kind stay in the result; None keeps all.
+        found: called for each fault as soon as it is found.
+        progress: called with the number of shards done and of all.
+
+    Raises:
+        StorageError, DataError: the manifest itself cannot be read.
+    """
+    manifest = read_manifest(address)
+    folder = store.folder_of(address)
+    faults = _Faults(keep, found)
+    for fault in _listed_twice(folder, manifest):
+        faults.add(fault)
+    note = ""
+    try:
+        for fault in _unlisted(folder, manifest):
+            faults.add(fault)
+    except store.StorageError as error:
+        note = f"tars that the manifest does not list were not looked for: {error}"
+    entries = list({entry.name: entry for entry in manifest.shards}.values())
+    contents = _Contents(folder)
+    checks = in_order(entries, lambda entry: _check(store.join(folder, entry.name), entry, quick, decode), workers)
+    for done, (entry, checked) in enumerate(zip(entries, checks, strict=True), 1):
+        for fault in checked.faults:
+            faults.add(fault)
+        contents.add(entry, checked)
+        if progress:
+            progress(done, len(entries))
+    for fault in (*contents.duplicates(), *contents.incomplete()):
+        faults.add(fault)
+    size = sum(entry.bytes for entry in manifest.shards)
+    kept = tuple(faults.kept)
+    return Verification(address, len(manifest.shards), manifest.samples, size, dict(faults.counts), kept, note)
+
+
+class _Faults:
+    """Faults, counted and passed on; of each kind no more are kept than asked for."""
+
+    def __init__(self, keep: int | None, found: Callable[[Fault], None] | None) -> None:
+        self.keep, self.found = keep, found
+        self.counts: Counter[Kind] = Counter()
+        self.kept: list[Fault] = []
+
+    def add(self, fault: Fault) -> None:
+        fault = replace(fault, object=printable(fault.object), detail=printable(fault.detail))
+        self.counts[fault.kind] += 1
+        if self.keep is None or self.counts[fault.kind] <= self.keep:
+            self.kept.append(fault)
+        if self.found:
+            self.found(fault)
+
+
+# --------------------------------------------------------------------------------------------------------- the manifest
+
+
+def _listed_twice(folder: str, manifest: Manifest) -> Iterator[Fault]:
+    names: dict[str, ShardEntry] = {}
+    hashes: dict[str, str] = {}
+    for entry in manifest.shards:
+        address = _shown(folder, entry.name)
+        if entry.name in names:
+            alike = "alike" if names[entry.name] == entry else "with other numbers"
+            yield Fault(Kind.DUPLICATE, address, f"the manifest lists it twice, {alike}")
+        elif entry.sha256 in hashes:
+            yield Fault(Kind.DUPLICATE, address, f"the manifest lists the same hash for {hashes[entry.sha256]}")
+        names.setdefault(entry.name, entry)
+        hashes.setdefault(entry.sha256, entry.name)
+
+
+def _unlisted(folder: str, manifest: Manifest) -> Iterator[Fault]:
+    """Tars beside those listed. Raises StorageError where a folder cannot be listed."""
+    if folder.startswith(("http://", "https://")):
+        raise store.StorageError(f"{store.shown(folder)} cannot be listed over HTTP")
+    listed = {entry.name for entry in manifest.shards}
+    for inside in sorted({"", *(name.rpartition("/")[0] for name in listed)}):
+        place = store.join(folder, inside) if inside else folder
+        if store.is_local(place) and not store.local_path(place).is_dir():
+            continue  # its shards are missing, which is told of each
+        for name in store.list_names(place):
+            whole = f"{inside}/{name}" if inside else name
+            if name.endswith(".tar") and whole not in listed:
+                yield Fault(Kind.UNLISTED, _shown(folder, whole), "lies there, and the manifest does not list it")
+
+
+# ------------------------------------------------------------------------------------------------------------- a shard
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """What one shard gave.
+
+    Attributes:
+        keys: its samples' keys, or None if it could not be opened.
+        members: for each sample the endings that it has, sorted.
+    """
+
+    faults: list[Fault] = field(default_factory=list)
+    keys: list[str] | None = None
+    members: list[tuple[str, ...]] = field(default_factory=list)
+
+
+def _check(address: str, entry: ShardEntry, quick: bool, decode: bool) -> _Checked:
+    name = store.shown(address)
+    try:
+        size = store.size(address)
+        if size != entry.bytes:
+            kind = Kind.TRUNCATED if size < entry.bytes else Kind.SIZE
+            return _Checked([Fault(kind, name, f"it has {size:,} bytes, and the manifest says {entry.bytes:,}")])
+        return _Checked() if quick else _check_body(name, store.read_whole(address), entry, decode)
+    except store.MissingError:
+        return _Checked([Fault(Kind.MISSING, name, "the manifest lists it, and it is not there")])
+    except store.StorageError as error:
+        return _Checked([Fault(Kind.UNREADABLE, name, str(error))])
+
+
+def _check_body(name: str, data: memoryview, entry: ShardEntry, decode: bool) -> _Checked:
+    reasons = []
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != entry.sha256:
+        reasons.append(f"its sha256 is {digest[:12]}..., and the manifest says {str(entry.sha256)[:12]}...")
+    shard = None
+    try:
+        shard = Shard(name, data)
+    except DataError as error:
+        reasons.append(f"no whole tar ({str(error).partition('is damaged: ')[2].partition(';')[0]})")
+    faults = [Fault(Kind.CORRUPT, name, "; ".join(reasons))] if reasons else []
+    if shard is None:
+        return _Checked(faults)
+    if len(shard) != entry.samples:
+        detail = f"it holds {len(shard):,} samples, and the manifest says {entry.samples:,}"
+        faults.append(Fault(Kind.SAMPLES, name, detail))
+    views = [shard.views(place) for place in range(len(shard))]
+    if sum(map(len, views)) != len(members := tar.index(data)):
+        twice = [member for member, count in Counter(found.name for found in members).items() if count > 1]
+        faults += [Fault(Kind.DUPLICATE, f"{name} {member}", "the tar holds this member more than once") for member in twice]
+    keys = [shard.key(place) for place in range(len(shard))]
+    if decode:
+        for key, sample in zip(keys, views, strict=True):
+            for ending, content in sorted(sample.items()):
+                if reason := undecodable(ending, bytes(content)):
+                    faults.append(Fault(Kind.DAMAGED, f"{name} {key}.{ending}", reason))
+    return _Checked(faults, keys, [tuple(sorted(sample)) for sample in views])
+
+
+def undecodable(ending: str, content: bytes) -> str:
+    """Why a member cannot be decoded; empty if it can be, or if it is of a kind that is not looked into."""
+    kind = kind_of(ending)
+    try:
+        if kind in PICTURES:
+            load_picture(content)
+        elif kind == "npy":
+            values = array_of({ending: content}, ending)
+            if values.dtype.kind in "fc" and not np.isfinite(values).all():
+                return f"{int((~np.isfinite(values)).sum()):,} of its {values.size:,} numbers are not finite"
+        elif kind == "json":
+            json.loads(content.decode("utf-8"))
+        elif kind == "txt":
+            content.decode("utf-8")
+    except SampleError as error:
+        return str(error)
+    except UnicodeDecodeError as error:
+        return f"it is no text in UTF-8: {error}"
+    except (ValueError, RecursionError) as error:
+        return f"it is no JSON: {in_one_line(error)}"
+    return ""
+
+
+# ----------------------------------------------------------------------------------------------------------- all shards
+
+
+class _Contents:
+    """Keys and members of all samples in about 10 bytes each, to be compared over shards at the end."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self._hashes: set[str] = set()
+        self._shards: list[str] = []
+        self._keys: list[bytes] = []
+        self._digests: list[NDArray[np.uint64]] = []
+        self._members: dict[tuple[str, ...], int] = {}
+        self._numbers: list[NDArray[Any]] = []
+
+    def add(self, entry: ShardEntry, checked: _Checked) -> None:
+        """Take a shard's samples; those of one that is listed under two names would all be told again."""
+        if checked.keys is None or entry.sha256 in self._hashes:
+            return
+        self._hashes.add(entry.sha256)
+        self._shards.append(entry.name)
+        encoded = [key.encode("utf-8", "surrogateescape") for key in checked.keys]
+        self._keys.append(zlib.compress(b"\0".join(encoded)))
+        digests = b"".join(hashlib.blake2b(key, digest_size=8).digest() for key in encoded)
+        self._digests.append(np.frombuffer(digests, dtype=np.uint64))
+        numbers = [self._members.setdefault(members, len(self._members)) for members in checked.members]
+        self._numbers.append(np.array(numbers, dtype=np.min_scalar_type(len(self._members))))
+
+    def duplicates(self) -> Iterator[Fault]:
+        """Keys that an earlier shard has as well."""
+        if not self._shards:
+            return
+        digests = np.concatenate(self._digests)
+        order = np.argsort(digests, kind="stable")
+        alike = np.flatnonzero(np.diff(digests[order]) == 0)
+        first_in: dict[str, str] = {}
+        for shard, key in self._at(np.unique(np.concatenate([order[alike], order[alike + 1]]))):
+            if key in first_in:
+                detail = f"{_shown(self.folder, first_in[key])} has a sample of this key as well"
+                yield Fault(Kind.DUPLICATE, f"{_shown(self.folder, shard)} {key}", detail)
+            first_in.setdefault(key, shard)
+
+    def incomplete(self) -> Iterator[Fault]:
+        """Samples without a member that more than half of all have."""
+        counts: Counter[str] = Counter()
+        samples = np.zeros(len(self._members), dtype=np.int64)
+        for numbers in self._numbers:
+            samples += np.bincount(numbers, minlength=len(self._members))
+        for members, number in self._members.items():
+            counts.update(dict.fromkeys(members, int(samples[number])))
+        total = int(samples.sum())
+        usual = {ending for ending, count in counts.items() if 2 * count > total}
+        lacking = {number: sorted(usual - set(members)) for members, number in self._members.items() if usual - set(members)}
+        if not lacking:
+            return
+        places = np.flatnonzero(np.isin(np.concatenate(self._numbers), list(lacking)))
+        everything = np.concatenate(self._numbers)
+        for place, (shard, key) in zip(places.tolist(), self._at(places), strict=True):
+            missing = lacking[int(everything[place])]
+            shares = ", ".join(f".{ending} (as {counts[ending]:,} of {total:,} samples have)" for ending in missing)
+            yield Fault(Kind.INCOMPLETE, f"{_shown(self.folder, shard)} {key}", f"it has no {shares}")
+
+    def _at(self, places: NDArray[np.intp]) -> Iterator[tuple[str, str]]:
+        """(shard, key) of ascending places over all samples."""
+        ends = np.cumsum([len(numbers) for numbers in self._numbers])
+        opened, keys = -1, list[str]()
+        for place in places.tolist():
+            shard = int(np.searchsorted(ends, place, side="right"))
+            if shard != opened:
+                opened, keys = shard, _keys(self._keys[shard])
+            yield self._shards[shard], keys[place - int(ends[shard]) + len(keys)]
+
+
+def _keys(packed: bytes) -> list[str]:
+    return [key.decode("utf-8", "surrogateescape") for key in zlib.decompress(packed).split(b"\0")]
+
+
+def _shown(folder: str, name: str) -> str:
+    return store.shown(store.join(folder, name))
