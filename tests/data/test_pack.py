@@ -761,6 +761,6 @@ def test_a_turned_picture_is_scaled_by_its_upright_sides_whatever_its_format(kin
     turned[0x0112] = 6
     buffer = io.BytesIO()
     Image.new("RGB", (400, 600)).save(buffer, kind, exif=turned)
-    _, data, height, width = pack._picture(buffer.getvalue(), pack.Packing(size_px=200))
+    _, data, height, width = packing_module._picture(buffer.getvalue(), Packing(size_px=200))
     assert (height, width) == (200, 300)
     assert Image.open(io.BytesIO(data)).size == (300, 200)
