@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,8 @@ _MASK32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+_LOW, _LOW31, _HALF = np.uint64(_MASK32), np.uint64(0x7FFFFFFF), np.uint64(32)
+_WIDE, _STEPS = np.array(_MULTIPLIERS, dtype=np.uint64), np.array(_WEYL, dtype=np.uint64)
 
 
 def _purpose_words(purpose: str) -> tuple[int, int]:
@@ -58,10 +61,25 @@ def fold(keys: Tensor, value: int | Tensor | str) -> Tensor:
     if isinstance(value, str):
         first, second = _purpose_words(value)
         value = first | ((second & 0x7FFFFFFF) << 32)
+    if keys.device.type == "cpu" and type(keys) is Tensor and not torch.compiler.is_compiling():
+        return _fold_on_cpu(keys, value)
     number = torch.as_tensor(value, dtype=torch.int64, device=keys.device).expand_as(keys)
     counter = (number & _MASK32, (number >> 32) & _MASK32, torch.zeros_like(keys), torch.full_like(keys, 1))
     words = _philox(counter, (keys & _MASK32, (keys >> 32) & _MASK32))
     return words[0] | ((words[1] & 0x7FFFFFFF) << 32)
+
+
+def _fold_on_cpu(keys: Tensor, value: int | Tensor) -> Tensor:
+    """`fold` in NumPy, whose operations cost a fraction of torch's on a few numbers. Words are 32 bits in uint64."""
+    own = keys.numpy().view(np.uint64)
+    number = np.broadcast_to(np.asarray(value, dtype=np.int64), own.shape).view(np.uint64)
+    c0, c1, c2, c3 = number & _LOW, number >> _HALF, np.zeros_like(own), np.ones_like(own)
+    k0, k1 = own & _LOW, own >> _HALF
+    for _ in range(_ROUNDS):
+        product0, product1 = c0 * _WIDE[0], c2 * _WIDE[1]
+        c0, c1, c2, c3 = (product1 >> _HALF) ^ c1 ^ k0, product1 & _LOW, (product0 >> _HALF) ^ c3 ^ k1, product0 & _LOW
+        k0, k1 = (k0 + _STEPS[0]) & _LOW, (k1 + _STEPS[1]) & _LOW
+    return torch.from_numpy((c0 | ((c1 & _LOW31) << _HALF)).view(np.int64))
 
 
 def sample_keys(seed: int, *numbers: int | Tensor, device: torch.device | str = "cpu") -> Tensor:

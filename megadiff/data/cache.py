@@ -44,7 +44,7 @@ class ShardCache:
                 if not self._holds(path, entry):
                     self._download(address, path, entry)
                 os.utime(path)
-                return Shard(address, path)
+                return Shard(address, path, mapped=True)
             except FileNotFoundError:  # another process has made room
                 continue
             except store.FullError as error:

@@ -104,6 +104,7 @@ def _view_of(members: Views, member: str) -> bytes | memoryview:
 
 
 _SHORTEST_HEADER = 64
+_INT32 = np.dtype("=i4")
 _NPY_HEADERS: dict[bytes, tuple[np.dtype[Any], tuple[int, ...]]] = {}
 """What the headers of arrays seen so far say: the samples of a data set have few different ones, and parsing is slow."""
 
@@ -126,6 +127,18 @@ def arrays_of(samples: Sequence[Views], member: str) -> Array | None:
         return np.frombuffer(joined, dtype).reshape(len(views), *shape)
     except (SampleError, ValueError):
         return None
+
+
+def row_of(members: Views, member: str, number: int) -> list[int] | None:
+    """Row `number` modulo the rows of an int32 array; None where it is no such array. For short rows faster than `array_of`."""
+    data = _view_of(members, member)
+    begins = 10 + int.from_bytes(data[8:10], "little")
+    dtype, shape = _NPY_HEADERS.get(bytes(data[:begins]), (None, ()))
+    if dtype != _INT32 or len(shape) != 2 or not shape[0] or len(data) - begins != 4 * shape[0] * shape[1]:
+        return None
+    start = number % shape[0] * shape[1]
+    row: list[int] = memoryview(data)[begins:].cast("i")[start : start + shape[1]].tolist()
+    return row
 
 
 def array_of(members: Views, member: str) -> Array:

@@ -29,7 +29,7 @@ from megadiff.config.schema import (
 )
 from megadiff.data import clip
 from megadiff.data.buckets import Bucket, fit
-from megadiff.data.codec import Array, Codec, array_of, member_of
+from megadiff.data.codec import Array, Codec, array_of, member_of, row_of
 from megadiff.data.columns import ClassCodec, NumberCodec
 from megadiff.data.errors import SampleError
 from megadiff.data.shards import Manifest, Views
@@ -175,11 +175,13 @@ class CaptionCodec(Codec):
 
     def _ids(self, members: Views, key: int) -> list[int]:
         """One of the captions in an array of token ids [captions, longest]."""
-        captions = array_of(members, self.member)
-        if captions.ndim != 2 or captions.dtype.kind != "i" or not len(captions):
-            found = f"{captions.dtype} {list(captions.shape)}"
-            raise SampleError(f"its .{self.member} member must hold whole numbers [captions, longest], not {found}")
-        ids: list[int] = captions[key % len(captions)].tolist()
+        ids = row_of(members, self.member, key)
+        if ids is None:
+            captions = array_of(members, self.member)
+            if captions.ndim != 2 or captions.dtype.kind != "i" or not len(captions):
+                found = f"{captions.dtype} {list(captions.shape)}"
+                raise SampleError(f"its .{self.member} member must hold whole numbers [captions, longest], not {found}")
+            ids = captions[key % len(captions)].tolist()
         ids = ids[: ids.index(NO_TOKEN)] if NO_TOKEN in ids else ids
         if ids and not 0 <= min(ids) <= max(ids) < self.space.vocabulary:
             raise SampleError(f"its .{self.member} member has the id {max(ids)}, and the vocabulary is {self.space.vocabulary}")

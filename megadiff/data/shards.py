@@ -9,6 +9,7 @@ import gc
 import hashlib
 import io
 import json
+import mmap
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +23,7 @@ import webdataset
 
 from megadiff.config.errors import UserError
 from megadiff.data.errors import DataError
-from megadiff.data.tar import index, members_of
+from megadiff.data.tar import index
 from megadiff.storage import store
 
 FORMAT, VERSION = "megadiff-shards", 1
@@ -169,16 +170,22 @@ def _facts_at(folder: str) -> dict[str, Any]:
 class Shard:
     """Random access to the samples of one tar, held in memory or as an open local file."""
 
-    def __init__(self, address: str, source: bytes | memoryview | Path) -> None:
-        """Raises DataError if it is no whole tar, FileNotFoundError if the file is gone."""
+    def __init__(self, address: str, source: bytes | memoryview | Path, *, mapped: bool = False) -> None:
+        """Raises DataError if it is no whole tar, FileNotFoundError if the file is gone.
+
+        Args:
+            mapped: map a file into memory. For files that nobody cuts in place: a process that reads where one has ended dies.
+        """
         self.address = address
-        self._held = None if isinstance(source, Path) else memoryview(source)
         self._descriptor = os.open(source, os.O_RDONLY) if isinstance(source, Path) else None
         if self._descriptor is not None:
             weakref.finalize(self, os.close, self._descriptor)
+        data = memoryview(b"") if self._descriptor is None else _map(self._descriptor)
+        data = data if isinstance(source, Path) else memoryview(source)
+        self._held = data if mapped or self._descriptor is None else None
         samples: dict[str, dict[str, tuple[int, int]]] = {}
         try:
-            for name, start, size in index(self._held) if self._held is not None else members_of(self._read):
+            for name, start, size in index(data):
                 head, _, base = name.rpartition("/")
                 stem, _, ending = base.partition(".")
                 samples.setdefault(f"{head}/{stem}" if head else stem, {})[ending.lower()] = (start, size)
@@ -206,7 +213,13 @@ class Shard:
         return {ending: held[start : start + size] for ending, (start, size) in self._places[offset].items()}
 
     def _read(self, start: int, size: int) -> bytes:
-        if self._held is not None:
+        if self._descriptor is None or self._held is not None:
+            assert self._held is not None
             return self._held[start : start + size].tobytes()
-        assert self._descriptor is not None
         return os.pread(self._descriptor, size, start)
+
+
+def _map(descriptor: int) -> memoryview:
+    """A file's content, not read before it is looked at."""
+    size = os.fstat(descriptor).st_size
+    return memoryview(mmap.mmap(descriptor, size, prot=mmap.PROT_READ) if size else b"")

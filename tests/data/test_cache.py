@@ -150,7 +150,7 @@ def test_expected_shards_are_opened_ahead_and_the_others_let_go(tmp_path: Path, 
         assert opened == [4, 2]
         reader.expect([2, 5])
         assert reader.members(4, 0) == sample(4)  # nobody expects it any more, and it is had all the same
-        assert sorted(opened) == [2, 4, 4, 5]
+    assert sorted(opened) == [2, 4, 4, 5]
 
 
 def test_a_shard_that_could_not_be_had_is_tried_again(tmp_path: Path) -> None:
