@@ -15,7 +15,6 @@ import hashlib
 import importlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -71,7 +70,7 @@ def streaming(folder: Path, samples: int, point: float, _: Path) -> None:
     from streaming import StreamingDataLoader, StreamingDataset
 
     set_ = StreamingDataset(local=str(folder), shuffle=True, batch_size=BATCH, num_canonical_nodes=1)
-    loader = StreamingDataLoader(set_, batch_size=BATCH, collate_fn=len)
+    loader = StreamingDataLoader(set_, batch_size=BATCH, collate_fn=lambda rows: (rows,))
     done = round(point * samples / BATCH) * BATCH
     where = {"epoch": 0, "sample_in_epoch": done, "shuffle_seed": set_.shuffle_seed}
     loader.load_state_dict({**where, "num_canonical_nodes": 1, "initial_physical_nodes": 1})
@@ -85,7 +84,7 @@ def litdata(folder: Path, samples: int, point: float, scratch: Path) -> None:
 
     def loader() -> Any:
         set_ = StreamingDataset(str(folder), shuffle=True, drop_last=True)
-        return StreamingDataLoader(set_, batch_size=BATCH, num_workers=0, collate_fn=len, drop_last=True)
+        return StreamingDataLoader(set_, batch_size=BATCH, num_workers=0, collate_fn=lambda rows: (rows,), drop_last=True)
 
     if not state.exists():  # the run that stops: only it can tell its state
         first = loader()
@@ -117,13 +116,13 @@ def bookkeeping(shards: int, folder: Path) -> dict[str, float]:
         entries = (ShardEntry(name, 10_000, 180_000_000, hashlib.sha256(name.encode()).hexdigest()) for name in names)
         write_manifest(str(folder), Manifest(tuple(entries)))
         return {}
-    before = _peak_mib()
+    before = _forget_peak()
     began = time.perf_counter()
     mixture = Mixture({"train": read_manifest(str(folder))}, 512, 4, 0)
     step = round(3.5 * shards * 10_000 / 2048)
     mixture.step(step, range(256), 2048)
     mixture.shards_ahead(step, range(256), 2048)
-    return {"seconds": time.perf_counter() - began, "peak_mib": _peak_mib() - before}
+    return {"seconds": time.perf_counter() - began, "peak_mib": _resident_mib("VmHWM") - before}
 
 
 def measure(case: str, point: float, samples: int, root: Path, scratch: Path) -> dict[str, float]:
@@ -136,14 +135,21 @@ def measure(case: str, point: float, samples: int, root: Path, scratch: Path) ->
         importlib.import_module("streaming")
     for module in modules:
         importlib.import_module(module)
-    before = _peak_mib()
+    before = _forget_peak()
     began = time.perf_counter()
     resume(root / kind, samples, point, scratch)
-    return {"seconds": time.perf_counter() - began, "peak_mib": _peak_mib() - before}
+    return {"seconds": time.perf_counter() - began, "peak_mib": _resident_mib("VmHWM") - before}
 
 
-def _peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def _forget_peak() -> float:
+    """Begin to look for the largest resident size anew; returns the present one in MiB."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _resident_mib("VmRSS")
+
+
+def _resident_mib(what: str) -> float:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[what].split()[0]) / 1024
 
 
 def _child(*arguments: object) -> dict[str, float]:

@@ -109,7 +109,8 @@ class Order:
         return [*present, *coming[: -(-int(len(coming) * share * 1024) // 1024)]]
 
     def _block_at(self, lane: int, place: int) -> _Block:
-        ahead = lane * self.block // self.lanes  # where the lane's first block has begun, as it were
+        # Where the lane's first block has begun, as it were; not where one block holds all, which would be cut in two.
+        ahead = lane * self.block // self.lanes if self.block < self.lane_samples else 0
         number = (place + ahead) // self.block
         return _Block(number, max(0, number * self.block - ahead), min(self.lane_samples, (number + 1) * self.block - ahead))
 
