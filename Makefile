@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help quickstart install test test-all lint clean
+.PHONY: help quickstart install test test-s3 test-all lint clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 quickstart: $(VENV)/.installed  ## install, train the three stages on the emoji that ship here, draw samples
 	$(BIN)/megadiff launch configs/run/quickstart.yaml --deepspeed ds_configs/zero3.json
@@ -21,6 +21,9 @@ lint: $(VENV)/.installed-test  ## ruff and mypy
 
 test: lint  ## lint, and the tests that need neither a GPU nor many minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow and not slurm"
+
+test-s3: $(VENV)/.installed-test  ## the tests of S3, most of them against a real server (tests/s3/README.md); part of `make test`
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m s3
 
 test-all: lint  ## every test; those that need a GPU are skipped where there is none
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
