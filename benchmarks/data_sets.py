@@ -86,6 +86,8 @@ def _shards(folder: Path, kind: str, count: int) -> None:
         if len(members) == PER_SHARD[kind]:
             entries.append(write_shard(str(folder), f"{len(entries):06d}.tar", members))
             members = {}
+    if members:
+        entries.append(write_shard(str(folder), f"{len(entries):06d}.tar", members))
     write_manifest(str(folder), Manifest(tuple(entries)))
 
 

@@ -71,7 +71,7 @@ def get_loop(arguments: argparse.Namespace, settings: dict[str, Any], _: Path) -
     return epoch
 
 
-def megadiff(arguments: argparse.Namespace, settings: dict[str, Any], cache: Path) -> Epoch:
+def open_loader(arguments: argparse.Namespace, settings: dict[str, Any], cache: Path) -> Any:
     from megadiff.config.schema import Cache, CaptionField, Data, LatentField, Model, PixelField
     from megadiff.data.loader import Loader
 
@@ -96,7 +96,7 @@ def megadiff(arguments: argparse.Namespace, settings: dict[str, Any], cache: Pat
         cache=Cache(folder=str(cache)) if arguments.child == "megadiff, cache" else None,
     )
     batch = BATCH[arguments.kind]
-    loader = Loader(
+    return Loader(
         data,
         model,
         seed=0,
@@ -106,8 +106,12 @@ def megadiff(arguments: argparse.Namespace, settings: dict[str, Any], cache: Pat
         data_ranks=arguments.ranks,
     )
 
+
+def megadiff(arguments: argparse.Namespace, settings: dict[str, Any], cache: Path) -> Epoch:
+    loader = open_loader(arguments, settings, cache)
+
     def epoch() -> Iterator[int]:
-        for _ in range(arguments.samples // arguments.ranks // batch):
+        for _ in range(arguments.samples // arguments.ranks // BATCH[arguments.kind]):
             (one,) = loader.take_stored()
             yield len(one.ids)
 
@@ -178,7 +182,7 @@ def litdata(arguments: argparse.Namespace, settings: dict[str, Any], cache: Path
     }
     set_ = StreamingDataset(
         f"{arguments.address}/litdata",
-        cache_dir=str(cache / f"rank{arguments.rank}"),
+        cache_dir=str(cache),  # one for the ranks of a node, as by default: each epoch deals the chunks anew
         shuffle=True,
         drop_last=True,
         storage_options={key: os.environ[name] for key, name in keys.items()},
@@ -271,9 +275,14 @@ def run(
             )
             for rank in range(ranks)
         ]
-        said = [child.communicate(timeout=600) for child in children]
-        if any(child.returncode for child in children):
-            raise RuntimeError(f"{name} {settings}: {said[0][1][-600:]}")
+        try:
+            said = [child.communicate(timeout=600) for child in children]
+        finally:
+            for child in children:
+                child.kill()  # of two ranks one may wait for the other, which has failed
+        wrong = [errors for child, (_, errors) in zip(children, said, strict=True) if child.returncode]
+        if wrong:
+            raise RuntimeError(f"{name} {settings}: {wrong[0][-600:]}")
         parts = [json.loads(out.strip().splitlines()[-1]) for out, _ in said]
     return {key: (max if key.endswith("_s") else sum)(part[key] for part in parts) for key in parts[0]}
 
@@ -328,28 +337,42 @@ def compare(arguments: argparse.Namespace, kind: str, samples: int, ranks: int) 
                 rows.setdefault(key, []).append(found)
                 print(f"{kind}, {ranks} ranks, turn {turn}: {key} {found}", file=sys.stderr, flush=True)
     medians = {key: {m: statistics.median(one[m] for one in found) for m in found[0]} for key, found in rows.items()}
-    best: dict[str, tuple[str, str]] = {}
-    for key in sorted(medians, key=lambda key: medians[key]["cold_whole"]):
-        best[key[0]] = key
-    best = {name: best[name] for name in wanted if name in best}
+    best = {name: key for name in wanted if (key := _best(medians, name, "cold_whole"))}
+    warmest = {name: key for name in wanted if (key := _best(medians, name, "warm_whole"))}
     limit = medians[best["GET loop"]]["cold_whole"] if "GET loop" in best else float("nan")
-    print(f"\n{kind}, {samples:,} samples, {ranks} process{'es' if ranks > 1 else ''}: samples per second")
-    print("| | first batch, s | cold, whole epoch | of the GET loop | after the first batch | warm | setting |")
-    print("|---|---|---|---|---|---|---|")
+    ours = medians[best["megadiff"]]["cold_whole"] if "megadiff" in best else float("nan")
+    each = _mean_bytes(arguments.bucket, kind, samples)
+    print(f"\n{kind}, {samples:,} samples of {each:,.0f} bytes, {ranks} process{'es' if ranks > 1 else ''}: samples per second")
+    print("| | first batch, s | cold, whole epoch | MB/s | of the GET loop | megadiff, times it | after the first | warm |")
+    print("|---|---|---|---|---|---|---|---|")
     for name, key in best.items():
         m = medians[key]
-        warm = f"{m['warm_whole']:,.0f}" if "warm_whole" in m else ""
-        print(
-            f"| {name} | {m['cold_first_batch_s']:.2f} | {m['cold_whole']:,.0f} | {m['cold_whole'] / limit:.0%} "
-            f"| {m['cold_steady']:,.0f} | {warm} | {key[1]} |",
-            flush=True,
-        )
+        warm = f"{medians[warmest[name]]['warm_whole']:,.0f} {warmest[name][1]}" if name in warmest else ""
+        whole = f"{m['cold_whole']:,.0f} {key[1]} | {m['cold_whole'] * each / 1e6:,.0f}"
+        ratios = f"{m['cold_whole'] / limit:.0%} | {ours / m['cold_whole']:.2f}"
+        print(f"| {name} | {m['cold_first_batch_s']:.2f} | {whole} | {ratios} | {m['cold_steady']:,.0f} | {warm} |", flush=True)
     return {
+        "bytes_per_sample": each,
         "medians": [{"competitor": name, "settings": json.loads(s), **m} for (name, s), m in medians.items()],
         "best": {name: json.loads(key[1]) for name, key in best.items()},
-        "failed": [{"competitor": name, "settings": json.loads(s), "errors": e} for (name, s), e in failed.items()],
+        "best_warm": {name: json.loads(key[1]) for name, key in warmest.items()},
+        "failed": [{"competitor": name, "settings": json.loads(s), "times": len(e)} for (name, s), e in failed.items()],
         "all": [{"competitor": name, "settings": json.loads(s), "runs": found} for (name, s), found in rows.items()],
     }
+
+
+def _best(medians: dict[tuple[str, str], dict[str, float]], name: str, what: str) -> tuple[str, str] | None:
+    """The competitor's key with the most samples per second."""
+    told = [key for key, found in medians.items() if key[0] == name and what in found]
+    return max(told, key=lambda key: medians[key][what], default=None)
+
+
+def _mean_bytes(bucket: str, kind: str, samples: int) -> float:
+    """Of a sample in our shards, tar headers included."""
+    from megadiff.data.shards import read_manifest
+
+    manifest = read_manifest(f"s3://{bucket}/{kind}-{samples}/shards")
+    return sum(entry.bytes for entry in manifest.shards) / manifest.samples
 
 
 if __name__ == "__main__":

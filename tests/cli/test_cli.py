@@ -283,3 +283,30 @@ def test_python_m_megadiff_is_the_same_command_and_a_closed_pipe_is_quiet(run_fi
     assert process.wait(timeout=60) == 141
     assert process.stderr.read() == ""
     process.stderr.close()
+
+
+def code_of(arguments: list[str]) -> object:
+    """The exit code, whether the verb returns it or argparse ends the program."""
+    try:
+        return cli.main(arguments)
+    except SystemExit as end:
+        return end.code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--", "train", "x.yaml"], "launch starts train by RUN.yaml and --deepspeed, not after --"),
+        (["run.yaml", "--", "data", "verify", "x"], "before -- only --processes N may stand"),
+        (["--processes", "2", "run.yaml", "--deepspeed", "x.json"], "--processes is of a verb after --"),
+        ([], "give RUN.yaml and --deepspeed DS.json, or -- and another verb"),
+    ],
+)
+def test_launch_says_what_may_stand_where(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+    assert code_of(["launch", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_launch_runs_another_verb_as_several_processes(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["launch", "--processes", "2", "--", "data", "verify", str(tmp_path)]) == 2
+    assert capfd.readouterr().err.count("manifest.json cannot be read") == 1
