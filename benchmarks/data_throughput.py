@@ -33,7 +33,7 @@ BATCH = {"latents": 256, "jpeg": 64}
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "GET loop": [{"downloads": 4}],
     "megadiff": [{"workers": 1}, {"workers": 2}],
-    "megadiff, cache": [{"workers": 1}],
+    "megadiff, cache": [{"workers": 1}, {"workers": 2}],
     "webdataset, curl": [{"workers": 0}, {"workers": 2}],
     "webdataset, pipe": [{"workers": 2}],
     "streaming": [{"workers": 0}, {"workers": 2}],

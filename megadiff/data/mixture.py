@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -196,10 +197,14 @@ def _starts(sources: Mapping[str, Manifest]) -> list[Numbers]:
     """Per source the number, over all sources, of each shard's first sample."""
     found, first = [], 0
     for manifest in sources.values():
-        ends = first + np.cumsum([shard.samples for shard in manifest.shards], dtype=np.int64)
+        ends = first + np.cumsum(_sizes(manifest))
         found.append(np.concatenate([[first], ends[:-1]]))
         first = int(ends[-1])
     return found
+
+
+def _sizes(manifest: Manifest) -> Numbers:
+    return np.fromiter(map(attrgetter("samples"), manifest.shards), dtype=np.int64, count=len(manifest.shards))
 
 
 def _shares(sources: Mapping[str, Manifest], weights: Mapping[str, float]) -> dict[str, Fraction]:
@@ -224,9 +229,11 @@ def _buckets(sources: Mapping[str, Manifest], shares: Mapping[str, Fraction]) ->
 def _part(
     number: int, name: str, manifest: Manifest, bucket: str | None, lanes: int, block_shards: int, seed: int
 ) -> Part | None:
-    shards = np.array([i for i, shard in enumerate(manifest.shards) if shard.bucket == bucket], dtype=np.int64)
-    sizes = [manifest.shards[i].samples for i in shards]
-    if not sum(sizes):
+    shards = np.arange(len(manifest.shards))
+    if bucket is not None:
+        shards = np.array([i for i, shard in enumerate(manifest.shards) if shard.bucket == bucket], dtype=np.int64)
+    sizes = _sizes(manifest)[shards]
+    if not sizes.sum():
         return None
     # A single list is keyed by the seed alone: a source that gets a name keeps its order.
     word = "/".join([*([name] if number else []), *([bucket] if bucket else [])])

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class ShardEntry:
     bucket: str | None = None
 
 
+_SAMPLES = attrgetter("samples")
 _NEEDED, _KNOWN = {"name", "samples", "bytes", "sha256"}, {"name", "samples", "bytes", "sha256", "bucket"}
 
 
@@ -62,7 +64,7 @@ class Manifest:
 
     @cached_property
     def samples(self) -> int:
-        return sum([shard.samples for shard in self.shards])
+        return sum(map(_SAMPLES, self.shards))
 
 
 def read_manifest(address: str) -> Manifest:
@@ -82,9 +84,9 @@ def read_manifest(address: str) -> Manifest:
             )
         with _without_collection():
             shards = tuple([_entry(found) for found in tree["shards"]])
-        if not all(isinstance(shard.samples, int) and shard.samples >= 0 for shard in shards):
+        if not _types_of(shards, "samples") <= {int} or min(map(_SAMPLES, shards), default=0) < 0:
             raise ValueError("`samples` must be whole numbers")
-        if not all(isinstance(s.bytes, int) and isinstance(s.name, str) and isinstance(s.sha256, str) for s in shards):
+        if not _types_of(shards, "bytes") <= {int} or not _types_of(shards, "name") | _types_of(shards, "sha256") <= {str}:
             raise ValueError("`name` and `sha256` must be texts, `bytes` a whole number")
     except (ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -93,6 +95,10 @@ def read_manifest(address: str) -> Manifest:
     if manifest.samples == 0:
         raise DataError(f"{address} lists no samples")
     return manifest
+
+
+def _types_of(shards: tuple[ShardEntry, ...], field: str) -> set[type]:
+    return set(map(type, map(attrgetter(field), shards)))
 
 
 def _entry(found: dict[str, Any]) -> ShardEntry:
