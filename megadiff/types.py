@@ -47,6 +47,20 @@ class Batch:
         return replace(self, states=states, features=features, **moved)
 
 
+class Ragged(NamedTuple):
+    """How many leading positions of a modality there are in each sample; the others are not computed, nor read out.
+
+    Attributes:
+        lengths: int32 [B], at least 1.
+        total: their sum; on the host, so that nobody has to wait for a GPU to learn a shape.
+        longest: their maximum.
+    """
+
+    lengths: Tensor
+    total: int
+    longest: int
+
+
 class Noised(NamedTuple):
     """What a denoiser reads.
 
@@ -54,28 +68,60 @@ class Noised(NamedTuple):
         states: per modality the noised state, shaped like Batch.states.
         clocks: per modality float32 [B]; the time input of the network (the process decides: its time t, or its
             marginal standard deviation at t).
-        visible: per modality bool [B, S], False where a position must be hidden as an attention key; None for all visible.
+        visible: per modality bool [B, S], False where a position must be hidden as an attention key, though it is predicted;
+            None for all visible.
+        ragged: the modalities of which only leading positions are there; conditions that end before S.
     """
 
     states: dict[str, Tensor]
     clocks: dict[str, Tensor]
     visible: dict[str, Tensor | None]
+    ragged: Mapping[str, Ragged] = {}
+
+
+class Rows(NamedTuple):
+    """Where the packed rows of a modality come from: sample after sample, each one's leading positions.
+
+    Attributes:
+        places: int64 [R] into the flattened [B * S] positions.
+        samples: int64 [R].
+        starts: int32 [B], a sample's first row.
+        length: S.
+    """
+
+    places: Tensor
+    samples: Tensor
+    starts: Tensor
+    length: int
 
 
 class Stream(NamedTuple):
     """What flows between the blocks of a model: tokens per modality and one conditioning vector per modality.
 
     Attributes:
-        tokens: per modality [B, S, D].
+        tokens: per modality [B, S, D], or packed [R, D].
         conditioning: per modality [B, D]; never attended to, never updated.
         visible: per modality bool [B, S] or None (all visible as keys).
         grids: rows and columns of patches of the modalities that are grids.
+        ragged: how long the samples of some modalities are.
+        rows: where the packed ones lie.
     """
 
     tokens: dict[str, Tensor]
     conditioning: dict[str, Tensor]
     visible: dict[str, Tensor | None]
     grids: dict[str, tuple[int, int]]
+    ragged: Mapping[str, Ragged] = {}
+    rows: Mapping[str, Rows] = {}
+
+    def dense(self, name: str) -> Tensor:
+        """A modality's tokens [B, S, D], zero where there is none."""
+        tokens = self.tokens[name]
+        if name not in self.rows:
+            return tokens
+        rows, batch = self.rows[name], len(self.conditioning[name])
+        padded = tokens.new_zeros(batch * rows.length, tokens.shape[-1])
+        return padded.index_copy(0, rows.places, tokens).view(batch, rows.length, -1)
 
 
 class Dense(NamedTuple):
@@ -88,12 +134,17 @@ class TokenLosses(NamedTuple):
     Attributes:
         targets: int64 [B, S], ids below the vocabulary size.
         scored: bool [B, S].
+        weights: float32 [B, S]; a promise: the loss is a constant times the sum of weights x cross entropies, so that the head
+            can make its gradients together with the losses. None: no promise.
+        number: how many positions are scored; on the host, so that nobody has to wait for a GPU. None: not known.
         mask_class: of a head with a class for the mask state: [2, B, S], the second softplus(the mask's logit), which is what
             that class adds to the released network's loss.
     """
 
     targets: Tensor
     scored: Tensor
+    weights: Tensor | None = None
+    number: int | None = None
     mask_class: bool = False
 
 
@@ -114,11 +165,13 @@ class DrawRule(NamedTuple):
         temperature: logits are divided by it; 0 takes the likeliest token.
         top_k: draw among this many likeliest tokens; 0 is all.
         top_p: draw among the likeliest tokens that together have this probability.
+        min_p: draw among the tokens that have at least this share of the likeliest one's probability.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
 
 
 class SampledRows(NamedTuple):
@@ -144,13 +197,15 @@ class Drawn(NamedTuple):
 
     Attributes:
         ids: int64 [R].
-        log_probability: float32 [R], of the drawn ids before temperature, top-k and top-p.
+        log_probability: float32 [R], of the drawn ids before temperature and truncation.
         entropy: float32 [R] in nats, likewise.
+        margin: float32 [R], by how much the likeliest token's probability exceeds the next one's, likewise.
     """
 
     ids: Tensor
     log_probability: Tensor
     entropy: Tensor
+    margin: Tensor
 
 
 class Aligned(NamedTuple):

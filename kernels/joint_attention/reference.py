@@ -1,48 +1,94 @@
 """The truth for joint attention: plain torch.
 
-Legend: B samples, S tokens of one modality, N tokens of all modalities, H heads, d channels of a head.
+Legend: B samples, S tokens of one modality, N tokens of all modalities, R rows, H heads, d channels of a head.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megadiff.kernels.streams import Projected
 
-def joint_attention(projections: Sequence[tuple[Tensor, Tensor, Tensor]], visible: Sequence[Tensor | None]) -> list[Tensor]:
+SMALLEST_NORM = 1e-12
+
+
+def joint_attention(streams: Sequence[Projected]) -> list[Tensor]:
     """Every token attends to every visible token of every modality; the scale is 1 / sqrt(d).
 
-    Runs in the dtype of its inputs (SDPA keeps its softmax in float32). Without hidden keys no mask tensor exists, so that
-    the mask-free kernels can be taken.
+    Runs in the dtype of its inputs (SDPA keeps its softmax in float32), queries and keys are normalised and turned in float32.
+    Where nothing is hidden no mask tensor exists, so that the mask-free kernels can be taken.
 
     Args:
-        projections: per modality (query, key, value), each [B, S, H, d].
-        visible: per modality bool [B, S], False hides a position as a key; None for all visible. Every sample needs at
-            least one visible key among all modalities.
+        streams: per modality its projections. Every sample needs at least one visible key among all modalities.
 
     Returns:
-        Per modality [B, S, H, d]. Hidden positions still get an output: hiding is about keys only.
+        Per modality [B, S, H, d], packed ones [R, H, d]; zero where a span says that there is no token.
     """
-    query, key, value = (_join([projection[role] for projection in projections]).transpose(1, 2) for role in range(3))
-    lengths = [projection[0].shape[1] for projection in projections]
-    mask = key_mask(visible, lengths, batch=query.shape[0], device=query.device)
-    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    return list(torch.split(attended.transpose(1, 2), lengths, dim=1))
+    query, key, value = (
+        torch.cat(parts, 1).transpose(1, 2) for parts in zip(*(_heads(stream) for stream in streams), strict=True)
+    )
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=_key_mask(streams, query.device)).transpose(1, 2)
+    places = torch.split(attended, [stream.span.longest for stream in streams], dim=1)
+    return [_rows_of(dense, stream) for dense, stream in zip(places, streams, strict=True)]
 
 
-def key_mask(visible: Sequence[Tensor | None], lengths: Sequence[int], *, batch: int, device: torch.device) -> Tensor | None:
-    """bool [B, 1, 1, N], True where a key may be seen; None if no modality hides anything."""
-    if all(mask is None for mask in visible):
+def rms_normalise(vectors: Tensor, gain: Tensor) -> Tensor:
+    """x / max(|x|, 1e-12) * sqrt(d) * gain over the last axis (size d); float32 inside, the input's dtype outside."""
+    unit = F.normalize(vectors.float(), dim=-1, eps=SMALLEST_NORM)
+    return (unit * math.sqrt(vectors.shape[-1]) * gain.float()).to(vectors.dtype)
+
+
+def rotate(vectors: Tensor, table: Tensor) -> Tensor:
+    """Turn channel pairs (i, i + d/2) of [B, S, H, d] by a table [2, n, 1, d/2]; sequences may be shorter than the table."""
+    cosine, sine = table[:, : vectors.shape[1]]
+    first, second = vectors.float().chunk(2, dim=-1)
+    turned = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+    return turned.to(vectors.dtype)
+
+
+def _heads(stream: Projected) -> tuple[Tensor, Tensor, Tensor]:
+    """(query, key, value), each [B, longest, H, d], normalised and turned."""
+    query, key, value = _dense(stream).unbind(-3)
+    if stream.gains is not None:
+        query, key = rms_normalise(query, stream.gains[0]), rms_normalise(key, stream.gains[1])
+    if stream.rotary is not None:
+        query, key = rotate(query, stream.rotary), rotate(key, stream.rotary)
+    return query, key, value
+
+
+def _dense(stream: Projected) -> Tensor:
+    """[B, longest, 3, H, d]; what stands where there is no token does not matter, but is finite."""
+    if stream.span.starts is None:
+        return stream.qkv
+    if not len(stream.qkv):
+        return stream.qkv.new_zeros(stream.span.batch, stream.span.longest, *stream.qkv.shape[1:])
+    rows, _ = stream.span.rows(stream.qkv.device)
+    return stream.qkv[rows]
+
+
+def _key_mask(streams: Sequence[Projected], device: torch.device) -> Tensor | None:
+    """bool [B, 1, 1, N], True where a key may be seen; None if nothing is hidden."""
+    if all(stream.span.lengths is None and stream.span.visible is None for stream in streams):
         return None
-    masks = [
-        torch.ones(batch, length, dtype=torch.bool, device=device) if mask is None else mask
-        for mask, length in zip(visible, lengths, strict=True)
-    ]
+    masks = [stream.span.rows(device)[1] if stream.span.visible is None else stream.span.visible for stream in streams]
     return torch.cat(masks, dim=1)[:, None, None, :]
 
 
-def _join(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1)
+def _rows_of(dense: Tensor, stream: Projected) -> Tensor:
+    """[B, longest, H, d] as the stream's rows lie, zero where there is no token."""
+    span = stream.span
+    if span.lengths is None and span.starts is None:
+        return dense
+    rows, there = span.rows(dense.device)
+    if span.starts is None:
+        return dense * there[..., None, None].to(dense.dtype)
+    if not len(stream.qkv):
+        return dense.new_zeros(0, *dense.shape[2:])
+    # Places without a token all name row 0 and add a zero to it: no two tokens share a row, so the order does not matter.
+    kept = (dense * there[..., None, None].to(dense.dtype)).flatten(0, 1)
+    return dense.new_zeros(len(stream.qkv), *dense.shape[2:]).index_add(0, rows.flatten(), kept)

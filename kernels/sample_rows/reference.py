@@ -17,11 +17,19 @@ TILE = 128
 
 
 class Draws(NamedTuple):
-    """Drawn ids int64 [R]; log-probability and entropy of the untempered, untruncated distribution, float32 [R]."""
+    """Drawn ids int64 [R]; the rest is of the untempered, untruncated distribution, float32 [R].
+
+    Attributes:
+        ids: the tokens.
+        log_probability: theirs.
+        entropy: in nats.
+        margin: probability of the likeliest token minus that of the next.
+    """
 
     ids: Tensor
     log_probability: Tensor
     entropy: Tensor
+    margin: Tensor
 
 
 def sample_rows(
@@ -34,6 +42,7 @@ def sample_rows(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
 ) -> Draws:
     """One token per row from softmax(sum over branches of weight x logits).
 
@@ -47,7 +56,7 @@ def sample_rows(
         rows: int64 [K, R], indices into the flattened [B * S] positions.
         weights: float32 [K, R], columns adding up to 1.
         uniforms: float64 [R].
-        temperature, top_k, top_p: see `draw_rows`.
+        temperature, top_k, top_p, min_p: see `draw_rows`.
     """
     flat = hidden.flatten(0, 1)
     head = weight.float(), None if bias is None else bias.float()
@@ -57,11 +66,18 @@ def sample_rows(
         branches = flat[rows[:, part].flatten()].float().view(*rows[:, part].shape, hidden.shape[-1])
         mixed = branches[0] if len(branches) == 1 else (branches * weights[:, part, None]).sum(0)
         logits = F.linear(mixed, *head)
-        parts.append(draw_rows(logits, uniforms[part], temperature, top_k, top_p))
+        parts.append(draw_rows(logits, uniforms[part], temperature, top_k, top_p, min_p))
     return Draws(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def draw_rows(logits: Tensor, uniforms: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Draws:
+def draw_rows(
+    logits: Tensor,
+    uniforms: Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> Draws:
     """One token per row of float32 logits [R, V], by inverse distribution function, its sums in float64.
 
     Gumbel noise in float32 lowers the temperature (Zheng et al., arXiv 2409.02908); one float64 uniform per row does not.
@@ -69,16 +85,20 @@ def draw_rows(logits: Tensor, uniforms: Tensor, temperature: float = 1.0, top_k:
     Args:
         temperature: logits are divided by it; 0 takes the likeliest token.
         top_k: only the likeliest `top_k` tokens can be drawn (more where equal); 0 is all.
-        top_p: only the likeliest tokens that together reach this probability can be drawn.
+        top_p: of those, only the likeliest tokens that together reach this probability can be drawn (more where equal).
+        min_p: only tokens at least this many times as probable as the likeliest, after the temperature, can be drawn.
     """
     logs = logits.float().log_softmax(-1)
     shares = logs.exp()
     entropy = -torch.special.xlogy(shares, shares).sum(-1)
-    ids = logs.argmax(-1) if temperature == 0 else _inverse(_shares(logs, temperature, top_k, top_p), uniforms)
-    return Draws(ids, logs.gather(1, ids[:, None])[:, 0], entropy)
+    truncation = top_k, top_p, min_p
+    ids = logs.argmax(-1) if temperature == 0 else _inverse(_shares(logs, temperature, *truncation), uniforms)
+    best = shares.topk(min(2, shares.shape[1])).values
+    margin = best[:, 0] - best[:, 1:].sum(-1)
+    return Draws(ids, logs.gather(1, ids[:, None])[:, 0], entropy, margin)
 
 
-def _shares(logs: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+def _shares(logs: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
     """Probabilities up to a factor, float32 [R, V]."""
     if temperature != 1:
         logs = (logs - logs.amax(-1, keepdim=True)) / temperature
@@ -89,7 +109,8 @@ def _shares(logs: Tensor, temperature: float, top_k: int, top_p: float) -> Tenso
         before = ordered.double().cumsum(-1) - ordered
         least = torch.where(before < top_p, ordered, torch.inf).amin(-1, keepdim=True)
         logs = logs.masked_fill(logs.softmax(-1) < least, -torch.inf)
-    return (logs - logs.amax(-1, keepdim=True)).exp()
+    shares = (logs - logs.amax(-1, keepdim=True)).exp()
+    return shares.masked_fill(shares < min_p, 0)
 
 
 def _inverse(shares: Tensor, uniforms: Tensor) -> Tensor:

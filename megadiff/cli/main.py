@@ -8,10 +8,23 @@ import sys
 from collections.abc import Sequence
 
 from megadiff import __version__
-from megadiff.cli import check_config, data, errors, export, export_paper, import_paper, launch, sample, showcase, train
+from megadiff.cli import (
+    check_config,
+    checkpoint,
+    data,
+    ema,
+    errors,
+    export,
+    export_paper,
+    import_paper,
+    launch,
+    sample,
+    showcase,
+    train,
+)
 from megadiff.config.errors import UserError
 
-VERBS = (check_config, launch, train, sample, showcase, export, data, import_paper, export_paper)
+VERBS = (check_config, launch, train, sample, showcase, export, checkpoint, ema, data, import_paper, export_paper)
 """Modules with `add(verbs)`; each parser that they add sets `run`, a function: parsed arguments -> exit code."""
 
 EXAMPLES = """\

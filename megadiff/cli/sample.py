@@ -33,16 +33,17 @@ SAMPLING = (
         "order",
         str,
         "NAME",
-        "of tokens: ancestral, tau_leaping, first_hitting (one at a time, whatever --steps), confidence, entropy, threshold "
-        "(default: ancestral)",
+        "of tokens: ancestral, tau_leaping, first_hitting (one at a time, whatever --steps), confidence, entropy, margin, "
+        "threshold (default: ancestral)",
     ),
-    ("order_noise", float, "X", "Gumbel noise on the confidence and entropy orders (default: 0)"),
+    ("order_noise", float, "X", "Gumbel noise on the confidence, entropy and margin orders (default: 0)"),
     ("threshold", float, "P", "of the threshold order: unmask what is surer than P (default: 0.9)"),
     ("remask", str, "NAME", "mask tokens again: none, cap, conf, loop (default: none)"),
     ("remask_strength", float, "P", "largest probability of that in a step (default: 0.05)"),
     ("temperature", float, "T", "of token draws; 0 takes the likeliest (default: 1)"),
     ("top_k", int, "K", "draw among the K likeliest tokens (default: 0, all)"),
     ("top_p", float, "P", "draw among the likeliest tokens that together have probability P (default: 1)"),
+    ("min_p", float, "P", "draw among the tokens with at least P times the likeliest one's probability (default: 0, all)"),
     ("resample", positive, "N", "inpaint: make every step N times, its noise put back between (default: 4 for inpaint)"),
     ("guidance", float, "W", "W in W x conditional + (1 - W) x unconditional (default: 1, none)"),
     (

@@ -437,12 +437,12 @@ class Sampling(Section):
     """Of the shifted grid: t = s u / (1 + (s - 1) u)."""
     solver: Literal["euler", "heun", "dpmpp_2m", "sde_euler", "sde_dpmpp_2m"] = "heun"
     """For Gaussian modalities."""
-    order: Literal["ancestral", "tau_leaping", "first_hitting", "confidence", "entropy", "threshold"] = "ancestral"
+    order: Literal["ancestral", "tau_leaping", "first_hitting", "confidence", "entropy", "margin", "threshold"] = "ancestral"
     """When categorical positions become visible. ancestral: by the exact reverse process; tau_leaping: by rates held fixed over
     a step (the paper); first_hitting: one at a time at exact times, whatever `steps` (ancestral beside a Gaussian modality);
-    confidence, entropy: the surest first; threshold: all that are surer than `threshold`."""
+    confidence, entropy, margin (of the likeliest to the next): the surest first; threshold: all surer than `threshold`."""
     order_noise: Annotated[float, Field(ge=0)] = 0.0
-    """Gumbel noise on the score of the confidence and entropy orders, times t."""
+    """Gumbel noise on the score of the confidence, entropy and margin orders, times t."""
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.9
     remask: Literal["none", "cap", "conf", "loop"] = "none"
     """ReMDM (arXiv 2503.00307), with the ancestral order: visible positions are masked again with a capped probability; the
@@ -455,6 +455,8 @@ class Sampling(Section):
     """Draw among this many likeliest tokens; 0 is all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Draw among the likeliest tokens that together have this probability."""
+    min_p: Share = 0.0
+    """Draw among the tokens that have at least this share of the likeliest one's probability."""
     resample: Positive = 1
     """How often a step is made, its noise put back between, where a part of a modality is known (RePaint, arXiv 2201.09865)."""
     guidance: Annotated[float, Field(ge=0)] = 1.0
@@ -470,8 +472,8 @@ class Sampling(Section):
     def _options_go_together(self) -> Sampling:
         if self.guidance_interval[0] > self.guidance_interval[1]:
             raise ValueError(f"guidance_interval {self.guidance_interval} must be (lower, upper)")
-        if self.order_noise and self.order not in ("confidence", "entropy"):
-            raise ValueError(f"order_noise goes with the confidence and entropy orders, not with {self.order}")
+        if self.order_noise and self.order not in ("confidence", "entropy", "margin"):
+            raise ValueError(f"order_noise goes with the confidence, entropy and margin orders, not with {self.order}")
         if self.remask != "none" and self.order != "ancestral":
             raise ValueError(f"remask goes with the ancestral order, not with {self.order}")
         return self

@@ -13,7 +13,7 @@ from torch import Tensor
 from megadiff.config.schema import CategoricalSchedule, TokenSpace
 
 CLEAN_TIME = 1e-3
-"""Up to this time tokens count as clean: what follows their end mark is hidden."""
+"""Up to this time the tokens of a condition count as clean: what follows their end mark is not there."""
 SMALLEST_SHARE = 1e-5
 GEOMETRIC = (1e-5, 20.0)
 """Smallest and largest exponent of the geometric schedule; at t = 1 a share of 2e-9 is not noised, which nobody can tell."""
@@ -79,14 +79,9 @@ def after_end(ids: Tensor, space: TokenSpace) -> Tensor:
     return ends.cumsum(1) - ends.long() > 0
 
 
-def hidden_after_end(ids: Tensor, times: Tensor, space: TokenSpace) -> Tensor | None:
-    """bool [B, S]: positions after the end mark where tokens are (almost) clean; None where the space has no end mark."""
-    return None if space.end_id is None else after_end(ids, space) & (times <= CLEAN_TIME)[:, None]
-
-
-def visible_of(hidden: Tensor | None) -> Tensor | None:
-    """What is left to attend to; never nothing, since a softmax over no key is not a number."""
-    if hidden is None:
+def clean_lengths(ids: Tensor, times: Tensor, space: TokenSpace) -> Tensor | None:
+    """int32 [B]: positions up to and with the end mark where tokens are (almost) clean; None where there is no end mark."""
+    if space.end_id is None:
         return None
-    hidden[:, 0] = False
-    return ~hidden
+    hidden = after_end(ids, space) & (times <= CLEAN_TIME)[:, None]
+    return (ids.shape[1] - hidden.sum(1)).int()

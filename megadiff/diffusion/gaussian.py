@@ -70,6 +70,9 @@ class Gaussian:
     def visible(self, state: Tensor, times: Tensor) -> None:
         return None
 
+    def lengths(self, state: Tensor, times: Tensor) -> None:
+        return None
+
     # -------------------------------------------------------------------------------------------------------- noising
 
     def noise(self, clean: Tensor, times: Tensor, keys: Tensor) -> NoisedState:
@@ -90,7 +93,7 @@ class Gaussian:
 
     # ------------------------------------------------------------------------------------------------------- training
 
-    def readout(self, noised: NoisedState, scored: Tensor) -> Dense:
+    def readout(self, noised: NoisedState, times: Tensor, weights: Tensor) -> Dense:
         return Dense()
 
     def counts(self, noised: NoisedState, *, exact: bool = False) -> Tensor:

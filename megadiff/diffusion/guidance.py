@@ -12,16 +12,17 @@ Legend: B samples, S tokens, V vocabulary, R rows, K branches.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from megadiff.config.schema import Sampling
-from megadiff.diffusion.objective import noised_of
+from megadiff.diffusion.categorical import CLEAN_TIME
+from megadiff.diffusion.objective import assemble, ragged_of
 from megadiff.diffusion.process import Process
 from megadiff.kernels.sample_rows import draw_rows
-from megadiff.types import Denoiser, Drawn, Noised, Prediction, Readout, RowLogits, SampledRows
+from megadiff.types import Denoiser, Drawn, Noised, Prediction, Ragged, Readout, RowLogits, SampledRows
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Guided:
     sampling: Sampling
     keys: Tensor
     guide: Denoiser | None = None
+    _lengths: dict[str, tuple[Tensor, Tensor, Ragged | None]] = field(default_factory=dict)
 
     def __call__(self, states: Mapping[str, Tensor], times: Mapping[str, Tensor], readout: Mapping[str, Readout]) -> Prediction:
         """What `readout` asks for at states whose clocks stand at `times`, with guidance.
@@ -50,8 +52,9 @@ class Guided:
             readout: Dense or SampledRows with one branch.
         """
         weights = {name: weight for name in readout if (weight := self._weights(name, times)) is not None}
-        own = noised_of(self.processes, states, self._vectors(times))
-        noised = _joined([own, *(self._without_conditions(name, states, times) for name in weights)])
+        ragged = self._ragged({name: state for name, state in states.items() if name not in readout}, times)
+        own = assemble(self.processes, states, self._vectors(times), ragged)
+        noised = _joined([own, *(self._without_conditions(name, states, times, ragged) for name in weights)])
         branch_of = {name: index for index, name in enumerate(weights, 1)}
         asked = {
             name: _in_branches(request, states[name], branch_of.get(name), weights.get(name))
@@ -75,7 +78,23 @@ class Guided:
             return None
         return torch.where(active, self.sampling.guidance, 1.0).to(self.keys.device)
 
-    def _without_conditions(self, target: str, states: Mapping[str, Tensor], times: Mapping[str, Tensor]) -> Noised:
+    def _ragged(self, states: Mapping[str, Tensor], times: Mapping[str, Tensor]) -> dict[str, Ragged]:
+        """How long conditions are: asked once for one that stays as it is, since the answer waits for the device."""
+        found: dict[str, Ragged] = {}
+        for name, state in states.items():
+            if not bool((times[name] <= CLEAN_TIME).any()):
+                continue
+            before = self._lengths.get(name)
+            if before is None or before[0] is not state or not torch.equal(before[1], times[name]):
+                of_state = ragged_of(self.processes[name], state, times[name].to(state.device, torch.float32), None)
+                self._lengths[name] = before = state, times[name], of_state
+            if before[2] is not None:
+                found[name] = before[2]
+        return found
+
+    def _without_conditions(
+        self, target: str, states: Mapping[str, Tensor], times: Mapping[str, Tensor], ragged: Mapping[str, Ragged]
+    ) -> Noised:
         final = self.sampling.guidance_final_time
         later = {name: time if name == target else time.clamp_min(final) for name, time in times.items()}
         at, then = self._vectors(times), self._vectors(later)
@@ -85,7 +104,8 @@ class Guided:
             else process.renoise(states[name], at[name], then[name], self.keys)
             for name, process in self.processes.items()
         }
-        return noised_of(self.processes, noisier, then)
+        as_before = {name: found for name, found in ragged.items() if noisier[name] is states[name]}
+        return assemble(self.processes, noisier, then, as_before)
 
     def _mixed(self, found: Tensor | Drawn, asked: Readout, branch: int | None, weights: Tensor | None) -> Tensor | Drawn:
         if isinstance(found, Drawn):
@@ -138,7 +158,18 @@ def _joined(branches: list[Noised]) -> Noised:
         states={name: torch.cat([branch.states[name] for branch in branches]) for name in names},
         clocks={name: torch.cat([branch.clocks[name] for branch in branches]) for name in names},
         visible=visible,
+        ragged={name: _joined_lengths(name, branches) for name in names if any(name in b.ragged for b in branches)},
     )
+
+
+def _joined_lengths(name: str, branches: list[Noised]) -> Ragged:
+    parts = []
+    for branch in branches:
+        batch, length = branch.states[name].shape
+        full = torch.full((batch,), length, dtype=torch.int32, device=branch.states[name].device)
+        parts.append(branch.ragged.get(name, Ragged(full, batch * length, length)))
+    lengths = torch.cat([part.lengths for part in parts])
+    return Ragged(lengths, sum(part.total for part in parts), max(part.longest for part in parts))
 
 
 def _in_branches(readout: Readout, state: Tensor, branch: int | None, weights: Tensor | None) -> Readout:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megadiff import rng
 from megadiff.config.schema import MaskedProcess, TokenSpace
-from megadiff.diffusion.categorical import SMALLEST_SHARE, Schedule, after_end, hidden_after_end, visible_of
+from megadiff.diffusion.categorical import SMALLEST_SHARE, Schedule, after_end, clean_lengths
 from megadiff.diffusion.process import Losses, NoisedState
 from megadiff.types import TokenLosses
 
@@ -32,9 +32,14 @@ class Masked:
         return times
 
     def visible(self, state: Tensor, times: Tensor) -> Tensor | None:
-        if self.config.padding == "pad_id":
-            return visible_of(None if self.space.pad_id is None else state == self.space.pad_id)
-        return visible_of(hidden_after_end(state, times, self.space))
+        if self.config.padding != "pad_id" or self.space.pad_id is None:
+            return None
+        hidden = state == self.space.pad_id
+        hidden[:, 0] = False  # a softmax over no key is not a number
+        return ~hidden
+
+    def lengths(self, state: Tensor, times: Tensor) -> Tensor | None:
+        return clean_lengths(state, times, self.space) if self.config.padding == "after_end" else None
 
     # -------------------------------------------------------------------------------------------------------- noising
 
@@ -57,9 +62,12 @@ class Masked:
 
     # ------------------------------------------------------------------------------------------------------- training
 
-    def readout(self, noised: NoisedState, scored: Tensor) -> TokenLosses:
+    def readout(self, noised: NoisedState, times: Tensor, weights: Tensor) -> TokenLosses:
+        """Every position of the plain loss, else the masked ones. Waits for the device, to tell their number."""
         rows = torch.ones_like(noised.state, dtype=torch.bool) if self.config.loss == "plain" else noised.state == self.mask_id
-        return TokenLosses(noised.target, rows & scored[:, None], self.config.mask_class)
+        scored = rows & (weights > 0)[:, None]
+        of_position = self._weights(noised, times, exact=False) * weights[:, None]
+        return TokenLosses(noised.target, scored, of_position, int(scored.sum()), self.config.mask_class)
 
     def counts(self, noised: NoisedState, *, exact: bool = False) -> Tensor:
         return self._positions(noised.target, exact=exact).sum(1)
@@ -79,12 +87,18 @@ class Masked:
         counts = self.counts(noised, exact=exact)
         entropies, of_mask_class = prediction if self.config.mask_class else (prediction, 0.0)
         if self.config.loss == "plain" and not exact:
-            return Losses((entropies + of_mask_class).sum(1), counts)
+            entropies = entropies + of_mask_class
+        return Losses((entropies * self._weights(noised, times, exact=exact)).sum(1), counts)
+
+    def _weights(self, noised: NoisedState, times: Tensor, *, exact: bool) -> Tensor:
+        """What each position's cross entropy is multiplied by, float32 [B, S]."""
+        positions = self._positions(noised.target, exact=exact)
+        if self.config.loss == "plain" and not exact:
+            return positions
         weight = self.schedule.weight(times)
         if not exact:
             weight = weight.clamp_max(self.config.weight_cap)
-        masked = noised.state == self.mask_id
-        return Losses((entropies * self._positions(noised.target, exact=exact) * masked).sum(1) * weight, counts)
+        return positions * (noised.state == self.mask_id) * weight[:, None]
 
     # ------------------------------------------------------------------------------------------------------- sampling
 

@@ -15,7 +15,7 @@ from megadiff import rng
 from megadiff.config.schema import Model, Stage
 from megadiff.diffusion.process import NoisedState, Process, build_processes
 from megadiff.diffusion.times import SMALLEST_TIME, draw_times
-from megadiff.types import ALIGNMENT, Aligned, Batch, Denoiser, LossTerms, Noised, Prediction, Readout
+from megadiff.types import ALIGNMENT, Aligned, Batch, Denoiser, LossTerms, Noised, Prediction, Ragged, Readout
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,10 @@ class Objective:
         states = {
             name: process.noise(batch.states[name], drawn.times[name], batch.keys) for name, process in self.processes.items()
         }
-        noised = noised_of(self.processes, {name: state.state for name, state in states.items()}, drawn.times)
         weights = {name: batch.weight * drawn.free[name] for name in self.scored}
-        readout = {name: self.processes[name].readout(states[name], weights[name] > 0) for name in self.scored}
+        scored_samples = {name: weight > 0 for name, weight in weights.items()}
+        noised = noised_of(self.processes, {name: s.state for name, s in states.items()}, drawn.times, scored_samples)
+        readout = {name: self.processes[name].readout(states[name], drawn.times[name], weights[name]) for name in self.scored}
         scored = {name: states[name] for name in self.scored}
         counts = {name: (self.processes[name].counts(scored[name]) * weights[name]).sum() for name in self.scored}
         if self.stage.alignment is not None:
@@ -101,13 +102,45 @@ class Objective:
         )
 
 
-def noised_of(processes: Mapping[str, Process], states: Mapping[str, Tensor], times: Mapping[str, Tensor]) -> Noised:
-    """What a network reads at given states and times."""
+def noised_of(
+    processes: Mapping[str, Process],
+    states: Mapping[str, Tensor],
+    times: Mapping[str, Tensor],
+    predicted: Mapping[str, Tensor],
+) -> Noised:
+    """What a network reads at given states and times. Waits for the device once per modality that can be ragged.
+
+    Args:
+        predicted: by modality that is read out, bool [B]: in which samples; no position is left out there.
+    """
+    ragged = {name: ragged_of(p, states[name], times[name], predicted.get(name)) for name, p in processes.items()}
+    return assemble(processes, states, times, {name: found for name, found in ragged.items() if found is not None})
+
+
+def assemble(
+    processes: Mapping[str, Process],
+    states: Mapping[str, Tensor],
+    times: Mapping[str, Tensor],
+    ragged: Mapping[str, Ragged],
+) -> Noised:
+    """What a network reads at given states and times, when it is known how long conditions are."""
     return Noised(
         states=dict(states),
         clocks={name: process.clock(times[name]) for name, process in processes.items()},
         visible={name: process.visible(states[name], times[name]) for name, process in processes.items()},
+        ragged=ragged,
     )
+
+
+def ragged_of(process: Process, state: Tensor, times: Tensor, predicted: Tensor | None) -> Ragged | None:
+    """How many leading positions of a modality there are; None if all of them. Waits for the device."""
+    lengths = process.lengths(state, times)
+    if lengths is None:
+        return None
+    if predicted is not None:
+        lengths = lengths.masked_fill(predicted, state.shape[1])
+    total, longest = torch.stack([lengths.sum(), lengths.max()]).tolist()
+    return Ragged(lengths, total, longest) if total < state.numel() else None
 
 
 def conditional_losses(
@@ -136,8 +169,9 @@ def conditional_losses(
         at = ((stratum + rng.uniform(own, "evaluation time")) / times).clamp_min(SMALLEST_TIME)
         noised = processes[target].noise(clean[target], at, own)
         states = {name: clean[name] if name in given else absent.get(name, noised.state) for name in processes}
-        readout = {target: processes[target].readout(noised, torch.ones_like(at, dtype=torch.bool))}
-        prediction = denoiser(noised_of(processes, states, {**held, target: at}), readout)
+        ones = torch.ones_like(at)
+        readout = {target: processes[target].readout(noised, at, ones)}
+        prediction = denoiser(noised_of(processes, states, {**held, target: at}, {target: ones > 0}), readout)
         found = processes[target].losses(prediction[target], noised, at, exact=True)
         losses += (found.sums.double() / found.counts.double()) / times
     return losses

@@ -50,10 +50,13 @@ class Process(Protocol):
         """What the network is told of the time."""
 
     def visible(self, state: Tensor, times: Tensor) -> Tensor | None:
-        """bool [B, S], False where a position is hidden from attention; None if none ever is."""
+        """bool [B, S], False where a position is hidden from attention, though predicted; None if none ever is."""
 
-    def readout(self, noised: NoisedState, scored: Tensor) -> Readout:
-        """What the training loss needs from the network; `scored` is bool [B]."""
+    def lengths(self, state: Tensor, times: Tensor) -> Tensor | None:
+        """int32 [B], how many leading positions there are where the modality is only a condition; None if always all."""
+
+    def readout(self, noised: NoisedState, times: Tensor, weights: Tensor) -> Readout:
+        """What the training loss needs from the network; `weights` float32 [B]: of the samples, 0 is not scored."""
 
     def counts(self, noised: NoisedState, *, exact: bool = False) -> Tensor:
         """How many elements each sample is scored on, float32 [B]; known before any prediction."""

@@ -114,6 +114,8 @@ class Sampler:
         self._check(generate, conditions)
         run = _Run(self, keys, generate, conditions, Guided(denoiser, self.processes, self.sampling, keys, guide))
         steps = run.steps()
+        if after_step is None and not conditions.known:  # else the states are not only the solvers' own
+            run.plan([(now, then, rng.fold(keys, index)) for index, (now, then, _) in enumerate(steps)])
         for index, (now, then, again) in enumerate(steps):
             run.advance(now, then, rng.fold(keys, index), again=again)
             if after_step:
@@ -202,6 +204,12 @@ class _Run:
         """
         repeats = self.sampler.sampling.resample if self.conditions.known else 1
         return [(now, then, repeat + 1 < repeats) for now, then in pairwise(self.clocks()) for repeat in range(repeats)]
+
+    def plan(self, steps: Sequence[tuple[Times, Times, Tensor]]) -> None:
+        """Tell the solvers all steps: from, to, and their keys."""
+        made = [self._steps(*step) for step in steps]
+        for name, solver in self.solvers.items():
+            solver.plan(self.states[name], [step[name] for step in made])
 
     def advance(self, now: Times, then: Times, keys: Tensor, *, again: bool) -> None:
         """One step; `again`: and its noise put back, so that it can be made once more."""

@@ -8,7 +8,8 @@ Legend: B samples, S tokens, R rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -58,6 +59,9 @@ class Solver(Protocol):
     def warp(self, fraction: float) -> float:
         """Where the clock stands when this fraction of the run is left, as a share of its starting time."""
 
+    def plan(self, state: Tensor, steps: Sequence[Step]) -> None:
+        """Told before the run the state and all its steps, where each is made once: what they will ask for can be counted."""
+
     def request(self, state: Tensor, step: Step) -> Readout:
         """What to read out at the step's beginning."""
 
@@ -81,6 +85,9 @@ class _Plain:
 
     def warp(self, fraction: float) -> float:
         return fraction
+
+    def plan(self, state: Tensor, steps: Sequence[Step]) -> None:
+        """Nothing depends on it."""
 
     def correct(self, state: Tensor, step: Step, moved: Moved, prediction: Any) -> Tensor:
         return moved.state
@@ -172,6 +179,7 @@ class Tokens(_Plain):
 
     def __init__(self, process: Masked, sampling: Sampling, fixed: Tensor | None = None) -> None:
         self.process, self.sampling, self.fixed = process, sampling, fixed
+        self._counts: deque[int] = deque()
 
     def masked(self, state: Tensor) -> Tensor:
         return state == self.process.mask_id
@@ -183,23 +191,48 @@ class Tokens(_Plain):
 
     def at(self, chosen: Tensor, step: Step) -> SampledRows:
         """Draws at the positions `chosen`, bool [B, S]; of none, it is still a readout: the head runs on every rank."""
-        return draws(self.process.name, self.process.shape, self.sampling, chosen, step)
+        count = self._counts.popleft() if self._counts else None
+        return draws(self.process.name, self.process.shape, self.sampling, chosen, step, count)
+
+    def expect(self, counts: Sequence[Tensor]) -> None:
+        """How many positions each step will choose: all are asked for at once, and no step has to wait for the device."""
+        self._counts = deque(torch.stack(list(counts)).tolist())
 
 
-def draws(name: str, shape: tuple[int, ...], sampling: Sampling, chosen: Tensor, step: Step) -> SampledRows:
-    """A draw at every chosen position, bool [B, S], from numbers that belong to the sample, the step and the position."""
-    rows = chosen.flatten().nonzero()[:, 0]
+def draws(
+    name: str, shape: tuple[int, ...], sampling: Sampling, chosen: Tensor, step: Step, count: int | None = None
+) -> SampledRows:
+    """A draw at every chosen position, bool [B, S], from numbers that belong to the sample, the step and the position.
+
+    Args:
+        count: how many are chosen; None waits for the device to tell.
+    """
+    flat = chosen.flatten()
+    rows = (flat.nonzero() if count is None else torch.nonzero_static(flat, size=count))[:, 0]
     uniforms = rng.uniform(step.keys, f"{name} token", shape, dtype=torch.float64).flatten()[rows]
-    rule = DrawRule(sampling.temperature, sampling.top_k, sampling.top_p)
+    rule = DrawRule(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
     return SampledRows(rows[None], torch.ones_like(rows, dtype=torch.float32)[None], uniforms, rule)
 
 
 class Ancestral(Tokens):
     """The exact reverse process: positions are chosen first, and the head is asked about those only."""
 
+    def plan(self, state: Tensor, steps: Sequence[Step]) -> None:
+        masked = self.masked(state)
+        counts = []
+        for step in steps:
+            chosen = masked & self.lucky(step)
+            counts.append(chosen.sum())
+            masked = masked & ~chosen
+        self.expect(counts)
+
     def request(self, state: Tensor, step: Step) -> SampledRows:
-        lucky = rng.uniform(step.keys, f"{self.process.name} unmask", self.process.shape) < self.share(step)[:, None]
-        return self.at(self.masked(state) & (lucky | step.last), step)
+        return self.at(self.masked(state) & self.lucky(step), step)
+
+    def lucky(self, step: Step) -> Tensor:
+        """Which positions become visible in a step if they are still masked, bool [B, S]; drawn from the step's keys."""
+        draw = rng.uniform(step.keys, f"{self.process.name} unmask", self.process.shape)
+        return (draw < self.share(step)[:, None]) | step.last
 
     def share(self, step: Step) -> Tensor:
         """The probability that a masked position becomes visible, [B]."""
@@ -217,7 +250,7 @@ class TauLeaping(Ancestral):
         return -torch.expm1(-self.process.schedule.weight(step.now) * (step.now - step.then))
 
 
-class FirstHitting(Tokens):
+class FirstHitting(Ancestral):
     """Every position becomes visible at a time drawn beforehand: one at a time, each seeing all before it.
 
     Source: Zheng et al., arXiv 2409.02908. On a grid of times it is the ancestral order; `events` are times that make it exact.
@@ -229,9 +262,8 @@ class FirstHitting(Tokens):
         # In float32, as the clocks are: a hit at a step's end must not count as one before it.
         self.hits = process.schedule.time_of(share * process.schedule.share(start.double())[:, None]).float()
 
-    def request(self, state: Tensor, step: Step) -> SampledRows:
-        hit = self.hits > step.then[:, None]
-        return self.at(self.masked(state) & (hit | step.last), step)
+    def lucky(self, step: Step) -> Tensor:
+        return (self.hits > step.then[:, None]) | step.last
 
     def events(self, state: Tensor) -> Tensor:
         """Float32 [E + 1, B], falling to 0: the times at which masked positions become visible; 0 where a sample has fewer."""
@@ -241,15 +273,25 @@ class FirstHitting(Tokens):
 
 
 class Ranked(Tokens):
-    """The surest first: as many as the schedule wants visible, by the draw's probability or by entropy.
+    """The surest first: as many as the schedule wants visible, by the draw's probability, by entropy, or by the margin between
+    the two likeliest tokens.
 
-    Source: Chang et al. (MaskGIT), arXiv 2202.04200.
+    Source: Chang et al. (MaskGIT), arXiv 2202.04200; of the margin Kim et al., arXiv 2502.06768.
     """
 
     def __init__(self, process: Masked, sampling: Sampling, start: Tensor, fixed: Tensor | None) -> None:
         super().__init__(process, sampling, fixed)
         self.start = start
         self._at_first: Tensor | None = None
+
+    def plan(self, state: Tensor, steps: Sequence[Step]) -> None:
+        masked = self.masked(state).sum(1)
+        self._at_first = masked
+        counts = []
+        for step in steps:
+            counts.append(masked.sum())
+            masked = masked - self.scheduled(masked, step)
+        self.expect(counts)
 
     def request(self, state: Tensor, step: Step) -> SampledRows:
         return self.at(self.masked(state), step)
@@ -263,8 +305,13 @@ class Ranked(Tokens):
 
     def scores(self, state: Tensor, step: Step, request: SampledRows, prediction: Drawn) -> Tensor:
         """float32 [B, S], minus infinity where nothing was drawn."""
-        by_entropy = self.sampling.order == "entropy"
-        found = -prediction.entropy if by_entropy else prediction.log_probability
+        match self.sampling.order:
+            case "entropy":
+                found = -prediction.entropy
+            case "margin":
+                found = prediction.margin
+            case _:
+                found = prediction.log_probability
         score = torch.full(state.shape, -torch.inf, device=state.device).flatten()
         score[request.rows[0]] = found
         score = score.view_as(state)
@@ -274,8 +321,11 @@ class Ranked(Tokens):
         return score
 
     def budget(self, state: Tensor, step: Step, scores: Tensor) -> Tensor:
-        """How many positions become visible, int64 [B]: none beyond those that the schedule wants masked at the end."""
-        count = self.masked(state).sum(1)
+        """How many positions become visible, int64 [B]."""
+        return self.scheduled(self.masked(state).sum(1), step)
+
+    def scheduled(self, count: Tensor, step: Step) -> Tensor:
+        """How many of `count` masked positions, int64 [B]: none beyond those that the schedule wants masked at the end."""
         if self._at_first is None:
             self._at_first = count
         share = self.process.schedule.share(step.then) / self.process.schedule.share(self.start).clamp_min(SMALLEST_SHARE)
@@ -288,6 +338,9 @@ class Threshold(Ranked):
 
     Source: Wu et al. (Fast-dLLM), arXiv 2505.22618.
     """
+
+    def plan(self, state: Tensor, steps: Sequence[Step]) -> None:
+        """How many are sure enough is not known before."""
 
     def budget(self, state: Tensor, step: Step, scores: Tensor) -> Tensor:
         sure = (scores.exp() > self.sampling.threshold).sum(1)
@@ -359,7 +412,8 @@ class Exchange(_Plain):
         self.process, self.sampling = process, sampling
 
     def request(self, state: Tensor, step: Step) -> SampledRows:
-        return draws(self.process.name, self.process.shape, self.sampling, torch.ones_like(state, dtype=torch.bool), step)
+        everywhere = torch.ones_like(state, dtype=torch.bool)
+        return draws(self.process.name, self.process.shape, self.sampling, everywhere, step, state.numel())
 
     def move(self, state: Tensor, step: Step, request: SampledRows, prediction: Drawn) -> Moved:
         clean = prediction.ids.view_as(state)
@@ -412,7 +466,7 @@ def _of_masked(process: Masked, sampling: Sampling, keys: Tensor, start: Tensor,
             return TauLeaping(process, sampling, fixed)
         case "first_hitting":
             return FirstHitting(process, sampling, keys, start, fixed)
-        case "confidence" | "entropy":
+        case "confidence" | "entropy" | "margin":
             return Ranked(process, sampling, start, fixed)
         case "threshold":
             return Threshold(process, sampling, start, fixed)

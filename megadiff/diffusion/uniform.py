@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megadiff import rng
 from megadiff.config.schema import TokenSpace, UniformProcess
-from megadiff.diffusion.categorical import SMALLEST_SHARE, Schedule, hidden_after_end, visible_of
+from megadiff.diffusion.categorical import SMALLEST_SHARE, Schedule, clean_lengths
 from megadiff.diffusion.process import Losses, NoisedState
 from megadiff.types import Dense
 
@@ -30,8 +30,11 @@ class Uniform:
     def clock(self, times: Tensor) -> Tensor:
         return times
 
-    def visible(self, state: Tensor, times: Tensor) -> Tensor | None:
-        return visible_of(hidden_after_end(state, times, self.space))
+    def visible(self, state: Tensor, times: Tensor) -> None:
+        return None
+
+    def lengths(self, state: Tensor, times: Tensor) -> Tensor | None:
+        return clean_lengths(state, times, self.space)
 
     # -------------------------------------------------------------------------------------------------------- noising
 
@@ -58,7 +61,7 @@ class Uniform:
 
     # ------------------------------------------------------------------------------------------------------- training
 
-    def readout(self, noised: NoisedState, scored: Tensor) -> Dense:
+    def readout(self, noised: NoisedState, times: Tensor, weights: Tensor) -> Dense:
         return Dense()
 
     def counts(self, noised: NoisedState, *, exact: bool = False) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from megadiff.data.codec import Codec
 from megadiff.data.encode import build_codecs
 from megadiff.data.latents import LatentCodec
 from megadiff.engine.checkpoint import MANIFEST, CheckpointError, CheckpointReader
+from megadiff.engine.ema import power_exponent
+from megadiff.engine.posthoc import Combination, Profile, combine, reconstruct, snapshots_of
 from megadiff.interfaces import export
 from megadiff.interfaces.card import model_card
 from megadiff.models.mmdit import MMDiT, build_model, part_of
@@ -26,6 +29,8 @@ from megadiff.training.stages import newest_checkpoint, stage_of
 from megadiff.types import ALIGNMENT
 
 HUB = "hf:"
+LONGEST_EMA = 0.29
+"""Relative standard deviations of power-function profiles end at sqrt(1/12), where they are flat."""
 
 
 @dataclass(frozen=True)
@@ -130,18 +135,53 @@ def file_hash(path: Path) -> str:
 
 def from_checkpoint(folder: Path, weights: str) -> export.Exported:
     """A checkpoint's configuration and whole tensors on the CPU."""
+    reader = _checked(folder)
+    kind = reader.weight_kind(weights)
+    shown = "plain weights" if weights == "raw" else f"averaged weights ({kind})"
+    return _exported(reader, lambda name: reader.read_whole(kind, name), shown)
+
+
+def _checked(folder: Path) -> CheckpointReader:
+    """Raises CheckpointError if a file of the checkpoint is damaged."""
     reader = CheckpointReader(folder)
     damaged = reader.damaged(reader.manifest.files)
     if damaged:
         raise CheckpointError(f"{folder}: {', '.join(damaged)} is damaged (its hash differs); delete {folder}")
-    run = validate(yaml.safe_load(reader.manifest.config), f"{folder / MANIFEST} (config)")
+    return reader
+
+
+def _exported(reader: CheckpointReader, read: Callable[[str], torch.Tensor], shown: str) -> export.Exported:
+    """A checkpoint's configuration with tensors that `read` gives by name; `shown` says in the card which weights they are."""
+    run = validate(yaml.safe_load(reader.manifest.config), f"{reader.folder / MANIFEST} (config)")
     stage = stage_of(run, reader.manifest.stage)
-    kind = reader.weight_kind(weights)
     needed = [name for name in reader.manifest.parameters if part_of(name) != ALIGNMENT]  # that part is for training only
-    tensors = {name: reader.read_whole(kind, name) for name in needed}
-    shown = "plain weights" if weights == "raw" else f"averaged weights ({kind})"
     card = model_card(run, stage, step=reader.manifest.progress["optimizer_step"], weights=shown)
+    tensors = {name: read(name) for name in needed}
     return export.Exported(run.model, run.data, derived.predicted(stage), tensors, card)
+
+
+def export_average(source: str, out: str, length: float, stage_name: str | None) -> Combination:
+    """Export an average of any length, made of those that a stage's checkpoints hold.
+
+    Raises:
+        UserError: there is none to make it of, the length is out of range, or `out` is not empty.
+    """
+    if not 0 < length < LONGEST_EMA:
+        raise UserError(f"--length {length:g} must lie between 0 and {LONGEST_EMA}")
+    folder = Path(source)
+    if not (folder / RUN).exists():
+        raise UserError(f"{folder} is no run: it has no {RUN}")
+    run = load_run(folder / RUN)
+    newest = _newest(folder) if stage_name is None else newest_checkpoint(folder, [stage_of(run, stage_name).name])
+    reader = CheckpointReader(newest)
+    snapshots = snapshots_of(newest.parent, stage_of(run, reader.manifest.stage).ema)
+    for path in {snapshot.reader.folder for snapshot in snapshots}:
+        _checked(path)
+    wanted = Profile(snapshots[-1].profile.updates, power_exponent(length))
+    found = combine([snapshot.profile for snapshot in snapshots], wanted)
+    shown = f"an average of length {length:g}, reconstructed from {len(snapshots)} averages (profile within {found.error:.1%})"
+    export.write(Path(out), _exported(reader, lambda name: reconstruct(snapshots, found.coefficients, name), shown))
+    return found
 
 
 def export_run(source: str, out: str, weights: str = "ema") -> None:
@@ -154,6 +194,16 @@ def export_run(source: str, out: str, weights: str = "ema") -> None:
     if (folder / export.CONFIG).exists():
         raise UserError(f"{source} is an export already; copy its folder")
     export.write(Path(out), from_checkpoint(folder if (folder / MANIFEST).exists() else _newest(folder), weights))
+
+
+def checkpoint_of(address: str) -> CheckpointReader:
+    """A checkpoint by its folder, or the newest one of a run's folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = Path(address)
+    return CheckpointReader(folder if (folder / MANIFEST).exists() else _newest(folder))
 
 
 def _newest(folder: Path) -> Path:

@@ -27,7 +27,7 @@ class Aligner(nn.Module):
 
     def forward(self, stream: Stream, readout: Aligned) -> Tensor:
         """1 - cosine similarity, float32 [B], the mean over tokens."""
-        tokens = stream.tokens[self.modality]
+        tokens = stream.dense(self.modality)
         for layer in self.layers[:-1]:
             tokens = F.silu(layer(tokens))
         projected = self.layers[-1](tokens)

@@ -1,6 +1,6 @@
 """One modality's queries, keys and values for joint attention.
 
-Legend: B samples, S tokens, D width, H heads, d channels of a head.
+Legend: B samples, S tokens, R packed rows, D width, H heads, d channels of a head.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from megadiff.config.schema import Modality, Model, TokenSpace
-from megadiff.models.embeddings import rotary_table, rotate
-from megadiff.models.layers import Linear, Table, rms_normalise
+from megadiff.kernels.streams import Projected, Span
+from megadiff.models.embeddings import rotary_table
+from megadiff.models.layers import Linear, Table
 
 
 class Projection(nn.Module):
-    """One fused linear map to queries, keys and values, RMS-normalised per head and turned by position where configured.
+    """One fused linear map to queries, keys and values, and what attention normalises and turns them by.
 
     The map's rows are laid out (query | key | value, head, channel).
     """
@@ -38,12 +39,12 @@ class Projection(nn.Module):
             if gain is not None:
                 nn.init.ones_(gain)
 
-    def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, S, D] -> query, key, value, each [B, S, H, d]; `grid` is the rows and columns of patches, if it is one."""
-        query, key, value = self.linear(tokens).unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
+    def forward(self, tokens: Tensor, span: Span, grid: tuple[int, int] | None = None) -> Projected:
+        """Tokens [B, S, D] or [R, D] that lie as `span` says; `grid` is the rows and columns of patches, if it is one."""
+        qkv = self.linear(tokens).unflatten(-1, (3, self.heads, self.head_dim))
+        gains = None
         if self.query_gain is not None and self.key_gain is not None:
-            query, key = rms_normalise(query, self.query_gain), rms_normalise(key, self.key_gain)
-        if self.rotary is not None:
-            table = self.rotary(tokens.device, *(grid or (self.length,)))
-            query, key = rotate(query, table), rotate(key, table)
-        return query, key, value
+            # A tensor of its own: after this forward ZeRO-3 empties the parameters, and attention runs later.
+            gains = torch.stack([self.query_gain, self.key_gain])
+        rotary = None if self.rotary is None else self.rotary(tokens.device, *(grid or (self.length,)))
+        return Projected(qkv, gains, rotary, span)

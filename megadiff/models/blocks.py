@@ -1,6 +1,6 @@
 """Blocks of the MMDiT. A joint block and a tower's block are the same thing over several modalities or one.
 
-Legend: B samples, S tokens of one modality, D width. Source: Esser et al., "Scaling Rectified Flow Transformers"
+Legend: B samples, S tokens of one modality, R packed rows, D width. Source: Esser et al., "Scaling Rectified Flow Transformers"
 (MMDiT), arXiv 2403.03206, figure 2b; adaLN-Zero from Peebles and Xie (DiT).
 """
 
@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megadiff.config.derived import mlp_hidden
 from megadiff.config.schema import Modality, Model
+from megadiff.kernels.gated_adaln import adaln, gated_adaln, spread
 from megadiff.kernels.joint_attention import joint_attention
+from megadiff.kernels.streams import Projected, Span
 from megadiff.models.attention import Projection
 from megadiff.models.layers import Linear, Mlp, Modulation, RmsNorm
 from megadiff.types import Stream
@@ -23,7 +24,7 @@ BLOCK_NORM_EPS = 1e-5
 
 
 class Modulated(NamedTuple):
-    """The six adaLN vectors of a block, each [B, 1, D], in the order in which the fused linear map holds them."""
+    """The six adaLN vectors of a block, each [B, D], in the order in which the fused linear map holds them."""
 
     attention_shift: Tensor
     attention_scale: Tensor
@@ -48,23 +49,39 @@ class BlockPart(nn.Module):
         self.output = Linear(inner, config.width, bias=config.attention_bias)
         self.mlp = Mlp(config.width, mlp_hidden(config), config.mlp)
 
-    def project(
-        self, tokens: Tensor, conditioning: Tensor, grid: tuple[int, int] | None
-    ) -> tuple[Modulated, tuple[Tensor, Tensor, Tensor]]:
-        """Before attention: the block's modulation, and (query, key, value)."""
-        modulated = Modulated(*self.modulation(conditioning))
-        normal = self._modulate(tokens, modulated.attention_shift, modulated.attention_scale)
-        return modulated, self.projection(normal, grid)
+    def project(self, tokens: Tensor, conditioning: Tensor, layout: Layout) -> tuple[Modulated, Projected]:
+        """Before attention: the block's modulation, and what attention reads."""
+        vectors = Modulated(*self.modulation(conditioning))
+        normal = adaln(
+            tokens, vectors.attention_shift, vectors.attention_scale, layout.samples, BLOCK_NORM_EPS, self.one_plus_scale
+        )
+        return vectors, self.projection(normal, layout.span, layout.grid)
 
-    def finish(self, tokens: Tensor, attended: Tensor, modulated: Modulated) -> Tensor:
+    def finish(self, tokens: Tensor, attended: Tensor, vectors: Modulated, layout: Layout) -> Tensor:
         """After attention: its gated residual, then the MLP's."""
-        tokens = tokens + modulated.attention_gate * self.output(attended.flatten(-2))
-        change: Tensor = self.mlp(self._modulate(tokens, modulated.mlp_shift, modulated.mlp_scale))
-        return tokens + modulated.mlp_gate * change
+        change: Tensor = self.output(attended.flatten(-2))
+        gates = vectors.attention_gate, vectors.mlp_shift, vectors.mlp_scale
+        tokens, normal = gated_adaln(tokens, change, *gates, layout.samples, BLOCK_NORM_EPS, self.one_plus_scale)
+        change = self.mlp(normal)
+        return tokens + spread(vectors.mlp_gate, layout.samples) * change
 
-    def _modulate(self, tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        normal = F.layer_norm(tokens, tokens.shape[-1:], eps=BLOCK_NORM_EPS)
-        return normal * (1 + scale if self.one_plus_scale else scale) + shift
+
+class Layout(NamedTuple):
+    """How a modality's tokens lie: for attention, by sample (int64 [R]; None: dense), and as rows and columns of patches."""
+
+    span: Span
+    samples: Tensor | None
+    grid: tuple[int, int] | None
+
+
+def layout_of(stream: Stream, name: str) -> Layout:
+    """A modality's layout in a stream."""
+    rows = stream.rows.get(name)
+    lengths = stream.ragged[name].lengths if name in stream.ragged else None
+    longest = stream.tokens[name].shape[1] if rows is None else stream.ragged[name].longest
+    starts = None if rows is None else rows.starts
+    span = Span(len(stream.conditioning[name]), longest, starts, lengths, stream.visible[name])
+    return Layout(span, None if rows is None else rows.samples, stream.grids.get(name))
 
 
 class Block(nn.Module):
@@ -76,14 +93,14 @@ class Block(nn.Module):
 
     def forward(self, stream: Stream) -> Stream:
         parts: dict[str, BlockPart] = dict(self.parts.items())  # type: ignore[arg-type]
+        layouts = {name: layout_of(stream, name) for name in parts}
         projected = {
-            name: part.project(stream.tokens[name], stream.conditioning[name], stream.grids.get(name))
-            for name, part in parts.items()
+            name: part.project(stream.tokens[name], stream.conditioning[name], layouts[name]) for name, part in parts.items()
         }
-        attended = joint_attention([qkv for _, qkv in projected.values()], [stream.visible[name] for name in parts])
+        attended = joint_attention([read for _, read in projected.values()])
         tokens = dict(stream.tokens)
         for (name, part), rows in zip(parts.items(), attended, strict=True):
-            tokens[name] = part.finish(tokens[name], rows, projected[name][0])
+            tokens[name] = part.finish(tokens[name], rows, projected[name][0], layouts[name])
         return stream._replace(tokens=tokens)
 
 

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from megadiff.config.derived import TIME_FEATURES, token_count
 from megadiff.config.schema import GridSpace, Modality, Model, TokenSpace
 from megadiff.models.layers import INITIAL_DEVIATION, Linear, Table
-from megadiff.types import Noised, Stream
+from megadiff.types import Noised, Ragged, Rows, Stream
 
+LEAST_SAVED = 0.08
+"""Tokens are packed where that spares at least this share of all modalities' tokens: gathering them costs a little."""
 TOKEN_ROTARY_BASE = 10000.0
 GRID_ROTARY_BASE = 100.0
 """Grids are tens of patches wide: with 10,000 most channels of a small head would hardly turn at all."""
@@ -68,14 +70,6 @@ def rotary_table(head_dim: int, device: torch.device, *sizes: int) -> Tensor:
     rates = base ** (-torch.arange(count, device=device, dtype=torch.float64) / count)
     angles = torch.cat([axis.double()[:, None] * rates for axis in axes], dim=-1)
     return torch.stack([angles.cos(), angles.sin()]).float()[:, :, None]
-
-
-def rotate(vectors: Tensor, table: Tensor) -> Tensor:
-    """Turn channel pairs (i, i + d/2) of [B, S, H, d] by a rotary table; sequences may be shorter than the table."""
-    cosine, sine = table[:, : vectors.shape[1]]
-    first, second = vectors.float().chunk(2, dim=-1)
-    turned = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
-    return turned.to(vectors.dtype)
 
 
 def _grid_coordinates(device: torch.device, rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -131,10 +125,12 @@ class TokenEmbedding(nn.Module):
         if self.positions is not None:
             nn.init.normal_(self.positions, std=INITIAL_DEVIATION)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """int64 [B, S] -> [B, S, D]; sequences may be shorter than the space's length."""
-        tokens = F.embedding(ids, self.weight)
-        return tokens if self.positions is None else tokens + self.positions[: ids.shape[1]]
+    def forward(self, ids: Tensor, rows: Rows | None = None) -> Tensor:
+        """int64 [B, S] -> [B, S, D], or the packed [R, D]; sequences may be shorter than the space's length."""
+        tokens = F.embedding(ids if rows is None else ids.flatten()[rows.places], self.weight)
+        if self.positions is None:
+            return tokens
+        return tokens + (self.positions[: ids.shape[1]] if rows is None else self.positions[rows.places % rows.length])
 
 
 class TimeEmbedding(nn.Module):
@@ -161,16 +157,28 @@ def time_features(clock: Tensor, scale: float) -> Tensor:
 
 
 class Embed(nn.Module):
-    """The first layer: a Noised to a Stream."""
+    """The first layer: a Noised to a Stream.
+
+    Attributes:
+        packs: where a good part of a modality's positions is not there, its tokens are packed into rows, so that no layer
+            computes the others. Off, shapes are constant.
+    """
 
     def __init__(self, config: Model) -> None:
         super().__init__()
+        self.packs = True
         self.states = nn.ModuleDict({name: embedding_of(m, config.width) for name, m in config.modalities.items()})
         self.clocks = nn.ModuleDict({name: TimeEmbedding(config.width, config.time_scale) for name in config.modalities})
 
     def forward(self, noised: Noised) -> Stream:
+        rows = {
+            name: rows_of(ragged, noised.states[name]) for name, ragged in noised.ragged.items() if self._pays(name, noised)
+        }
         return Stream(
-            tokens={name: embedding(noised.states[name]) for name, embedding in self.states.items()},
+            tokens={
+                name: embedding(noised.states[name], rows[name]) if name in rows else embedding(noised.states[name])
+                for name, embedding in self.states.items()
+            },
             conditioning={name: embedding(noised.clocks[name]) for name, embedding in self.clocks.items()},
             visible={name: noised.visible.get(name) for name in self.states},
             grids={
@@ -178,7 +186,33 @@ class Embed(nn.Module):
                 for name, embedding in self.states.items()
                 if isinstance(embedding, PatchEmbedding)
             },
+            ragged=noised.ragged,
+            rows=rows,
         )
+
+    def _pays(self, name: str, noised: Noised) -> bool:
+        if not self.packs or not isinstance(self.states[name], TokenEmbedding):
+            return False
+        missing = noised.states[name].numel() - noised.ragged[name].total
+        return missing >= LEAST_SAVED * sum(map(self._token_count, noised.states.items()))
+
+    def _token_count(self, named: tuple[str, Tensor]) -> int:
+        """Positions of all samples of one modality."""
+        name, state = named
+        embedding = self.states[name]
+        if isinstance(embedding, PatchEmbedding):
+            return len(state) * math.prod(grid_of(state, embedding.patch))
+        return state.shape[0] * state.shape[1]
+
+
+def rows_of(ragged: Ragged, ids: Tensor) -> Rows:
+    """The packed rows of [B, S] positions; nothing waits for the device."""
+    lengths, total = ragged.lengths.long(), ragged.total
+    ends = lengths.cumsum(0)
+    starts = ends - lengths
+    samples = torch.repeat_interleave(lengths, output_size=total)
+    places = torch.arange(total, device=ids.device) - starts[samples]
+    return Rows(samples * ids.shape[1] + places, samples, starts.int(), ids.shape[1])
 
 
 def embedding_of(modality: Modality, width: int) -> PatchEmbedding | TokenEmbedding:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from megadiff.config.derived import head_outputs
 from megadiff.config.schema import GridSpace, MaskedProcess, Model
+from megadiff.kernels.gated_adaln import adaln
 from megadiff.kernels.masked_cross_entropy import masked_cross_entropy, row_logits
 from megadiff.kernels.sample_rows import sample_rows
 from megadiff.models.embeddings import unpatchify
@@ -45,10 +46,9 @@ class Head(nn.Module):
         initialise_linear(self.weight, self.bias, self.rule)
 
     def normalised(self, tokens: Tensor, conditioning: Tensor) -> Tensor:
+        """LayerNorm and modulation of [B, S, D]."""
         shift, scale = self.modulation(conditioning)
-        normal = F.layer_norm(tokens, tokens.shape[-1:], eps=HEAD_NORM_EPS)
-        modulated: Tensor = normal * (1 + scale if self.one_plus_scale else scale) + shift
-        return modulated
+        return adaln(tokens, shift, scale, None, HEAD_NORM_EPS, self.one_plus_scale)
 
     def refuse(self, readout: Readout) -> TypeError:
         return TypeError(f"the head of {self.name} cannot give {type(readout).__name__}")
@@ -100,7 +100,8 @@ class TokenHead(Head):
         hidden = self.normalised(tokens, conditioning)
         match readout:
             case TokenLosses():
-                losses = masked_cross_entropy(hidden, self.weight, self.bias, readout.targets, readout.scored)
+                asked = readout.targets, readout.scored, readout.weights, readout.number
+                losses = masked_cross_entropy(hidden, self.weight, self.bias, *asked)
                 return torch.stack([losses, self._of_mask_class(hidden, readout.scored)]) if readout.mask_class else losses
             case SampledRows(rows, weights, uniforms, rule):
                 return Drawn(*sample_rows(hidden, self.weight, self.bias, rows, weights, uniforms, *rule))
@@ -132,7 +133,7 @@ class Heads(nn.ModuleDict):
 
     def forward(self, stream: Stream, readout: Mapping[str, Readout]) -> Prediction:
         return {
-            name: head(stream.tokens[name], stream.conditioning[name], readout[name], stream.grids.get(name))
+            name: head(stream.dense(name), stream.conditioning[name], readout[name], stream.grids.get(name))
             for name, head in self.items()
             if name in readout
         }

@@ -8,13 +8,14 @@ nn.Linear or nn.Parameter, uses them only in its own forward, and never touches 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from megadiff.kernels.joint_attention.reference import rms_normalise
 
 Rule = Literal["xavier", "normal", "torch", "zero"]
 """How a linear map starts: xavier uniform; normal with deviation 0.02; torch's nn.Linear default; zero. Biases start at 0
@@ -75,8 +76,8 @@ class Modulation(Linear):
                 self.bias[slot * self.in_features : (slot + 1) * self.in_features].fill_(1.0)
 
     def forward(self, input: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        """[B, D] -> `slots` tensors [B, 1, D]."""
-        return super().forward(F.silu(input))[:, None].chunk(self.slots, dim=-1)
+        """[B, D] -> `slots` tensors [B, D]."""
+        return super().forward(F.silu(input)).chunk(self.slots, dim=-1)
 
 
 class RmsNorm(nn.Module):
@@ -92,12 +93,6 @@ class RmsNorm(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return rms_normalise(tokens, self.gain)
-
-
-def rms_normalise(vectors: Tensor, gain: Tensor) -> Tensor:
-    """x / max(|x|, 1e-12) * sqrt(d) * gain over the last axis (size d); float32 inside, the input's dtype outside."""
-    unit = F.normalize(vectors.float(), dim=-1, eps=1e-12)
-    return (unit * math.sqrt(vectors.shape[-1]) * gain.float()).to(vectors.dtype)
 
 
 class Mlp(nn.Module):

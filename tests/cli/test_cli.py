@@ -216,7 +216,7 @@ def test_every_verb_has_help_with_a_description(verb: list[str], capsys: pytest.
         (["--task", "joint", "--guide", "runs/y"], "--guide RUN and --autoguidance V go together"),
         (["--task", "joint", "--grid-shift", "2"], "--grid-shift goes with --grid shifted, and has no effect without"),
         (["--task", "joint", "--threshold", "0.5"], "--threshold goes with --order threshold"),
-        (["--task", "joint", "--order-noise", "1"], "order_noise goes with the confidence and entropy orders"),
+        (["--task", "joint", "--order-noise", "1"], "order_noise goes with the confidence, entropy and margin orders"),
         (["--task", "joint", "--remask-strength", "0.1"], "--remask-strength goes with --remask cap or conf or loop"),
         (["--task", "joint", "--guidance-interval", "0.3", "0.8"], "go with a --guidance other than 1"),
         (["--task", "joint", "--resample", "3"], "--resample has no effect on --task joint; leave it out"),

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from megadiff import rng
 from megadiff.config.schema import Model, Sampling
+from megadiff.diffusion import guidance
 from megadiff.diffusion.guidance import Guided
+from megadiff.diffusion.objective import ragged_of
 from megadiff.diffusion.sampler import Conditions, Sampler
 from megadiff.types import Dense, DrawRule, Noised, Prediction, Readout, RowLogits, SampledRows
 from tests.diffusion.ideal import GRIDS, TOKENS, IdealDenoiser, draw_pairs
@@ -233,19 +235,41 @@ def test_guidance_with_no_row_to_unmask_asks_for_none():
     assert mixed["tokens"].ids.shape == (0,)
 
 
-def test_visible_masks_of_both_branches_are_joined():
-    """The conditional branch hides what follows a clean end mark; the noised one shows every position."""
+def test_lengths_of_both_branches_are_joined():
+    """In the conditional branch a clean caption ends at its end mark; the noised one has every position."""
     model = model_of(end_id=4)
     processes = Sampler(model, Sampling()).processes
     watched = Watched(model)
     times = {"tokens": 0.0, "grid": 0.5}
     states = {"tokens": torch.tensor([[0, 4, 4]]).repeat(COUNT, 1), "grid": PAIRS["grid"]}
     Guided(watched, processes, Sampling(guidance=2.0), KEYS)(states, at(times), {"grid": Dense()})
-    visible = watched.seen[0].visible["tokens"]
-    assert visible is not None
-    assert visible[:COUNT].tolist() == [[True, True, False]] * COUNT
-    assert visible[COUNT:].all()
-    assert watched.seen[0].visible["grid"] is None
+    ragged = watched.seen[0].ragged
+    assert list(ragged) == ["tokens"]
+    assert ragged["tokens"].lengths.tolist() == [2] * COUNT + [3] * COUNT
+    assert ragged["tokens"].total == 5 * COUNT
+
+
+def test_a_modality_that_is_read_out_is_never_ragged():
+    model = model_of(end_id=4)
+    watched = Watched(model)
+    states = {"tokens": torch.tensor([[0, 4, 4]]).repeat(COUNT, 1), "grid": PAIRS["grid"]}
+    readout = {"grid": Dense(), "tokens": draws_at(torch.tensor([2]))}
+    Guided(watched, Sampler(model, Sampling()).processes, Sampling(), KEYS)(states, at({"tokens": 0.0, "grid": 0.5}), readout)
+    assert not watched.seen[0].ragged
+
+
+def test_the_length_of_a_condition_that_stays_is_asked_for_once(monkeypatch):
+    """Every answer waits for the device."""
+    asked = []
+    monkeypatch.setattr(guidance, "ragged_of", lambda *a: asked.append(a) or ragged_of(*a))
+    model = model_of(end_id=4)
+    guided = Guided(Watched(model), Sampler(model, Sampling()).processes, Sampling(guidance=2.0), KEYS)
+    states = {"tokens": torch.tensor([[0, 4, 4]]).repeat(COUNT, 1), "grid": PAIRS["grid"]}
+    for time in (0.9, 0.5, 0.1):
+        guided(states, at({"tokens": 0.0, "grid": time}), {"grid": Dense()})
+    assert len(asked) == 1
+    guided({**states, "tokens": states["tokens"].clone()}, at({"tokens": 0.0, "grid": 0.1}), {"grid": Dense()})
+    assert len(asked) == 2
 
 
 def test_a_condition_noisier_than_the_final_time_stays_as_it_is_while_a_cleaner_one_is_noised():

@@ -231,7 +231,7 @@ def test_unmasking_reverses_masking_so_that_the_rate_falls_to_the_earlier_one(no
 def iid_losses(process: Masked, times: torch.Tensor, clean: torch.Tensor, probabilities: torch.Tensor, *, exact: bool):
     """Losses of the exact predictor of independent tokens, which knows their frequencies."""
     noised = process.noise(clean, times, KEYS)
-    readout = process.readout(noised, torch.ones(COUNT, dtype=torch.bool))
+    readout = process.readout(noised, times, torch.ones(COUNT))
     prediction = torch.where(readout.scored, -probabilities.log()[readout.targets], 0.0)
     return process.losses(prediction, noised, times, exact=exact)
 
@@ -272,16 +272,17 @@ def test_exact_weight_is_1_over_t_whatever_the_cap():
 def test_only_masked_positions_are_scored_and_only_in_scored_samples():
     process = masked()
     noised = process.noise(IID[:50], torch.full((50,), 0.5), KEYS[:50])
-    readout = process.readout(noised, torch.arange(50) % 2 == 0)
+    readout = process.readout(noised, TIMES[:50], (torch.arange(50) % 2 == 0).float())
     assert isinstance(readout, TokenLosses)
     assert torch.equal(readout.scored[::2], noised.state[::2] == process.mask_id)
     assert not readout.scored[1::2].any()
+    assert readout.number == readout.scored.sum()
 
 
 def test_plain_loss_is_the_mean_cross_entropy_over_every_position():
     process = masked(loss="plain", after_end_weight=0.0, end_id=1)
     noised = process.noise(IID[:50], TIMES[:50], KEYS[:50])
-    readout = process.readout(noised, torch.ones(50, dtype=torch.bool))
+    readout = process.readout(noised, TIMES[:50], torch.ones(50))
     assert readout.scored.all()
     prediction = rng.uniform(KEYS[:50], "losses", (8,))
     losses = process.losses(prediction, noised, TIMES[:50])
@@ -304,12 +305,13 @@ def test_positions_after_the_end_mark_count_with_their_own_weight_in_training_an
     torch.testing.assert_close(exact.counts, torch.tensor([8.0, 8.0]))
 
 
-def test_padding_is_hidden_only_where_the_tokens_are_almost_clean():
+def test_a_condition_ends_at_its_end_mark_only_where_the_tokens_are_almost_clean():
     process = masked(length=4, end_id=1)
     ids = torch.tensor([[0, 1, 3, 3]]).repeat(4, 1)
-    visible = process.visible(ids, torch.tensor([0.0, 1e-3, 2e-3, 1.0]))
-    assert visible is not None
-    assert visible.tolist() == [[True, True, False, False]] * 2 + [[True] * 4] * 2
+    lengths = process.lengths(ids, torch.tensor([0.0, 1e-3, 2e-3, 1.0]))
+    assert lengths is not None
+    assert lengths.tolist() == [2, 2, 4, 4]
+    assert process.visible(ids, torch.zeros(4)) is None
 
 
 def test_in_pad_id_mode_every_visible_pad_is_hidden_at_any_time_and_a_masked_one_is_not():
@@ -320,16 +322,19 @@ def test_in_pad_id_mode_every_visible_pad_is_hidden_at_any_time_and_a_masked_one
     assert visible.tolist() == [[True, True, False, True]] * 2
 
 
-@pytest.mark.parametrize("process", [masked(length=4, pad_id=3, padding="pad_id"), masked(length=4, end_id=3)])
-def test_no_sample_has_all_its_keys_hidden(process):
-    visible = process.visible(torch.full((2, 4), 3), torch.zeros(2))
+def test_no_sample_has_all_its_keys_hidden():
+    visible = masked(length=4, pad_id=3, padding="pad_id").visible(torch.full((2, 4), 3), torch.zeros(2))
     assert visible is not None
     assert visible[:, 0].all()
     assert not visible[:, 1:].any()
+    lengths = masked(length=4, end_id=3).lengths(torch.full((2, 4), 3), torch.zeros(2))
+    assert lengths is not None
+    assert lengths.tolist() == [1, 1]
 
 
 def test_without_an_end_mark_or_a_pad_nothing_is_ever_hidden():
     assert masked().visible(torch.zeros(2, 8, dtype=torch.int64), torch.zeros(2)) is None
+    assert masked().lengths(torch.zeros(2, 8, dtype=torch.int64), torch.zeros(2)) is None
     assert masked(padding="pad_id").visible(torch.zeros(2, 8, dtype=torch.int64), torch.zeros(2)) is None
     assert not after_end(torch.zeros(2, 8, dtype=torch.int64), masked().space).any()
 

@@ -31,7 +31,7 @@ UNBIASED: list[dict[str, Any]] = [
     {"remask": "conf"},
     {"remask": "loop"},
 ]
-BIASED: list[dict[str, Any]] = [{"order": "confidence"}, {"order": "entropy"}, {"order": "threshold"}]
+BIASED: list[dict[str, Any]] = [{"order": order} for order in ("confidence", "entropy", "margin", "threshold")]
 
 
 def run(model: Model, sampling: Sampling, generate: list[str], conditions: Conditions, start: Tensor | None = None) -> Any:
@@ -303,7 +303,7 @@ def test_a_threshold_ends_when_all_are_sure():
     assert told == [(30, 30)]
 
 
-@pytest.mark.parametrize("order", ["confidence", "entropy"])
+@pytest.mark.parametrize("order", ["confidence", "entropy", "margin"])
 def test_an_order_by_sureness_unmasks_as_the_schedule_says(order):
     model = model_of(length=3)
     denoiser = Counted(model)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megadiff import rng
 from megadiff.config.errors import UserError
@@ -31,7 +34,7 @@ def solver_of(name: str, keys: torch.Tensor = KEYS, **sampling) -> Solver:
 
 def drawn_at(request: SampledRows, token: int = 0) -> Drawn:
     count = request.rows.shape[1]
-    return Drawn(torch.full((count,), token), torch.zeros(count), torch.zeros(count))
+    return Drawn(torch.full((count,), token), *torch.zeros(3, count))
 
 
 def test_heun_asks_twice_except_in_the_step_to_0():
@@ -125,3 +128,49 @@ def test_an_impossible_task_is_refused_in_one_sentence(generate, given, initial,
             generate=generate,
             conditions=Conditions(given=dict.fromkeys(given, TOKENS), initial=dict.fromkeys(initial, TOKENS)),
         )
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would wait for a GPU: numbers read on the host, and shapes that depend on data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        names = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
+        self.count += function.name() in names or (function.name() == "aten::index.Tensor" and args[1][0].dtype == torch.bool)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("order", ["ancestral", "tau_leaping", "first_hitting", "confidence", "entropy", "margin"])
+def test_positions_to_unmask_are_counted_before_the_run_and_no_step_waits_for_the_device(order):
+    keys, sampling = KEYS[:20], Sampling(steps=6, order=order)
+    process = PROCESSES["tokens"]
+    planned, plain = (build_solver(process, sampling, keys, torch.ones(20)) for _ in range(2))
+    ends = torch.linspace(1, 0, 7).tolist()
+    steps = [step_of(now, then, rng.fold(keys, index)) for index, (now, then) in enumerate(pairwise(ends))]
+    state = expected = process.prior(keys)
+    planned.plan(state, steps)
+    for step in steps:
+        with Waits() as waits:
+            request = planned.request(state, step)
+            state = planned.move(state, step, request, drawn_at(request)).state
+        assert waits.count == 0
+        with Waits() as waits:
+            request = plain.request(expected, step)
+            expected = plain.move(expected, step, request, drawn_at(request)).state
+        assert waits.count > 0
+        assert torch.equal(state, expected)
+    assert not (state == process.mask_id).any()
+
+
+def test_where_states_may_be_changed_from_outside_nothing_is_planned():
+    sampler = Sampler(model_of(), Sampling(steps=4))
+
+    def masks_again(index, clocks, states):
+        masked = torch.full_like(states["tokens"], PROCESSES["tokens"].mask_id)
+        return {**states, "tokens": masked if index == 1 else states["tokens"]}
+
+    drawn = sampler.sample(IdealDenoiser(model_of()), KEYS[:10], generate=["tokens"], after_step=masks_again)
+    assert not (drawn["tokens"] == PROCESSES["tokens"].mask_id).any()

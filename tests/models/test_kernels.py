@@ -10,19 +10,24 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megadiff.kernels.joint_attention import joint_attention
-from megadiff.kernels.joint_attention.reference import key_mask
 from megadiff.kernels.masked_cross_entropy import masked_cross_entropy, row_logits
+from megadiff.kernels.streams import Projected, Span
 
 
-def random_projections(lengths, heads=2, width=4, batch=3):
-    return [tuple(torch.randn(batch, length, heads, width, dtype=torch.float64) for _ in range(3)) for length in lengths]
+def random_streams(lengths, visible, heads=2, width=4, batch=3):
+    return [
+        Projected(
+            torch.randn(batch, length, 3, heads, width, dtype=torch.float64), None, None, Span(batch, length, visible=mask)
+        )
+        for length, mask in zip(lengths, visible)
+    ]
 
 
-def naive_attention(projections, visible):
-    query, key, value = (torch.cat([p[role] for p in projections], 1) for role in range(3))
+def naive_attention(streams):
+    query, key, value = torch.cat([stream.qkv for stream in streams], 1).unbind(2)
     batch, count, heads, width = query.shape
     seen = torch.cat(
-        [torch.ones(p[0].shape[:2], dtype=torch.bool) if v is None else v for p, v in zip(projections, visible)], 1
+        [torch.ones(s.qkv.shape[:2], dtype=torch.bool) if s.span.visible is None else s.span.visible for s in streams], 1
     )
     output = torch.zeros_like(query)
     for b in range(batch):
@@ -38,21 +43,33 @@ def naive_attention(projections, visible):
 @pytest.mark.parametrize("lengths", [(3, 5), (4,), (1, 2, 3)])
 @pytest.mark.parametrize("hidden", [False, True])
 def test_joint_attention_equals_a_naive_loop(lengths, hidden):
-    projections = random_projections(lengths)
     visible = [None] * len(lengths)
     if hidden:
         visible[-1] = torch.rand(3, lengths[-1]) < 0.5
         visible[-1][:, 0] = True
-    outputs = joint_attention(projections, visible)
-    assert [output.shape for output in outputs] == [projection[0].shape for projection in projections]
-    assert torch.allclose(torch.cat(outputs, 1), naive_attention(projections, visible), atol=1e-12)
+    streams = random_streams(lengths, visible)
+    outputs = joint_attention(streams)
+    assert [output.shape for output in outputs] == [(3, length, 2, 4) for length in lengths]
+    assert torch.allclose(torch.cat(outputs, 1), naive_attention(streams), atol=1e-12)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_tokens_that_are_not_there_are_neither_seen_nor_computed(packed):
+    lengths = torch.tensor([2, 0, 4], dtype=torch.int32)
+    there = torch.arange(4) < lengths[:, None]
+    picture, words = random_streams((5, 4), (None, None))
+    expected = joint_attention([picture, words._replace(span=Span(3, 4, visible=there))])
+    span = Span(3, 4, torch.tensor([0, 2, 2], dtype=torch.int32) if packed else None, lengths)
+    found = joint_attention([picture, Projected(words.qkv[there] if packed else words.qkv, None, None, span)])
+    assert torch.allclose(found[0], expected[0])
+    assert torch.allclose(found[1] if packed else found[1][there], expected[1][there])
+    assert packed or not found[1][~there].any()
 
 
 def test_no_mask_exists_when_everything_is_visible():
-    assert key_mask([None, None], [3, 5], batch=2, device=torch.device("cpu")) is None
-    projections = [tuple(part.float() for part in projection) for projection in random_projections((3, 5))]
+    streams = [stream._replace(qkv=stream.qkv.float()) for stream in random_streams((3, 5), (None, None))]
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        joint_attention(projections, [None, None])
+        joint_attention(streams)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -98,5 +115,5 @@ def test_logits_of_bfloat16_weights_are_not_rounded_to_bfloat16():
 
 
 def test_bfloat16_attention_answers_in_bfloat16():
-    projections = [tuple(part.bfloat16() for part in projection) for projection in random_projections((3, 5))]
-    assert {output.dtype for output in joint_attention(projections, [None, None])} == {torch.bfloat16}
+    streams = [stream._replace(qkv=stream.qkv.bfloat16()) for stream in random_streams((3, 5), (None, None))]
+    assert {output.dtype for output in joint_attention(streams)} == {torch.bfloat16}

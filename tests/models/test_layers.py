@@ -10,17 +10,17 @@ import torch
 from torch.nn import functional as F
 
 from megadiff.config.schema import GridSpace, TokenSpace
+from megadiff.kernels.joint_attention.reference import rms_normalise, rotate
 from megadiff.models.embeddings import (
     PatchEmbedding,
     TokenEmbedding,
     patchify,
     rotary_table,
-    rotate,
     sincos_positions,
     time_features,
     unpatchify,
 )
-from megadiff.models.layers import Linear, Mlp, Modulation, Table, rms_normalise
+from megadiff.models.layers import Linear, Mlp, Modulation, Table
 
 SPACE = GridSpace(channels=3, height=8, width=12, patch=2)
 CPU = torch.device("cpu")
@@ -125,10 +125,10 @@ def test_a_linear_map_casts_its_input_to_its_weights_type():
 
 def test_modulation_starts_with_the_named_slots_at_one_whatever_the_conditioning():
     first, second, third = Modulation(4, 3, ones=(1,))(torch.randn(2, 4))
-    assert first.shape == (2, 1, 4)
+    assert first.shape == (2, 4)
     assert not first.any()
     assert not third.any()
-    assert torch.equal(second, torch.ones(2, 1, 4))
+    assert torch.equal(second, torch.ones(2, 4))
 
 
 def test_a_table_made_in_inference_mode_serves_training_and_is_not_pickled():

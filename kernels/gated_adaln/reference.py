@@ -1,0 +1,59 @@
+"""The truth for the gated residual and adaLN: plain torch, float32 inside.
+
+Legend: B samples, S tokens, D width, R rows of packed tokens.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Modulated(NamedTuple):
+    """The sum tokens + gate * change, and its normalised and modulated form; both shaped and typed like the tokens."""
+
+    tokens: Tensor
+    normal: Tensor
+
+
+def adaln(tokens: Tensor, shift: Tensor, scale: Tensor, samples: Tensor | None, eps: float, one_plus: bool) -> Tensor:
+    """LayerNorm(tokens) * scale + shift, without gain and bias of its own.
+
+    Args:
+        tokens: [B, S, D], or packed [R, D].
+        shift, scale: [B, D]; need not be contiguous beyond the last axis.
+        samples: int64 [R], the sample of each row; None where tokens are dense.
+        eps: what is added to the variance.
+        one_plus: scale by 1 + scale.
+    """
+    shift, scale = spread(shift, samples), spread(scale, samples)
+    normal = F.layer_norm(tokens, tokens.shape[-1:], eps=eps)
+    return normal * (1 + scale if one_plus else scale) + shift
+
+
+def gated_adaln(
+    tokens: Tensor,
+    change: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    samples: Tensor | None,
+    eps: float,
+    one_plus: bool,
+) -> Modulated:
+    """tokens + gate * change, and `adaln` of it.
+
+    Args:
+        tokens, change: [B, S, D], or packed [R, D].
+        gate, shift, scale: [B, D], of a sample's tokens.
+        samples, eps, one_plus: see `adaln`.
+    """
+    summed = tokens + spread(gate, samples) * change
+    return Modulated(summed, adaln(summed, shift, scale, samples, eps, one_plus))
+
+
+def spread(vectors: Tensor, samples: Tensor | None) -> Tensor:
+    """[B, D] as it broadcasts over [B, S, D] ([B, 1, D]), or for every row of [R, D] ([R, D])."""
+    return vectors[:, None] if samples is None else vectors.index_select(0, samples)

@@ -1,0 +1,151 @@
+"""What people do with checkpoints on a machine without a GPU: look, compare, and put one together in one file.
+
+All of it is streamed: a piece of one parameter is in memory at a time, however large the checkpoint is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megadiff.engine.checkpoint import MOMENTS, CheckpointError, CheckpointReader
+from megadiff.models.mmdit import part_of
+
+PIECE = 16 * 2**20
+"""Elements that are read at once: 64 MiB of float32."""
+
+
+def pieces(size: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) ranges that cover `size` elements."""
+    for start in range(0, size, PIECE):
+        yield start, min(start + PIECE, size)
+
+
+# ------------------------------------------------------------------------------------------------------------ looking
+
+
+@dataclass(frozen=True)
+class Part:
+    """The parameters of a modality's tower and head, or of the joint part: how many numbers, trained and frozen."""
+
+    trained: int
+    frozen: int
+
+
+def parts(reader: CheckpointReader) -> dict[str, Part]:
+    """By part of the model the sizes of its parameters."""
+    found: dict[str, Part] = {}
+    for name, (shape, trained) in reader.manifest.parameters.items():
+        size, before = math.prod(shape), found.get(part_of(name), Part(0, 0))
+        found[part_of(name)] = Part(before.trained + size * trained, before.frozen + size * (not trained))
+    return found
+
+
+def faults(reader: CheckpointReader, checked: Callable[[], object]) -> list[str]:
+    """What is wrong with a checkpoint's files, one sentence each: hashes, and numbers that no file or two files hold.
+
+    Args:
+        checked: called after each file.
+    """
+    found = []
+    for entry in reader.manifest.files:
+        if reader.damaged([entry]):
+            found.append(f"{entry.name} is damaged (its hash differs)")
+        checked()
+    for name, (shape, _) in reader.manifest.parameters.items():
+        ranges = sorted(entry.ranges[name] for entry in reader.manifest.files if name in entry.ranges)
+        covered = 0
+        for start, stop in ranges:
+            if start != covered:
+                found.append(f"{name}: elements {covered} to {start} are {'missing' if start > covered else 'held twice'}")
+            covered = max(covered, stop)
+        if covered != math.prod(shape):
+            found.append(f"{name}: {covered} of {math.prod(shape)} elements are held")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------- comparing
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How one parameter differs: |a - b| / |a| over all its numbers, and the largest |a - b|; or why it cannot be told."""
+
+    name: str
+    relative: float
+    largest: float
+    reason: str = ""
+
+
+def differences(one: CheckpointReader, other: CheckpointReader, kind: str) -> Iterator[Difference]:
+    """Every parameter of either checkpoint that is not the same to the bit in the other.
+
+    Args:
+        kind: weight, ema.<profile>, exp_avg or exp_avg_sq.
+    """
+    held = [reader.manifest.parameters for reader in (one, other)]
+    for name in sorted({*held[0], *held[1]}):
+        missing = [reader.folder for reader, parameters in zip((one, other), held, strict=True) if name not in parameters]
+        if missing:
+            yield Difference(name, math.inf, math.inf, f"is not in {missing[0]}")
+            continue
+        (shape, trained), (other_shape, other_trained) = held[0][name], held[1][name]
+        if shape != other_shape:
+            yield Difference(name, math.inf, math.inf, f"has shape {shape} and {other_shape}")
+            continue
+        if kind in MOMENTS and not (trained and other_trained):
+            continue
+        squares, own, largest = 0.0, 0.0, 0.0
+        for start, stop in pieces(math.prod(shape)):
+            left, right = (reader.read(kind, name, start, stop).double() for reader in (one, other))
+            apart = left - right
+            squares, own = squares + float(apart.square().sum()), own + float(left.square().sum())
+            largest = max(largest, float(apart.abs().max()))
+        if largest or math.isnan(squares):
+            yield Difference(name, math.sqrt(squares / own) if own else math.inf, largest)
+
+
+# ------------------------------------------------------------------------------------------------------ consolidating
+
+
+def consolidate(reader: CheckpointReader, kind: str, out: Path, wrote: Callable[[], object]) -> None:
+    """Write all parameters whole, float32, to one safetensors file; it appears under its name when it is complete.
+
+    Args:
+        kind: as for `differences`; frozen parameters have no moments and are left out of those.
+        wrote: called after each parameter.
+
+    Raises:
+        CheckpointError: `out` is there already, or cannot be written.
+    """
+    if out.exists():
+        raise CheckpointError(f"{out} is there already; name a new file")
+    header: dict[str, dict[str, object]] = {}
+    offset = 0
+    held = {name: shape for name, (shape, trained) in reader.manifest.parameters.items() if trained or kind not in MOMENTS}
+    for name, shape in held.items():
+        end = offset + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps({"__metadata__": {"format": "pt", "kind": kind}, **header}).encode()
+    text += b" " * (-len(text) % 8)  # tensors are aligned to 8 bytes
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for name, shape in held.items():
+                for start, stop in pieces(math.prod(shape)):
+                    file.write(reader.read(kind, name, start, stop).numpy().tobytes())
+                wrote()
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(out)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(f"{out} cannot be written: {error.strerror}") from None

@@ -1,0 +1,101 @@
+"""An average of any length after training, out of the averages that checkpoints kept.
+
+Power-function profiles of several lengths at several steps span the profile of a length that was never tracked, nearly: least
+squares of the profiles give the coefficients of the weights. Source: Karras et al., "Analyzing and Improving the Training
+Dynamics of Diffusion Models", CVPR 2024, section 3.2 and algorithm 3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megadiff.config.schema import EmaProfile, PowerEma
+from megadiff.engine.checkpoint import CheckpointError, CheckpointReader
+from megadiff.engine.ema import power_exponent
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A power-function average: t^gamma over the first `updates` updates, up to a factor that makes its integral 1."""
+
+    updates: int
+    exponent: float
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A profile as a sum of others.
+
+    Attributes:
+        coefficients: one per snapshot.
+        error: |profile - sum| / |profile|, as functions of the step.
+    """
+
+    coefficients: tuple[float, ...]
+    error: float
+
+
+def inner_product(one: Profile, other: Profile) -> float:
+    """The integral of the product of two profiles."""
+    early, late = sorted((one, other), key=lambda profile: profile.updates)
+    ratio = float((early.updates / late.updates) ** late.exponent)
+    sizes = (early.exponent + 1) * (late.exponent + 1) / (early.exponent + late.exponent + 1)
+    return sizes * ratio / late.updates
+
+
+def combine(snapshots: Sequence[Profile], wanted: Profile) -> Combination:
+    """The least-squares coefficients of `wanted` in terms of the snapshots' profiles."""
+    gram = np.array([[inner_product(one, other) for other in snapshots] for one in snapshots])
+    sides = np.array([inner_product(one, wanted) for one in snapshots])
+    scale = 1 / np.sqrt(gram.diagonal())  # profiles of like sizes: the system is ill-conditioned enough as it is
+    solved = scale * np.linalg.lstsq(gram * scale * scale[:, None], sides * scale, rcond=1e-12)[0]
+    rest = inner_product(wanted, wanted) - 2 * solved @ sides + solved @ gram @ solved
+    return Combination(tuple(solved.tolist()), math.sqrt(max(rest, 0.0) / inner_product(wanted, wanted)))
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One average in one checkpoint."""
+
+    reader: CheckpointReader
+    kind: str
+    profile: Profile
+
+
+def snapshots_of(checkpoints: Path, profiles: Mapping[str, EmaProfile]) -> list[Snapshot]:
+    """Every power-function average of a stage's checkpoints, oldest first.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    power = {name: power_exponent(profile.length) for name, profile in profiles.items() if isinstance(profile, PowerEma)}
+    readers = [CheckpointReader(manifest.parent) for manifest in sorted(checkpoints.glob("step_*/manifest.json"))]
+    found = [
+        Snapshot(reader, f"ema.{name}", Profile(reader.manifest.progress["ema_updates"], exponent))
+        for reader in readers
+        for name, exponent in power.items()
+        if name in reader.manifest.ema and reader.manifest.progress["ema_updates"]
+    ]
+    if not found:
+        raise CheckpointError(
+            f"{checkpoints} holds no average that can be reconstructed from: give the stage profiles of kind power "
+            "(ema: {short: {kind: power, length: 0.05}, long: {kind: power, length: 0.1}}) and keep checkpoints "
+            "(checkpoint.keep_every_steps)"
+        )
+    return found
+
+
+def reconstruct(snapshots: Sequence[Snapshot], coefficients: Sequence[float], name: str) -> Tensor:
+    """One parameter's average, float32, whole."""
+    newest = snapshots[-1].reader
+    if not newest.manifest.parameters[name][1]:
+        return newest.read_whole("weight", name)
+    parts = zip(snapshots, coefficients, strict=True)
+    return torch.stack([c * s.reader.read_whole(s.kind, name).double() for s, c in parts]).sum(0).float()
