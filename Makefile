@@ -35,8 +35,6 @@ clean:  ## delete .venv, caches and build files (not runs/)
 # Installs are repeated only when what they read has changed.
 $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 2; }
-	@command -v g++ >/dev/null || { echo "g++ is needed: DeepSpeed compiles an operator on first use (Debian: apt-get install build-essential)"; exit 2; }
-	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { echo "Python's headers are needed: DeepSpeed compiles an operator on first use (Debian: apt-get install python3-dev)"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) --editable .
 	@touch $@

@@ -1,10 +1,11 @@
-"""The run's folder as the launcher sees it: the resolved run, what is done, and a lock against a second launch."""
+"""The run's folder as the launcher sees it: the resolved run, what is done, and locks against a second launch."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +15,11 @@ from megadiff.config.errors import ConfigError, UserError
 from megadiff.config.layout import DONE, RUN
 from megadiff.config.load import dump_run, load_run
 from megadiff.config.schema import Run
+from megadiff.launcher.children import process_start
 
-DEEPSPEED, LOCK, ERROR = "deepspeed.json", ".lock", "error.txt"
+DEEPSPEED, LOCK, RANKS_LOCK, ERROR = "deepspeed.json", ".lock", ".ranks", "error.txt"
+WAIT_S = 10.0
+"""How long a launch waits for what a killed launch left behind: processes end soon after their launcher."""
 FREE = ("launch", "showcase")
 """Sections that may change between two launches of one run: they leave the training as it is."""
 
@@ -75,32 +79,71 @@ def write(run: Run, deepspeed: Mapping[str, Any]) -> None:
 
 @contextmanager
 def locked(run: Run) -> Iterator[int]:
-    """Hold the folder; yields the lock's file descriptor.
-
-    The launched processes inherit it, so that ranks which outlive a killed launcher still keep a second launch out.
+    """Hold the folder, once no rank of an earlier launch is left in it; yields the lock's file descriptor for the children.
 
     Raises:
-        UserError: another launch holds it, or the folder cannot be made.
+        UserError: another launch holds it, ranks stay for longer than WAIT_S, or the folder cannot be made.
     """
     folder = Path(run.folder)
+    descriptor = _open(folder, LOCK)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror}; name another with folder=...") from None
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(descriptor, 32).decode().strip() or "unknown"
-            raise UserError(
-                f"{folder} is in use by another launch (process {holder}, or ranks it left behind); wait for it or end it"
-            ) from None
+        deadline = time.monotonic() + WAIT_S
+        while not _lock(descriptor, fcntl.LOCK_EX):
+            holder = os.pread(descriptor, 32, 0).decode().strip()
+            if _runs(holder) or time.monotonic() > deadline:
+                raise UserError(f"{folder} is in use by another launch (process {holder or 'unknown'}); wait for it or end it")
+            time.sleep(0.1)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        _wait_for_ranks(folder, deadline)
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def join(folder: Path) -> int:
+    """As a rank, keep new launches out of a run's folder for as long as this process lives; returns the lock's descriptor.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    descriptor = _open(folder, RANKS_LOCK)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    return descriptor
+
+
+def _wait_for_ranks(folder: Path, deadline: float) -> None:
+    descriptor = _open(folder, RANKS_LOCK)
+    try:
+        while not _lock(descriptor, fcntl.LOCK_EX):
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{folder} is in use by ranks (megadiff train) that no launch watches; wait for them or end them"
+                )
+            time.sleep(0.1)
+    finally:
+        os.close(descriptor)
+
+
+def _open(folder: Path, name: str) -> int:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}; name another with folder=...") from None
+
+
+def _lock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _runs(pid: str) -> bool:
+    """Whether the process that wrote its number into a lock still runs on this machine."""
+    return pid.isdigit() and process_start(int(pid)) != ""
 
 
 def differences(before: Run, after: Run) -> list[str]:

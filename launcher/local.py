@@ -6,28 +6,19 @@ import os
 import shlex
 import signal
 import socket
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from megadiff.config.deepspeed import resolve_run
 from megadiff.config.errors import UserError
 from megadiff.config.layout import RUN
 from megadiff.config.schema import Run, Stage
-from megadiff.launcher import folder
+from megadiff.launcher import children, folder
+from megadiff.launcher.children import ERROR_FILE, Command, Signals
 from megadiff.launcher.devices import Devices, find_devices, processes_for, threads_for
-
-ERROR_FILE = "MEGADIFF_ERROR_FILE"
-"""Ranks that stop for a user's mistake leave the sentence in the file that this variable names; the launcher says it once."""
-
-_GRACE_S = 45.0
-"""DeepSpeed's launcher gives its ranks 30 s after SIGTERM."""
 
 Say = Callable[[str], None]
 
@@ -139,7 +130,7 @@ def launch(plan: Plan, *, allow_changes: bool = False, say: Say = print) -> int:
             say(f"this machine has {plan.devices}: starting {plan.processes} of {wanted} processes (the global batch stays)")
         say(f"run {run.name}: {plan.processes} processes on {plan.devices}, folder {run.folder}")
         say(f"watch: {tensorboard_command(run)}")
-        with _Signals() as signals:
+        with Signals() as signals:
             return _stages(plan, lock, signals, say)
 
 
@@ -157,7 +148,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _stages(plan: Plan, lock: int, signals: _Signals, say: Say) -> int:
+def _stages(plan: Plan, lock: int, signals: Signals, say: Say) -> int:
     run = plan.run
     for number, stage in enumerate(run.stages, 1):
         if folder.done(run, stage.name):
@@ -170,7 +161,7 @@ def _stages(plan: Plan, lock: int, signals: _Signals, say: Say) -> int:
     code = 0
     if run.showcase:
         say("samples")
-        code = _child(plan.showcase(), plan.showcase_environment(), lock, signals)
+        (code,) = children.run([Command(plan.showcase(), plan.showcase_environment())], signals, keep=[lock])
         if signals.received:
             _complain("interrupted while sampling; the same command starts it again")
             return 128 + signals.received
@@ -178,13 +169,14 @@ def _stages(plan: Plan, lock: int, signals: _Signals, say: Say) -> int:
     return code
 
 
-def _train(plan: Plan, stage: Stage, lock: int, signals: _Signals) -> int:
+def _train(plan: Plan, stage: Stage, lock: int, signals: Signals) -> int:
     """Train one stage; on failure say in one sentence what happened and where to look."""
     home = Path(plan.run.folder) / stage.name
     home.mkdir(parents=True, exist_ok=True)
     error = home / folder.ERROR
     error.unlink(missing_ok=True)
-    code = _child(plan.command(stage, free_port()), {**plan.environment, ERROR_FILE: str(error)}, lock, signals)
+    ranks = Command(plan.command(stage, free_port()), {**plan.environment, ERROR_FILE: str(error)}, relays=True)
+    (code,) = children.run([ranks], signals, keep=[lock])
     logs = home / "logs"
     if signals.received:
         _complain(f"interrupted in stage {stage.name}; the same command goes on from its newest checkpoint")
@@ -208,77 +200,3 @@ def _ending(code: int) -> str:
         if 0 < number < 65:
             return f"signal {number} ({signal.Signals(number).name})" if number in set(signal.Signals) else f"signal {number}"
     return f"exit code {code}" if code else "exit code 0 before its last step"
-
-
-class _Signals:
-    """SIGINT, SIGTERM and SIGHUP go to the children; a second one kills them."""
-
-    def __init__(self) -> None:
-        self.received = 0
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def __enter__(self) -> _Signals:
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        self._before = {number: signal.signal(number, self._handle) for number in numbers}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        again, self.received = bool(self.received), number
-        if self.process is not None:
-            (_kill if again else _terminate)(self.process)
-
-
-@contextmanager
-def _running(command: list[str], environment: Mapping[str, str], lock: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A child with a process group of its own; nothing of it is left afterwards."""
-    process = subprocess.Popen(command, env={**os.environ, **environment}, start_new_session=True, pass_fds=(lock,))
-    try:
-        yield process
-    finally:
-        _kill(process)
-        process.wait()
-
-
-def _child(command: list[str], environment: Mapping[str, str], lock: int, signals: _Signals) -> int:
-    """Run a child to its end; returns its exit code, negative for a signal."""
-    if signals.received:
-        return 1
-    with _running(command, environment, lock) as process:
-        signals.process = process
-        if signals.received:  # it came between the check above and the start
-            _terminate(process)
-        deadline = None
-        while process.poll() is None:
-            if signals.received and deadline is None:
-                deadline = time.monotonic() + _GRACE_S
-            if deadline is not None and time.monotonic() > deadline:
-                break
-            time.sleep(0.1)
-        signals.process = None
-        code = process.poll()
-    return 1 if code is None else code
-
-
-def _terminate(process: subprocess.Popen[bytes]) -> None:
-    """Ask for an end. DeepSpeed's runner knows no SIGTERM, but the process that it waits for ends its ranks on one."""
-    try:
-        watchers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="ascii").split()
-    except OSError:
-        watchers = []
-    for watcher in watchers:
-        _send(os.kill, int(watcher))
-    if not watchers:
-        _send(os.killpg, process.pid)
-
-
-def _send(how: Callable[[int, int], None], target: int, number: int = signal.SIGTERM) -> None:
-    with suppress(ProcessLookupError, PermissionError):
-        how(target, number)
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    _send(os.killpg, process.pid, signal.SIGKILL)

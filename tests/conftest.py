@@ -8,16 +8,17 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-TIMEOUT_S = 600
+TIMEOUT_S = 300
 """No test may hang for longer, a wait for another rank above all."""
 
-_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "MEGADIFF_ERROR_FILE")
+_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_LAUNCHERS = ("MEGADIFF_ERROR_FILE", "MEGADIFF_LAUNCHER")
 _CREDENTIALS = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "GOOGLE_APPLICATION_CREDENTIALS")
 
 # Before torch is imported anywhere: threads are read then.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", AWS_EC2_METADATA_DISABLED="true")
-for _name in (*_LAUNCHERS, *_CREDENTIALS):
+os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", AWS_EC2_METADATA_DISABLED="true", PYTHONFAULTHANDLER="1")
+for _name in (*_RANKS, *_LAUNCHERS, *_CREDENTIALS):
     os.environ.pop(_name, None)
 
 settings.register_profile("megadiff", deadline=None, derandomize=True, max_examples=50, print_blob=True)

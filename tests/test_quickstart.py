@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.ranks import ROOT, free_port
+from tests.ranks import finish, free_port, run_megadiff, start_python
 
 pytestmark = pytest.mark.distributed
 
@@ -30,12 +28,10 @@ FEW = [
 
 def megadiff(*arguments: str, world: int = 1) -> subprocess.CompletedProcess[str]:
     """The command line as a user starts it; with `world` > 1 under torchrun."""
-    command = [sys.executable, "-m", "megadiff", *arguments]
-    if world > 1:
-        runner = ["torch.distributed.run", "--nproc-per-node", str(world), "--master-port", str(free_port())]
-        command = [sys.executable, "-m", *runner, "-m", "megadiff", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    if world == 1:
+        return run_megadiff(*arguments)
+    runner = ["torch.distributed.run", "--nproc-per-node", str(world), "--master-port", str(free_port())]
+    return finish(start_python("-m", *runner, "-m", "megadiff", *arguments))
 
 
 @pytest.fixture(scope="module")

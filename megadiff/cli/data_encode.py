@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from megadiff.cli.arguments import Verbs, add_verb, positive
-from megadiff.cli.processes import several
+from megadiff.launcher.children import several
 
 if TYPE_CHECKING:
     from megadiff.data.encoder import Encoding

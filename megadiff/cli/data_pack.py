@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from megadiff.cli.arguments import Verbs, add_verb, positive
 from megadiff.cli.data_encode import add_encoding, encoding_of
-from megadiff.cli.processes import several
 from megadiff.config.errors import UserError
+from megadiff.launcher.children import several
 
 if TYPE_CHECKING:
     from megadiff.data.buckets import Buckets

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from megadiff.config.errors import UserError
-from megadiff.launcher.local import ERROR_FILE
+from megadiff.launcher.children import ERROR_FILE
 
 
 def say(error: UserError) -> None:

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 
 from megadiff.cli.arguments import Verbs, add_run, add_verb, positive
-from megadiff.cli.processes import several
 from megadiff.config.deepspeed import load_deepspeed
 from megadiff.config.errors import UserError
 from megadiff.config.load import load_run
 from megadiff.launcher import folder, local
+from megadiff.launcher.children import several
 from megadiff.launcher.devices import find_devices
 
 EXAMPLES = """\

@@ -23,6 +23,7 @@ from megadiff.cli import (
     train,
 )
 from megadiff.config.errors import UserError
+from megadiff.launcher.children import end_with_launcher
 
 VERBS = (check_config, launch, train, sample, showcase, export, checkpoint, ema, data, import_paper, export_paper)
 """Modules with `add(verbs)`; each parser that they add sets `run`, a function: parsed arguments -> exit code."""
@@ -39,6 +40,7 @@ A user's mistake ends with one sentence and exit code 2.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns its exit code."""
+    end_with_launcher()
     parsed = parse(arguments)
     try:
         code: int = parsed.run(parsed)

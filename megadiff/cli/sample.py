@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from megadiff.cli.arguments import Verbs, add_verb, positive
-from megadiff.cli.processes import several
 from megadiff.config.errors import UserError
 from megadiff.config.schema import Sampling
+from megadiff.launcher.children import several
 
 EXAMPLES = """\
   megadiff sample --checkpoint runs/quickstart --task text-to-image --prompt "red heart" --guidance 3 --out samples

@@ -14,6 +14,7 @@ from megadiff.config.deepspeed import load_deepspeed
 from megadiff.config.errors import UserError
 from megadiff.config.load import load_run
 from megadiff.distributed.ranks import Ranks
+from megadiff.launcher import folder
 
 
 def add(verbs: Verbs) -> None:
@@ -38,6 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     names = [stage.name for stage in loaded.stages]
     if arguments.stage not in names:
         raise UserError(f"the run has no stage {arguments.stage}; its stages: {', '.join(names)}")
+    folder.join(Path(loaded.folder))
     _log_to(Path(loaded.folder) / arguments.stage / "logs" / f"rank_{ranks.rank}.log", ranks)
     stage = loaded.stages[names.index(arguments.stage)]
     try:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,14 +10,12 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
 from safetensors import SafetensorError
 from torch import Tensor
 
 from megadiff.config.deepspeed import resolve, zero_stage
-from megadiff.config.errors import UserError
 from megadiff.config.schema import Initialise, Model, Stage
-from megadiff.distributed.ranks import Ranks, free_port
+from megadiff.distributed.ranks import Ranks
 from megadiff.distributed.reduce import gather_objects, raise_together, sum_over_ranks
 from megadiff.engine import checkpoint
 from megadiff.engine.api import QUARTILES, Objective, StepResult
@@ -27,29 +23,11 @@ from megadiff.engine.checkpoint import MOMENTS, CheckpointError, CheckpointReade
 from megadiff.engine.ema import Ema
 from megadiff.engine.optimizer import build_optimizer, learning_rate
 from megadiff.engine.shards import FrozenShard, Shard, ShardedWeights
+from megadiff.engine.start import start_process_group
 from megadiff.models.mmdit import build_model, decayed_names, part_of
 from megadiff.types import ALIGNMENT, Batch, Denoiser, LossTerms
 
 log = logging.getLogger(__name__)
-
-
-def start_process_group(ranks: Ranks) -> torch.device:
-    """Join the other ranks (nccl on GPUs, gloo on CPUs) and return this rank's device."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed 0.19.8 calls collectives by the names that torch 2.13 renamed, at every step.
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-    if ranks.world == 1:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    elif not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
-        raise UserError(f"WORLD_SIZE is {ranks.world}: set MASTER_ADDR and MASTER_PORT to an address on rank 0's machine")
-    os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world), LOCAL_RANK=str(ranks.local_rank))
-    accelerator = get_accelerator()
-    device = torch.device(accelerator.device_name(ranks.local_rank) if accelerator.device_name() != "cpu" else "cpu")
-    if device.type != "cpu":
-        accelerator.set_device(ranks.local_rank)
-    backend = accelerator.communication_backend_name() if device.type != "cpu" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-    return device
 
 
 class ZeroEngine:

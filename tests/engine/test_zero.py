@@ -17,7 +17,7 @@ from megadiff.engine.checkpoint import CheckpointReader, latest_checkpoint
 from megadiff.interfaces.weights import load
 from tests.data.small import sample, write_source
 from tests.engine.worker import probe_input
-from tests.ranks import ROOT, run_ranks, start_ranks
+from tests.ranks import ROOT, finish, run_ranks, start_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -111,7 +111,7 @@ def test_a_run_killed_and_resumed_repeats_the_uninterrupted_curve_to_the_bit(tmp
     request = {"folder": str(tmp_path / "cut"), "deepspeed": "ds_configs/zero3.json", "stages": ["first"], "overrides": steps}
     ended = []
     for process in start_ranks(WORKER, 2, {**request, "kill_at": 12}):
-        process.communicate(timeout=240)
+        finish(process)
         ended.append(process.returncode)
     # The first to die may take the other down in a collective before that one kills itself.
     assert -signal.SIGKILL in ended

@@ -19,6 +19,7 @@ from megadiff.config.schema import Run, Stage
 from megadiff.launcher import devices, folder, local
 from megadiff.launcher.devices import Devices
 from tests.minimal import ZERO3, minimal_run, write_json
+from tests.ranks import finish, run_megadiff, start_python
 
 ROOT = Path(__file__).parents[2]
 CPU = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
@@ -204,16 +205,27 @@ def test_two_launches_cannot_share_a_folder(tmp_path: Path) -> None:
         pass
 
 
-def test_ranks_that_outlive_their_launcher_keep_the_folder_locked(tmp_path: Path) -> None:
+def test_a_launch_waits_for_what_a_killed_one_left_behind(tmp_path: Path) -> None:
     run = minimal_run(tmp_path)
     with folder.locked(run) as lock:
-        left_behind = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=(lock,))
+        holds_the_lock = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(2)"], pass_fds=(lock,))
+        os.pwrite(lock, b"4194305   ", 0)  # of a launcher that is no more
+    script = "import pathlib, sys, time; from megadiff.launcher import folder; folder.join(pathlib.Path(sys.argv[1]))"
+    rank = start_python("-c", f"{script}; time.sleep(3)", run.folder)
+    with folder.locked(run):
+        assert holds_the_lock.poll() is not None
+    finish(rank)
+
+
+def test_ranks_that_stay_keep_a_launch_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder, "WAIT_S", 0.3)
+    run = minimal_run(tmp_path)
+    rank = folder.join(Path(run.folder))
     try:
-        with pytest.raises(UserError, match="in use"), folder.locked(run):
+        with pytest.raises(UserError, match="in use by ranks"), folder.locked(run):
             pass
     finally:
-        left_behind.kill()
-        left_behind.wait()
+        os.close(rank)
     with folder.locked(run):
         pass
 
@@ -324,10 +336,8 @@ def test_threads_come_from_the_run_the_environment_or_the_cores(tmp_path: Path, 
 def test_a_mistake_that_only_the_ranks_can_see_is_one_sentence_too(tmp_path: Path) -> None:
     """Real ranks under DeepSpeed's launcher; both find that the tokenizer is empty."""
     minimal_run(tmp_path, stage_defaults__samples={"every_steps": 2})
-    command = [sys.executable, "-m", "megadiff", "launch", str(tmp_path / "minimal.yaml")]
-    command += ["--deepspeed", str(write_json(tmp_path / "zero3.json", ZERO3))]
-    environment = {**os.environ, **CPU, "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    json_file = str(write_json(tmp_path / "zero3.json", ZERO3))
+    ended = run_megadiff("launch", str(tmp_path / "minimal.yaml"), "--deepspeed", json_file, cwd=tmp_path)
     assert ended.returncode == 2, ended.stderr
     assert len(ended.stderr.splitlines()) == 1, ended.stderr
     assert ended.stderr.startswith(f"megadiff: error: stage first: tokenizer {tmp_path / 'tokenizer.json'} cannot be read")

@@ -11,7 +11,7 @@
 #
 # MEGADIFF_CEPH_RUN: the folder of one server (by default one per user in $TMPDIR); several may run, each in its own.
 # MEGADIFF_CEPH_OWNER: a process id; when that process has ended, so does the server.
-# XDG_CACHE_HOME: packages are kept in its megadiff/ceph (by default in ~/.cache).
+# XDG_CACHE_HOME: packages are kept in its megadiff/ceph (by default in ~/.cache, or in $TMPDIR where that cannot be written).
 #
 # Needs Debian 12; exit status 3 where the packages cannot be had. Only processes whose recorded id still runs one of our
 # daemons on our configuration are ever signalled.
@@ -19,6 +19,7 @@ set -euo pipefail
 
 RUN=$(realpath -m "${MEGADIFF_CEPH_RUN:-${TMPDIR:-/tmp}/megadiff-ceph-$(id -u)}")
 CACHE=${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/megadiff/ceph
+mkdir -p "$CACHE" 2>/dev/null && [ -w "$CACHE" ] || CACHE=${TMPDIR:-/tmp}/megadiff-cache-$(id -u)/ceph
 RELEASE=$(. /etc/os-release 2>/dev/null && printf '%s' "${VERSION_CODENAME:-unknown}" || printf unknown)-$(uname -m)
 ROOT=$CACHE/$RELEASE
 CONF=$RUN/ceph.conf

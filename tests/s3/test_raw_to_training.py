@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import signal
 import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +14,7 @@ from PIL import Image
 from megadiff.data.shards import Shard, read_manifest
 from megadiff.storage import store
 from tests.data.small import TOKENIZER, TRAIN, make_autoencoder
-from tests.ranks import ROOT
+from tests.ranks import ROOT, finish, kill_when, start_megadiff
 
 pytestmark = [pytest.mark.s3, pytest.mark.distributed, pytest.mark.timeout(400)]
 
@@ -64,41 +59,10 @@ def run_file(folder: Path, out: str, autoencoder: str) -> Path:
     return folder / "run.yaml"
 
 
-def megadiff(*arguments: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, "-m", "megadiff", *arguments]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said[-3000:]
-    return said
-
-
-def kill_when(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
-    """SIGKILL to a command and all that it has started, as soon as something is so."""
-    while not ready():
-        assert process.poll() is None, (process.communicate()[0] or "")[-3000:]
-        time.sleep(0.01)
-    children = descendants(process.pid)
-    for child in [process.pid, *children]:
-        try:
-            os.kill(child, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    process.communicate()
-
-
-def descendants(parent: int) -> list[int]:
-    """Process ids below one; DeepSpeed's launcher gives its ranks sessions of their own."""
-    try:
-        children = [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
-    except FileNotFoundError:
-        return []
-    return [*children, *(pid for child in children for pid in descendants(child))]
+def finished(process: subprocess.Popen[str]) -> str:
+    ended = finish(process)
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+    return ended.stdout
 
 
 def units_done(out: str) -> int:
@@ -124,23 +88,23 @@ def test_pack_encode_and_train_killed_in_each_end_as_if_never_stopped(bucket: st
     pairs, latents = f"{bucket}/pairs", f"{bucket}/latents"
 
     pack = ["data", "pack", str(tmp_path / "raw"), pairs, "--buckets", "32x32,32x48,48x32", "--shard-samples", "5"]
-    kill_when(megadiff(*pack), lambda: units_done(pairs) >= 2)
+    kill_when(start_megadiff(*pack), lambda: units_done(pairs) >= 2)
     assert not store.exists(f"{pairs}/manifest.json")
-    assert f"{PAIRS} samples" in finish(megadiff(*pack))
+    assert f"{PAIRS} samples" in finished(start_megadiff(*pack))
 
     encode = ["data", "encode", pairs, latents, "--autoencoder", autoencoder, "--tokenizer", str(TOKENIZER)]
     command = ["launch", "--processes", "2", "--", *encode]
-    kill_when(megadiff(*command), lambda: units_done(latents) >= 2)
+    kill_when(start_megadiff(*command), lambda: units_done(latents) >= 2)
     assert not store.exists(f"{latents}/manifest.json")
-    assert f"{PAIRS} samples" in finish(megadiff(*command))
-    assert "whole" in finish(megadiff("data", "verify", latents, "--decode"))
+    assert f"{PAIRS} samples" in finished(start_megadiff(*command))
+    assert "whole" in finished(start_megadiff("data", "verify", latents, "--decode"))
 
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
     train = ["--deepspeed", "ds_configs/zero1.json"]
     run = str(run_file(broken, latents, autoencoder))
     metrics = broken / "run" / "joint" / "metrics.jsonl"
-    kill_when(megadiff("launch", run, *train), lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 7)
-    finish(megadiff("launch", run, *train))
-    finish(megadiff("launch", str(run_file(unbroken, latents, autoencoder)), *train))
+    kill_when(start_megadiff("launch", run, *train), lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 7)
+    finished(start_megadiff("launch", run, *train))
+    finished(start_megadiff("launch", str(run_file(unbroken, latents, autoencoder)), *train))
     assert losses(broken) == losses(unbroken)
     assert sorted(losses(broken)) == list(range(1, STEPS + 1))

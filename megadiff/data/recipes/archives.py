@@ -25,10 +25,13 @@ def fetch_archive(client: str, command: Sequence[str], into: str, package: str, 
         package: name and version, for errors.
 
     Raises:
-        UserError: it cannot be fetched, in the client's words.
+        UserError: it cannot be fetched, in the client's words, or `folder` cannot be written.
     """
     aside = folder / f".{os.getpid()}"
-    aside.mkdir(parents=True, exist_ok=True)
+    try:
+        aside.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}; name another cache folder by XDG_CACHE_HOME") from None
     try:
         done = subprocess.run([*command, into, str(aside)], capture_output=True, text=True, check=False)
         found = list(aside.iterdir())

@@ -1,0 +1,195 @@
+"""Processes that this one starts: they get its signals, fail together, and end when it ends, however it ends."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from megadiff.config.errors import UserError
+
+ERROR_FILE = "MEGADIFF_ERROR_FILE"
+"""Processes that stop for a user's mistake leave the sentence in the file that this variable names; it is said once."""
+LAUNCHER = "MEGADIFF_LAUNCHER"
+"""Names the process whose end is also theirs, as `pid start`: see `end_with_launcher`."""
+GRACE_S = 45.0
+"""From asking children to end to killing them: DeepSpeed's launcher gives its ranks 30 s after SIGTERM."""
+
+_WATCH_S = 1.0
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Command:
+    """What to run.
+
+    Attributes:
+        environment: what is added to this process's.
+        quiet: its standard output is thrown away.
+        relays: it knows no SIGTERM (DeepSpeed's runner); the process that it waits for is asked to end.
+    """
+
+    arguments: Sequence[str]
+    environment: Mapping[str, str]
+    quiet: bool = False
+    relays: bool = False
+
+
+class Signals:
+    """While entered, SIGINT, SIGTERM and SIGHUP end what `run` runs; a second one kills it."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Signals:
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._handle) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.received:
+            for process in self.processes:
+                _kill(process)
+        self.received = number
+
+
+def run(commands: Sequence[Command], signals: Signals, *, keep: Sequence[int] = ()) -> list[int]:
+    """Run processes side by side. Where one fails or a signal comes, all are asked to end; after GRACE_S they are killed.
+
+    Args:
+        keep: file descriptors that the children inherit.
+
+    Returns:
+        Exit codes, negative for a signal; 1 for a process that was not started or had to be killed.
+    """
+    if signals.received:
+        return [1] * len(commands)
+    with ExitStack() as stack:
+        processes = [stack.enter_context(_running(command, keep)) for command in commands]
+        signals.processes = processes
+        asked = False
+        deadline = float("inf")
+        while None in (codes := [process.poll() for process in processes]) and time.monotonic() < deadline:
+            if not asked and (signals.received or any(codes)):
+                asked, deadline = True, time.monotonic() + GRACE_S
+                for process, command in zip(processes, commands, strict=True):
+                    _terminate(process, relays=command.relays)
+            time.sleep(0.1)
+        signals.processes = []
+    return [1 if code is None else code for code in codes]
+
+
+def several(processes: int, arguments: Sequence[str]) -> int:
+    """A command line of megadiff once per process of this machine; they have no more threads in all than there are cores.
+
+    Returns:
+        0, the exit code of the first process that failed, or 128 + n where signal n ended them.
+
+    Raises:
+        UserError: what a process says of a user's mistake.
+    """
+    own = max(len(os.sched_getaffinity(0)) // processes, 1)
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    threads = min(int(asked), own) if asked.isdigit() and int(asked) else own
+    with tempfile.TemporaryDirectory() as folder, Signals() as signals:
+        error = Path(folder) / "error"
+        common = {"WORLD_SIZE": str(processes), "OMP_NUM_THREADS": str(threads), ERROR_FILE: str(error)}
+        command = [sys.executable, "-m", "megadiff", *arguments]
+        ranks = [
+            Command(command, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, quiet=rank > 0)
+            for rank in range(processes)
+        ]
+        codes = run(ranks, signals)
+        if signals.received:
+            print("megadiff: interrupted", file=sys.stderr, flush=True)
+            return 128 + signals.received
+        if error.exists():
+            raise UserError(error.read_text(encoding="utf-8").strip())
+        return next((abs(code) for code in codes if code), 0)
+
+
+def end_with_launcher(environment: Mapping[str, str] = os.environ) -> None:
+    """End this process within about a second of the end of the one that launched it, if LAUNCHER names one.
+
+    A SIGKILL gives a launcher no time to tell its ranks, and processes of DeepSpeed's stand between them.
+    """
+    pid, _, start = environment.get(LAUNCHER, "").partition(" ")
+    if not pid.isdigit():
+        return
+
+    def watch() -> None:
+        while process_start(int(pid)) == start:
+            time.sleep(_WATCH_S)
+        os._exit(128 + signal.SIGTERM)
+
+    if process_start(int(pid)) != start:
+        os._exit(128 + signal.SIGTERM)
+    threading.Thread(target=watch, name="end with launcher", daemon=True).start()
+
+
+def process_start(pid: int) -> str:
+    """When a process started, in clock ticks since the machine did; empty if it has ended, whether or not it was reaped."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if state in "ZX" else rest[18]
+
+
+@contextmanager
+def _running(command: Command, keep: Sequence[int]) -> Iterator[subprocess.Popen[bytes]]:
+    """A child with a process group of its own; nothing of it is left afterwards."""
+    process = subprocess.Popen(
+        list(command.arguments),
+        env={**os.environ, LAUNCHER: f"{os.getpid()} {process_start(os.getpid())}", **command.environment},
+        stdout=subprocess.DEVNULL if command.quiet else None,
+        start_new_session=True,
+        pass_fds=keep,
+        preexec_fn=_die_with_parent,
+    )
+    try:
+        yield process
+    finally:
+        _kill(process)
+        process.wait()
+
+
+def _die_with_parent() -> None:
+    """In the child, before its program starts: Linux kills it when the parent ends."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _terminate(process: subprocess.Popen[bytes], *, relays: bool) -> None:
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    with suppress(OSError):
+        waited_for = children.read_text(encoding="ascii").split() if relays else []
+        for child in waited_for:
+            _send(os.kill, int(child))
+        if waited_for:
+            return
+    _send(os.killpg, process.pid)
+
+
+def _send(how: Callable[[int, int], None], target: int, number: int = signal.SIGTERM) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        how(target, number)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    _send(os.killpg, process.pid, signal.SIGKILL)

@@ -1,0 +1,36 @@
+"""How a rank joins the others."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from megadiff.config.errors import UserError
+from megadiff.distributed.ranks import Ranks, free_port
+
+
+def start_process_group(ranks: Ranks) -> torch.device:
+    """Join the other ranks (nccl on GPUs, gloo on CPUs) and return this rank's device."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed 0.19.8 calls collectives by the names that torch 2.13 renamed, at every step.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    if ranks.world == 1:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    elif not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
+        raise UserError(f"WORLD_SIZE is {ranks.world}: set MASTER_ADDR and MASTER_PORT to an address on rank 0's machine")
+    os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world), LOCAL_RANK=str(ranks.local_rank))
+    accelerator = get_accelerator()
+    device = torch.device(accelerator.device_name(ranks.local_rank) if accelerator.device_name() != "cpu" else "cpu")
+    if device.type != "cpu":
+        accelerator.set_device(ranks.local_rank)
+    # Else DeepSpeed probes the compiler for what it could build, and on a CPU builds an all-reduce over shared memory that only
+    # its tensor-parallel inference calls: 40 s, and a file `lock` that outlives a killed rank and stops every later one.
+    deepspeed.ops.__compatible_ops__ = {}
+    backend = accelerator.communication_backend_name() if device.type != "cpu" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    return device
