@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from megadiff.config.errors import ConfigError, UserError
-from megadiff.config.layout import DONE, RUN
+from megadiff.config.layout import DEEPSPEED, DONE, LOCK, RANKS_LOCK, RUN, has_checkpoint
 from megadiff.config.load import dump_run, load_run
 from megadiff.config.schema import Run
 from megadiff.launcher.children import process_start
 
-DEEPSPEED, LOCK, RANKS_LOCK, ERROR = "deepspeed.json", ".lock", ".ranks", "error.txt"
+ERROR = "error.txt"
 WAIT_S = 10.0
 """How long a launch waits for what a killed launch left behind: processes end soon after their launcher."""
 FREE = ("launch", "showcase")
@@ -29,6 +29,25 @@ _SHOWN = 6
 def done(run: Run, stage: str) -> bool:
     """Whether a stage has been trained to its end."""
     return (Path(run.folder) / stage / DONE).exists()
+
+
+def check_checkpoints(run: Run) -> None:
+    """What is done must still be there where a later stage, or the samples at the end, start from it.
+
+    Raises:
+        UserError: naming the stage whose checkpoints are gone.
+    """
+    reader = "the samples are drawn from it" if run.showcase else ""
+    for stage in reversed(run.stages):
+        there = has_checkpoint(Path(run.folder), stage.name)
+        if done(run, stage.name):
+            if reader and not there:
+                raise UserError(
+                    f"stage {stage.name} is done, but its checkpoints are gone, and {reader}; put them back, "
+                    f"or delete {Path(run.folder) / stage.name / DONE} to train it again"
+                )
+            return
+        reader = f"stage {stage.name} starts from it" if stage.initialise.source == "previous" and not there else ""
 
 
 def check_unchanged(run: Run) -> None:
@@ -152,7 +171,7 @@ def differences(before: Run, after: Run) -> list[str]:
 
 
 def _comparable(run: Run) -> dict[str, Any]:
-    tree = {key: value for key, value in run.model_dump(mode="json").items() if key not in FREE}
+    tree = {key: value for key, value in run.model_dump(mode="json").items() if key not in (*FREE, "folder")}
     stages = tree["stages"]
     return {**tree, "stages": {**{stage["name"]: stage for stage in stages}, "(order)": [stage["name"] for stage in stages]}}
 

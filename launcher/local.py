@@ -14,7 +14,7 @@ from typing import Any
 
 from megadiff.config.deepspeed import resolve_run
 from megadiff.config.errors import UserError
-from megadiff.config.layout import RUN
+from megadiff.config.layout import DEEPSPEED, RUN
 from megadiff.config.schema import Run, Stage
 from megadiff.launcher import children, folder
 from megadiff.launcher.children import ERROR_FILE, Command, Signals
@@ -50,7 +50,7 @@ class Plan:
             *("--hostfile", os.devnull),  # the default, /job/hostfile, may exist and would start ssh
             *ranks,
             *("--master_port", str(port), "--no_local_rank", "--log_level", "critical", "--module"),
-            *("megadiff", "train", str(kept / RUN), "--stage", stage.name, "--deepspeed", str(kept / folder.DEEPSPEED)),
+            *("megadiff", "train", str(kept / RUN), "--stage", stage.name, "--deepspeed", str(kept / DEEPSPEED)),
         ]
 
     def showcase_environment(self) -> dict[str, str]:
@@ -120,6 +120,7 @@ def launch(plan: Plan, *, allow_changes: bool = False, say: Say = print) -> int:
     with folder.locked(run) as lock:
         if not allow_changes:
             folder.check_unchanged(run)
+        folder.check_checkpoints(run)
         changed = folder.untouched(run)
         folder.write(run, plan.deepspeed)
         for name in changed:

@@ -6,11 +6,10 @@ import os
 import sys
 from pathlib import Path
 
-from megadiff.config.errors import UserError
 from megadiff.launcher.children import ERROR_FILE
 
 
-def say(error: UserError) -> None:
+def say(error: Exception) -> None:
     """One line on stderr; in a rank, left for `megadiff launch`, which says it once for all ranks."""
     if not _left_for_launcher(str(error)):
         print(f"megadiff: error: {error}", file=sys.stderr)

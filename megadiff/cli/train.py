@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+import threading
 from pathlib import Path
 
 from megadiff.cli import errors
@@ -48,10 +49,13 @@ def run(arguments: argparse.Namespace) -> int:
 
         callbacks: list[Callback] = [PeriodicSamples(loaded, stage, stage.samples, ranks)] if stage.samples else []
         train_stage(loaded, stage.name, tree, callbacks)
-    except UserError as error:
-        logging.getLogger("megadiff").info("stopped: %s", error)  # the terminal gets it once, below or from the launcher
+    except (UserError, OSError) as error:  # a full disk above all, and it names the file
+        system = isinstance(error, OSError)
+        logging.getLogger("megadiff").info(
+            "stopped: %s", error, exc_info=system
+        )  # the terminal gets it below or from the launcher
         if ranks.world == 1:
-            raise
+            raise UserError(str(error)) from error
         errors.say(error)
         _leave_at_once(2)
     except Exception:
@@ -74,11 +78,13 @@ def _log_to(path: Path, ranks: Ranks) -> None:
     logger = logging.getLogger("megadiff")
     logger.setLevel(logging.INFO)
     logger.addHandler(file)
+    logging.raiseExceptions = False  # a full disk must not print a traceback for every line of a log
     if ranks.rank == 0:
         terminal = logging.StreamHandler(sys.stderr)
         terminal.setLevel(logging.WARNING)
         terminal.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
         logger.addHandler(terminal)
+    threading.excepthook = lambda ended: logger.info("a thread has failed: %s", ended.exc_value, exc_info=ended.exc_value)
     logger.info("process %d is rank %d of %d (local rank %d)", os.getpid(), ranks.rank, ranks.world, ranks.local_rank)
 
 

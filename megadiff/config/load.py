@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from megadiff.config.errors import ConfigError
+from megadiff.config.layout import RUN, is_run_folder
 from megadiff.config.schema import Run
 
 Tree = dict[str, Any]
@@ -23,7 +24,8 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
 
     A file may name `base:` (one file or a list, relative to itself): later ones win, the file itself wins over them.
     `stage_defaults:` is merged under every entry of `stages:`, and each of those may have a `base:` of its own.
-    Sections with a `kind` are replaced, not merged, when the kind changes.
+    Sections with a `kind` are replaced, not merged, when the kind changes. The run file in a run's folder is of that folder,
+    wherever it has been moved since it was written.
 
     Args:
         overrides: `a.b.c=value` with the value in YAML; stages are addressed by name (`stages.joint.steps=10`), or all at
@@ -32,8 +34,11 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     Raises:
         ConfigError: a file is missing or is no YAML, a key is unknown (the nearest known one is named), a value is wrong.
     """
-    tree = _read_with_bases(Path(path), ())
-    tree = _merge_stage_defaults(tree, Path(path))
+    path = Path(path)
+    tree = _read_with_bases(path, ())
+    tree = _merge_stage_defaults(tree, path)
+    if path.name == RUN and is_run_folder(path.parent):
+        tree["folder"] = str(path.parent)
     for override in overrides:
         _apply_override(tree, override)
     return validate(tree, str(path))

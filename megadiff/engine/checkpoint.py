@@ -11,9 +11,12 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import logging
 import os
 import shutil
+import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +27,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megadiff.config.errors import UserError
+from megadiff.config.layout import MANIFEST, STEP, published
 from megadiff.config.schema import Checkpointing
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FORMAT, VERSION = "megadiff-checkpoint", 1
-MANIFEST, LATEST = "manifest.json", "latest"
-_STEP, _PARTIAL = "step_", ".partial-"
+LATEST = "latest"
+_PARTIAL = ".partial-"
+
+log = logging.getLogger(__name__)
 
 
 class CheckpointError(UserError):
@@ -82,27 +88,44 @@ def tensor_key(kind: str, parameter: str) -> str:
     return f"{kind}:{parameter}"
 
 
+def published_folder(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint of an optimizer step lies once it is whole."""
+    return checkpoints / f"{STEP}{step:08d}"
+
+
 def partial_folder(checkpoints: Path, step: int) -> Path:
-    return checkpoints / f"{_PARTIAL}{_STEP}{step:08d}"
+    """Where it is written."""
+    return checkpoints / f"{_PARTIAL}{STEP}{step:08d}"
 
 
 def begin(checkpoints: Path, step: int) -> None:
     """Make an empty folder to write into; what an interrupted save left is removed. For one process."""
     checkpoints.mkdir(parents=True, exist_ok=True)
-    for leftover in checkpoints.glob(f"{_PARTIAL}*"):
-        shutil.rmtree(leftover)
+    for leftover in checkpoints.glob(f"{_PARTIAL}{STEP}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     partial_folder(checkpoints, step).mkdir()
 
 
+def abandon(checkpoints: Path, step: int) -> None:
+    """Remove what a failed save has written: on a full disk it would stand in the way of the next one. For one process."""
+    shutil.rmtree(partial_folder(checkpoints, step), ignore_errors=True)
+
+
 def publish(checkpoints: Path, step: int, manifest: Manifest, rule: Checkpointing) -> Path:
-    """Give a wholly written folder its name, point `latest` at it, retire old ones. For one process."""
-    partial, final = partial_folder(checkpoints, step), checkpoints / f"{_STEP}{step:08d}"
+    """Give a wholly written folder its name, point `latest` at it, retire old ones. For one process.
+
+    Returns:
+        The folder.
+    """
+    partial, final = partial_folder(checkpoints, step), published_folder(checkpoints, step)
     tree = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
     (partial / MANIFEST).write_text(json.dumps(tree), encoding="utf-8")
     _sync(partial / MANIFEST)
     _sync(partial)
     if final.exists():
-        shutil.rmtree(final)
+        _remove(final)
+    if final.exists():  # something that is not ours lies there
+        final.rename(final.with_name(f"{final.name}.{time.time_ns()}"))
     partial.rename(final)
     _sync(checkpoints)
     pointer = checkpoints / f".{LATEST}"
@@ -110,9 +133,23 @@ def publish(checkpoints: Path, step: int, manifest: Manifest, rule: Checkpointin
     _sync(pointer)
     pointer.replace(checkpoints / LATEST)
     _sync(checkpoints)
-    for old in retired([_step_of(path) for path in _steps(checkpoints)], rule):
-        shutil.rmtree(checkpoints / f"{_STEP}{old:08d}")
+    whole = published(checkpoints)
+    for old in retired(whole, rule):
+        _remove(whole[old])
     return final
+
+
+def _remove(folder: Path) -> None:
+    """Delete what a save wrote there; what else lies there stays, and nothing that goes wrong matters to the save."""
+    try:
+        written = [*(entry.name for entry in _read_manifest(folder).files), MANIFEST]
+        (folder / MANIFEST).rename(folder / f".{MANIFEST}")  # from here on it is no checkpoint, whatever happens
+        for name in (*written[:-1], f".{MANIFEST}"):
+            (folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # something else lies there
+            folder.rmdir()
+    except (OSError, CheckpointError) as error:
+        log.warning("an old checkpoint could not be removed: %s", error)
 
 
 def retired(steps: Iterable[int], rule: Checkpointing) -> list[int]:
@@ -134,8 +171,8 @@ def latest_checkpoint(checkpoints: Path) -> Path | None:
         named = checkpoints / pointer.read_text(encoding="utf-8").strip()
         if (named / MANIFEST).exists():
             return named
-    steps = _steps(checkpoints)
-    return steps[-1] if steps else None
+    whole = published(checkpoints)
+    return whole[max(whole)] if whole else None
 
 
 class CheckpointReader:
@@ -269,14 +306,6 @@ def _read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); delete {folder}") from None
-
-
-def _steps(checkpoints: Path) -> list[Path]:
-    return sorted(path for path in checkpoints.glob(f"{_STEP}*") if (path / MANIFEST).exists())
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix(_STEP))
 
 
 def _sha256(path: Path) -> str:

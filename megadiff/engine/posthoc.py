@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megadiff.config.layout import published
 from megadiff.config.schema import EmaProfile, PowerEma
 from megadiff.engine.checkpoint import CheckpointError, CheckpointReader
 from megadiff.engine.ema import power_exponent
@@ -76,7 +77,7 @@ def snapshots_of(checkpoints: Path, profiles: Mapping[str, EmaProfile]) -> list[
         CheckpointError: there is none.
     """
     power = {name: power_exponent(profile.length) for name, profile in profiles.items() if isinstance(profile, PowerEma)}
-    readers = [CheckpointReader(manifest.parent) for manifest in sorted(checkpoints.glob("step_*/manifest.json"))]
+    readers = [CheckpointReader(folder) for folder in published(checkpoints).values()]
     found = [
         Snapshot(reader, f"ema.{name}", Profile(reader.manifest.progress["ema_updates"], exponent))
         for reader in readers

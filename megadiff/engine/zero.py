@@ -139,22 +139,27 @@ class ZeroEngine:
 
     def save(self, checkpoints: Path, progress: Mapping[str, Any], config: str) -> Path:
         """Write and publish a checkpoint; `latest` changes only when all of it is on the disk. Collective."""
-        step = self.optimizer_step
-        with all_or_none(checkpoints):
-            if self.ranks.rank == 0:
-                checkpoint.begin(checkpoints, step)
-        tensors, ranges = self._tensors()
-        folder = checkpoint.partial_folder(checkpoints, step)
-        entry: FileEntry | None = None
-        with all_or_none(checkpoints):
-            entry = checkpoint.write_rank_file(folder, self.ranks.rank, tensors, ranges)
-        files = [found for found in gather_objects(entry) if found is not None]
-        shapes = gather_objects(self._shapes())
-        with all_or_none(checkpoints):
-            if self.ranks.rank == 0:
-                manifest = self._manifest(progress, config, files, shapes)
-                checkpoint.publish(checkpoints, step, manifest, self.stage.checkpoint)
-        return checkpoints / f"step_{step:08d}"
+        step, writes = self.optimizer_step, self.ranks.rank == 0
+        try:
+            with all_or_none(checkpoints):
+                if writes:
+                    checkpoint.begin(checkpoints, step)
+            tensors, ranges = self._tensors()
+            folder = checkpoint.partial_folder(checkpoints, step)
+            entry: FileEntry | None = None
+            with all_or_none(checkpoints):
+                entry = checkpoint.write_rank_file(folder, self.ranks.rank, tensors, ranges)
+            files = [found for found in gather_objects(entry) if found is not None]
+            shapes = gather_objects(self._shapes())
+            with all_or_none(checkpoints):
+                if writes:
+                    manifest = self._manifest(progress, config, files, shapes)
+                    checkpoint.publish(checkpoints, step, manifest, self.stage.checkpoint)
+        except CheckpointError:
+            if writes:
+                checkpoint.abandon(checkpoints, step)
+            raise
+        return checkpoint.published_folder(checkpoints, step)
 
     def _manifest(
         self,
@@ -296,7 +301,7 @@ def all_or_none(place: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as found:
-        error = CheckpointError(f"a checkpoint cannot be written to {place}: {found}; the one before it is still there")
+        error = CheckpointError(f"a checkpoint cannot be written to {place}: {found}; what was saved before is still there")
     raise_together(error)
 
 

@@ -12,14 +12,14 @@ import yaml
 
 from megadiff.config import derived
 from megadiff.config.errors import UserError
-from megadiff.config.layout import RUN
+from megadiff.config.layout import MANIFEST, RUN
 from megadiff.config.load import load_run, validate
 from megadiff.config.schema import Data, GridSpace, LatentField, Model, PixelField
 from megadiff.data.buckets import Bucket
 from megadiff.data.codec import Codec
 from megadiff.data.encode import build_codecs
 from megadiff.data.latents import LatentCodec
-from megadiff.engine.checkpoint import MANIFEST, CheckpointError, CheckpointReader
+from megadiff.engine.checkpoint import CheckpointError, CheckpointReader
 from megadiff.engine.ema import power_exponent
 from megadiff.engine.posthoc import Combination, Profile, combine, reconstruct, snapshots_of
 from megadiff.interfaces import export

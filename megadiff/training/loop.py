@@ -106,7 +106,7 @@ def _train(training: Training, loader: Loader, objective: Objective, callbacks: 
         progress.optimizer_step, progress.data_step = step, loader.data_step
         progress.samples += result.samples
         progress.loader = loader.state()
-        unreadable = _check_data(training, loader) if step % training.stage.log_every_steps == 0 else 0
+        unreadable = _check_data(training, loader) if monitor.writes_at(step) else 0
         monitor.record(step, result, data_wait_s=waited, unreadable=unreadable)
         paused = monitor.pause()
         for callback in callbacks:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +22,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from megadiff.config.errors import UserError
 from megadiff.engine.api import StepResult
 
 QUARTERS = ("0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00")
@@ -72,30 +76,46 @@ class Monitor:
         self._results: list[StepResult] = []
         if not active:
             return
-        tensorboard.mkdir(parents=True, exist_ok=True)
-        metrics.parent.mkdir(parents=True, exist_ok=True)
-        _drop_after(metrics, first_step)
-        self._writer = SummaryWriter(str(tensorboard), purge_step=first_step + 1 if first_step else None)
-        self._metrics = metrics.open("a", encoding="utf-8")
+        self._tensorboard = tensorboard
+        self._complained = self._events_lost = False
+        try:
+            tensorboard.mkdir(parents=True, exist_ok=True)
+            metrics.parent.mkdir(parents=True, exist_ok=True)
+            _drop_after(metrics, first_step)
+            self._open_events(purge_step=first_step + 1 if first_step else None)
+        except OSError as error:
+            raise UserError(f"the records of stage {stage} cannot be written: {error}") from None
+        self._metrics = LineFile(metrics)
         self._bar = tqdm(
             total=total_steps, initial=first_step, desc=stage, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
         )
 
+    def writes_at(self, step: int) -> bool:
+        """Whether the means since the last time are written out at a step: every `log_every` steps, and at the end."""
+        return step % self.log_every == 0 or step == self.total_steps
+
     def record(self, step: int, result: StepResult, *, data_wait_s: float, unreadable: int) -> None:
-        """Take in one step (step 1 is the first); every `log_every` steps and at the end their means are written out."""
+        """Take in one step (step 1 is the first).
+
+        Args:
+            unreadable: samples that could not be read so far; looked at where `writes_at` says so.
+        """
         if not self.active:
             return
         self._results.append(result)
         self._waited += data_wait_s
-        self._metrics.write(json.dumps({"step": step, **_row(result)}) + "\n")
-        self._metrics.flush()
-        if step % self.log_every and step != self.total_steps:
+        with self._spared():
+            self._metrics.append(json.dumps({"step": step, **_row(result)}))
+            if self._events_lost:
+                self._open_events(purge_step=None)
+        if not self.writes_at(step):
             self._bar.update(1)
             return
         elapsed = max(time.perf_counter() - self._since, 1e-9)
         rate = len(self._results) * self.global_samples / elapsed
         averaged = average(self._results)
-        self._write(step, averaged, rate, self._waited / elapsed, unreadable)
+        with self._spared():
+            self._write(step, averaged, rate, self._waited / elapsed, unreadable)
         self._show(step, averaged, rate)
         self._since, self._waited = time.perf_counter(), 0.0
         self._results.clear()
@@ -109,11 +129,13 @@ class Monitor:
 
     def picture(self, tag: str, image: Image.Image, step: int) -> None:
         if self.active:
-            self._writer.add_image(tag, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+            with self._spared():
+                self._writer.add_image(tag, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def text(self, tag: str, text: str, step: int) -> None:
         if self.active:
-            self._writer.add_text(tag, text, step)
+            with self._spared():
+                self._writer.add_text(tag, text, step)
 
     def say(self, message: str) -> None:
         """A line above the progress bar, or in the log."""
@@ -123,8 +145,26 @@ class Monitor:
     def close(self) -> None:
         if self.active:
             self._bar.close()
-            self._metrics.close()
-            self._writer.close()
+            with self._spared():
+                self._writer.close()
+
+    @contextmanager
+    def _spared(self) -> Iterator[None]:
+        """Training goes on where its records cannot be written, a full disk above all; that is said once."""
+        try:
+            yield
+        except OSError as error:
+            self._events_lost = True  # a writer that has failed never writes again
+            if not self._complained:
+                self._complained = True
+                self.say(f"training goes on, but its records cannot be written: {error}")
+
+    def _open_events(self, purge_step: int | None) -> None:
+        for path in self._tensorboard.iterdir():
+            if path.stat().st_size == 0:  # of a writer that found the disk full
+                path.unlink()
+        self._writer = SummaryWriter(str(self._tensorboard), purge_step=purge_step)
+        self._events_lost = False
 
     def _write(self, step: int, result: StepResult, rate: float, waiting: float, unreadable: int) -> None:
         scalars: dict[str, float] = {
@@ -202,12 +242,34 @@ def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
 
 
 def _drop_after(metrics: Path, step: int) -> None:
-    """A run that resumes at `step` repeats what came after it: those lines go (and a line cut off by a crash)."""
-    if metrics.exists():
-        kept = [line + "\n" for line in read_lines(metrics) if json.loads(line)["step"] <= step]
-        metrics.write_text("".join(kept), encoding="utf-8")
+    """A run that resumes at `step` repeats what came after it: those lines go (and lines cut off by a crash or a full disk)."""
+    if not metrics.exists():
+        return
+    kept = [line + "\n" for line in read_lines(metrics) if json.loads(line)["step"] <= step]
+    aside = metrics.with_name(metrics.name + ".partial")
+    aside.write_text("".join(kept), encoding="utf-8")
+    aside.replace(metrics)
 
 
 def read_lines(metrics: Path) -> Sequence[str]:
     """The whole lines of a metrics file."""
     return [line for line in metrics.read_text(encoding="utf-8").split("\n")[:-1] if line]
+
+
+class LineFile:
+    """A file that grows by whole lines only, also on a disk that is full at times."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, line: str) -> None:
+        """Raises OSError if the line cannot be written; nothing of it is left then."""
+        data = (line + "\n").encode()
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            size = os.fstat(descriptor).st_size
+            if os.write(descriptor, data) != len(data):
+                os.ftruncate(descriptor, size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        finally:
+            os.close(descriptor)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megadiff.config.errors import UserError
+from megadiff.config.layout import CHECKPOINTS
 from megadiff.config.schema import Run, Stage
 from megadiff.engine.checkpoint import CheckpointError, latest_checkpoint
 
@@ -30,7 +31,7 @@ def stage_folder(run: Run, stage: Stage) -> Path:
 
 
 def checkpoints_folder(run: Run, stage: Stage) -> Path:
-    return stage_folder(run, stage) / "checkpoints"
+    return stage_folder(run, stage) / CHECKPOINTS
 
 
 def stage_seed(run: Run, stage: Stage) -> int:
@@ -46,7 +47,7 @@ def newest_checkpoint(run_folder: Path, stage_names: list[str]) -> Path:
         CheckpointError: no stage has any.
     """
     for name in reversed(stage_names):
-        found = latest_checkpoint(run_folder / name / "checkpoints")
+        found = latest_checkpoint(run_folder / name / CHECKPOINTS)
         if found:
             return found
     raise CheckpointError(f"{run_folder} has no checkpoint yet in any stage ({', '.join(stage_names)}); train it first")

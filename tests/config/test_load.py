@@ -276,3 +276,14 @@ def test_options_of_processes_fields_and_samplers_that_do_not_fit(
 ) -> None:
     with pytest.raises(ConfigError, match=sentence):
         load_run(write_yaml(tmp_path / "run.yaml", tree(**changes)))
+
+
+def test_the_run_file_in_a_runs_folder_is_of_that_folder_wherever_it_was_moved(tmp_path: Path) -> None:
+    run = minimal_run(tmp_path)
+    moved = tmp_path / "moved"
+    (moved / "first").mkdir(parents=True)
+    (moved / "run.yaml").write_text(dump_run(run))
+    assert load_run(moved / "run.yaml") == run, "a file that happens to have the name"
+    (moved / ".lock").touch()
+    assert load_run(moved / "run.yaml").folder == str(moved)
+    assert load_run(moved / "run.yaml", ["folder=runs/new"]).folder == "runs/new"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from megadiff.config.layout import published
 from megadiff.config.schema import Checkpointing
 from megadiff.engine import checkpoint
 from megadiff.engine.checkpoint import CheckpointError, CheckpointReader, Manifest, check_names, latest_checkpoint, tensor_key
@@ -146,3 +148,52 @@ def test_an_unknown_ema_profile_names_the_known_ones(tmp_path: Path) -> None:
     assert reader.weight_kind("ema") == "ema.main"
     with pytest.raises(CheckpointError, match="no EMA profile other; it has main"):
         reader.weight_kind("ema", "other")
+
+
+def test_copies_and_links_of_users_are_left_alone_and_no_save_fails_for_them(tmp_path: Path) -> None:
+    publish(tmp_path, 1, keep=1)
+    shutil.copytree(tmp_path / "step_00000001", tmp_path / "step_00000001.bak")
+    (tmp_path / "step_elsewhere").symlink_to(tmp_path / "step_00000001.bak")
+    (tmp_path / "step_notes.txt").write_text("mine")
+    assert latest_checkpoint(tmp_path) == tmp_path / "step_00000001"
+    (tmp_path / "step_00000001" / "mine.txt").write_text("mine")
+    newest = publish(tmp_path, 2, keep=1)
+    assert latest_checkpoint(tmp_path) == newest
+    assert CheckpointReader(tmp_path / "step_00000001.bak").damaged(CheckpointReader(newest).manifest.files[:0]) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "latest",
+        "step_00000001",
+        "step_00000001.bak",
+        "step_00000002",
+        "step_elsewhere",
+        "step_notes.txt",
+    ]
+    assert [path.name for path in (tmp_path / "step_00000001").iterdir()] == ["mine.txt"]
+    publish(tmp_path, 3, keep=2)
+    assert sorted(published(tmp_path)) == [2, 3]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_fail_the_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    publish(tmp_path, 1, keep=1)
+
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    assert publish(tmp_path, 2, keep=1).name == "step_00000002"
+    assert "could not be removed" in caplog.text
+
+
+def test_a_step_that_is_saved_again_takes_the_place_of_the_first(tmp_path: Path) -> None:
+    (publish(tmp_path, 1, cut=5) / "mine.txt").write_text("mine")
+    reader = CheckpointReader(publish(tmp_path, 1, cut=7))
+    assert reader.manifest.files[0].ranges == {"a": (0, 7)}
+    assert [path.read_text() for path in tmp_path.glob("step_00000001.*/*")] == ["mine"]
+
+
+def test_what_a_failed_save_wrote_is_removed(tmp_path: Path) -> None:
+    checkpoint.begin(tmp_path, 2)
+    checkpoint.abandon(tmp_path, 2)
+    assert list(tmp_path.iterdir()) == []

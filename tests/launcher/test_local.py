@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,13 @@ from tests.ranks import finish, run_megadiff, start_python
 ROOT = Path(__file__).parents[2]
 CPU = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
-FINISH = "import pathlib, sys; pathlib.Path(sys.argv[1], 'DONE').touch()"
+FINISH = """
+import pathlib, sys
+saved = pathlib.Path(sys.argv[1], 'checkpoints/step_00000004')
+saved.mkdir(parents=True, exist_ok=True)
+(saved / 'manifest.json').touch()
+pathlib.Path(sys.argv[1], 'DONE').touch()
+"""
 CRASH = "import sys; sys.exit(5)"
 KILLED = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
 STOPS_EARLY = "pass"
@@ -187,6 +194,45 @@ def test_allowed_changes_are_kept_and_a_longer_stage_goes_on(tmp_path: Path, ran
     assert local.launch(plan_of(longer), allow_changes=True) == 0
     assert started == ["second"]
     assert load_run(Path(longer.folder) / "run.yaml") == longer
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is(tmp_path: Path, ranks: Callable[..., list[str]]) -> None:
+    run = minimal_run(tmp_path)
+    ranks(FINISH, CRASH)
+    local.launch(plan_of(run))
+    Path(run.folder).rename(tmp_path / "moved")
+    started = ranks(FINISH)
+    moved = load_run(tmp_path / "moved" / "run.yaml")
+    assert local.launch(plan_of(moved)) == 0
+    assert started == ["second"]
+    assert not Path(run.folder).exists()
+
+
+def test_a_done_stage_without_checkpoints_is_said_where_something_starts_from_it(
+    tmp_path: Path, ranks: Callable[..., list[str]]
+) -> None:
+    run = minimal_run(tmp_path, showcase={"count": 2})
+    first, second = (Path(run.folder) / stage for stage in ("first", "second"))
+    checkpoints = {stage: stage / "checkpoints" / "step_00000004" / "manifest.json" for stage in (first, second)}
+
+    def put(stage: Path, *, done: bool, saved: bool) -> None:
+        shutil.rmtree(stage, ignore_errors=True)
+        checkpoints[stage].parent.mkdir(parents=True)
+        if saved:
+            checkpoints[stage].touch()
+        if done:
+            (stage / "DONE").touch()
+
+    put(first, done=True, saved=False)
+    with pytest.raises(UserError, match=r"stage first is done, but its checkpoints are gone, and stage second starts from it"):
+        local.launch(plan_of(run))
+    put(second, done=False, saved=True)  # it goes on from its own
+    folder.check_checkpoints(run)
+    put(second, done=True, saved=True)
+    folder.check_checkpoints(run)
+    put(second, done=True, saved=False)
+    with pytest.raises(UserError, match=r"stage second is done, .* the samples are drawn from it; put them back, or delete"):
+        folder.check_checkpoints(run)
 
 
 def test_a_damaged_stored_run_is_said_plainly(tmp_path: Path) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
+from megadiff.config.errors import UserError
 from megadiff.engine.api import StepResult
 from megadiff.training.health import MOST_SKIPPED_IN_A_ROW, Diverged, Health
-from megadiff.training.monitor import Monitor
+from megadiff.training.monitor import LineFile, Monitor
 
 
 def result(*, total: float = 1.0, grad_norm: float = 0.5, applied: bool = True) -> StepResult:
@@ -89,3 +93,47 @@ def test_skipped_steps_are_counted_and_too_many_in_a_row_stop_the_run() -> None:
         health.check(result(grad_norm=math.inf, applied=False), 20 + step)
     with pytest.raises(Diverged, match="in a row"):
         health.check(result(grad_norm=math.inf, applied=False), 20 + MOST_SKIPPED_IN_A_ROW)
+
+
+def test_training_goes_on_where_its_records_cannot_be_written_and_they_go_on_when_they_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watched = monitor(tmp_path)
+    watched.total_steps = 8
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for step in range(1, 9):
+        with monkeypatch.context() as patched:
+            if step in (3, 4):
+                patched.setattr(LineFile, "append", full)
+                patched.setattr(SummaryWriter, "add_scalar", full)
+            watched.record(step, result(total=float(step)), data_wait_s=0.0, unreadable=0)
+    watched.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 5, 6, 7, 8]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("1 loss/total")] == [2, 6, 8]
+    assert capsys.readouterr().err.count("training goes on, but its records cannot be written") == 1
+
+
+def test_a_line_that_does_not_fit_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = LineFile(tmp_path / "lines")
+    lines.append("first")
+    write = os.write
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:3]))
+        with pytest.raises(OSError, match="No space left"):
+            lines.append("second")
+    lines.append("third")
+    assert (tmp_path / "lines").read_text() == "first\nthird\n"
+    with pytest.raises(OSError, match="No space left"):
+        LineFile(Path("/dev/full")).append("fourth")
+
+
+def test_records_that_cannot_be_begun_are_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").touch()
+    with pytest.raises(UserError, match="the records of stage first cannot be written"):
+        monitor(tmp_path)
