@@ -74,7 +74,7 @@ def read_manifest(address: str) -> Manifest:
         StorageError: it is not there.
         DataError: it is no manifest, or lists no samples.
     """
-    address = address if address.endswith(".json") else store.join(address, MANIFEST)
+    address = address if store.is_json(address) else store.join(address, MANIFEST)
     try:
         with _without_collection():
             tree = json.loads(store.read_bytes(address))

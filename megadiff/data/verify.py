@@ -161,7 +161,7 @@ def _listed_twice(folder: str, manifest: Manifest) -> Iterator[Fault]:
 
 def _unlisted(folder: str, manifest: Manifest) -> Iterator[Fault]:
     """Tars beside those listed. Raises StorageError where a folder cannot be listed."""
-    if folder.startswith(("http://", "https://")):
+    if store.is_url(folder):
         raise store.StorageError(f"{store.shown(folder)} cannot be listed over HTTP")
     listed = {entry.name for entry in manifest.shards}
     for inside in sorted({"", *(name.rpartition("/")[0] for name in listed)}):

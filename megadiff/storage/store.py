@@ -21,6 +21,7 @@ from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
+from urllib.parse import quote, unquote
 
 import obstore
 from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError, PreconditionError, UnauthenticatedError
@@ -54,23 +55,37 @@ def is_local(address: str) -> bool:
     return "://" not in address or address.startswith("file://")
 
 
+def is_url(address: str) -> bool:
+    """Whether the address is a URL, which is sent to its server as it is written; all others name keys and paths, raw."""
+    return _URL.match(address) is not None
+
+
 def local_path(address: str) -> Path:
     return Path(address.removeprefix("file://"))
 
 
 def join(folder: str, name: str) -> str:
-    """The address of `name` inside `folder`."""
+    """The address of `name`, a raw name, inside `folder`."""
+    if is_url(folder):
+        folder, name = _without_query(folder), quote(name, _AS_IS, errors="surrogatepass")
     return f"{folder.rstrip('/')}/{name}"
+
+
+def is_json(address: str) -> bool:
+    """Whether an address names a JSON file, not a folder."""
+    return _without_query(address).endswith(".json")
 
 
 def folder_of(address: str) -> str:
     """The folder of a JSON file that is named itself or by its folder."""
-    return parent(address) if address.endswith(".json") else address
+    return parent(address) if is_json(address) else address
 
 
 def parent(address: str) -> str:
     """The folder that an address lies in."""
-    return str(local_path(address).parent) if is_local(address) else address.rstrip("/").rpartition("/")[0]
+    if is_local(address):
+        return str(local_path(address).parent)
+    return _without_query(address).rstrip("/").rpartition("/")[0]
 
 
 def read_bytes(address: str, offset: int = 0, length: int | None = None) -> bytes:
@@ -184,11 +199,11 @@ def list_names(folder: str) -> list[str]:
 
 def shown(address: str) -> str:
     """An address as it may be printed: without what a URL's query or user part may give away."""
-    if is_local(address):
+    if not is_url(address):
         return address
-    scheme, _, rest = address.partition("://")
+    scheme, _, rest = _without_query(address).partition("://")
     host, slash, path = rest.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path.partition('?')[0]}"
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -410,12 +425,36 @@ def _in_one_line(error: Exception) -> str:
     return re.sub(r"\?[^\s)\"']*", "", text)[:200]  # a URL's query may be a signature
 
 
+_URL = re.compile(r"(https?://[^/?#]*)/?([^?#]*)(\?[^#]*)?", re.IGNORECASE)
+"""Host, path and query; what stands behind a # is not the server's."""
+_AS_IS = "/!$&'()*+,:;=@[]^|"
+"""Beside letters, digits and -._~, what the client leaves as it is when it makes a URL's path of a key."""
+
+
+def _without_query(address: str) -> str:
+    return re.split("[?#]", address, maxsplit=1)[0] if is_url(address) else address
+
+
 def _store_and_path(address: str) -> tuple[Any, str]:
+    """A client, and the key that it is to be asked for."""
+    if url := _URL.match(address):
+        return _host_or_page(url[1], quote(url[2], _AS_IS + "%"), url[3] or "")
     scheme, _, rest = address.partition("://")
-    if scheme in ("http", "https") and "?" in rest:
-        return _page(address), ""
-    bucket, _, path = rest.partition("/")
-    return _store(f"{scheme}://{bucket}"), path
+    bucket, _, key = rest.partition("/")
+    return _store(f"{scheme}://{bucket}"), key
+
+
+def _host_or_page(host: str, path: str, query: str) -> tuple[Any, str]:
+    """The host's client where a key makes this very URL, so that connections are kept; else a client for the URL alone."""
+    key = unquote(path)
+    if not query and quote(key, _AS_IS) == path and _is_key(key):
+        return _store(host), key
+    return _page(f"{host}/{path}{query}"), ""
+
+
+def _is_key(text: str) -> bool:
+    """Whether a client takes it as a key, and asks for just that."""
+    return not re.search(r"[\x00-\x1f\x7f]", text) and not {"", ".", ".."} & set(text.split("/"))
 
 
 _RETRY: Any = {"max_retries": 3, "retry_timeout": timedelta(seconds=60)}
@@ -434,7 +473,7 @@ def _store(root: str) -> Any:
 
 @lru_cache(maxsize=16)
 def _page(address: str) -> Any:
-    """A client for one URL with a query, which a client for a host could not name."""
+    """A client for one URL that a client for its host could not name."""
     try:
         return HTTPStore.from_url(address, client_options=_CLIENT, retry_config=_RETRY)
     except (BaseError, ValueError) as error:

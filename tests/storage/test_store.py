@@ -238,6 +238,51 @@ def test_a_signed_url_is_asked_for_with_its_query_and_shown_without(monkeypatch:
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("written", "asked"),
+    [
+        ("/a%20b.png", "/a%20b.png"),
+        ("/a b.png", "/a%20b.png"),
+        ("/été%C3%A9.png", "/%C3%A9t%C3%A9%C3%A9.png"),
+        ("/a%2Fb%2bc%25d", "/a%2Fb%2bc%25d"),
+        ("/a+b~[1]^|!$&'()*,;=:@", "/a+b~[1]^|!$&'()*,;=:@"),
+        ("/100%", "/100%"),
+        ("/x.tar#part", "/x.tar"),
+        ("/x.tar?a=%2F b#c?d", "/x.tar?a=%2F%20b"),
+        ("/a//b///c", "/a//b///c"),
+        ("/a/./b/../c", "/a/c"),
+        ("/folder/", "/folder/"),
+        ("?a=1", "/?a=1"),
+        ("/a\tb%00", "/a%09b%00"),
+    ],
+)
+def test_a_url_goes_to_the_server_as_a_browser_would_send_it(written: str, asked: str) -> None:
+    mood = Mood(b"content")
+    with server_of(mood) as url:
+        for root in (url, url.replace("http", "HTTP")):
+            assert store.read_bytes(root + written) == b"content"
+        assert mood.requests == [f"GET {asked}"] * 2
+
+
+def test_a_key_is_taken_raw_and_a_name_in_a_folder_is_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    mood = Mood(b"content")
+    with server_of(mood) as url:
+        use_s3(monkeypatch, url)
+        for folder in ("s3://bucket/a%20b", f"{url}/bucket/a%2520b", f"{url}/bucket/a%2520b/manifest.json?x=/#y"):
+            store.read_bytes(store.join(store.folder_of(folder), "c d%20#?.tar"))
+    assert mood.requests == ["GET /bucket/a%2520b/c%20d%2520%23%3F.tar"] * 3
+
+
+def test_urls_of_one_host_share_its_connections() -> None:
+    clients = {id(store._store_and_path(f"http://host/a%20b/{name}")[0]) for name in ("1.tar", "é", "%C3%A9", "c%20d.tar#e")}
+    assert len(clients) == 1
+
+
+def test_what_is_printed_of_a_url_has_no_query_user_or_fragment_and_of_a_key_is_all_of_it() -> None:
+    assert store.shown("https://user:secret@host/a%20b?sig=secret#secret") == "https://host/a%20b"
+    assert store.shown("s3://bucket/a?b#c@d") == "s3://bucket/a?b#c@d"
+
+
 def test_the_keys_of_a_profile_are_found_where_no_variable_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION", "AWS_ENDPOINT_URL"):
         monkeypatch.delenv(name, raising=False)

@@ -330,7 +330,7 @@ def _bytes(cell: Any, address: str | None) -> bytes:
     except MissingError as error:
         raise LeaveOut(NO_PICTURE, str(error)) from None
     except StorageError as error:
-        if address.startswith(("http://", "https://")):
+        if store.is_url(address):
             raise LeaveOut(UNREACHABLE, str(error)) from None
         if store.is_local(address) and not store.local_path(address).is_file():
             raise LeaveOut(NO_PICTURE, f"{address} is no file") from None
