@@ -42,6 +42,8 @@ UNREACHABLE = "unreachable picture"
 """Why a sample is left out."""
 
 _NAMED = 20
+_LONGEST = 1000
+"""Letters of what is told of a sample that is left out: a cell that is no address may be a whole picture in base64."""
 _HOPELESS = 20
 _SHARDS_PER_UNIT = 8
 _IN_MEMORY_BYTES = 256 * 2**20
@@ -210,11 +212,6 @@ def unit_name(origin: str) -> str:
 
 def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_]+", "_", text)[:40].strip("_") or "x"
-
-
-def printable(text: str) -> str:
-    """A path as UTF-8 can hold it."""
-    return os.fsencode(text).decode("utf-8", "backslashreplace")
 
 
 def clean(captions: Iterable[Any]) -> list[str]:
@@ -437,7 +434,7 @@ def _first_of_each(left: Iterable[LeftOut]) -> Iterator[dict[str, str]]:
     for entry in left:
         seen[entry.reason] += 1
         if seen[entry.reason] <= _NAMED:
-            yield {name: value for name, value in asdict(entry).items() if value}
+            yield {name: store.printable(value)[:_LONGEST] for name, value in asdict(entry).items() if value}
 
 
 def _append(file: Any, data: bytes) -> tuple[int, int]:

@@ -132,7 +132,7 @@ def _merge(out: str, records: str, names: Iterable[str], facts: Mapping[str, Any
     manifest = Manifest(tuple(shards), {**facts, **({"counts": dict(sorted(counts.items()))} if counts else {})})
     if left_out:
         lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in _first_of_each_reason(left_out))
-        store.write_bytes(store.join(out, LEFT_OUT), lines.encode())
+        store.write_bytes(store.join(out, LEFT_OUT), lines.encode("utf-8", "backslashreplace"))  # as JSON writes half a pair
     return manifest
 
 

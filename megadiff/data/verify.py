@@ -18,7 +18,7 @@ from megadiff.data import tar
 from megadiff.data.codec import array_of
 from megadiff.data.errors import DataError, SampleError
 from megadiff.data.inspect import in_one_line, kind_of, load_picture
-from megadiff.data.pack import PICTURES, printable
+from megadiff.data.pack import PICTURES
 from megadiff.data.shards import Manifest, Shard, ShardEntry, read_manifest
 from megadiff.data.threads import in_order
 from megadiff.storage import store
@@ -134,7 +134,7 @@ class _Faults:
         self.kept: list[Fault] = []
 
     def add(self, fault: Fault) -> None:
-        fault = replace(fault, object=printable(fault.object), detail=printable(fault.detail))
+        fault = replace(fault, object=store.printable(fault.object), detail=store.printable(fault.detail))
         self.counts[fault.kind] += 1
         if self.keep is None or self.counts[fault.kind] <= self.keep:
             self.kept.append(fault)

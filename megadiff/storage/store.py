@@ -43,7 +43,11 @@ class StorageError(UserError):
 
 
 class MissingError(StorageError):
-    """A distant object that does not exist."""
+    """An object that does not exist."""
+
+
+class AddressError(StorageError):
+    """An address that can be no object's."""
 
 
 class FullError(StorageError):
@@ -61,6 +65,12 @@ def is_url(address: str) -> bool:
 
 
 def local_path(address: str) -> Path:
+    """Raises AddressError if it holds what no path can: a NUL, or half of a surrogate pair."""
+    try:
+        if b"\0" in os.fsencode(address):
+            raise AddressError(f"{shown(address)} is no address that can be read: a path holds no NUL")
+    except UnicodeEncodeError:
+        raise AddressError(f"{shown(address)} is no address that can be read: it holds half of a surrogate pair") from None
     return Path(address.removeprefix("file://"))
 
 
@@ -163,8 +173,7 @@ def download(address: str, path: Path) -> None:
 
 
 def exists(address: str) -> bool:
-    if is_local(address):
-        return local_path(address).exists()
+    """Whether there is an object, or on this machine a file or a folder. Raises StorageError if that cannot be told."""
     try:
         size(address)
     except MissingError:
@@ -178,9 +187,9 @@ def size(address: str) -> int:
         try:
             return local_path(address).stat().st_size
         except FileNotFoundError:
-            raise MissingError(f"{address} does not exist") from None
+            raise MissingError(f"{shown(address)} does not exist") from None
         except OSError as error:
-            raise StorageError(f"{address} cannot be read: {error.strerror}") from None
+            raise unreadable(address, error) from None
     store, path = _store_and_path(address)
     return int(_with_retries(address, lambda: obstore.head(store, path))["size"])
 
@@ -191,19 +200,29 @@ def list_names(folder: str) -> list[str]:
         try:
             return sorted(path.name for path in local_path(folder).iterdir() if path.is_file())
         except OSError as error:
-            raise StorageError(f"{folder} cannot be listed: {error.strerror}") from None
+            raise StorageError(f"{shown(folder)} cannot be listed: {error.strerror}") from None
     store, path = _store_and_path(folder)
     found = _with_retries(folder, lambda: obstore.list_with_delimiter(store, path))
     return sorted(entry["path"].rpartition("/")[2] for entry in found["objects"])
 
 
 def shown(address: str) -> str:
-    """An address as it may be printed: without what a URL's query or user part may give away."""
+    """An address as it may be printed: in one line, and without what a URL's query or user part may give away."""
     if not is_url(address):
-        return address
+        return printable(address)
     scheme, _, rest = _without_query(address).partition("://")
     host, slash, path = rest.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+    return printable(f"{scheme}://{host.rpartition('@')[2]}{slash}{path}")
+
+
+def printable(text: str) -> str:
+    """A name or address as one line that UTF-8 can hold: control letters, bytes of no UTF-8 and half pairs as escapes."""
+    return re.sub("[\x00-\x1f\x7f\ud800-\udfff]", lambda letter: _escaped(letter[0]), text)
+
+
+def _escaped(letter: str) -> str:
+    is_byte = "\udc80" <= letter <= "\udcff"  # as Python holds the bytes of a path that are no UTF-8
+    return f"\\x{ord(letter) - 0xDC00:02x}" if is_byte else ascii(letter)[1:-1]
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -215,7 +234,16 @@ def _read_file(address: str, offset: int, length: int | None) -> bytes:
             file.seek(offset)
             return file.read(-1 if length is None else length)
     except OSError as error:
-        raise StorageError(f"{address} cannot be read: {error.strerror}") from None
+        raise unreadable(address, error) from None
+
+
+def unreadable(address: str, error: OSError) -> StorageError:
+    """What a failure to read a file means: there is none, or it cannot be had."""
+    kind = MissingError if error.errno in _NO_FILE else StorageError
+    return kind(f"{shown(address)} cannot be read: {error.strerror}")
+
+
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def _write_file(address: str, data: bytes) -> None:
@@ -234,7 +262,7 @@ def _write_file(address: str, data: bytes) -> None:
 
 def _unwritable(address: str, error: OSError) -> StorageError:
     kind = FullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
-    return kind(f"{address} cannot be written: {error.strerror}")
+    return kind(f"{shown(address)} cannot be written: {error.strerror}")
 
 
 @contextmanager
@@ -304,10 +332,8 @@ def _tag_of(partial: Path) -> str | None:
 def _opened(address: str) -> BinaryIO:
     try:
         return local_path(address).open("rb")
-    except FileNotFoundError:
-        raise MissingError(f"{address} does not exist") from None
     except OSError as error:
-        raise StorageError(f"{address} cannot be read: {error.strerror}") from None
+        raise unreadable(address, error) from None
 
 
 # ------------------------------------------------------------------------------------------------------ distant objects
@@ -435,13 +461,35 @@ def _without_query(address: str) -> str:
     return re.split("[?#]", address, maxsplit=1)[0] if is_url(address) else address
 
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_LONGEST_BYTES = 2**14
+"""The client panics at a URL of 64 KiB, and every byte may take three letters of one; keys end at 1 KiB."""
+_BUCKETS = ("s3", "gs", "az", "s3a", "abfs", "abfss", "adl", "azure")
+"""Schemes of addresses with a bucket and a key."""
+
+
 def _store_and_path(address: str) -> tuple[Any, str]:
-    """A client, and the key that it is to be asked for."""
+    """A client, and the key that it is to be asked for. Raises AddressError."""
+    try:
+        if len(address.encode()) > _LONGEST_BYTES:
+            raise _no_address(address[:100], f"it is longer than {_LONGEST_BYTES:,} bytes")
+    except UnicodeEncodeError:
+        raise _no_address(address, "it holds half of a surrogate pair") from None
     if url := _URL.match(address):
+        if _CONTROL.search(url[1]):
+            raise _no_address(address, "its host holds a control letter")
         return _host_or_page(url[1], quote(url[2], _AS_IS + "%"), url[3] or "")
     scheme, _, rest = address.partition("://")
     bucket, _, key = rest.partition("/")
-    return _store(f"{scheme}://{bucket}"), key
+    if scheme.lower() not in _BUCKETS:
+        raise _no_address(address, "give a path, or one that begins with s3:// gs:// az:// http:// or https://")
+    if not _is_key(bucket) or (key and not _is_key(key.removesuffix("/"))):
+        raise _no_address(address, "between its slashes stand names, not empty, no . or .., without control letters")
+    return _store(f"{scheme.lower()}://{bucket}"), key
+
+
+def _no_address(address: str, reason: object) -> AddressError:
+    return AddressError(f"{shown(address)} is no address that can be read: {reason}")
 
 
 def _host_or_page(host: str, path: str, query: str) -> tuple[Any, str]:
@@ -454,7 +502,7 @@ def _host_or_page(host: str, path: str, query: str) -> tuple[Any, str]:
 
 def _is_key(text: str) -> bool:
     """Whether a client takes it as a key, and asks for just that."""
-    return not re.search(r"[\x00-\x1f\x7f]", text) and not {"", ".", ".."} & set(text.split("/"))
+    return not _CONTROL.search(text) and not {"", ".", ".."} & set(text.split("/"))
 
 
 _RETRY: Any = {"max_retries": 3, "retry_timeout": timedelta(seconds=60)}
@@ -467,8 +515,10 @@ def _store(root: str) -> Any:
     config = _s3_config() if root.startswith("s3://") else {}
     try:
         return from_url(root, config=config or None, client_options=_CLIENT, retry_config=_RETRY)
-    except (BaseError, ValueError) as error:
-        raise StorageError(f"{shown(root)} is no address that can be read: {_in_one_line(error)}") from None
+    except ValueError as error:
+        raise _no_address(root, error) from None
+    except BaseError as error:
+        raise StorageError(f"{shown(root)} cannot be opened: {_in_one_line(error)}") from None
 
 
 @lru_cache(maxsize=16)
@@ -476,8 +526,8 @@ def _page(address: str) -> Any:
     """A client for one URL that a client for its host could not name."""
     try:
         return HTTPStore.from_url(address, client_options=_CLIENT, retry_config=_RETRY)
-    except (BaseError, ValueError) as error:
-        raise StorageError(f"{shown(address)} is no address that can be read: {_in_one_line(error)}") from None
+    except ValueError as error:
+        raise _no_address(address, error) from None
 
 
 def _s3_config() -> Any:

@@ -246,6 +246,59 @@ def test_pictures_at_addresses_are_fetched_and_dead_ones_left_out(tmp_path: Path
     ]
 
 
+def test_a_cell_that_can_be_no_address_is_left_out_and_the_others_are_packed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    (tmp_path / "good.jpg").write_bytes(encoded())
+    (tmp_path / "folder").mkdir()
+    bad = ["s3://b/x//y", "s3://b/x/./y", "s3://b/x/../y", "s3://b/\u0001", "s3://b/\0", "s3://b/\ud800", "ftp://h/x", "://"]
+    bad += [
+        "nul\0",
+        "half\ud83d",
+        "byte\udce9",
+        "x" * 100_000,
+        "folder",
+        "good.jpg/x",
+        "http://[h/x",
+        "http://h/\udfff",
+        "http://\0/",
+    ]
+    with server_of(Mood(encoded(seed=1))) as root:
+        good = ["good.jpg", "./folder/../good.jpg", f"{root}//a.jpg", f"{root}/a/./../b//c%20d.jpg#e", f"{root}/\n"]
+        rows = [{"url": cell, "caption": f"row {number}"} for number, cell in enumerate(good + bad)]
+        (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        manifest = packed(tmp_path / "t.jsonl", tmp_path / "out")
+    assert manifest.samples == len(good)
+    assert left_out(manifest) == {"no picture": len(bad)}
+    lines = (tmp_path / "out/left_out.jsonl").read_text(encoding="utf-8").splitlines()
+    assert all(json.loads(line)["detail"].isprintable() for line in lines)
+    assert max(map(len, lines)) < 2200
+
+
+def test_a_row_of_parquet_that_is_no_text_is_left_out(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    (tmp_path / "a.jpg").write_bytes(encoded())
+    texts = pa.array([b"one", b"caf\xe9", b"three"], pa.binary()).view(pa.string())
+    write_parquet(tmp_path / "t.parquet", {"path": ["a.jpg"] * 3, "text": texts})
+    manifest = packed(tmp_path / "t.parquet", tmp_path / "out")
+    assert (manifest.samples, left_out(manifest)) == (2, {"unreadable row": 1})
+
+
+def test_members_whose_names_are_no_text_are_packed_or_left_out(tmp_path: Path) -> None:
+    names = [os.fsdecode(b"caf\xe9"), "a"]
+    members = {f"{name}.{ending}": data for name in names for ending, data in (("jpg", encoded()), ("txt", b"x"))}
+    write_tar(tmp_path / "t.tar", members | {os.fsdecode(b"b.caf\xe9"): b"x"})
+    manifest = packed(tmp_path / "t.tar", tmp_path / "out")
+    assert (manifest.samples, left_out(manifest)) == (2, {"no picture": 1})
+    assert "caf\\xe9" in json.loads((tmp_path / "out/left_out.jsonl").read_text())["detail"]
+    (tmp_path / "captions.json").write_text('{"a": "one"}')
+    (tmp_path / "list.txt").write_text(f"t.tar\t{tmp_path}/t.tar\n")
+    manifest = packed(tmp_path / "list.txt", tmp_path / "sam", captions=str(tmp_path / "captions.json"))
+    assert (manifest.samples, left_out(manifest)) == (1, {"no picture": 1, "no caption": 1})
+
+
 def test_a_network_that_is_gone_stops_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "ATTEMPTS", 1)
     rows = [{"url": f"http://127.0.0.1:9/{n}.jpg", "caption": "x"} for n in range(20)]

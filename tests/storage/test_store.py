@@ -474,11 +474,61 @@ def test_no_credentials_are_logged(monkeypatch: pytest.MonkeyPatch, caplog: pyte
     assert SECRET not in caplog.text
 
 
-@pytest.mark.parametrize("address", ["ftp://host/x", "s3://", "://x"])
-def test_an_address_of_no_known_kind_is_one_sentence(address: str) -> None:
-    with pytest.raises(StorageError, match="is no address that can be read") as caught:
+BAD = [
+    *("ftp://host/x", "s3://", "://x", "s3://bucket/x//y", "s3://bucket//x", "s3://bucket/./x", "s3://bucket/x/../y"),
+    *("s3://bucket/x//", "s3://bucket/a\x01", "s3://bucket/a\0b", "s3://buc\0ket/x", "s3://bucket/\ud800", "s3://b c/x"),
+    *(
+        "http://host/\ud800",
+        "http://ho\tst/x",
+        "http://[host/x",
+        "http://host:99999/x",
+        "http:///x",
+        "http://host/" + "x" * 70_000,
+    ),
+    *("nul\0", "half\ud800", "file://nul\0", "s3://bucket/" + "x" * 70_000),
+]
+
+
+@pytest.mark.parametrize("address", BAD, ids=range(len(BAD)))
+@pytest.mark.parametrize("act", ["read", "write", "list", "exists", "size", "download", "whole"])
+def test_an_address_that_can_be_none_is_one_sentence(
+    address: str, act: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_s3(monkeypatch, "http://127.0.0.1:9")
+    acts: dict[str, Any] = {
+        "read": store.read_bytes,
+        "write": lambda address: store.write_bytes(address, b"1"),
+        "list": store.list_names,
+        "exists": store.exists,
+        "size": store.size,
+        "download": lambda address: store.download(address, tmp_path / "copy"),
+        "whole": store.read_whole,
+    }
+    with pytest.raises(store.AddressError, match="is no address that can be read: ") as caught:
+        acts[act](address)
+    message = str(caught.value)
+    assert message.isprintable()
+    assert len(message.encode()) < 300
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a/" * 3000, "file/x", "loop"])
+def test_a_path_that_can_name_no_file_is_of_a_file_that_is_missing(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    address = str(tmp_path / name)
+    assert not store.exists(address)
+    for act in (store.read_bytes, store.size, lambda address: store.download(address, tmp_path / "copy")):
+        with pytest.raises(store.MissingError, match=r"cannot be read|does not exist"):
+            act(address)
+
+
+def test_a_path_of_bytes_that_are_no_text_is_read_and_printed(tmp_path: Path) -> None:
+    address = str(tmp_path / os.fsdecode(b"caf\xe9.tar"))
+    store.write_bytes(address, b"1")
+    assert store.read_bytes(address) == b"1"
+    Path(address).unlink()
+    with pytest.raises(store.MissingError, match=r"caf\\xe9\.tar cannot be read"):
         store.read_bytes(address)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megadiff.config.errors import UserError
 from megadiff.data.errors import DataError
-from megadiff.data.pack import NO_CAPTION, NO_PICTURE, PICTURES, LeaveOut, LeftOut, Raw, captions_in, clean, printable
+from megadiff.data.pack import NO_CAPTION, NO_PICTURE, PICTURES, LeaveOut, LeftOut, Raw, captions_in, clean
 from megadiff.storage import store
 
 
@@ -39,7 +39,7 @@ class FolderSource:
 
     def samples(self, unit: int) -> Iterator[Raw | LeftOut]:
         for path in self.chunks[unit]:
-            source = printable(path)
+            source = store.printable(path)
             captions = captions_beside(self.folder / path)
             if isinstance(captions, str):
                 yield LeftOut(source, NO_CAPTION, captions)
@@ -60,7 +60,7 @@ def captions_beside(path: Path) -> list[str] | str:
         except OSError as error:
             raise DataError(f"{beside} cannot be read: {error.strerror}") from None
         except (ValueError, RecursionError) as error:
-            fault = f"{printable(beside.name)} cannot be read: {error}"
+            fault = f"{store.printable(beside.name)} cannot be read: {error}"
             continue
         if found:
             return found

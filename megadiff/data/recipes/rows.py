@@ -16,10 +16,10 @@ from typing import Any, Protocol
 
 from megadiff.config.errors import UserError
 from megadiff.data.errors import DataError
-from megadiff.data.pack import NO_PICTURE, UNREACHABLE, LeaveOut, LeftOut, Raw, captions_in, expand, printable
+from megadiff.data.pack import NO_PICTURE, UNREACHABLE, LeaveOut, LeftOut, Raw, captions_in, expand
 from megadiff.data.recipes.tars import origins_of
 from megadiff.storage import store
-from megadiff.storage.store import MissingError, StorageError
+from megadiff.storage.store import AddressError, MissingError, StorageError
 
 IMAGE_COLUMNS = ("image", "image_path", "path", "url", "jpg", "png", "file_name")
 CAPTION_COLUMNS = ("captions", "caption", "text", "txt")
@@ -46,6 +46,8 @@ class Table(Protocol):
     """A file of rows that is read piece by piece."""
 
     address: str
+    fault: str
+    """What a row is that cannot be read."""
 
     @property
     def columns(self) -> Sequence[str]: ...
@@ -100,10 +102,10 @@ class RowsSource:
         for row, cells in table.rows(span, [self.image, self.caption]):
             place = f"{origin}/{row:09d}"
             if cells is None:
-                yield LeftOut(printable(place), "unreadable row", f"line {row + 1} is no JSON object")
+                yield LeftOut(store.printable(place), "unreadable row", f"row {row + 1} is {table.fault}")
                 continue
             address = _address(cells.get(self.image), store.parent(table.address))
-            source = printable(place if address is None else address)
+            source = store.printable(place if address is None else address)
             yield Raw(place, source, captions_in(cells.get(self.caption)), partial(_bytes, cells.get(self.image), address))
 
     def _spans(self, unit_samples: int, table: Table) -> list[Span]:
@@ -149,6 +151,8 @@ def column_of(table: Table, asked: str | None, known: Sequence[str], flag: str) 
 class ParquetTable:
     """Read by row groups, each in small batches."""
 
+    fault = "no text in UTF-8"
+
     def __init__(self, address: str) -> None:
         self.address = address
 
@@ -182,8 +186,7 @@ class ParquetTable:
                 for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=groups, columns=list(columns), use_threads=False):
                     low, high = max(span.start - at, 0), min(span.stop - at, batch.num_rows)
                     if low < high:
-                        cells = batch.slice(low, high - low).to_pylist()
-                        yield from zip(range(at + low, at + high), cells, strict=True)
+                        yield from zip(range(at + low, at + high), _cells_of(batch.slice(low, high - low)), strict=True)
                     at += batch.num_rows
         except (OSError, ValueError) as error:
             raise self._damaged(error) from None
@@ -213,6 +216,8 @@ class ParquetTable:
 
 class LinesTable:
     """JSON Lines: an object a line."""
+
+    fault = "no JSON object"
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -253,6 +258,17 @@ class LinesTable:
 
     def _open(self) -> io.BufferedReader:
         return io.BufferedReader(_raw(self.address), 8 * _BUFFER_BYTES)
+
+
+def _cells_of(batch: Any) -> list[Mapping[str, Any] | None]:
+    """The rows of a batch of Parquet; None where a text is no UTF-8, which its writer need not have checked."""
+    try:
+        rows: list[Mapping[str, Any] | None] = batch.to_pylist()
+    except UnicodeDecodeError:
+        if batch.num_rows == 1:
+            return [None]
+        rows = [row for number in range(batch.num_rows) for row in _cells_of(batch.slice(number, 1))]
+    return rows
 
 
 def _parsed(line: bytes) -> Mapping[str, Any] | None:
@@ -302,7 +318,7 @@ def _raw(address: str) -> io.RawIOBase:
     try:
         return io.FileIO(store.local_path(address))
     except OSError as error:
-        raise StorageError(f"{address} cannot be read: {error.strerror}") from None
+        raise store.unreadable(address, error) from None
 
 
 # -------------------------------------------------------------------------------------------------------------- a cell
@@ -327,11 +343,9 @@ def _bytes(cell: Any, address: str | None) -> bytes:
         raise LeaveOut(NO_PICTURE, "the cell is empty" if not cell else f"the cell is a {type(cell).__name__}")
     try:
         return store.read_bytes(address)
-    except MissingError as error:
+    except (MissingError, AddressError) as error:
         raise LeaveOut(NO_PICTURE, str(error)) from None
     except StorageError as error:
         if store.is_url(address):
             raise LeaveOut(UNREACHABLE, str(error)) from None
-        if store.is_local(address) and not store.local_path(address).is_file():
-            raise LeaveOut(NO_PICTURE, f"{address} is no file") from None
         raise

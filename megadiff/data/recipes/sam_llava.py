@@ -129,7 +129,9 @@ class Captions:
         ((self.digest,),) = self._database.execute("SELECT text FROM digest")
 
     def of(self, key: str, _: Members) -> Sequence[Any]:
-        """The captions of a tar's sample."""
+        """The captions of a tar's sample; none where its name is no text, for the table holds texts alone."""
+        if not clean([key]):
+            return []
         rows = self._database.execute("SELECT texts FROM captions WHERE name = ? ORDER BY rowid", (_stem(key),))
         return [text for (texts,) in rows for text in json.loads(texts)]
 

@@ -21,7 +21,6 @@ from megadiff.data.pack import (
     clean,
     expand,
     locked,
-    printable,
     unit_name,
 )
 from megadiff.data.shards import Members, Shard
@@ -110,7 +109,7 @@ def samples_of(shard: Shard, origin: str, captions: Captions) -> Iterator[Raw | 
     for offset in range(len(shard)):
         key = shard.key(offset).removeprefix("./")
         members = shard.members(offset)
-        source = printable(f"{origin}/{key}")
+        source = store.printable(f"{origin}/{key}")
         picture = picture_in(members)
         if picture is None:
             yield LeftOut(source, NO_PICTURE, f"its members are {', '.join(sorted(members))}"[:200])
@@ -135,6 +134,6 @@ def captions_of(_: str, members: Members) -> Sequence[Any]:
 
 def _existing(address: str) -> Path:
     path = store.local_path(address)
-    if not path.is_file() or not os.access(path, os.R_OK):
+    if not os.access(path, os.R_OK) or not path.is_file():
         raise DataError(f"{address} does not exist or cannot be read; mend the name or take it out")
     return path
