@@ -87,14 +87,17 @@ def members_of(read: Callable[[int, int], bytes]) -> Iterator[Member]:
             break
         headers.append(header)
         size, kind, start = _number(header[124:136]), header[156], position + BLOCK_BYTES
-        if kind in _FILES:
-            size = int(pax.get("size", size))
-            yield Member(pax.get("path") or long_name or _name(header), start, size)
-            long_name, pax = "", {}
-        elif kind == _LONG_NAME:
-            long_name = bytes(read(start, size)).rstrip(b"\0").decode("utf-8", "surrogateescape")
+        if kind == _LONG_NAME:
+            long_name = bytes(read(start, size)).partition(b"\0")[0].decode("utf-8", "surrogateescape")
         elif kind == _PAX:
             pax = _pax_records(bytes(read(start, size)))
+        else:  # what such headers say is of this one alone, whatever it is
+            size = int(pax.get("size", size))
+            if kind in _FILES:
+                yield Member(pax.get("path") or long_name or _name(header), start, size)
+            long_name, pax = "", {}
+        if size < 0:
+            raise ValueError(f"the header of {_name(header)!r} gives a size below 0")
         position = start + (size + BLOCK_BYTES - 1) // BLOCK_BYTES * BLOCK_BYTES
     _check(headers)
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megadiff.data import tar
+from megadiff.data.shards import Shard
 from megadiff.data.tar import Member, index, members_of
 
 NAMES = st.text("abcé/.", min_size=1, max_size=160).filter(lambda name: name.strip("/.") and not name.endswith("/"))
@@ -71,6 +72,46 @@ def test_what_is_no_file_is_passed_over(kind: bytes) -> None:
         archive.addfile(member, io.BytesIO(b"abc"))
     data = memoryview(buffer.getvalue())
     assert index(data) == by_tarfile(data) == [Member("a.txt", 1024, 3)]
+
+
+OTHERS = [tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE]
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_long_name_is_of_the_next_header_alone_whatever_that_is(form: int, kind: bytes) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=form) as archive:
+        for name, type_ in (("d" * 120, kind), ("a.png", b"0"), ("e" * 130 + ".txt", b"0"), ("b.png", b"0")):
+            member = tarfile.TarInfo(name)
+            member.type, member.size, member.linkname = type_, 3 if type_ == b"0" else 0, "l" * 120 if type_ == b"2" else ""
+            archive.addfile(member, io.BytesIO(b"abc"))
+    data = memoryview(buffer.getvalue())
+    assert index(data) == by_tarfile(data)
+    assert [member.name for member in index(data)] == ["a.png", "e" * 130 + ".txt", "b.png"]
+
+
+def test_a_folder_of_a_long_name_costs_no_sample() -> None:
+    """As `tar --sort=name` writes a folder beside files: it comes before them."""
+    members = {"z1.png": b"picture", "z1.txt": b"a caption"}
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as archive:
+        folder = tarfile.TarInfo("./" + "d" * 120)
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        for name, content in members.items():
+            member = tarfile.TarInfo("./" + name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    shard = Shard("0.tar", buffer.getvalue())
+    assert len(shard) == 1
+    assert shard.members(0) == {"png": b"picture", "txt": b"a caption"}
+
+
+def test_a_size_below_zero_is_damage_and_does_not_turn_in_circles() -> None:
+    data = written([("a", b"1")], tarfile.PAX_FORMAT, pax_headers={"size": "-512"})
+    with pytest.raises(ValueError, match="a size below 0"):
+        index(data)
 
 
 def test_content_that_looks_like_headers_is_content(monkeypatch: pytest.MonkeyPatch) -> None:
