@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import html
-import io
 import json
 import re
-import struct
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -32,6 +30,7 @@ from megadiff.data.buckets import Bucket, fit
 from megadiff.data.codec import Array, Codec, array_of, member_of, row_of
 from megadiff.data.columns import ClassCodec, NumberCodec
 from megadiff.data.errors import SampleError
+from megadiff.data.pictures import UNREADABLE, flat, open_picture, plain
 from megadiff.data.shards import Manifest, Views
 from megadiff.storage import store
 
@@ -54,17 +53,13 @@ class PixelCodec(Codec):
         """The picture, or one scaled down, though no smaller than (width, height), where its format makes that cheap."""
         data = member_of(members, self.member)
         try:
-            with Image.open(io.BytesIO(data)) as picture:
-                if enough:
-                    picture.draft(None, enough)
-                picture.load()
-                return ImageOps.exif_transpose(picture)
+            return open_picture(data, enough)
         except UNREADABLE as error:
             raise SampleError(f"its .{self.member} member is no readable picture: {error}") from None
 
     def encode(self, value: Image.Image, bucket: Bucket | None = None) -> Tensor:
         """A picture to float32 [C, H, W], of the bucket's size where one is given."""
-        return self.finish(torch.from_numpy(self._pixels(value, bucket)[None]), _NO_KEYS)[0]
+        return self.finish(torch.from_numpy(self._pixels(plain(value), bucket)[None]), _NO_KEYS)[0]
 
     def load(self, members: Views, key: int, bucket: Bucket | None = None) -> Array:
         """uint8 [H, W, C]."""
@@ -81,13 +76,8 @@ class PixelCodec(Codec):
 
     def _pixels(self, picture: Image.Image, bucket: Bucket | None) -> Array:
         height, width = bucket or (self.space.height, self.space.width)
-        mode = "RGB" if self.space.channels == 3 else "L"
-        if picture.mode != mode:
-            picture = eight_bit(picture).convert("RGBA")
-            ground = Image.new("RGBA", picture.size, "white")
-            ground.alpha_composite(picture)
-            picture = ground.convert(mode)
-        return np.array(fit(picture, height, width)).reshape(height, width, self.space.channels)
+        shown = flat(picture, "RGB" if self.space.channels == 3 else "L")
+        return np.array(fit(shown, height, width)).reshape(height, width, self.space.channels)
 
     def decode(self, state: Tensor) -> Image.Image:
         """float [C, H, W] to a picture; values outside [-1, 1] are clipped."""
@@ -96,8 +86,6 @@ class PixelCodec(Codec):
 
 
 _NO_KEYS = torch.empty(0, dtype=torch.int64)
-UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, OverflowError, struct.error, Image.DecompressionBombError)
-"""What Pillow raises at files that are no picture or a damaged one."""
 NO_TOKEN = -1
 """Fills up the shorter captions of an array of token ids."""
 _DRAFT = 2
@@ -117,13 +105,6 @@ def unknown_region(mask: Image.Image, space: GridSpace) -> Tensor:
     cropped = scaled.crop((left, top, left + space.width, top + space.height))
     unknown = torch.from_numpy(np.asarray(cropped) > 0)
     return unknown.expand(space.channels, -1, -1)
-
-
-def eight_bit(picture: Image.Image) -> Image.Image:
-    """16-bit greys scaled to 8 bits; Pillow's own conversion would make all above 255 white."""
-    if not picture.mode.startswith("I"):
-        return picture
-    return Image.fromarray((np.asarray(picture, dtype=np.float64).clip(0, 65535) / 257).round().astype(np.uint8))
 
 
 class CaptionCodec(Codec):

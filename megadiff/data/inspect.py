@@ -15,6 +15,7 @@ from megadiff.data.encoder import TOKENS
 from megadiff.data.errors import SampleError
 from megadiff.data.order import generator
 from megadiff.data.pack import PICTURES
+from megadiff.data.pictures import open_picture, shown_size
 from megadiff.data.reader import ShardReader
 from megadiff.data.shards import Manifest, Members, Views
 from megadiff.data.threads import in_order
@@ -23,7 +24,6 @@ from megadiff.storage import store
 _FEWEST_SHARDS = 8
 """Drawn samples come from so many shards, or from more where these hold too few."""
 _READERS = 4
-_ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -96,12 +96,10 @@ def picture_size(data: bytes) -> tuple[int, int]:
     """(height, width) as a viewer shows the picture, from its header alone. Raises SampleError."""
     try:
         with Image.open(io.BytesIO(data)) as picture:
-            # A PNG without the chunk would be decoded to its end to look for one there; Pillow turns TIFF itself.
-            upright = picture.format == "TIFF" or (picture.format == "PNG" and "exif" not in picture.info)
-            turned = not upright and picture.getexif().get(_ORIENTATION) in _SIDEWAYS
             if 0 in picture.size:
                 raise ValueError("it has no pixels")
-            return (picture.width, picture.height) if turned else (picture.height, picture.width)
+            width, height = shown_size(picture, from_header=True)
+            return height, width
     except Exception as error:
         raise _unreadable(error) from None
 
@@ -109,9 +107,7 @@ def picture_size(data: bytes) -> tuple[int, int]:
 def load_picture(data: bytes) -> Image.Image:
     """The picture, decoded to its end. Raises SampleError."""
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            picture.load()
-            return picture
+        return open_picture(data)
     except Exception as error:
         raise _unreadable(error) from None
 

@@ -20,9 +20,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from megadiff.config.errors import UserError
+from megadiff.data import pictures
 from megadiff.data.buckets import Bucket, Buckets
 from megadiff.data.errors import DataError
 from megadiff.data.shards import MANIFEST, Manifest, Members, ShardEntry, write_manifest, write_shard
@@ -48,7 +49,6 @@ _HOPELESS = 20
 _SHARDS_PER_UNIT = 8
 _IN_MEMORY_BYTES = 256 * 2**20
 _ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-_ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)
 
 Transform = Callable[[Mapping[str, Members], "Bucket | None"], Mapping[str, Members]]
 """A shard's samples by key, and their bucket, to what is written in their place under the same keys."""
@@ -298,9 +298,7 @@ def _picture(data: bytes, packing: Packing) -> tuple[str, bytes, int, int]:
     """(ending, bytes, height, width) as written; height and width as a viewer shows it. Raises LeaveOut."""
     try:
         with Image.open(io.BytesIO(data)) as picture:
-            # Of a TIFF Pillow tells the upright size by itself.
-            turned = picture.format != "TIFF" and picture.getexif().get(_ORIENTATION) in _SIDEWAYS
-            width, height = picture.size[::-1] if turned else picture.size
+            width, height = pictures.shown_size(picture)
             short = min(height, width)
             if short < packing.min_size_px:
                 raise LeaveOut(TOO_SMALL, f"{width} x {height} px")
@@ -311,39 +309,21 @@ def _picture(data: bytes, packing: Packing) -> tuple[str, bytes, int, int]:
                     picture.draft(None, (1, 1))
                     picture.load()
                     return ending, data, height, width
-                made = _upright(picture)
+                made = pictures.plain(picture)
                 return "png", _encoded(made, "png", packing.quality), made.height, made.width
             factor = packing.size_px / short
             size = (max(1, round(width * factor)), max(1, round(height * factor)))
             # The decoder may scale a JPEG down to no less than twice the size; the rest is ours.
             picture.draft(None, (2 * max(size), 2 * max(size)))
-            made = _upright(picture).resize(size, Image.Resampling.LANCZOS)
+            made = pictures.plain(picture).resize(size, Image.Resampling.LANCZOS)
             return packing.format, _encoded(made, packing.format, packing.quality), made.height, made.width
-    except (OSError, ValueError, SyntaxError, TypeError, OverflowError, Image.DecompressionBombError) as error:
+    except pictures.UNREADABLE as error:
         raise LeaveOut(UNREADABLE, " ".join(str(error).split()) or type(error).__name__) from None
-
-
-def _upright(picture: Image.Image) -> Image.Image:
-    """Turned as its EXIF says, with 8 bits, in L, RGB or RGBA."""
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):
-        from megadiff.data.encode import eight_bit  # torch, which nothing else here needs
-
-        return eight_bit(picture)
-    if picture.mode == "F":
-        raise ValueError("its values are floating-point numbers")
-    if picture.mode in ("L", "RGB", "RGBA"):
-        return picture if "transparency" not in picture.info else picture.convert("RGBA")
-    if picture.mode == "1":
-        return picture.convert("L")
-    return picture.convert("RGBA" if "A" in picture.mode or "a" in picture.mode or "transparency" in picture.info else "RGB")
 
 
 def _encoded(picture: Image.Image, format: str, quality: int) -> bytes:
     if format == "jpg" and picture.mode == "RGBA":
-        ground = Image.new("RGBA", picture.size, "white")
-        ground.alpha_composite(picture)
-        picture = ground.convert("RGB")
+        picture = pictures.flat(picture)
     picture.info.clear()  # Pillow would keep a colour profile in some formats only, that of CMYK on RGB as well.
     buffer = io.BytesIO()
     picture.save(buffer, FORMATS[format], **({} if format == "png" else {"quality": quality}))

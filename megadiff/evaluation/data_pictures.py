@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from tokenizers import Tokenizer
 
 from megadiff.config.errors import UserError
 from megadiff.config.schema import GridSpace, PixelField
 from megadiff.data.buckets import Bucket
 from megadiff.data.codec import Array, array_of
-from megadiff.data.encode import PixelCodec, eight_bit
+from megadiff.data.encode import PixelCodec
 from megadiff.data.encoder import LATENTS
 from megadiff.data.errors import SampleError
 from megadiff.data.inspect import Drawn, load_picture, picture_member, row_of, texts_of, tokens_of
@@ -89,7 +89,7 @@ def _picture(sample: Drawn, decode: Decode | None) -> tuple[Image.Image | None, 
         return channels_picture(mean), f"first {min(3, len(mean))} of {len(mean)} latent channels"
     if ending is None:
         return None, ""
-    return eight_bit(ImageOps.exif_transpose(load_picture(sample.members[ending]))), ""
+    return load_picture(sample.members[ending]), ""
 
 
 def channels_picture(latents: Array) -> Image.Image:

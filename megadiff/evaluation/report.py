@@ -10,6 +10,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from megadiff.data.pictures import flat, plain
+
 BACKGROUND, INK, FRAME, SMALL_INK = (255, 255, 255), (24, 24, 27), (228, 228, 231), (113, 113, 122)
 
 
@@ -148,11 +150,7 @@ def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px
 
 def _fitted(picture: Image.Image, side: int) -> Image.Image:
     """RGB on white, its longer edge at most `side`: enlarged by a whole factor, or shrunk."""
-    if picture.mode in ("RGBA", "LA", "PA", "P"):
-        picture = picture.convert("RGBA")
-        flat = Image.new("RGBA", picture.size, BACKGROUND)
-        picture = Image.alpha_composite(flat, picture)
-    picture = picture.convert("RGB")
+    picture = flat(plain(picture))
     longest = max(picture.size)
     if longest <= side:
         factor = side // longest

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from megadiff import rng
@@ -26,8 +26,9 @@ from megadiff.config.schema import (
     PixelField,
     TokenSpace,
 )
+from megadiff.data import pictures
 from megadiff.data.codec import Codec
-from megadiff.data.encode import CaptionCodec, eight_bit, unknown_region
+from megadiff.data.encode import CaptionCodec, unknown_region
 from megadiff.data.loader import Shuffled
 from megadiff.diffusion.sampler import Conditions, Known, Sampler
 from megadiff.evaluation.tasks import IMPUTE, Task, find_task, inpainting
@@ -336,13 +337,10 @@ def read_rows(path: str, columns: Mapping[str, str]) -> list[dict[str, str]]:
 
 
 def open_picture(path: str | Image.Image) -> Image.Image:
-    """A picture, or the one in a file. Raises UserError if that is none."""
+    """A picture, or the one in a file, as training opens it. Raises UserError if that is none."""
     try:
-        if isinstance(path, Image.Image):
-            return eight_bit(path).convert("RGBA")
-        with Image.open(path) as picture:
-            return eight_bit(picture).convert("RGBA")
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        return pictures.plain(path) if isinstance(path, Image.Image) else pictures.open_picture(path)
+    except pictures.UNREADABLE as error:
         raise UserError(f"{path} cannot be read as a picture: {error}") from None
 
 

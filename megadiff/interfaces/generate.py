@@ -28,6 +28,7 @@ from tqdm import tqdm
 from megadiff.config.errors import UserError
 from megadiff.config.schema import ClassField, LatentField, NumberField
 from megadiff.data.codec import Codec
+from megadiff.data.pictures import flat
 from megadiff.data.shards import MANIFEST, Manifest, Members, Shard, ShardEntry, write_manifest, write_shard
 from megadiff.distributed.ranks import Ranks
 from megadiff.evaluation.report import Section, contact_sheet
@@ -227,7 +228,7 @@ def _stored(value: Any, name: str, ending: str, files: Members) -> dict[str, Any
     if not isinstance(value, Image.Image):
         return {"value": value} if isinstance(value, int | float) else {"text": str(value)}
     buffer = io.BytesIO()
-    value.convert("RGB").save(buffer, "png")
+    flat(value).save(buffer, "png")
     files[ending] = buffer.getvalue()
     return {"picture": f"{name}.{ending}"}
 

@@ -182,8 +182,33 @@ def test_16_bit_pictures_are_read_as_in_training(tmp_path):
     from megadiff.interfaces.conditions import open_picture
 
     Image.fromarray(np.full((4, 4), 40000, dtype=np.uint16)).save(tmp_path / "deep.png")
-    assert open_picture(str(tmp_path / "deep.png")).getpixel((0, 0))[0] == 156
-    assert open_picture(Image.open(tmp_path / "deep.png")).getpixel((0, 0))[0] == 156
+    assert open_picture(str(tmp_path / "deep.png")).convert("RGB").getpixel((0, 0))[0] == 156
+    assert open_picture(Image.open(tmp_path / "deep.png")).convert("RGB").getpixel((0, 0))[0] == 156
+
+
+def test_a_given_picture_is_turned_and_on_white_like_those_that_training_reads(exported, tmp_path):
+    image = Image.new("RGB", (32, 32), (0, 200, 0))
+    image.paste("black", (0, 0, 32, 8))
+    turn = Image.Exif()
+    turn[0x0112] = 3  # upside down
+    image.save(tmp_path / "turned.png", exif=turn, transparency=(0, 200, 0))
+    ask(exported, tmp_path / "out", task="image-to-text", image=(str(tmp_path / "turned.png"),))
+    (given,) = (tmp_path / "out").glob("*.image.given.png")
+    assert (pixels(given)[24:] == 0).all()
+    assert (pixels(given)[:24] == 255).all()
+
+
+def test_a_mask_is_turned_like_the_picture_that_it_belongs_to(exported, tmp_path):
+    mask = Image.new("L", (32, 32), 0)
+    mask.paste(255, (0, 0, 32, 16))
+    turn = Image.Exif()
+    turn[0x0112] = 3  # upside down: the lower half is to be filled in
+    mask.save(tmp_path / "mask.png", exif=turn)
+    image = picture(tmp_path / "red.png")
+    ask(exported, tmp_path / "out", task="inpaint", image=(image,), mask_image=str(tmp_path / "mask.png"))
+    kept = pixels(next((tmp_path / "out").glob("*.image.png")))
+    assert (kept[:16] == pixels(Path(image))[:16]).all()
+    assert (kept[16:] != pixels(Path(image))[16:]).any()
 
 
 def test_one_white_pixel_of_a_large_mask_is_a_hole():

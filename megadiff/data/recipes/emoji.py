@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from megadiff.config.errors import UserError
 from megadiff.data.encode import normalise
+from megadiff.data.pictures import flat, open_picture
 from megadiff.data.recipes.npm import Package, fetch
 from megadiff.data.shards import Manifest, Members, Shard, ShardEntry, write_manifest, write_shard
 from megadiff.storage import store
@@ -204,11 +205,7 @@ def render(source: str | bytes, size: int) -> bytes:
         source = bytes(
             resvg_py.svg_to_bytes(svg_string=source, width=size, height=size, background="#ffffff", skip_system_fonts=True)
         )
-    with Image.open(io.BytesIO(source)) as opened:
-        picture = opened.convert("RGBA")
-    ground = Image.new("RGBA", picture.size, "white")
-    ground.alpha_composite(picture)
-    made = ground.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+    made = flat(open_picture(source)).resize((size, size), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     made.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
