@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from megadiff.cli import data_encode, data_inspect, data_pack
 from megadiff.cli.arguments import Verbs, add_verb, positive
@@ -38,6 +39,9 @@ def _add_table(actions: Verbs) -> None:
         "--classes", metavar="A,B", type=_names, default=(), help="columns of categories that look like numbers"
     )
     parser.add_argument("--numbers", metavar="A,B", type=_names, default=(), help="columns that must be numbers")
+    parser.add_argument(
+        "--separator", metavar="NAME", type=_separator, help="between cells: comma, semicolon, tab, bar (default: comma)"
+    )
     parser.set_defaults(run=make_table)
     parser = add_verb(
         actions,
@@ -99,6 +103,15 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
+def _separator(text: str) -> str:
+    from megadiff.data.csv_text import SEPARATORS
+
+    mark = SEPARATORS.get(text, "\t" if text == r"\t" else text)
+    if mark not in SEPARATORS.values():
+        raise argparse.ArgumentTypeError(f"{text!r} is no separator; known: {', '.join(SEPARATORS)}")
+    return mark
+
+
 def _sets(text: str) -> tuple[str, ...]:
     names = _names(text)
     unknown = [name for name in names if name not in EMOJI_SETS]
@@ -144,7 +157,10 @@ def make_table(arguments: argparse.Namespace) -> int:
         held_out_share=arguments.held_out_share,
         classes=arguments.classes,
         numbers=arguments.numbers,
+        separator=arguments.separator,
     )
+    for note in made.notes:
+        print(f"note: {note}", file=sys.stderr)
     constant = [name for name, column in made.columns.items() if len(column.values) == 1]
     note = f"; {', '.join(constant)} always the same" if constant else ""
     print(f"table: {arguments.out} ({made.train:,} rows to train on, {made.held_out:,} held out{note})\n")

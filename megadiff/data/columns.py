@@ -11,10 +11,11 @@ import functools
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import MAX_EMAX, MAX_PREC, MIN_EMIN, Context, Decimal
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -117,7 +118,7 @@ class NumberCodec(Codec):
             UserError: it is no finite number.
         """
         if not isinstance(value, Ranked):
-            number = _finite(value)
+            number = number_in(value) if isinstance(value, str) else _finite(value)
             if number is None:
                 raise UserError(f"column {self.column} takes numbers, not {value!r}")
             value = Ranked(number, 0.5)
@@ -203,15 +204,15 @@ def _cell(members: Views, member: str, column: str) -> Any:
 
 
 def _number(value: Any, column: str) -> float:
-    number = None if isinstance(value, str) else _finite(value)
+    number = _finite(value)
     if number is None:
         raise SampleError(f"its {column} is {value!r}, which is no number")
     return number
 
 
 def _finite(value: Any) -> float | None:
-    """A number or the text of one as a float; None for all else, NaN and infinity included."""
-    if isinstance(value, bool):
+    """A number as a float; None for all else, NaN and infinity included."""
+    if isinstance(value, bool | str):
         return None
     try:
         number = float(value)
@@ -226,6 +227,32 @@ def _place(key: int) -> float:
     word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _MASK64
     return (((word ^ (word >> 31)) >> 11) + 0.5) * 2.0**-53
+
+
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,4})?", re.ASCII)
+_SURELY_EXACT = 15
+"""Decimal digits that a float64 keeps, whichever they are."""
+_EXACT = Context(prec=MAX_PREC, Emax=MAX_EMAX, Emin=MIN_EMIN)
+
+
+def number_in(text: str) -> float | None:
+    """The finite number that a cell spells, or None. Python itself would also read 2024_01, nan, and digits of any script."""
+    number = float(text) if _NUMBER.fullmatch(text.strip()) else math.inf
+    return number if math.isfinite(number) else None
+
+
+def comes_back(text: str, number: float) -> bool:
+    """Whether a cell's text can be had back from its number, to the last digit that is written.
+
+    That of an id of 19 digits cannot, nor that of a code that begins with 0.
+    """
+    written = text.strip().lstrip("+-").lower()
+    if written[0] == "0" and written[1:2].isdigit():
+        return False
+    if len(written) <= _SURELY_EXACT and "e" not in written:
+        return True
+    exact = Decimal(written)
+    return Decimal(abs(number)).quantize(exact, context=_EXACT) == exact
 
 
 def column_of_numbers(values: Sequence[float], texts: Sequence[str]) -> Column:

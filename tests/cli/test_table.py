@@ -44,6 +44,15 @@ def test_table_prints_sections_that_the_schema_takes(source: str, tmp_path: Path
     assert len(list(Path(out, "train").glob("*.tar"))) == 3
 
 
+def test_notes_go_to_stderr_and_a_separator_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.csv").write_text("age;size\n1;2\nNA;3\n4;5\n")
+    assert "give --separator semicolon" in mistake(capsys, "data", "table", str(tmp_path / "a.csv"), str(tmp_path / "out"))
+    assert cli.main(["data", "table", str(tmp_path / "a.csv"), str(tmp_path / "out"), "--separator", "semicolon"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("table: ")
+    assert "note: age is kept as classes: 'NA' on line 3 is no number" in err
+
+
 def test_diamonds_print_how_many_rows_there_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -77,6 +86,7 @@ def test_a_mistake_is_one_sentence(
     ("options", "said"),
     [
         (["--held-out-share", "1"], "'1' is no share; give a number from 0 to below 1"),
+        (["--separator", "x"], "'x' is no separator; known: comma, semicolon, tab, bar"),
         (["--shard-rows", "0"], "argument --shard-rows: '0' is no whole number above 0"),
     ],
 )

@@ -78,6 +78,83 @@ def test_codes_with_underscores_are_categories(tmp_path):
     assert made.columns["month"].values == ("2024_01", "2024_02")
 
 
+def kinds_and_notes(tmp_path: Path, text: str, **options: object) -> tuple[list[str], list[str]]:
+    (tmp_path / "a.csv").write_text(text, encoding="utf-8")
+    made = table.make_table(str(tmp_path / "a.csv"), str(tmp_path / "out"), held_out_share=0, **options)
+    return [column.kind for column in made.columns.values()], made.notes
+
+
+@pytest.mark.parametrize(
+    ("cells", "kind"),
+    [
+        (["1234567890123456789", "1234567890123456790"], "class"),  # one float for both
+        (["9007199254740993", "9007199254740995"], "class"),
+        (["3.1415926535897932384626433", "2.5"], "class"),
+        (["01234", "12345"], "class"),
+        (["-007", "3"], "class"),
+        (["1e-400", "2"], "class"),
+        (["1e-9999999999999", "2"], "class"),
+        (["9" * 5000, "2"], "class"),
+        (["\uff12", "\uff11"], "class"),
+        (["9007199254740992", "123456789012345"], "number"),
+        (["1.000000000000000056e-01", "2.999999999999999889e-01"], "number"),  # as numpy.savetxt writes 0.1 and 0.3
+        (["0.30000000000000004", "1e300"], "number"),
+        (["0", "-0.50", "+4", "5.", ".5", "1E+5"], "number"),
+    ],
+)
+def test_a_cell_is_a_number_only_if_its_text_can_be_had_back_from_it(tmp_path, cells, kind):
+    assert kinds_and_notes(tmp_path, "\n".join(["a", *cells]))[0] == [kind]
+
+
+def test_as_many_ids_come_out_of_a_column_as_went_in(tmp_path):
+    ids = [str(1234567890123456789 + number) for number in range(60)]
+    (tmp_path / "ids.csv").write_text("\n".join(["id", *ids]))
+    made = table.make_table(str(tmp_path / "ids.csv"), str(tmp_path / "out"), held_out_share=0)
+    assert list(made.columns["id"].values) == ids
+    assert "id is kept as classes: '1234567890123456789' on line 2 cannot be had back from a number" in made.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "note"),
+    [
+        ("age\n1\n2\nNA\n3\n", "age is kept as classes: 'NA' on line 4 is no number"),
+        ("age\n1\n\n2\n-\n", "age is kept as classes: '-' on line 5 is no number"),
+        ('price\n"1,5"\n"2,5"\n', "price is kept as classes: '1,5' on line 2 is no number"),
+        ('price\n"1,000.50"\n20\n', "price is kept as classes: '1,000.50' on line 2 is no number"),
+        ("1,2\n3,4\n", "the first line (1, 2) is taken for the columns' names"),
+        (",age\n0,5\n1,6\n", "column 1 has no name and is kept"),
+    ],
+)
+def test_a_note_says_which_cell_decided(tmp_path, text, note):
+    (said,) = kinds_and_notes(tmp_path, text)[1]
+    assert note in said
+
+
+@pytest.mark.parametrize("text", ["a,b\n1,x\n2,y\n", "a\nx\ny\n1\n", "day\n2024-01-02\n2024-01-03\n"])
+def test_a_plain_table_has_no_notes(tmp_path, text):
+    assert kinds_and_notes(tmp_path, text)[1] == []
+
+
+def test_what_is_asked_for_needs_no_note_but_what_that_loses_does(tmp_path):
+    assert kinds_and_notes(tmp_path, "age\n1\n2\nNA\n", classes=["age"]) == (["class"], [])
+    (tmp_path / "again").mkdir()
+    kinds, notes = kinds_and_notes(tmp_path / "again", "id\n1\n1234567890123456789\n", numbers=["id"])
+    assert kinds == ["number"]
+    assert notes == ["id is kept as numbers, though '1234567890123456789' on line 3 cannot be had back from a number"]
+
+
+@pytest.mark.parametrize(("mark", "name"), [(";", "semicolon"), ("\t", "tab"), ("|", "bar")])
+def test_another_separator_than_a_comma_is_named_or_taken(tmp_path, mark, name):
+    text = f"age{mark}'size'\n1,5{mark}2\n2,5{mark}3\n".replace("'", '"')
+    with pytest.raises(UserError, match=f"seems to have a {name} between its cells; give --separator {name}"):
+        kinds_and_notes(tmp_path, text)
+    assert kinds_and_notes(tmp_path, text, separator=mark)[0] == ["class", "number"]
+
+
+def test_one_column_with_a_semicolon_in_its_name_is_taken_as_asked(tmp_path):
+    assert kinds_and_notes(tmp_path, "a;b\n1\n2\n", separator=",")[0] == ["number"]
+
+
 def test_awkward_cells_come_through_whole(tmp_path):
     cells = ['say ""yes""', "two\nlines", "comma, here", "ünï", " spaced "]
     (tmp_path / "a.csv").write_text(

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import json
-import math
 import re
 import sys
 import zipfile
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
 
 from megadiff.config.errors import UserError
 from megadiff.config.schema import RESERVED_NAMES
-from megadiff.data.columns import Column, column_of_classes, column_of_numbers, write_columns
+from megadiff.data.columns import Column, column_of_classes, column_of_numbers, comes_back, number_in, write_columns
+from megadiff.data.csv_text import records_of, shown
 from megadiff.data.errors import DataError
 from megadiff.data.order import generator
 from megadiff.data.recipes.archives import cache_of, fetch_archive
@@ -32,11 +30,16 @@ DIAMONDS = ("plotnine", "0.15.9", "plotnine/data/diamonds.csv")
 
 @dataclass(frozen=True)
 class Table:
-    """What was written: columns by name, and rows per split."""
+    """What was written: columns by name, and rows per split.
+
+    Attributes:
+        notes: sentences about what may have been meant otherwise.
+    """
 
     columns: dict[str, Column]
     train: int
     held_out: int
+    notes: list[str] = field(default_factory=list)
 
 
 def make_table(
@@ -48,10 +51,14 @@ def make_table(
     seed: int = 0,
     classes: Sequence[str] = (),
     numbers: Sequence[str] = (),
+    separator: str | None = None,
 ) -> Table:
     """Write a CSV as shards for training and for evaluation, and columns.json of the training rows.
 
-    A column is one of numbers if every cell is a finite number, unless `classes` names it.
+    A column is one of numbers if every cell is a finite number whose text can be had back from it, unless `classes` names it.
+
+    Args:
+        separator: between cells; None takes a comma.
 
     Raises:
         UserError: the file cannot be read, a cell is empty, a column that `numbers` names holds something else, or no row is
@@ -61,7 +68,7 @@ def make_table(
         text = store.read_bytes(source).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise DataError(f"{source} is not UTF-8 text; convert it") from None
-    return pack_table(text, source, out, shard_rows, held_out_share, seed, classes, numbers)
+    return pack_table(text, source, out, shard_rows, held_out_share, seed, classes, numbers, separator)
 
 
 def make_diamonds(out: str, *, folder: Path | None = None) -> Table:
@@ -92,19 +99,22 @@ def pack_table(
     seed: int = 0,
     classes: Sequence[str] = (),
     numbers: Sequence[str] = (),
+    separator: str | None = None,
 ) -> Table:
     """`make_table` of a CSV's text; `source` names it in errors."""
     if not 0 <= held_out_share < 1:
         raise UserError(f"held_out_share ({held_out_share}) must be a share from 0 to below 1")
-    header, rows, lines = _parse(text, source)
+    header, rows, lines = _parse(text, source, separator)
     if unknown := [name for name in (*classes, *numbers) if name not in header]:
-        raise UserError(f"{source} has no column {', '.join(unknown)}; it has {', '.join(header)}")
+        raise UserError(f"{source} has no column {', '.join(unknown)}; it has {shown(header)}")
     if both := [name for name in classes if name in numbers]:
         raise UserError(f"{', '.join(both)} cannot be both a column of classes and one of numbers")
-    of_numbers = [
-        name not in classes and _is_number(name, [row[i] for row in rows], lines, source, required=name in numbers)
-        for i, name in enumerate(header)
-    ]
+    of_numbers, notes = [], _notes_on(header)
+    for index, name in enumerate(header):
+        cells = [row[index] for row in rows]
+        is_number, note = (False, "") if name in classes else _kind(name, cells, lines, source, required=name in numbers)
+        of_numbers.append(is_number)
+        notes += [note] if note else []
     order = generator(seed, "table").permutation(len(rows)).tolist()
     kept = len(rows) - round(held_out_share * len(rows))
     if kept == 0:
@@ -128,46 +138,61 @@ def pack_table(
             if entries:
                 write_manifest(store.join(out, split), Manifest(tuple(entries), {"split": split, "source": source}))
     write_columns(out, columns)
-    return Table(columns, kept, len(rows) - kept)
+    return Table(columns, kept, len(rows) - kept, notes)
 
 
-def _parse(text: str, source: str) -> tuple[list[str], list[list[str]], list[int]]:
-    """The header, the rows, and the line of the file on which each row begins; empty lines are no rows."""
-    records, lines, begins = [], [], 1
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for record in reader:
-            if record:
-                records.append(record)
-                lines.append(begins)
-            begins = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(f"{source}, line {begins} is no CSV: {error}") from None
+def _parse(text: str, source: str, separator: str | None) -> tuple[list[str], list[list[str]], list[int]]:
+    """The header, the rows, and the line of the file on which each row begins."""
+    records = records_of(text, source, separator)
     if len(records) < 2:
         raise DataError(f"{source} needs a line of column names and at least one row")
-    header, rows, lines = records[0], records[1:], lines[1:]
+    header, rows, lines = records[0][1], [cells for _, cells in records[1:]], [line for line, _ in records[1:]]
     if len(set(header)) != len(header):
-        raise DataError(f"{source} names a column twice: {', '.join(header)}")
+        raise DataError(f"{source} names a column twice: {shown(header)}")
     for line, row in zip(lines, rows, strict=True):
         if len(row) != len(header):
             raise DataError(f"{source}, line {line} has {len(row)} cells, and the header has {len(header)}")
         for name, cell in zip(header, row, strict=True):
             if not cell.strip():
-                raise DataError(f"{source}, line {line} has no {name}; fill the cell or leave out the row")
+                raise DataError(f"{source}, line {line} has no {shown([name])}; fill the cell or leave out the row")
     return header, rows, lines
 
 
-def _is_number(name: str, cells: Sequence[str], lines: Sequence[int], source: str, *, required: bool) -> bool:
-    for line, cell in zip(lines, cells, strict=True):
-        try:
-            finite = "_" not in cell and math.isfinite(float(cell))  # Python reads 2024_01 as a number
-        except ValueError:
-            finite = False
-        if not finite:
-            if required:
-                raise DataError(f"{source}, line {line}: {name} is {cell!r}, which is no number")
-            return False
-    return True
+def _has_commas(cell: str) -> bool:
+    """Whether it is 1,000.50 or 1.000,50: a number to people, a class here."""
+    return bool(re.fullmatch(r"[+-]?\d[\d,]*(\.\d+)?|[+-]?\d[\d.]*,\d+", cell.strip(), re.ASCII))
+
+
+def _kind(name: str, cells: Sequence[str], lines: Sequence[int], source: str, *, required: bool) -> tuple[bool, str]:
+    """Whether a column is one of numbers, and a note if its cells speak for both."""
+    spelled = [number_in(cell) for cell in cells]
+    if required and None in spelled:
+        at = spelled.index(None)
+        raise DataError(f"{source}, line {lines[at]}: {name} is {cells[at]!r}, which is no number")
+    whole = [number is not None and comes_back(cell, number) for cell, number in zip(cells, spelled, strict=True)]
+    if all(whole):
+        return True, ""
+    at = whole.index(False)
+    fault = "is no number" if spelled[at] is None else "cannot be had back from a number"
+    where = f"{cells[at]!r} on line {lines[at]} {fault}"
+    if required:
+        return True, f"{name} is kept as numbers, though {where}"
+    alike = sum(number is not None or _has_commas(cell) for cell, number in zip(cells, spelled, strict=True))
+    if 2 * alike < len(cells):
+        return False, ""
+    return False, f"{shown([name])} is kept as classes: {where}; mend or leave out such rows if it should be numbers"
+
+
+def _notes_on(header: Sequence[str]) -> list[str]:
+    notes = []
+    if "" in header:
+        notes.append(
+            f"column {header.index('') + 1} has no name and is kept; if it only numbers the rows, leave it out of the file "
+            "(pandas: index=False)"
+        )
+    if all(number_in(name) is not None for name in header):
+        notes.append(f"the first line ({', '.join(header)}) is taken for the columns' names")
+    return notes
 
 
 def _sample(header: Sequence[str], row: Sequence[str], of_numbers: Sequence[bool]) -> bytes:
