@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,6 +27,7 @@ from megadiff.config.schema import (
 )
 from megadiff.data import pictures
 from megadiff.data.codec import Codec
+from megadiff.data.csv_text import records_of, shown
 from megadiff.data.encode import CaptionCodec, unknown_region
 from megadiff.data.loader import Shuffled
 from megadiff.diffusion.sampler import Conditions, Known, Sampler
@@ -313,27 +313,27 @@ def read_prompts(path: str) -> list[tuple[str, str]]:
 
 
 def read_rows(path: str, columns: Mapping[str, str]) -> list[dict[str, str]]:
-    """The rows of a CSV by modality, without their empty cells.
+    """The rows of a CSV by modality, without their empty cells; a column without a name (an index) is passed over.
 
     Raises:
         UserError: it cannot be read, or a column is unknown.
     """
     try:
-        with Path(path).open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restkey="")
-            header = list(reader.fieldnames or [])
-            rows = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--table {path} cannot be read as CSV: {error}") from None
-    if unknown := [column for column in header if column not in columns]:
-        raise UserError(f"--table {path} has the columns {', '.join(unknown)}; the model's are {', '.join(columns)}")
+    records = [cells for _, cells in records_of(text, f"--table {path}", ",")]
+    header, rows = (records[0], records[1:]) if records else ([], [])
+    if unknown := [column for column in header if column and column not in columns]:
+        raise UserError(f"--table {path} has the columns {shown(unknown)}; the model's are {shown(columns)}")
     if len(set(header)) != len(header):
-        raise UserError(f"--table {path} names a column twice: {', '.join(header)}")
-    if long := [number for number, row in enumerate(rows, 1) if "" in row]:
+        raise UserError(f"--table {path} names a column twice: {shown(header)}")
+    if long := [number for number, row in enumerate(rows, 1) if len(row) > len(header)]:
         raise UserError(f"--table {path}, row {long[0]} has more cells than the header has columns")
     if not rows:
         raise UserError(f"--table {path} has no rows under its header")
-    return [{columns[column]: cell for column, cell in row.items() if column in columns and cell} for row in rows]
+    pairs = [zip(header, row, strict=False) for row in rows]  # what a short row lacks is empty
+    return [{columns[column]: cell for column, cell in row if column in columns and cell} for row in pairs]
 
 
 def open_picture(path: str | Image.Image) -> Image.Image:

@@ -82,6 +82,32 @@ def test_empty_cells_are_filled_in_and_the_others_stay(network, tmp_path):
     assert all(all(row) for row in rows)
 
 
+def test_a_column_without_a_name_is_an_index_that_the_model_does_not_know(network, tmp_path):
+    (tmp_path / "rows.csv").write_text(",Colour,Price,Size\n0,red,7,\n1,green,,2\n")
+    impute(network, tmp_path / "rows.csv", tmp_path / "out")
+    header, *rows = cells(tmp_path / "out/samples.csv")
+    assert header == ["Size", "Colour", "Price"]
+    assert [row[1] for row in rows] == ["red", "green"]
+
+
+def test_a_model_of_a_column_without_a_name_fills_in_its_own_samples(run, tmp_path):
+    (tmp_path / "things.csv").write_text(",Size\n" + "".join(f"{i},{i % 5}\n" for i in range(40)))
+    made = table.make_table(str(tmp_path / "things.csv"), str(tmp_path / "data"))
+    sections = table.as_config(made.columns, str(tmp_path / "data"))
+    fields = run.data.model_validate({"train": "", **sections["data"]})
+    model = Model(width=16, heads=2, head_dim=8, joint_depth=1, **sections["model"])
+    network = str(write_export(run.model_copy(update={"data": fields, "model": model}), tmp_path / "export"))
+    generate(GenerateRequest(checkpoint=network, task="joint", out=str(tmp_path / "out"), n=3, sampling=Sampling(steps=2)))
+    header, *rows = cells(tmp_path / "out/samples.csv")
+    assert header == ["", "Size"]
+    impute(network, tmp_path / "out/samples.csv", tmp_path / "again")
+    assert cells(tmp_path / "again/samples.csv") == [header, *rows]
+
+
+def impute(network: str, rows: Path, out: Path) -> None:
+    generate(GenerateRequest(checkpoint=network, task="impute", out=str(out), table=str(rows), sampling=Sampling(steps=2)))
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -89,6 +115,10 @@ def test_empty_cells_are_filled_in_and_the_others_stay(network, tmp_path):
         ("Colour\nblue\n", "column Colour has no class 'blue'; it has green, red"),
         ("Price,Colour\nmuch,\n", "column Price takes numbers, not 'much'"),
         ("Price\n", "has no rows under its header"),
+        ("", "has no rows under its header"),
+        ("Price;Size\n1;2\n", "has the columns Price;Size; the model's are Size, Colour, Price"),
+        ("Price,Colour\n1_0,\n", "column Price takes numbers, not '1_0'"),
+        (",Price,\n1,2,3\n", "names a column twice: (unnamed), Price, (unnamed)"),
         ("Price,Price\n1,2\n", "names a column twice: Price, Price"),
         ("Price,Size\n1,2,3\n", "row 1 has more cells than the header has columns"),
     ],
