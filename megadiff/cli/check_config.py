@@ -26,7 +26,8 @@ def add(verbs: Verbs) -> None:
         "check-config",
         "check a run and print the numbers that follow from it",
         "Check a run file, and a DeepSpeed JSON against it, and print what follows for each stage: parameters in all and\n"
-        "per part, trained and frozen, the batch equation, tokens and FLOPs per sample, bytes per rank.\n"
+        "per part, trained, idle (no loss reaches them: they stay as they are) and frozen, the batch equation, tokens and\n"
+        "FLOPs per sample, bytes per rank.\n"
         "Reads no data and imports no torch.",
         EXAMPLES,
     )
@@ -64,6 +65,7 @@ def table(loaded: Run, stages: list[dict[str, Any]], ranks: int, resolved: dict[
         ("starts from", [_source(stage.initialise.source, stage.initialise.weights) for stage in loaded.stages]),
         ("parameters", [_count(s["parameters"]["total"]) for s in stages]),
         ("  trained", [_count(s["parameters"]["trained"]) for s in stages]),
+        ("  idle", [_count(s["parameters"]["idle"]) for s in stages]),
         ("  frozen", [_count(s["parameters"]["frozen"]) for s in stages]),
     ]
     for part in ("joint", *loaded.model.modalities):
@@ -124,7 +126,8 @@ def _count(value: int) -> str:
 def _part(part: dict[str, int] | None) -> str:
     if part is None:
         return "-"
-    return f"{part['total']:,}" + ("" if part["trained"] else " (frozen)")
+    state = "" if part["trained"] else " (idle)" if part["idle"] else " (frozen)"
+    return f"{part['total']:,}{state}"
 
 
 def _tokens(tokens: dict[str, Any]) -> str:

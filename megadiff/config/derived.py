@@ -16,6 +16,8 @@ from megadiff.config.schema import Alignment, GridSpace, Modality, Model, Run, S
 TIME_FEATURES = 256
 """Sinusoids of a clock."""
 _BLOCK_SLOTS = 6
+PROJECTION_SLOTS = 2
+"""The first of a block's modulation slots, which act before its attention."""
 _HEAD_SLOTS = 2
 ALIGNMENT_HIDDEN = 2
 """Hidden width of the alignment's projection / D."""
@@ -105,8 +107,85 @@ def predicted(stage: Stage) -> tuple[str, ...]:
 
 
 def trainable(model: Model, stage: Stage) -> int:
-    """Parameters that a stage trains; the others of `stage_parameters(model, stage)` are frozen."""
-    return sum(count for part, count in stage_parameters(model, stage).parts.items() if part not in stage.freeze)
+    """Parameters that a stage trains; the others of `stage_parameters(model, stage)` are frozen or idle."""
+    free = sum(count for part, count in stage_parameters(model, stage).parts.items() if part not in stage.freeze)
+    return free - sum(count.total for count in idle(model, stage).values())
+
+
+def scored(stage: Stage) -> tuple[str, ...]:
+    """The modalities whose predictions a stage learns from: with a loss weight, and not a mere condition in every sample."""
+    return tuple(name for name, modality in stage.modalities.items() if modality.scored)
+
+
+def reached(model: Model, stage: Stage) -> tuple[str, ...]:
+    """The modalities whose tokens after the last joint block lead to a loss: the scored ones, and one that is aligned there."""
+    rule = stage.alignment
+    aligned = rule.modality if rule is not None and rule.block == model.joint_depth - 1 else None
+    return tuple(name for name in model.modalities if name in scored(stage) or name == aligned)
+
+
+def always_clean(stage: Stage, name: str) -> bool:
+    """Whether a modality is given in every sample: its clock stands at 0, and none of its tokens is masked."""
+    return stage.modalities[name].conditioning.clean >= 1
+
+
+def always_absent(stage: Stage, name: str) -> bool:
+    """Whether a modality is unknown in every sample: its tokens are all masked."""
+    return stage.modalities[name].conditioning.absent >= 1
+
+
+@dataclass(frozen=True)
+class Idle:
+    """Parameters of a part that no loss of a stage reaches: they stay as they are, neither stepped nor decayed.
+
+    Attributes:
+        whole: in tensors that are idle as a whole, and have neither gradients nor moments nor averages, as if frozen.
+        partial: the idle numbers of tensors that are trained otherwise.
+    """
+
+    whole: int = 0
+    partial: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.whole + self.partial
+
+
+def idle(model: Model, stage: Stage) -> dict[str, Idle]:
+    """What is idle, by part that is not frozen; models/idle.py knows its names.
+
+    Towers and heads of modalities that are not scored; of modalities that are not reached what comes after the last joint
+    attention, and the queries there (without joint blocks: the embedding); what a clock that stands, or states that are always
+    the same, never ask for.
+    """
+    counts = stage_parameters(model, stage)
+    joint = [_idle_joint(model, stage, name) for name in model.modalities]
+    parts = {"joint": Idle(sum(count.whole for count in joint), sum(count.partial for count in joint))}
+    parts |= {name: Idle(counts.parts[name]) for name in counts.heads if name not in scored(stage)}
+    return {part: count for part, count in parts.items() if part not in stage.freeze and count.total}
+
+
+def _idle_joint(model: Model, stage: Stage, name: str) -> Idle:
+    """One modality's among the embeddings, the joint blocks and the norm after them."""
+    width, inner = model.width, model.heads * model.head_dim
+    norm = 0 if name in scored(stage) else _norm_parameters(model)
+    if name in reached(model, stage):
+        return Idle(norm, _idle_inputs(model, stage, name))
+    if model.joint_depth == 0:
+        return Idle(norm + _embedding_parameters(model, name))
+    output = _linear(inner, width, bias=model.attention_bias)
+    query_gain = inner if model.qk_norm else 0
+    queries = _linear(width, inner, bias=model.attention_bias)
+    modulation = _linear(width, (_BLOCK_SLOTS - PROJECTION_SLOTS) * width)
+    return Idle(norm + output + _mlp_parameters(model) + query_gain, queries + modulation + _idle_inputs(model, stage, name))
+
+
+def _idle_inputs(model: Model, stage: Stage, name: str) -> int:
+    """In the embedding of a modality that is always given (of the clock 0 the sines are 0; no mask) or never (only masks)."""
+    masked = model.modalities[name].process.kind == "masked"
+    if always_clean(stage, name):
+        return (TIME_FEATURES // 2 + masked) * model.width
+    return head_outputs(model.modalities[name].space) * model.width if masked and always_absent(stage, name) else 0
 
 
 def stage_parameters(model: Model, stage: Stage) -> Parameters:
@@ -129,11 +208,15 @@ def _embedding_parameters(model: Model, name: str) -> int:
 
 def _block_parameters(model: Model) -> int:
     """One modality's share of a block."""
-    width, inner, hidden = model.width, model.heads * model.head_dim, mlp_hidden(model)
+    width, inner = model.width, model.heads * model.head_dim
     modulation = _linear(width, _BLOCK_SLOTS * width)
     attention = _linear(width, 3 * inner, bias=model.attention_bias) + _linear(inner, width, bias=model.attention_bias)
     gains = 2 * inner if model.qk_norm else 0
-    return modulation + attention + gains + _linear(width, _up_outputs(model)) + _linear(hidden, width)
+    return modulation + attention + gains + _mlp_parameters(model)
+
+
+def _mlp_parameters(model: Model) -> int:
+    return _linear(model.width, _up_outputs(model)) + _linear(mlp_hidden(model), model.width)
 
 
 def _up_outputs(model: Model) -> int:
@@ -174,9 +257,9 @@ def flops_per_sample(model: Model, stage: Stage) -> int:
     1 for the plain loss, 1/2 for the NELBO (times are uniform), less the samples in which the modality is only a condition.
     Recomputation under activation checkpointing is not counted, nor are norms, softmax, activations and lookups.
     """
-    scored = {name: _scored_share(model, name, modality) for name, modality in stage.modalities.items() if _is_read(modality)}
-    trained = {part for part in ("joint", *model.modalities) if part not in stage.freeze}
-    return round(_flops(model, scored, trained)) + _alignment_flops(model, stage)
+    shares = {name: _scored_share(model, name, modality) for name, modality in stage.modalities.items() if _is_read(modality)}
+    trained = {part for part in ("joint", *scored(stage)) if part not in stage.freeze}
+    return round(_flops(model, shares, trained)) + _alignment_flops(model, stage)
 
 
 def forward_flops(model: Model, scored: Mapping[str, float]) -> int:
@@ -316,12 +399,13 @@ def bytes_per_rank(model: Model, stage: Stage, data_ranks: int, *, zero_stage: i
     weights: 2 (bf16) or 4 bytes a parameter, divided over the ranks by ZeRO-3. gradients: likewise for trained ones, divided
     from ZeRO-2 on. master: float32 copies of all parameters (ZeRO-0 and ZeRO-3 in fp32 step the weights themselves: of frozen
     ones only). adam: two float32 moments of trained ones. ema: float32 per profile of trained ones. The last three are divided
-    from ZeRO-1 on, and copies of frozen parameters always; bf16 with ZeRO-0 runs as ZeRO-1.
+    from ZeRO-1 on, and copies of frozen parameters always; bf16 with ZeRO-0 runs as ZeRO-1. Idle parameters count as trained in
+    tensors that are otherwise trained, else as frozen.
     """
     zero = 1 if zero_stage == 0 and precision == "bf16" else zero_stage
     size = 2 if precision == "bf16" else 4
     total = stage_parameters(model, stage).total
-    trained = trainable(model, stage)
+    trained = trainable(model, stage) + sum(count.partial for count in idle(model, stage).values())
     optimizer_share = data_ranks if zero >= 1 else 1
     copied = total - trained if precision == "fp32" and zero in (0, 3) else total
     parts = {
@@ -353,17 +437,19 @@ def summary(run: Run, stage: Stage, data_ranks: int) -> dict[str, Any]:
     counts = stage_parameters(run.model, stage)
     per_sample = tokens(run.model)
     flops = flops_per_sample(run.model, stage)
-    trained = trainable(run.model, stage)
+    at_rest = {part: count.total for part, count in idle(run.model, stage).items()}
+    parts = {part: {"total": count, "trained": count, "idle": at_rest.get(part, 0)} for part, count in counts.parts.items()}
+    for part, numbers in parts.items():
+        numbers["trained"] -= numbers["total"] if part in stage.freeze else numbers["idle"]
     return {
         "stage": stage.name,
         "predicted": list(predicted(stage)),
         "parameters": {
             "total": counts.total,
-            "trained": trained,
-            "frozen": counts.total - trained,
-            "parts": {
-                part: {"total": count, "trained": 0 if part in stage.freeze else count} for part, count in counts.parts.items()
-            },
+            "trained": trainable(run.model, stage),
+            "idle": sum(at_rest.values()),
+            "frozen": sum(count for part, count in counts.parts.items() if part in stage.freeze),
+            "parts": parts,
             "embeddings": counts.embeddings,
             "joint_blocks": counts.joint,
             "towers": counts.towers,

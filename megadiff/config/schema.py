@@ -357,6 +357,11 @@ class StageModality(Section):
     times: Annotated[UniformTimes | LogitNormalTimes, Field(discriminator="kind")] = UniformTimes()
     conditioning: Conditioning = Conditioning()
 
+    @property
+    def scored(self) -> bool:
+        """Whether its prediction is learnt from: it has a loss, and is not a mere condition in every sample."""
+        return self.predicted and self.loss_weight > 0 and self.conditioning.clean + self.conditioning.absent < 1 - 1e-9
+
 
 class Batching(Section):
     """global_samples = micro_batch x data-parallel ranks x accumulation; accumulation follows from the other three."""
@@ -527,7 +532,8 @@ class Stage(Section):
     """Shares of the sources in `data.train` in every batch, in any proportion; a source that is not named is not read. Empty:
     in the proportion of their sizes."""
     freeze: tuple[str, ...] = ()
-    """Parts that stay as they are: `joint` (embeddings and joint blocks) or a modality's name (its tower and head)."""
+    """Parts that stay as they are: `joint` (embeddings and joint blocks) or a modality's name (its tower and head). What no
+    loss of the stage reaches stays as it is without being named."""
     initialise: Initialise = Initialise()
     checkpoint: Checkpointing = Checkpointing()
     samples: PeriodicSamples | None = None
@@ -641,6 +647,10 @@ def _stage_faults(stage: Stage, run: Run, *, first: bool) -> list[str]:
         faults.append(f"freeze names {', '.join(unknown)}; known parts: {', '.join(parts)}")
     if not any(modality.predicted and modality.loss_weight > 0 for modality in stage.modalities.values()):
         faults.append("no modality is predicted with a loss weight above 0")
+    elif not any(modality.scored for modality in stage.modalities.values()):
+        faults.append(
+            "every modality with a loss is a condition in all samples; let its conditioning shares add up to less than 1"
+        )
     if stage.samples is not None:
         faults += _invisible(run, "samples") + _order_faults(run.model, stage.samples.sampling, "samples")
     if stage.alignment is not None:
@@ -656,8 +666,7 @@ def _stage_faults(stage: Stage, run: Run, *, first: bool) -> list[str]:
             faults.append(
                 f"{name}: logit-normal times are for grids; tokens take uniform times (the NELBO weight assumes them)"
             )
-        trains = modality.predicted and modality.loss_weight > 0
-        if trains and "joint" in stage.freeze and name in stage.freeze:
+        if modality.predicted and modality.loss_weight > 0 and "joint" in stage.freeze and name in stage.freeze:
             faults.append(f"{name}: joint and {name} are frozen, so its loss trains nothing; set its loss_weight to 0")
     return [where + fault for fault in faults]
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megadiff.config.schema import Optimizer
+from megadiff.engine.shards import Shard
+from megadiff.models.idle import Region
 
 
 def learning_rate(config: Optimizer, step: int, total_steps: int) -> float:
@@ -38,3 +40,30 @@ def build_optimizer(module: nn.Module, config: Optimizer, decayed: Iterable[str]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True
     )
+
+
+def hold_still(optimizer: torch.optim.Optimizer, shards: Sequence[Shard], regions: Mapping[str, Region]) -> None:
+    """Let the optimizer's steps leave parts of its tensors as they are: AdamW decays what has no gradient as well.
+
+    Args:
+        regions: by parameter name the part that stays.
+    """
+    masks = [(shard.master, _within(shard, regions[shard.name])) for shard in shards if shard.name in regions]
+    kept: list[Tensor] = []
+
+    def remember(*_: object) -> None:
+        kept[:] = [master.clone() for master, _ in masks]
+
+    def put_back(*_: object) -> None:
+        for (master, mask), value in zip(masks, kept, strict=True):
+            master.copy_(torch.where(mask, value, master))
+
+    optimizer.register_step_pre_hook(remember)
+    optimizer.register_step_post_hook(put_back)
+
+
+def _within(shard: Shard, region: Region) -> Tensor:
+    """Which numbers of a shard lie in a region of its parameter, bool [stop - start]."""
+    mask = torch.zeros(shard.shape, dtype=torch.bool)
+    mask[region] = True
+    return mask.flatten()[shard.start : shard.stop].to(shard.flat.device)

@@ -21,9 +21,10 @@ from megadiff.engine import checkpoint
 from megadiff.engine.api import QUARTILES, Objective, StepResult
 from megadiff.engine.checkpoint import MOMENTS, CheckpointError, CheckpointReader, FileEntry, Manifest, tensor_key
 from megadiff.engine.ema import Ema
-from megadiff.engine.optimizer import build_optimizer, learning_rate
+from megadiff.engine.optimizer import build_optimizer, hold_still, learning_rate
 from megadiff.engine.shards import FrozenShard, Shard, ShardedWeights
 from megadiff.engine.start import start_process_group
+from megadiff.models.idle import idle_parameters
 from megadiff.models.mmdit import build_model, decayed_names, part_of
 from megadiff.types import ALIGNMENT, Batch, Denoiser, LossTerms
 
@@ -56,12 +57,14 @@ class ZeroEngine:
             module = build_model(model, predicted, stage.alignment)
         module.activation_checkpointing = stage.activation_checkpointing
         self.parts = {name: part_of(name) for name, _ in module.named_parameters()}
+        self.idle = idle_parameters(model, stage, self.parts)
         for name, parameter in module.named_parameters():
-            parameter.requires_grad_(self.parts[name] not in stage.freeze)
+            parameter.requires_grad_(self.parts[name] not in stage.freeze and name not in self.idle.whole)
         optimizer = build_optimizer(module, stage.optimizer, decayed_names(module))
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self.module = self.engine.module
         self.weights = ShardedWeights(self.engine, ranks.world, ranks.rank)
+        hold_still(self.weights.optimizer, self.weights.trained, self.idle.partial)
         self.ema = Ema(stage.ema, self.weights)
         self.optimizer_step = 0
 
@@ -220,13 +223,17 @@ class ZeroEngine:
         return [name for name in self.parts if name not in set(names)]
 
     def _check_same_trained(self, reader: CheckpointReader) -> None:
-        """Raises CheckpointError if other parameters are trained now than when the checkpoint was written."""
+        """Raises CheckpointError if other parameters are trained now than when the checkpoint was written.
+
+        What is idle now may have been trained there: its moments are not needed any more.
+        """
         now = {name: parameter.requires_grad for name, parameter in self.module.named_parameters()}
-        changed = [name for name, (_, trained) in reader.manifest.parameters.items() if now[name] != trained]
+        before = {name: trained and name not in self.idle.whole for name, (_, trained) in reader.manifest.parameters.items()}
+        changed = [name for name, trained in before.items() if now[name] != trained]
         if changed:
             raise CheckpointError(
-                f"{reader.folder}: {changed[0]} and {len(changed) - 1} more were trained there and are frozen now, or the "
-                "other way round; `freeze` cannot change in the middle of a stage: add a stage that starts from it"
+                f"{reader.folder}: {changed[0]} and {len(changed) - 1} more were trained there and are not now, or the other "
+                "way round; what is frozen or has no loss cannot change within a stage: add a stage that starts from it"
             )
 
     def _open(self, folder: Path) -> CheckpointReader:

@@ -108,7 +108,17 @@ def test_trainable_leaves_out_frozen_parts_and_parts_that_do_not_exist():
     assert derived.trainable(model, stage()) == sum(parts.values())
     assert derived.trainable(model, stage(freeze=["joint", "image"])) == parts["text"]
     image_only = stage(modalities={"text": {"predicted": False}, "image": {}}, freeze=["text"])
-    assert derived.trainable(model, image_only) == parts["joint"] + parts["image"]
+    idle = sum(count.total for count in derived.idle(model, image_only).values())
+    assert derived.trainable(model, image_only) == parts["joint"] + parts["image"] - idle
+
+
+def test_in_the_papers_first_stage_as_much_is_idle_as_the_paper_freezes():
+    """The text half of the last joint block: output, MLP, its modulation and both gates, the norm; here also the queries."""
+    image_only = stage(modalities={"text": {"predicted": False}, "image": {}})
+    output, mlp, norm, gates = 512 * 1024, 2 * 4 * 1024**2 + 5 * 1024, 2 * 1024 * 1025, 2 * 1024 * 1025
+    (idle,) = derived.idle(MODELS["paper"], image_only).values()
+    assert idle.total == output + mlp + norm + gates + 1024 + (512 * 1024 + 512)
+    assert derived.idle(MODELS["paper"], stage(freeze=["joint"])) == derived.idle(MODELS["paper"], stage()) == {}
 
 
 # --------------------------------------------------------------------------------------------------------------- FLOPs
@@ -243,7 +253,11 @@ def test_the_summary_is_json_and_adds_up():
     frozen = stage(freeze=["joint"])
     numbers = json.loads(json.dumps(derived.summary(whole, frozen, 2)))
     counts = numbers["parameters"]
-    assert counts["total"] == counts["trained"] + counts["frozen"] == sum(part["total"] for part in counts["parts"].values())
+    assert (
+        counts["total"]
+        == counts["trained"] + counts["idle"] + counts["frozen"]
+        == sum(part["total"] for part in counts["parts"].values())
+    )
     assert counts["parts"]["joint"]["trained"] == 0
     assert numbers["batch"]["equation"] == "global_samples 64 = micro_batch 4 x data ranks 2 x accumulation 8"
     assert numbers["batch"]["lanes_per_rank"] == 4

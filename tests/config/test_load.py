@@ -129,6 +129,13 @@ def test_all_faults_are_said_at_once(tmp_path: Path) -> None:
     assert all(part in message for part in ("sead", "model.width is -1", "data.lanes is 'many'"))
 
 
+def test_a_stage_in_which_nothing_is_ever_scored_is_refused(tmp_path: Path) -> None:
+    given = {"conditioning": {"clean": 0.6, "absent": 0.4}}
+    stages = [{"name": "only", "modalities": {"text": {"loss_weight": 0.0}, "image": given}}]
+    assert "every modality with a loss is a condition in all samples" in fault(tmp_path, stages=stages)
+    assert load(tmp_path, stages=[{"name": "only", "modalities": {"image": given}}]).stages[0].modalities["text"].scored
+
+
 def test_parts_that_disagree_are_said_at_once_with_numbers_and_a_way_out(tmp_path: Path) -> None:
     stages = [
         {"name": "first", "batch": {"global_samples": 20}, "initialise": {"source": "previous"}},

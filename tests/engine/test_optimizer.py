@@ -7,7 +7,8 @@ import torch
 
 from megadiff.config.schema import ConstantEma, Optimizer, PowerEma
 from megadiff.engine.ema import decay, power_exponent
-from megadiff.engine.optimizer import build_optimizer, learning_rate
+from megadiff.engine.optimizer import build_optimizer, hold_still, learning_rate
+from megadiff.engine.shards import Shard
 
 
 def test_the_warm_up_is_linear_and_reaches_the_peak() -> None:
@@ -31,6 +32,21 @@ def test_only_named_weights_are_decayed_unless_all_are() -> None:
     assert {group["weight_decay"]: len(group["params"]) for group in some.param_groups} == {0.5: 1, 0.0: 1}
     everything = build_optimizer(module, Optimizer(weight_decay=0.5, decay_all=True), ["weight"])
     assert [len(group["params"]) for group in everything.param_groups] == [2]
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 12), (3, 10), (0, 4)])
+def test_numbers_that_are_held_still_are_neither_stepped_nor_decayed(start: int, stop: int) -> None:
+    parameter = torch.nn.Parameter(torch.arange(1.0, 13).view(4, 3))
+    flat = torch.nn.Parameter(torch.cat([torch.zeros(2), parameter.detach().flatten()[start:stop]]))
+    optimizer = torch.optim.AdamW([flat], lr=0.1, weight_decay=0.5)
+    shards = [Shard("weight", (4, 3), start, stop, flat, offset=2, owned=True)]
+    hold_still(optimizer, shards, {"weight": (slice(1, 3),), "another": (slice(None),)})
+    for _ in range(3):
+        flat.grad = torch.ones_like(flat)
+        optimizer.step()
+    moved = torch.ones(4, 3, dtype=torch.bool)
+    moved[1:3] = False
+    assert torch.equal(shards[0].master != parameter.flatten()[start:stop], moved.flatten()[start:stop])
 
 
 def test_a_constant_average_is_dominated_by_recent_weights_while_it_warms_up() -> None:

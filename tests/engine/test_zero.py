@@ -6,15 +6,21 @@ import io
 import json
 import shutil
 import signal
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from megadiff.engine.checkpoint import CheckpointReader, latest_checkpoint
+from megadiff.config.load import load_run
+from megadiff.engine.checkpoint import MOMENTS, CheckpointReader, latest_checkpoint, write_rank_file
 from megadiff.interfaces.weights import load
+from megadiff.models.idle import idle_parameters
+from megadiff.models.mmdit import build_model
+from megadiff.training.stages import stage_of, stage_seed
 from tests.data.small import sample, write_source
 from tests.engine.worker import probe_input
 from tests.ranks import ROOT, finish, run_ranks, start_ranks
@@ -45,6 +51,24 @@ def assert_same_curve(report: dict[str, Any], reference: dict[str, Any]) -> None
     assert report["steps"] == reference["steps"]
     torch.testing.assert_close(torch.tensor(report["loss"]), torch.tensor(reference["loss"]), rtol=1e-4, atol=0)
     torch.testing.assert_close(torch.tensor(report["grad_norm"]), torch.tensor(reference["grad_norm"]), rtol=1e-4, atol=0)
+
+
+def assert_idle_weights_stay(folder: Path) -> None:
+    """Text is only read in the first stage: what it computes after the last joint attention leads to no loss."""
+    reader = CheckpointReader(latest_checkpoint(folder / "first" / "checkpoints"))  # type: ignore[arg-type]
+    run = load_run(ROOT / "tests/tiny.yaml")
+    stage = stage_of(run, "first")
+    torch.manual_seed(stage_seed(run, stage))
+    initial = dict(build_model(run.model, ["image"]).named_parameters())
+    whole, partial = idle_parameters(run.model, stage, initial)
+    assert any("parts.text.mlp." in name for name in whole)
+    assert any("parts.text.modulation." in name for name in partial)
+    for name, parameter in initial.items():
+        region = partial.get(name, (slice(None) if name in whole else slice(0),))
+        trained = reader.read_whole("weight", name)
+        for kind in ("weight", "ema.main", "ema.long"):
+            assert torch.equal(reader.read_whole(kind, name)[region], parameter.detach()[region]), (kind, name)
+        assert torch.equal(trained, parameter) == (name in whole), name
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +102,12 @@ def test_other_zero_stages_on_two_ranks_follow_the_curve_of_one_rank(
     zero: int, one_rank: dict[str, Any], tmp_path: Path
 ) -> None:
     assert_same_curve(train(tmp_path, 2, zero), one_rank["first"])
+    assert_idle_weights_stay(tmp_path)
+
+
+def test_what_no_loss_reaches_is_neither_stepped_nor_decayed(one_rank: dict[str, Any], zero3: dict[str, Any]) -> None:
+    assert_idle_weights_stay(one_rank["folder"])
+    assert_idle_weights_stay(zero3["folder"])
 
 
 def test_the_split_into_micro_batches_does_not_change_the_curve(one_rank: dict[str, Any], tmp_path: Path) -> None:
@@ -121,6 +151,30 @@ def test_a_run_killed_and_resumed_repeats_the_uninterrupted_curve_to_the_bit(tmp
     assert resumed["steps"] == list(range(1, 21))
     assert resumed["loss"] == whole["loss"]
     assert resumed["grad_norm"] == whole["grad_norm"]
+
+
+def test_a_checkpoint_in_which_idle_weights_were_trained_is_gone_on_from(one_rank: dict[str, Any], tmp_path: Path) -> None:
+    """As every version up to 0.1 wrote them: with moments and averages, and decayed."""
+    shutil.copytree(one_rank["folder"] / "first", tmp_path / "first")
+    (tmp_path / "first/DONE").unlink()
+    newest = latest_checkpoint(tmp_path / "first/checkpoints")
+    assert newest is not None
+    manifest = json.loads((newest / "manifest.json").read_text())
+    tensors = load_file(newest / manifest["files"][0]["name"])
+    decayed = [name for name, (_, trained) in manifest["parameters"].items() if not trained]
+    assert decayed
+    for name in decayed:
+        manifest["parameters"][name][1] = True
+        weight = tensors[f"weight:{name}"].mul_(0.9)
+        tensors |= {f"{kind}:{name}": torch.zeros_like(weight) for kind in MOMENTS}
+        tensors |= {f"ema.{profile}:{name}": weight / 0.95 for profile in manifest["ema"]}
+    entry = write_rank_file(newest, 0, tensors, manifest["files"][0]["ranges"])
+    (newest / "manifest.json").write_text(json.dumps({**manifest, "files": [asdict(entry)]}))
+    resumed = train(tmp_path, 1, 0, overrides=["stages.*.steps=5"])
+    assert resumed["steps"] == [1, 2, 3, 4, 5]
+    reader = CheckpointReader(latest_checkpoint(tmp_path / "first/checkpoints"))  # type: ignore[arg-type]
+    for name in decayed:
+        assert torch.equal(reader.read_whole("weight", name).flatten(), tensors[f"weight:{name}"])
 
 
 @pytest.mark.parametrize(("world", "zero"), [(1, 0), (2, 1), (1, 3)])
