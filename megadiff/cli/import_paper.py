@@ -19,14 +19,14 @@ def add(verbs: Verbs) -> None:
         verbs,
         "import-paper",
         "the paper's released weights as a run's folder",
-        "Write the released weights of the paper (a Hugging Face folder with config.json and model.safetensors, or a\n"
-        "snapshot of its code) to a new run folder, which `megadiff sample --checkpoint` and `megadiff export` take.\n\n"
+        "Write the released weights of the paper (a Hugging Face folder or repository with config.json and model.safetensors,\n"
+        "or a snapshot of its code) to a new run folder, which `megadiff sample --checkpoint` and `megadiff export` take.\n\n"
         + _GO_ON,
-        "  megadiff import-paper weights/diffuse-everything runs/paper --vocabulary bpe_simple_vocab_16e6.txt.gz \\\n"
+        "  megadiff import-paper hf:KevinRojas1499/diffuse-everything runs/paper --vocabulary bpe_simple_vocab_16e6.txt.gz \\\n"
         "      --autoencoder weights/sd-vae-ft-mse\n"
         "  megadiff sample --checkpoint runs/paper --task text-to-image --prompt 'a red apple' --out samples\n",
     )
-    parser.add_argument("weights", metavar="WEIGHTS", help="a Hugging Face folder, or a snapshot (.pt)")
+    parser.add_argument("weights", metavar="WEIGHTS", help="a Hugging Face folder, hf:ORG/NAME, or a snapshot (.pt)")
     parser.add_argument("out", metavar="OUT", help="a new folder")
     parser.add_argument(
         "--vocabulary",
@@ -46,9 +46,9 @@ def add(verbs: Verbs) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from megadiff.interfaces import paper
 
-    weights, out = Path(arguments.weights), Path(arguments.out)
+    out = Path(arguments.out)
     predicted = paper.import_paper(
-        weights, out, tokenizer=arguments.vocabulary, autoencoder=arguments.autoencoder, use=arguments.use
+        arguments.weights, out, tokenizer=arguments.vocabulary, autoencoder=arguments.autoencoder, use=arguments.use
     )
     print(f"run: {out} (predicts {' and '.join(predicted)})")
     return 0

@@ -33,7 +33,7 @@ from megadiff.config.schema import (
 from megadiff.data.clip import build_clip_tokenizer
 from megadiff.engine import checkpoint
 from megadiff.engine.checkpoint import Manifest, tensor_key
-from megadiff.interfaces.weights import load
+from megadiff.interfaces.weights import load, local_path
 from megadiff.models import official
 from megadiff.models.official import IMAGE, TEXT
 from megadiff.training.stages import checkpoints_folder, stage_folder
@@ -50,12 +50,13 @@ _PREFIXES = ("module.", "_orig_mod.", "net.")
 
 
 def import_paper(
-    weights: Path, out: Path, *, tokenizer: str | None, autoencoder: str | None, use: Literal["ema", "raw"] = "ema"
+    weights: str | Path, out: Path, *, tokenizer: str | None, autoencoder: str | None, use: Literal["ema", "raw"] = "ema"
 ) -> tuple[str, ...]:
     """Write released weights as the run folder `out`, with one finished stage; returns the modalities that it predicts.
 
     Args:
-        weights: a Hugging Face folder (config.json, model.safetensors) or a snapshot (.pt) of the released code.
+        weights: a Hugging Face folder (config.json, model.safetensors), hf:ORG/NAME (such a folder in a Hugging Face
+            repository), or a snapshot (.pt) of the released code.
         tokenizer: CLIP's vocabulary (see data.clip.build_clip_tokenizer); None takes that of an installed open_clip or clip.
         autoencoder: a local folder with the autoencoder of the latents; it can be named later as well.
         use: which weights of a snapshot.
@@ -65,7 +66,8 @@ def import_paper(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already; name a new folder for the run")
-    tensors, given = _read_folder(weights, use) if weights.is_dir() else _read_snapshot(weights, use)
+    path = local_path(weights)
+    tensors, given = _read_folder(path, use) if path.is_dir() else _read_snapshot(path, use)
     model = official.model_from_config({**official.config_from_tensors(tensors), **given})
     ours = {name: tensor.float() for name, tensor in official.from_official(tensors, model).items()}
     words = build_clip_tokenizer(Path(tokenizer) if tokenizer else _installed_vocabulary())
@@ -127,7 +129,7 @@ def _read_snapshot(path: Path, use: str) -> tuple[dict[str, Tensor], dict[str, A
     try:
         snapshot = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; give a Hugging Face folder or a snapshot (.pt)") from None
+        raise UserError(f"{path} does not exist; give a Hugging Face folder, hf:ORG/NAME or a snapshot (.pt)") from None
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is no snapshot that can be read without running code out of it: {reason}") from None

@@ -110,7 +110,7 @@ def _with_autoencoder(data: Data, folder: str) -> Data:
 
 
 def _load(address: str, weights: str, device: torch.device | str) -> Loaded:
-    folder = Path(_download(address.removeprefix(HUB)) if address.startswith(HUB) else address)
+    folder = local_path(address)
     if not folder.is_dir():
         raise UserError(f"{address} is no folder; give a run, a checkpoint, an export, or hf:ORG/NAME")
     if (folder / export.CONFIG).exists():
@@ -227,6 +227,16 @@ def _build(model: Model, predicted: tuple[str, ...], tensors: dict[str, torch.Te
         module = build_model(model, predicted)
     module.load_state_dict({name: tensor.to(device) for name, tensor in tensors.items()})
     return module.eval().requires_grad_(False)
+
+
+def local_path(address: str | Path) -> Path:
+    """A path as it is; of hf:ORG/NAME the folder with what the Hugging Face repository holds.
+
+    Raises:
+        UserError: the repository cannot be had.
+    """
+    repository = str(address).removeprefix(HUB)
+    return Path(_download(repository) if repository != str(address) else address)
 
 
 def _download(repository: str) -> str:

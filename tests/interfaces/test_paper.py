@@ -86,6 +86,13 @@ def test_a_hugging_face_folder_comes_back_bit_for_bit(run, state):
     assert json.loads((run.parent / "paper-ema-back/config.json").read_text()) == CONFIG
 
 
+def test_a_hugging_face_repository_is_taken_as_sample_takes_it(folder, state, words, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", {"someone/diffuse-everything": str(folder)}.__getitem__)
+    arguments = ["import-paper", "hf:someone/diffuse-everything", str(tmp_path / "run"), "--vocabulary", words]
+    assert cli.main(arguments) == 0
+    assert same_network(state, tmp_path / "run")
+
+
 @pytest.mark.parametrize(("use", "seed"), [("ema", 0), ("raw", 1)])
 def test_a_snapshot_gives_the_weights_asked_for(snapshot, words, tmp_path, use, seed):
     out = tmp_path / "run"
@@ -181,6 +188,8 @@ def test_what_is_no_weights_file_is_refused(tmp_path, words):
     assert "no tensors by name under `ema` (it holds ema, model)" in refused(tmp_path / "list.pt", out, tokenizer=words)
     assert "text_embedder.weight" in refused(tmp_path / "list.pt", out, tokenizer=words, use="raw")
     assert "has no model.safetensors" in refused(tmp_path, out, tokenizer=words)
+    for address in ("hf:someone/diffuse-everything", "hf:"):
+        assert refused(address, out, tokenizer=words).startswith(f"{address} cannot be had: ")
     (tmp_path / "model.safetensors").write_text("no weights")
     assert "model.safetensors cannot be read" in refused(tmp_path, out, tokenizer=words)
     assert not out.exists()
