@@ -489,6 +489,8 @@ class PeriodicSamples(Section):
 
     every_steps: Positive
     count: Positive = 8
+    weights: Literal["ema", "raw", "both"] = "ema"
+    """Which draw them: the averages of the first EMA profile, the plain weights, or each of the two, one below the other."""
     sampling: Sampling = Sampling(steps=20)
 
     @model_validator(mode="after")

@@ -129,14 +129,20 @@ class ZeroEngine:
         return float(torch.nn.utils.get_total_norm(gradients))
 
     @contextmanager
-    def ema_denoiser(self, profile: str | None = None) -> Iterator[Denoiser]:
-        """The model with averaged weights, for sampling and evaluation; equal numbers of calls on all ranks."""
+    def raw_denoiser(self) -> Iterator[Denoiser]:
+        """The model with its plain weights, for sampling and evaluation; equal numbers of calls on all ranks."""
         self.module.eval()
         try:
-            with torch.no_grad(), self.ema.swapped_in(profile):
+            with torch.no_grad():
                 yield self.module
         finally:
             self.module.train()
+
+    @contextmanager
+    def ema_denoiser(self, profile: str | None = None) -> Iterator[Denoiser]:
+        """The same with averaged weights (of the first profile by default)."""
+        with self.raw_denoiser() as denoiser, self.ema.swapped_in(profile):
+            yield denoiser
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 

@@ -1,7 +1,8 @@
-"""Samples during training: every rank draws its share with the averaged weights, rank 0 shows them in TensorBoard."""
+"""Samples during training: every rank draws its share, rank 0 shows them in TensorBoard."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from megadiff.evaluation.report import Cell, Section, contact_sheet
 from megadiff.evaluation.tasks import Task, cell_of, draw, tasks_of
 
 SEED = 0
+TITLES = {"ema": "averaged weights", "raw": "plain weights"}
 
 
 class PeriodicSamples:
@@ -41,11 +43,16 @@ class PeriodicSamples:
 
     def __call__(self, training: Any) -> None:
         step: int = training.progress.optimizer_step
-        with training.engine.ema_denoiser() as denoiser:
-            for task in self.tasks:
-                cells = self.cells(denoiser, task, training.engine.device)
-                training.monitor.picture(f"samples/{task.name}", sheet(task, cells), step)
-                training.monitor.text(f"samples/{task.name}", "\n".join(f"- {cell.caption}" for cell in cells), step)
+        engine = training.engine
+        kinds = ("ema", "raw") if self.rule.weights == "both" else (self.rule.weights,)
+        drawn: dict[str, dict[str, list[Cell]]] = {task.name: {} for task in self.tasks}
+        for kind in kinds:
+            with engine.ema_denoiser() if kind == "ema" else engine.raw_denoiser() as denoiser:
+                for task in self.tasks:
+                    drawn[task.name][kind] = self.cells(denoiser, task, engine.device)
+        for name, cells in drawn.items():
+            training.monitor.picture(f"samples/{name}", sheet(name, cells), step)
+            training.monitor.text(f"samples/{name}", listing(cells), step)
 
     def cells(self, denoiser: Any, task: Task, device: torch.device) -> list[Cell]:
         """The task's samples, equal on all ranks. Collective."""
@@ -64,6 +71,14 @@ class PeriodicSamples:
         return [shared[number % self.ranks.world][number // self.ranks.world] for number in range(count)]
 
 
-def sheet(task: Task, cells: list[Cell]) -> Image.Image:
-    """Few and large, since TensorBoard shows pictures small."""
-    return contact_sheet([Section(task.name, cells)], columns=4, cell_px=128, text_px=16)
+def sheet(task: str, cells: Mapping[str, list[Cell]]) -> Image.Image:
+    """A task's samples by the weights that drew them; few and large, since TensorBoard shows pictures small."""
+    sections = [Section(f"{task}, {TITLES[kind]}", samples) for kind, samples in cells.items()]
+    return contact_sheet(sections, columns=4, cell_px=128, text_px=16)
+
+
+def listing(cells: Mapping[str, list[Cell]]) -> str:
+    """Their captions as Markdown."""
+    return "\n\n".join(
+        "\n".join([f"{TITLES[kind]}:", "", *(f"- {cell.caption}" for cell in samples)]) for kind, samples in cells.items()
+    )

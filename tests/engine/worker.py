@@ -45,8 +45,8 @@ class Probe:
         before = [shard.master.clone() for shard in training.engine.weights.trained]
         with training.engine.ema_denoiser() as denoiser:
             averaged = denoiser(noised, readout)
-        with torch.no_grad():
-            trained = training.engine.module(noised, readout)
+        with training.engine.raw_denoiser() as denoiser:
+            trained = denoiser(noised, readout)
         after = [shard.master for shard in training.engine.weights.trained]
         self.seen = {
             "averaged": averaged["image"].flatten()[:64].tolist(),
