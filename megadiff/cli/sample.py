@@ -114,6 +114,9 @@ def _add_what(group: Any) -> None:
         default="folder",
         help="loose files, or tar shards with a manifest (default: folder)",
     )
+    group.add_argument(
+        "--limit-context-len", metavar="L", type=positive, help="at most L tokens of every caption, given or generated"
+    )
     group.add_argument("-n", metavar="N", type=positive, help="samples per prompt or picture; in all for joint and --data")
 
 
@@ -136,7 +139,6 @@ def _add_condition(group: Any) -> None:
         "--strength", metavar="T", type=float, help="start from the picture or text noised to time T: variations"
     )
     group.add_argument("--condition-time", metavar="T", type=float, help="hold conditions noised to time T (default: 0, clean)")
-    group.add_argument("--limit-context-len", metavar="L", type=positive, help="use at most L tokens of a caption")
     group.add_argument(
         "--repeat-prompt", action="store_true", default=None, help="repeat a caption until it fills the context (the paper)"
     )
@@ -226,7 +228,7 @@ def check(arguments: argparse.Namespace) -> None:
         "blank_tokens": task != "inpaint",
         "resample": task != "inpaint",
         "condition_time": task == "joint",
-        "limit_context_len": task in single,
+        "limit_context_len": task in ("inpaint", "impute"),
         "repeat_prompt": task in single,
     }
     for name, idle in useless.items():

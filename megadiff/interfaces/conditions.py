@@ -146,7 +146,8 @@ class Planner:
     def _conditions(self, task: Task, states: Mapping[str, Tensor], items: Sequence[Item]) -> Conditions:
         request = self.request
         given = {name: states[name] for name in task.given}
-        conditions = Conditions(given=given, held_at=dict.fromkeys(given, request.condition_time))
+        known = {name: part for name in task.generated if (part := self._padding(name, len(items))) is not None}
+        conditions = Conditions(given=given, held_at=dict.fromkeys(given, request.condition_time), known=known)
         if request.strength is None:
             return conditions
         sampler = Sampler(self.loaded.model, request.sampling)
@@ -270,16 +271,32 @@ class Planner:
 
     def _limited(self, name: str, state: Tensor) -> Tensor:
         """Cut tokens after `limit_context_len`: what follows becomes end mark and padding."""
+        limits = self._limits(name)
+        if limits is None:
+            return state
+        limit, end, pad = limits
+        limited = state.clone()
+        if end not in state[:limit]:
+            limited[limit - 1] = end
+        limited[limit:] = pad
+        return limited
+
+    def _padding(self, name: str, count: int) -> Known | None:
+        """What is known of samples that end within `limit_context_len`: the padding after it."""
+        limits, space = self._limits(name), self.loaded.model.modalities[name].space
+        if limits is None or not isinstance(space, TokenSpace):
+            return None
+        limit, _, pad = limits
+        return Known(torch.full((count, space.length), pad), (torch.arange(space.length) >= limit).expand(count, -1))
+
+    def _limits(self, name: str) -> tuple[int, int, int] | None:
+        """`limit_context_len`, end mark and padding of a modality that it shortens."""
         space, limit = self.loaded.model.modalities[name].space, self.request.limit_context_len
         if limit is None or not isinstance(space, TokenSpace) or limit >= space.length:
-            return state
+            return None
         if space.end_id is None or space.pad_id is None:
             raise UserError(f"--limit-context-len needs an end mark and padding, and {name} lacks one of them")
-        limited = state.clone()
-        if space.end_id not in state[:limit]:
-            limited[limit - 1] = space.end_id
-        limited[limit:] = space.pad_id
-        return limited
+        return limit, space.end_id, space.pad_id
 
     def _shown(self, names: Iterable[str], states: Mapping[str, Tensor]) -> dict[str, Any]:
         return {name: self.codecs[name].decode(states[name]) for name in names}

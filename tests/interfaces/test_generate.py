@@ -11,14 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
 from megadiff.config.errors import UserError
 from megadiff.config.schema import Sampling
 from megadiff.data.shards import Shard, read_manifest
+from megadiff.evaluation.tasks import draw
 from megadiff.interfaces import generate as module
+from megadiff.interfaces.conditions import Planner, keys_of
 from megadiff.interfaces.generate import generate
 from megadiff.interfaces.request import GenerateRequest
+from megadiff.interfaces.weights import load
 from megadiff.launcher.local import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -167,6 +171,36 @@ def test_prompts_are_repeated_and_cut_as_asked(exported, tmp_path):
     same = pixels(tmp_path / f"plain/{plain[0]['name']}.image.png")
     assert (same == pixels(tmp_path / f"long/{plain[0]['name']}.image.png")).all()
     assert (same != pixels(tmp_path / f"cut/{cut[0]['name']}.image.png")).any()
+
+
+@pytest.mark.parametrize("order", ["ancestral", "tau_leaping", "first_hitting", "confidence", "threshold"])
+@pytest.mark.parametrize("task", ["image-to-text", "joint"])
+def test_a_generated_caption_ends_within_the_limit(exported, task, order):
+    loaded = load(str(exported))
+    space = loaded.model.modalities["text"].space
+    given = () if task == "joint" else (Image.new("RGB", (32, 32)),)
+
+    def texts(**limit: int) -> torch.Tensor:
+        sampling = Sampling(steps=3, order=order)
+        request = GenerateRequest("", task, "", image=given, n=2, sampling=sampling, **limit)
+        (chunk,) = Planner(request, loaded, loaded.codecs()).chunks()
+        items, conditions = chunk.load()
+        with torch.no_grad():
+            return draw(loaded.module, loaded.model, sampling, chunk.task, keys_of(items, 0), conditions, batch=2)["text"]
+
+    assert (texts(limit_context_len=5)[:, 5:] == space.pad_id).all()
+    assert (texts(limit_context_len=5)[:, :5] < space.vocabulary).all()
+    assert (texts()[:, 5:] != space.pad_id).any()
+    assert texts(limit_context_len=space.length).equal(texts())
+
+
+def test_a_caption_that_is_varied_ends_within_the_limit(exported, tmp_path):
+    image = (picture(tmp_path / "square.png"),)
+    common = {"task": "image-to-text", "image": image, "prompt": ("a red heart " * 5,), "strength": 0.01}
+    (kept,) = ask(exported, tmp_path / "kept", **common)
+    (cut,) = ask(exported, tmp_path / "cut", **common, limit_context_len=4)
+    assert kept["generated"]["text"]["text"].startswith(cut["generated"]["text"]["text"])
+    assert len(cut["generated"]["text"]["text"]) < len(kept["generated"]["text"]["text"])
 
 
 def test_captions_of_a_data_set_are_repeated_as_asked(exported, tmp_path):
