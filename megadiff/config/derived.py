@@ -1,6 +1,7 @@
 """Numbers that follow from the configuration, by pure arithmetic and without torch. The one owner of these formulas.
 
-Legend: D width, I = heads x head_dim (the attention's inner width), S tokens of one modality, N tokens of all modalities.
+Legend: D width of a modality's tokens, I = heads x head_dim (the attention's inner width), S tokens of one modality, N
+tokens of all modalities.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megadiff.config.errors import ConfigError
-from megadiff.config.schema import Alignment, GridSpace, Modality, Model, Run, Stage, StageModality, TokenSpace
+from megadiff.config.schema import Alignment, GridSpace, Model, Run, Stage, StageModality, TokenSpace
 
 TIME_FEATURES = 256
 """Sinusoids of a clock."""
@@ -39,9 +40,9 @@ def tokens(model: Model) -> dict[str, int]:
     return {name: token_count(modality.space) for name, modality in model.modalities.items()}
 
 
-def mlp_hidden(model: Model) -> int:
-    """Hidden width of an MLP: ratio x D for gelu; for swiglu 2/3 of it, rounded up to a multiple of 8."""
-    hidden = model.mlp_ratio * model.width
+def mlp_hidden(model: Model, name: str) -> int:
+    """Hidden width of a modality's MLPs: ratio x D for gelu; for swiglu 2/3 of it, rounded up to a multiple of 8."""
+    hidden = model.mlp_ratio * model.width_of(name)
     if model.mlp == "gelu":
         return math.ceil(hidden - 1e-9)
     return math.ceil(hidden * 2 / 3 / _SWIGLU_MULTIPLE - 1e-9) * _SWIGLU_MULTIPLE
@@ -94,9 +95,11 @@ def parameters(model: Model, predicted: Collection[str], alignment: Alignment | 
     names = [name for name in model.modalities if name in predicted]
     return Parameters(
         embeddings={name: _embedding_parameters(model, name) for name in model.modalities},
-        joint=len(model.modalities) * (model.joint_depth * _block_parameters(model) + _norm_parameters(model)),
-        towers={name: _tower_parameters(model, model.modalities[name].tower_depth) for name in names},
-        heads={name: _head_parameters(model, model.modalities[name]) for name in names},
+        joint=sum(
+            model.joint_depth * _block_parameters(model, name) + _norm_parameters(model, name) for name in model.modalities
+        ),
+        towers={name: _tower_parameters(model, name) for name in names},
+        heads={name: _head_parameters(model, name) for name in names},
         alignment=0 if alignment is None else sum(_linear(*shape) for shape in _alignment_layers(model, alignment)),
     )
 
@@ -167,8 +170,8 @@ def idle(model: Model, stage: Stage) -> dict[str, Idle]:
 
 def _idle_joint(model: Model, stage: Stage, name: str) -> Idle:
     """One modality's among the embeddings, the joint blocks and the norm after them."""
-    width, inner = model.width, model.heads * model.head_dim
-    norm = 0 if name in scored(stage) else _norm_parameters(model)
+    width, inner = model.width_of(name), model.heads * model.head_dim
+    norm = 0 if name in scored(stage) else _norm_parameters(model, name)
     if name in reached(model, stage):
         return Idle(norm, _idle_inputs(model, stage, name))
     if model.joint_depth == 0:
@@ -177,15 +180,16 @@ def _idle_joint(model: Model, stage: Stage, name: str) -> Idle:
     query_gain = inner if model.qk_norm else 0
     queries = _linear(width, inner, bias=model.attention_bias)
     modulation = _linear(width, (_BLOCK_SLOTS - PROJECTION_SLOTS) * width)
-    return Idle(norm + output + _mlp_parameters(model) + query_gain, queries + modulation + _idle_inputs(model, stage, name))
+    whole = norm + output + _mlp_parameters(model, name) + query_gain
+    return Idle(whole, queries + modulation + _idle_inputs(model, stage, name))
 
 
 def _idle_inputs(model: Model, stage: Stage, name: str) -> int:
     """In the embedding of a modality that is always given (of the clock 0 the sines are 0; no mask) or never (only masks)."""
     masked = model.modalities[name].process.kind == "masked"
     if always_clean(stage, name):
-        return (TIME_FEATURES // 2 + masked) * model.width
-    return head_outputs(model.modalities[name].space) * model.width if masked and always_absent(stage, name) else 0
+        return (TIME_FEATURES // 2 + masked) * model.width_of(name)
+    return head_outputs(model.modalities[name].space) * model.width_of(name) if masked and always_absent(stage, name) else 0
 
 
 def stage_parameters(model: Model, stage: Stage) -> Parameters:
@@ -198,7 +202,7 @@ def _linear(inputs: int, outputs: int, *, bias: bool = True) -> int:
 
 
 def _embedding_parameters(model: Model, name: str) -> int:
-    modality, width = model.modalities[name], model.width
+    modality, width = model.modalities[name], model.width_of(name)
     time = _linear(TIME_FEATURES, width) + _linear(width, width)
     positions = token_count(modality.space) * width if modality.positions == "learned" else 0
     if isinstance(modality.space, GridSpace):
@@ -206,41 +210,45 @@ def _embedding_parameters(model: Model, name: str) -> int:
     return time + positions + (modality.space.vocabulary + 1) * width
 
 
-def _block_parameters(model: Model) -> int:
+def _block_parameters(model: Model, name: str) -> int:
     """One modality's share of a block."""
-    width, inner = model.width, model.heads * model.head_dim
+    width, inner = model.width_of(name), model.heads * model.head_dim
     modulation = _linear(width, _BLOCK_SLOTS * width)
     attention = _linear(width, 3 * inner, bias=model.attention_bias) + _linear(inner, width, bias=model.attention_bias)
     gains = 2 * inner if model.qk_norm else 0
-    return modulation + attention + gains + _mlp_parameters(model)
+    return modulation + attention + gains + _mlp_parameters(model, name)
 
 
-def _mlp_parameters(model: Model) -> int:
-    return _linear(model.width, _up_outputs(model)) + _linear(mlp_hidden(model), model.width)
+def _mlp_parameters(model: Model, name: str) -> int:
+    width = model.width_of(name)
+    return _linear(width, _up_outputs(model, name)) + _linear(mlp_hidden(model, name), width)
 
 
-def _up_outputs(model: Model) -> int:
-    return mlp_hidden(model) * (2 if model.mlp == "swiglu" else 1)
+def _up_outputs(model: Model, name: str) -> int:
+    return mlp_hidden(model, name) * (2 if model.mlp == "swiglu" else 1)
 
 
-def _norm_parameters(model: Model) -> int:
-    return model.width if model.trunk_norm else 0
+def _norm_parameters(model: Model, name: str) -> int:
+    return model.width_of(name) if model.trunk_norm else 0
 
 
-def _tower_parameters(model: Model, depth: int) -> int:
-    return depth * _block_parameters(model) + (_norm_parameters(model) if depth else 0)
+def _tower_parameters(model: Model, name: str) -> int:
+    depth = model.modalities[name].tower_depth
+    return depth * _block_parameters(model, name) + (_norm_parameters(model, name) if depth else 0)
 
 
-def _head_parameters(model: Model, modality: Modality) -> int:
+def _head_parameters(model: Model, name: str) -> int:
+    modality, width = model.modalities[name], model.width_of(name)
     mask_class = modality.process.kind == "masked" and modality.process.mask_class
     outputs = head_outputs(modality.space) + (1 if mask_class else 0)
-    return _linear(model.width, _HEAD_SLOTS * model.width) + _linear(model.width, outputs)
+    return _linear(width, _HEAD_SLOTS * width) + _linear(width, outputs)
 
 
 def _alignment_layers(model: Model, alignment: Alignment) -> list[tuple[int, int]]:
     """(inputs, outputs) of the projection's linear maps."""
-    hidden = ALIGNMENT_HIDDEN * model.width
-    return [(model.width, hidden), (hidden, hidden), (hidden, alignment.features)]
+    width = model.width_of(alignment.modality)
+    hidden = ALIGNMENT_HIDDEN * width
+    return [(width, hidden), (hidden, hidden), (hidden, alignment.features)]
 
 
 # --------------------------------------------------------------------------------------------------------------- FLOPs
@@ -305,16 +313,16 @@ def _flops(model: Model, scored: Mapping[str, float], trained: Collection[str]) 
         for name, count in counts.items():
             # What an unread modality computes after the last joint attention leads to no loss.
             leads = not last or name in scored
-            total += _block_flops(model, count, weights=joint, inputs=joint, leads_to_loss=leads)
+            total += _block_flops(model, name, count, weights=joint, inputs=joint, leads_to_loss=leads)
         total += _attention_flops(model, sum(counts.values()), inputs=joint)
     for name, share in scored.items():
         own = name in trained
         for _ in range(model.modalities[name].tower_depth):
-            total += _block_flops(model, counts[name], weights=own, inputs=joint)
+            total += _block_flops(model, name, counts[name], weights=own, inputs=joint)
             total += _attention_flops(model, counts[name], inputs=joint or own)
-        outputs = head_outputs(model.modalities[name].space)
-        total += _matmul(1, model.width, _HEAD_SLOTS * model.width, own, joint)
-        total += share * _matmul(counts[name], model.width, outputs, own, joint or own)
+        width, outputs = model.width_of(name), head_outputs(model.modalities[name].space)
+        total += _matmul(1, width, _HEAD_SLOTS * width, own, joint)
+        total += share * _matmul(counts[name], width, outputs, own, joint or own)
     return total
 
 
@@ -324,24 +332,24 @@ def _matmul(rows: int, inputs: int, outputs: int, weights: bool, gradient: bool)
 
 
 def _embedding_flops(model: Model, name: str, trained: bool) -> int:
-    space = model.modalities[name].space
-    time = _matmul(1, TIME_FEATURES, model.width, trained, False) + _matmul(1, model.width, model.width, trained, trained)
+    space, width = model.modalities[name].space, model.width_of(name)
+    time = _matmul(1, TIME_FEATURES, width, trained, False) + _matmul(1, width, width, trained, trained)
     if isinstance(space, GridSpace):
-        return time + _matmul(token_count(space), _patch_numbers(space), model.width, trained, False)
+        return time + _matmul(token_count(space), _patch_numbers(space), width, trained, False)
     return time
 
 
-def _block_flops(model: Model, count: int, *, weights: bool, inputs: bool, leads_to_loss: bool = True) -> int:
+def _block_flops(model: Model, name: str, count: int, *, weights: bool, inputs: bool, leads_to_loss: bool = True) -> int:
     """One modality's linear maps in a block; `inputs`: its tokens and conditioning need a gradient."""
-    width, inner = model.width, model.heads * model.head_dim
+    width, inner = model.width_of(name), model.heads * model.head_dim
     within = inputs or weights  # the modulation, first of all, is trained or passes a gradient on: so does all after it
     after = (weights and leads_to_loss, within and leads_to_loss)
     return (
         _matmul(1, width, _BLOCK_SLOTS * width, weights, inputs)
         + _matmul(count, width, 3 * inner, weights, within)
         + _matmul(count, inner, width, *after)
-        + _matmul(count, width, _up_outputs(model), *after)
-        + _matmul(count, mlp_hidden(model), width, *after)
+        + _matmul(count, width, _up_outputs(model, name), *after)
+        + _matmul(count, mlp_hidden(model, name), width, *after)
     )
 
 

@@ -152,6 +152,8 @@ class Modality(Section):
     process: Process
     tower_depth: NotNegative = 0
     """Single-modality blocks between the joint part and the head."""
+    width: Positive | None = None
+    """Of its tokens; None takes the model's. Attention has one inner width for all."""
     positions: Literal["learned", "sincos", "rope"] = "learned"
 
     @model_validator(mode="after")
@@ -179,6 +181,7 @@ class Model(Section):
     modalities: Annotated[dict[Name, Modality], Field(min_length=1)]
     """In the order in which they stand in joint attention."""
     width: Positive
+    """Of the tokens of every modality that has no width of its own."""
     heads: Positive
     head_dim: Positive
     """The attention's inner width is heads x head_dim, whatever the width."""
@@ -206,9 +209,13 @@ class Model(Section):
         for name, modality in self.modalities.items():
             if modality.positions == "rope" and self.head_dim % (4 if modality.space.kind == "grid" else 2):
                 raise ValueError(f"rope positions of {name} need head_dim ({self.head_dim}) to be a multiple of 4")
-            if modality.positions == "sincos" and self.width % 4:
-                raise ValueError(f"sincos positions of {name} need width ({self.width}) to be a multiple of 4")
+            if modality.positions == "sincos" and self.width_of(name) % 4:
+                raise ValueError(f"sincos positions of {name} need width ({self.width_of(name)}) to be a multiple of 4")
         return self
+
+    def width_of(self, name: str) -> int:
+        """The width of a modality's tokens."""
+        return self.modalities[name].width or self.width
 
 
 # ---------------------------------------------------------------------------------------------------------------- data

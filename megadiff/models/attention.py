@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from megadiff.config.schema import Modality, Model, TokenSpace
+from megadiff.config.schema import Model, TokenSpace
 from megadiff.kernels.streams import Projected, Span
 from megadiff.models.embeddings import rotary_table
 from megadiff.models.layers import Linear, Table
@@ -22,10 +22,11 @@ class Projection(nn.Module):
     The map's rows are laid out (query | key | value, head, channel).
     """
 
-    def __init__(self, config: Model, modality: Modality) -> None:
+    def __init__(self, config: Model, name: str) -> None:
         super().__init__()
+        modality = config.modalities[name]
         self.heads, self.head_dim = config.heads, config.head_dim
-        self.linear = Linear(config.width, 3 * config.heads * config.head_dim, bias=config.attention_bias)
+        self.linear = Linear(config.width_of(name), 3 * config.heads * config.head_dim, bias=config.attention_bias)
         gains = (config.heads, config.head_dim)
         self.query_gain = nn.Parameter(torch.empty(gains)) if config.qk_norm else None
         self.key_gain = nn.Parameter(torch.empty(gains)) if config.qk_norm else None

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from megadiff.config.derived import mlp_hidden
-from megadiff.config.schema import Modality, Model
+from megadiff.config.schema import Model
 from megadiff.kernels.gated_adaln import adaln, gated_adaln, spread
 from megadiff.kernels.joint_attention import joint_attention
 from megadiff.kernels.streams import Projected, Span
@@ -37,17 +37,17 @@ class Modulated(NamedTuple):
 class BlockPart(nn.Module):
     """One modality's weights in a block. Owns modules only, never a parameter: its two halves are not a forward."""
 
-    def __init__(self, config: Model, modality: Modality) -> None:
+    def __init__(self, config: Model, name: str) -> None:
         super().__init__()
-        inner = config.heads * config.head_dim
+        width, inner = config.width_of(name), config.heads * config.head_dim
         self.one_plus_scale = config.block_modulation == "one_plus_scale"
         ones = [] if config.gates == "zero" else ["attention_gate", "mlp_gate"]
         ones += [] if self.one_plus_scale else ["attention_scale", "mlp_scale"]
         slots = Modulated._fields
-        self.modulation = Modulation(config.width, len(slots), ones=[slots.index(name) for name in ones])
-        self.projection = Projection(config, modality)
-        self.output = Linear(inner, config.width, bias=config.attention_bias)
-        self.mlp = Mlp(config.width, mlp_hidden(config), config.mlp)
+        self.modulation = Modulation(width, len(slots), ones=[slots.index(name) for name in ones])
+        self.projection = Projection(config, name)
+        self.output = Linear(inner, width, bias=config.attention_bias)
+        self.mlp = Mlp(width, mlp_hidden(config, name), config.mlp)
 
     def project(self, tokens: Tensor, conditioning: Tensor, layout: Layout) -> tuple[Modulated, Projected]:
         """Before attention: the block's modulation, and what attention reads."""
@@ -89,7 +89,7 @@ class Block(nn.Module):
 
     def __init__(self, config: Model, names: Sequence[str]) -> None:
         super().__init__()
-        self.parts = nn.ModuleDict({name: BlockPart(config, config.modalities[name]) for name in names})
+        self.parts = nn.ModuleDict({name: BlockPart(config, name) for name in names})
 
     def forward(self, stream: Stream) -> Stream:
         parts: dict[str, BlockPart] = dict(self.parts.items())  # type: ignore[arg-type]
@@ -109,7 +109,7 @@ class StreamNorm(nn.Module):
 
     def __init__(self, config: Model, names: Sequence[str]) -> None:
         super().__init__()
-        self.norms = nn.ModuleDict({name: RmsNorm(config.width) for name in names})
+        self.norms = nn.ModuleDict({name: RmsNorm(config.width_of(name)) for name in names})
 
     def forward(self, stream: Stream) -> Stream:
         return stream._replace(

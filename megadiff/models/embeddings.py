@@ -167,8 +167,10 @@ class Embed(nn.Module):
     def __init__(self, config: Model) -> None:
         super().__init__()
         self.packs = True
-        self.states = nn.ModuleDict({name: embedding_of(m, config.width) for name, m in config.modalities.items()})
-        self.clocks = nn.ModuleDict({name: TimeEmbedding(config.width, config.time_scale) for name in config.modalities})
+        self.states = nn.ModuleDict({name: embedding_of(m, config.width_of(name)) for name, m in config.modalities.items()})
+        self.clocks = nn.ModuleDict(
+            {name: TimeEmbedding(config.width_of(name), config.time_scale) for name in config.modalities}
+        )
 
     def forward(self, noised: Noised) -> Stream:
         rows = {

@@ -33,9 +33,10 @@ class Head(nn.Module):
         self.rule: Rule = "zero" if config.gates == "zero" else "torch"
         # A plain scale that starts at zero, before a weight that starts at zero, would never get a gradient.
         ones = [1] if self.rule == "zero" and not self.one_plus_scale else []
-        self.modulation = Modulation(config.width, 2, rule=self.rule, ones=ones)
+        width = config.width_of(name)
+        self.modulation = Modulation(width, 2, rule=self.rule, ones=ones)
         outputs = head_outputs(config.modalities[name].space)
-        self.make_parameters(outputs, config.width)
+        self.make_parameters(outputs, width)
         self.reset_parameters()
 
     def make_parameters(self, outputs: int, width: int) -> None:

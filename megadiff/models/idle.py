@@ -45,8 +45,8 @@ def _prefixes(config: Model, stage: Stage) -> Iterator[str]:
 def _regions(config: Model, stage: Stage) -> Iterator[tuple[str, Region]]:
     """Rows of the last joint block that only act after its attention, and inputs that never come."""
     queries = slice(config.heads * config.head_dim)
-    after_attention = slice(PROJECTION_SLOTS * config.width, None)
     for name, modality in config.modalities.items():
+        after_attention = slice(PROJECTION_SLOTS * config.width_of(name), None)
         if name not in reached(config, stage):
             for kind in ("weight", "bias"):
                 yield f"{_last_block(config, name)}.projection.linear.{kind}", (queries,)

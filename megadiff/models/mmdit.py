@@ -42,7 +42,7 @@ class MMDiT(nn.Module):
         self.trunk_norm = StreamNorm(config, names) if config.trunk_norm else None
         self.towers = nn.ModuleDict({name: _tower(config, name) for name in self.predicted})
         self.heads = Heads(config, self.predicted)
-        self.alignment = None if alignment is None else Aligner(alignment, config.width)
+        self.alignment = None if alignment is None else Aligner(alignment, config.width_of(alignment.modality))
 
     def forward(self, noised: Noised, readout: Mapping[str, Readout]) -> Prediction:
         """Predict the modalities named in `readout`; the towers and heads of others are not run.

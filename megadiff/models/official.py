@@ -1,7 +1,7 @@
 """The released weights of "Diffuse Everything" (arXiv 2506.07903) under our names, and ours under theirs.
 
 Numbers are moved, never computed, so that both ways together change no bit. M is 0 for text and 1 for image in joint blocks, 0 in
-a tower; D width, V vocabulary without the mask state, p patch, H heads, d channels of a head.
+a tower; D width of the modality, V vocabulary without the mask state, p patch, H heads, d channels of a head.
 
 | released | ours |
 |---|---|
@@ -245,7 +245,7 @@ def _check_positions(given: Tensor, model: Model) -> None:
 def _positions(model: Model, device: torch.device) -> Tensor:
     """[1, S, D]."""
     grid = _grid(model)
-    return sincos_positions(model.width, device, grid.height // grid.patch, grid.width // grid.patch)[None]
+    return sincos_positions(model.width_of(IMAGE), device, grid.height // grid.patch, grid.width // grid.patch)[None]
 
 
 def _grid(model: Model) -> GridSpace:
@@ -285,7 +285,7 @@ def model_from_config(config: Mapping[str, Any]) -> Model:
     `heads` and `dim_head` are 8 and 64 where they are not given; `dim_joint_attn` has no effect on the released network.
 
     Raises:
-        UserError: keys are missing or no sizes of a network, or modalities have different widths.
+        UserError: keys are missing or no sizes of a network, or the time vectors have other widths than the tokens.
     """
     values = known_values(config)
     missing = [key for key in (*_KEYS, *_WIDTH_KEYS) if key not in values]
@@ -299,12 +299,13 @@ def model_from_config(config: Mapping[str, Any]) -> Model:
 
 
 def _model(values: Mapping[str, Any]) -> Model:
-    widths = {int(width) for key in _WIDTH_KEYS for width in values[key]}
-    if len(widths) != 1 or len(values["dim_modalities"]) != 2:
+    widths, conditions = (tuple(int(width) for width in values[key]) for key in _WIDTH_KEYS)
+    if widths != conditions or len(widths) != 2:
         raise UserError(
-            f"dim_modalities is {values['dim_modalities']} and dim_conds {values['dim_conds']}; "
-            "this program has one width for text and image"
+            f"dim_modalities is {values['dim_modalities']} and dim_conds {values['dim_conds']}; the released network has two "
+            "widths, and its time vectors those of the tokens that they condition"
         )
+    width, own_width = widths[0], None if widths[0] == widths[1] else widths[1]
     vocabulary, side = int(values["vocab_size"]) - 1, int(values["img_resolution"])
     # CLIP's last two ids; the released code hides every visible id 49407 from attention, which ends and pads its captions.
     space = {"kind": "tokens", "vocabulary": vocabulary, "length": int(values["context_len"])}
@@ -312,7 +313,7 @@ def _model(values: Mapping[str, Any]) -> Model:
     grid = {"channels": values["img_channels"], "height": side, "width": side, "patch": values["patch_size"]}
     return Model.model_validate(
         {
-            "width": widths.pop(),
+            "width": width,
             "heads": int(values.get("heads", HEADS)),
             "head_dim": int(values.get("dim_head", HEAD_DIM)),
             "joint_depth": int(values["depth"]),
@@ -342,6 +343,7 @@ def _model(values: Mapping[str, Any]) -> Model:
                     "space": {"kind": "grid", **grid},
                     "process": {"kind": "gaussian", "schedule": "vp", "target": "epsilon", "clock": "std"},
                     "tower_depth": int(values["image_depth"]),
+                    "width": own_width,
                     "positions": "sincos",
                 },
             },
@@ -381,12 +383,15 @@ def require_released_kind(model: Model) -> None:
 _NOT_OF_THE_NETWORK = frozenset(
     {
         "gates",
+        "width",
+        *(f"modalities.{name}.width" for name in (TEXT, IMAGE)),
         *(f"modalities.{TEXT}.space.{name}" for name in ("start_id", "end_id")),
         *(f"modalities.{TEXT}.process.{name}" for name in ("loss", "weight_cap", "after_end_weight")),
         *(f"modalities.{IMAGE}.process.{name}" for name in ("loss_weight", "min_snr_gamma")),
     }
 )
-"""Settings that decide how weights start, are trained or what data they see, not what they compute."""
+"""Settings that decide how weights start, are trained or what data they see, not what they compute; and widths, which are free
+and may stand in two places."""
 
 
 def config_from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -438,6 +443,7 @@ def _config(model: Model, predicted: Collection[str]) -> dict[str, Any]:
     grid, text = _grid(model), model.modalities[TEXT].space
     assert isinstance(text, TokenSpace)
     depths = {name: model.modalities[name].tower_depth if name in predicted else 0 for name in (TEXT, IMAGE)}
+    widths = [model.width_of(name) for name in (TEXT, IMAGE)]
     others = {} if (model.heads, model.head_dim) == (HEADS, HEAD_DIM) else {"heads": model.heads, "dim_head": model.head_dim}
     return {
         "img_resolution": grid.height,
@@ -448,8 +454,8 @@ def _config(model: Model, predicted: Collection[str]) -> dict[str, Any]:
         "depth": model.joint_depth,
         "text_depth": depths[TEXT],
         "image_depth": depths[IMAGE],
-        "dim_modalities": [model.width, model.width],
-        "dim_conds": [model.width, model.width],
+        "dim_modalities": widths,
+        "dim_conds": widths,
         "dim_joint_attn": model.width,
         "qk_rmsnorm": model.qk_norm,
         "flash_attn": True,

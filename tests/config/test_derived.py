@@ -24,19 +24,21 @@ def model_file(name: str) -> Model:
     return Model.model_validate(yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["model"])
 
 
-def small(*, depths=(1, 2), positions=("rope", "rope"), **changes) -> Model:
+def small(*, depths=(1, 2), positions=("rope", "rope"), widths=(None, None), **changes) -> Model:
     modalities = {
         "text": {
             "space": {"kind": "tokens", "vocabulary": 37, "length": 7},
             "process": {"kind": "masked", "loss": "plain"},
             "tower_depth": depths[0],
             "positions": positions[0],
+            "width": widths[0],
         },
         "image": {
             "space": {"kind": "grid", "channels": 3, "height": 8, "width": 4, "patch": 2},
             "process": {"kind": "gaussian"},
             "tower_depth": depths[1],
             "positions": positions[1],
+            "width": widths[1],
         },
     }
     sizes = {"width": 20, "heads": 2, "head_dim": 12, "joint_depth": 3}
@@ -52,6 +54,8 @@ MODELS = {
     "trunk norm without towers": small(depths=(0, 0), trunk_norm=True),
     "trunk norm with towers": small(trunk_norm=True),
     "no joint blocks": small(joint_depth=0),
+    "unequal widths": small(positions=("learned", "sincos"), widths=(None, 28), mlp="gelu", trunk_norm=True),
+    "unequal widths and swiglu": small(widths=(16, 24)),
 }
 
 
@@ -267,6 +271,7 @@ def test_the_summary_is_json_and_adds_up():
 
 
 def test_swiglu_is_as_wide_as_costs_the_same_rounded_up_to_eight():
-    assert derived.mlp_hidden(small(mlp="gelu")) == 80
-    assert derived.mlp_hidden(small()) == 56
-    assert derived.mlp_hidden(MODELS["emoji32"]) == 344
+    assert derived.mlp_hidden(small(mlp="gelu"), "text") == 80
+    assert derived.mlp_hidden(small(), "text") == 56
+    assert derived.mlp_hidden(MODELS["emoji32"], "image") == 344
+    assert [derived.mlp_hidden(MODELS["unequal widths"], name) for name in ("text", "image")] == [80, 112]

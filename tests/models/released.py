@@ -30,7 +30,7 @@ class Config:
     depth: int
     text_depth: int
     image_depth: int
-    dim: int
+    dims: tuple[int, int]  # of text and image
     heads: int
     head_dim: int
     pad_id: int
@@ -58,18 +58,19 @@ class _Filler:
 
 def sincos_positions(config: Config) -> Tensor:
     """The fixed buffer [1, (R / p)^2, D]: columns in the first half of the channels, rows in the second, each [sin, cos]."""
-    side, quarter = config.img_resolution // config.patch_size, config.dim // 4
+    dim = config.dims[1]
+    side, quarter = config.img_resolution // config.patch_size, dim // 4
     omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
     angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
     line = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, D / 2]
     columns = line[None, :, :].expand(side, side, -1)
     rows = line[:, None, :].expand(side, side, -1)
-    return torch.cat([columns, rows], dim=2).reshape(1, side * side, config.dim).float()
+    return torch.cat([columns, rows], dim=2).reshape(1, side * side, dim).float()
 
 
-def _fill_block(filler: _Filler, config: Config, block: str, modalities: int) -> None:
-    dim, inner = config.dim, config.heads * config.head_dim
-    for m in range(modalities):
+def _fill_block(filler: _Filler, config: Config, block: str, dims: Sequence[int]) -> None:
+    inner = config.heads * config.head_dim
+    for m, dim in enumerate(dims):
         filler.linear(f"{block}.attn_layernorms.{m}.to_cond.2", dim, 2 * dim)
         filler.linear(f"{block}.ff_layernorms.{m}.to_cond.2", dim, 2 * dim)
         filler.linear(f"{block}.cond_dict.cond_linear_{m}", dim, 2 * dim)
@@ -84,28 +85,29 @@ def _fill_block(filler: _Filler, config: Config, block: str, modalities: int) ->
         filler.linear(f"{block}.feedforwards.{m}.ff.2", 4 * dim, dim)
 
 
-def _fill_stack(filler: _Filler, config: Config, stack: str, depth: int, modalities: int) -> None:
+def _fill_stack(filler: _Filler, config: Config, stack: str, depth: int, dims: Sequence[int]) -> None:
     for index in range(depth):
-        _fill_block(filler, config, f"{stack}.blocks.{index}", modalities)
-    for m in range(modalities):
-        filler.normal(f"{stack}.norms.{m}.g", config.dim, std=0.2, mean=1.0)
+        _fill_block(filler, config, f"{stack}.blocks.{index}", dims)
+    for m, dim in enumerate(dims):
+        filler.normal(f"{stack}.norms.{m}.g", dim, std=0.2, mean=1.0)
 
 
 def random_state(config: Config, seed: int) -> State:
     """A float32 state with the released names and shapes; all of it random but the fixed `pos_embed`."""
-    filler, dim, patch, channels = _Filler(seed), config.dim, config.patch_size, config.img_channels
-    filler.normal("text_embedder.weight", config.vocab_size, dim, std=1.0)
-    filler.normal("text_pos_embed", 1, config.context_len, dim, std=0.3)
-    filler.normal("image_embedder.proj.weight", dim, channels, patch, patch, std=(channels * patch * patch) ** -0.5)
-    filler.normal("image_embedder.proj.bias", dim, std=0.2)
+    filler, patch, channels = _Filler(seed), config.patch_size, config.img_channels
+    text_dim, image_dim = config.dims
+    filler.normal("text_embedder.weight", config.vocab_size, text_dim, std=1.0)
+    filler.normal("text_pos_embed", 1, config.context_len, text_dim, std=0.3)
+    filler.normal("image_embedder.proj.weight", image_dim, channels, patch, patch, std=(channels * patch * patch) ** -0.5)
+    filler.normal("image_embedder.proj.bias", image_dim, std=0.2)
     filler.state["pos_embed"] = sincos_positions(config)
-    for modality in MODALITIES:
+    for modality, dim in zip(MODALITIES, config.dims, strict=True):
         filler.linear(f"{modality}_time_encoder.mlp.0", config.time_features, dim)
         filler.linear(f"{modality}_time_encoder.mlp.2", dim, dim)
-    _fill_stack(filler, config, "joint_embedding", config.depth, 2)
-    _fill_stack(filler, config, "text_dit", config.text_depth, 1)
-    _fill_stack(filler, config, "image_dit", config.image_depth, 1)
-    for modality, outputs in (("text", config.vocab_size), ("image", patch * patch * channels)):
+    _fill_stack(filler, config, "joint_embedding", config.depth, config.dims)
+    _fill_stack(filler, config, "text_dit", config.text_depth, [text_dim])
+    _fill_stack(filler, config, "image_dit", config.image_depth, [image_dim])
+    for modality, dim, outputs in (("text", text_dim, config.vocab_size), ("image", image_dim, patch * patch * channels)):
         filler.linear(f"{modality}_final_layer.adaLN_modulation.2", dim, 2 * dim)
         filler.linear(f"{modality}_final_layer.linear", dim, outputs)
     return filler.state
@@ -166,7 +168,7 @@ def _embed_image(state: State, config: Config, image: Tensor) -> Tensor:
     side = config.img_resolution // patch
     cells = image.reshape(batch, channels, side, patch, side, patch).permute(0, 2, 4, 1, 3, 5)
     patches = cells.reshape(batch, side * side, channels * patch * patch)
-    weight = state["image_embedder.proj.weight"].reshape(config.dim, -1)
+    weight = state["image_embedder.proj.weight"].reshape(config.dims[1], -1)
     return torch.matmul(patches, weight.T) + state["image_embedder.proj.bias"] + state["pos_embed"]
 
 

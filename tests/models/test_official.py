@@ -53,6 +53,7 @@ SMALL = {
     "heads": 2,
     "dim_head": 12,
 }
+UNEQUAL = {"dim_modalities": [12, 20], "dim_conds": [12, 20], "dim_joint_attn": 12}
 
 
 def linear(shapes, name, outputs, inputs, bias=True):
@@ -63,27 +64,28 @@ def linear(shapes, name, outputs, inputs, bias=True):
 
 def released_shapes(config):
     """What the released network holds, from its description alone."""
-    width, vocabulary = config["dim_modalities"][0], config["vocab_size"]
+    widths, vocabulary = config["dim_modalities"], config["vocab_size"]
+    text_width, image_width = widths
     heads, head_dim = config.get("heads", 8), config.get("dim_head", 64)
     patch, channels, side = config["patch_size"], config["img_channels"], config["img_resolution"]
     shapes = {
-        "text_embedder.weight": (vocabulary, width),
-        "text_pos_embed.weight": (config["context_len"], width),
-        "image_embedder.proj.weight": (width, channels, patch, patch),
-        "image_embedder.proj.bias": (width,),
-        "pos_embed": (1, (side // patch) ** 2, width),
+        "text_embedder.weight": (vocabulary, text_width),
+        "text_pos_embed.weight": (config["context_len"], text_width),
+        "image_embedder.proj.weight": (image_width, channels, patch, patch),
+        "image_embedder.proj.bias": (image_width,),
+        "pos_embed": (1, (side // patch) ** 2, image_width),
     }
-    for name in ("text", "image"):
+    for name, width in zip(("text", "image"), widths, strict=True):
         linear(shapes, f"{name}_time_encoder.mlp.0", width, 256)
         linear(shapes, f"{name}_time_encoder.mlp.2", width, width)
-    stacks = [("joint_embedding", config["depth"], 2)]
-    for name, outputs in (("text", vocabulary), ("image", channels * patch * patch)):
+    stacks = [("joint_embedding", config["depth"], widths)]
+    for name, outputs, width in (("text", vocabulary, text_width), ("image", channels * patch * patch, image_width)):
         if config[f"{name}_depth"]:
-            stacks.append((f"{name}_dit", config[f"{name}_depth"], 1))
+            stacks.append((f"{name}_dit", config[f"{name}_depth"], [width]))
             linear(shapes, f"{name}_final_layer.linear", outputs, width)
             linear(shapes, f"{name}_final_layer.adaLN_modulation.2", 2 * width, width)
-    for stack, depth, modalities in stacks:
-        for number in range(modalities):
+    for stack, depth, stack_widths in stacks:
+        for number, width in enumerate(stack_widths):
             shapes[f"{stack}.norms.{number}.g"] = (width,)
             for index in range(depth):
                 block = f"{stack}.blocks.{index}"
@@ -108,7 +110,7 @@ def released_state(config=None, seed=0):
     for name in state:
         if "to_post_branch_gammas" in name:
             state[name] = state[name.replace("to_post_branch_gammas", "cond_linear").replace(".2.", ".")].clone()
-    side, width = config["img_resolution"] // config["patch_size"], config["dim_modalities"][0]
+    side, width = config["img_resolution"] // config["patch_size"], config["dim_modalities"][1]
     for token in range(side**2):
         for k in range(width // 4):
             rate = 10000 ** (-k / (width // 4))
@@ -201,7 +203,7 @@ def released_outputs(state, config, ids, time, image, deviation):
     return outputs
 
 
-@pytest.mark.parametrize(("changes", "seed"), [({}, 0), ({}, 1), ({"text_depth": 0}, 2)])
+@pytest.mark.parametrize(("changes", "seed"), [({}, 0), ({}, 1), ({"text_depth": 0}, 2), (UNEQUAL, 3)])
 def test_the_imported_network_gives_the_released_outputs(changes, seed):
     config = {**SMALL, **changes}
     vocabulary, state = config["vocab_size"] - 1, released_state(config, seed)
@@ -234,7 +236,9 @@ def test_the_imported_network_gives_the_released_outputs(changes, seed):
 # ---------------------------------------------------------------------------------------------------------- round trips
 
 
-@pytest.mark.parametrize("changes", [{}, {"text_depth": 0}, {"image_depth": 0}, {"qk_rmsnorm": False}, {"patch_size": 1}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"text_depth": 0}, {"image_depth": 0}, {"qk_rmsnorm": False}, {"patch_size": 1}, UNEQUAL]
+)
 def test_there_and_back_no_bit_changes(changes):
     config = {**SMALL, **changes}
     theirs = released_state(config)
@@ -302,7 +306,7 @@ def test_a_configuration_may_stand_under_a_key_with_others_beside_it():
 
 
 def test_a_configuration_follows_from_the_shapes():
-    for changes in ({}, {"text_depth": 0}):
+    for changes in ({}, {"text_depth": 0}, UNEQUAL):
         config = {**SMALL, **changes}
         assert model_from_config(config_from_tensors(released_state(config))) == model_from_config(config)
 
@@ -311,6 +315,14 @@ def test_a_model_and_its_released_configuration_say_the_same():
     model = model_from_config(SMALL)
     assert model_from_config(config_from_model(model)) == model
     assert config_from_model(model, ["image"])["text_depth"] == 0
+    assert config_from_model(model_from_config({**SMALL, **UNEQUAL})) == {**SMALL, **UNEQUAL}
+
+
+def test_widths_may_stand_with_the_model_or_with_a_modality():
+    model = model_from_config({**SMALL, **UNEQUAL})
+    text, image = (model.modalities[name].model_copy(update={"width": model.width_of(name)}) for name in ("text", "image"))
+    same = model.model_copy(update={"width": 99, "modalities": {"text": text, "image": image}})
+    assert config_from_model(same)["dim_modalities"] == [12, 20]
 
 
 def test_a_configuration_that_lacks_keys_is_refused():
@@ -322,7 +334,8 @@ def test_a_configuration_that_lacks_keys_is_refused():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dim_modalities": [16, 32]}, r"dim_modalities is \[16, 32\]"),
+        ({"dim_modalities": [16, 32]}, r"dim_modalities is \[16, 32\] and dim_conds \[16, 16\]"),
+        ({"dim_modalities": [16], "dim_conds": [16]}, "the released network has two widths"),
         ({"patch_size": 4}, r"patch \(4\) must divide"),
         ({"depth": "many"}, "makes no network"),
     ],

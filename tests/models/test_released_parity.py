@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 
 from megadiff.config.schema import Model
@@ -19,29 +22,32 @@ CONFIG = Config(
     depth=2,
     text_depth=1,
     image_depth=2,
-    dim=32,
+    dims=(32, 32),
     heads=2,
     head_dim=8,
     pad_id=49407,
 )
 
 
-def our_config() -> Model:
-    sizes = {"dim_modalities": [32, 32], "dim_conds": [32, 32], "dim_joint_attn": 32, "qk_rmsnorm": True, "flash_attn": False}
+def our_config(released: Config) -> Model:
+    widths = {"dim_modalities": list(released.dims), "dim_conds": list(released.dims), "dim_joint_attn": 32}
+    sizes = {**widths, "qk_rmsnorm": True, "flash_attn": False}
     names = ("img_resolution", "patch_size", "img_channels", "vocab_size", "context_len", "depth", "text_depth", "image_depth")
-    return model_from_config({**sizes, **{name: getattr(CONFIG, name) for name in names}, "heads": 2, "dim_head": 8})
+    return model_from_config({**sizes, **{name: getattr(released, name) for name in names}, "heads": 2, "dim_head": 8})
 
 
-def test_imported_weights_compute_what_the_description_says() -> None:
-    state = random_state(CONFIG, seed=0)
+@pytest.mark.parametrize("dims", [(32, 32), (24, 40), (48, 16)])
+def test_imported_weights_compute_what_the_description_says(dims: tuple[int, int]) -> None:
+    given = replace(CONFIG, dims=dims)
+    state = random_state(given, seed=0)
     torch.manual_seed(1)
     ids, image = torch.randint(0, 49000, (4, 6)), torch.randn(4, 4, 8, 8)
     ids[0, 3:], ids[1, 2:] = CONFIG.pad_id, 49408
     text_time, image_std = torch.tensor([0.2, 0.7, 0.99, 0.01]), torch.tensor([0.1, 0.5, 0.9, 0.99])
-    eps, logs = forward(state, CONFIG, ids, text_time, image, image_std)
+    eps, logs = forward(state, given, ids, text_time, image, image_std)
     tensors = {name: tensor for name, tensor in state.items() if name != "text_pos_embed"}
-    tensors["text_pos_embed.weight"] = state["text_pos_embed"].reshape(6, 32)  # the published file has an embedding
-    config = our_config()
+    tensors["text_pos_embed.weight"] = state["text_pos_embed"].reshape(6, dims[0])  # the published file has an embedding
+    config = our_config(given)
     model = build_model(config, ["text", "image"])
     model.load_state_dict(from_official(tensors, config))
     noised = Noised(
