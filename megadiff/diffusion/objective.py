@@ -13,7 +13,8 @@ from torch import Tensor
 
 from megadiff import rng
 from megadiff.config.schema import Model, Stage
-from megadiff.diffusion.process import NoisedState, Process, build_processes
+from megadiff.diffusion.build import build_processes
+from megadiff.diffusion.process import NoisedState, Process
 from megadiff.diffusion.times import SMALLEST_TIME, draw_times
 from megadiff.types import ALIGNMENT, Aligned, Batch, Denoiser, LossTerms, Noised, Prediction, Ragged, Readout
 

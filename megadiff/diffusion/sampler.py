@@ -17,9 +17,9 @@ from torch import Tensor
 from megadiff import rng
 from megadiff.config.errors import UserError
 from megadiff.config.schema import Model, Sampling
+from megadiff.diffusion.build import build_processes
 from megadiff.diffusion.gaussian import Gaussian
 from megadiff.diffusion.guidance import Guided
-from megadiff.diffusion.process import build_processes
 from megadiff.diffusion.solvers import FirstHitting, Solver, Step, build_solver
 from megadiff.types import Denoiser
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from megadiff import rng
 from megadiff.config.schema import Model
+from megadiff.diffusion.build import build_processes
 from megadiff.diffusion.gaussian import Gaussian
 from megadiff.diffusion.masked import Masked
-from megadiff.diffusion.process import build_processes
 from megadiff.diffusion.uniform import Uniform
 from megadiff.kernels.sample_rows import draw_rows
 from megadiff.types import Dense, Drawn, Noised, Prediction, Readout, RowLogits, SampledRows, TokenLosses

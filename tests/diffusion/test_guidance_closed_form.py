@@ -18,9 +18,9 @@ from torch import Tensor
 
 from megadiff import rng
 from megadiff.config.schema import Model, Sampling
+from megadiff.diffusion.build import build_processes
 from megadiff.diffusion.gaussian import Gaussian
 from megadiff.diffusion.guidance import Guided
-from megadiff.diffusion.process import build_processes
 from megadiff.diffusion.sampler import Conditions, Sampler
 from megadiff.types import Dense, Drawn, DrawRule, Noised, Prediction, Readout, RowLogits, SampledRows
 from tests.diffusion.ideal import drawn_from

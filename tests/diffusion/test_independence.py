@@ -9,9 +9,10 @@ import torch
 
 from megadiff import rng
 from megadiff.config.schema import Model, Sampling
+from megadiff.diffusion.build import build_process, build_processes
 from megadiff.diffusion.masked import Masked
 from megadiff.diffusion.objective import conditional_losses
-from megadiff.diffusion.process import Process, build_process, build_processes
+from megadiff.diffusion.process import Process
 from megadiff.diffusion.solvers import Ancestral, Step, draws
 from megadiff.kernels.sample_rows import draw_rows
 from megadiff.types import Noised, Prediction, Readout

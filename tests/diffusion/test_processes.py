@@ -9,10 +9,10 @@ import torch
 
 from megadiff import rng
 from megadiff.config.schema import GaussianProcess, GridSpace, MaskedProcess, TokenSpace
+from megadiff.diffusion.build import build_process, build_processes
 from megadiff.diffusion.categorical import after_end
 from megadiff.diffusion.gaussian import Gaussian, vp_log_alpha
 from megadiff.diffusion.masked import Masked
-from megadiff.diffusion.process import build_process, build_processes
 from megadiff.types import TokenLosses
 from tests.diffusion.small import model_of
 

@@ -26,9 +26,9 @@ from megadiff.cli.main import main
 from megadiff.config.load import load_run
 from megadiff.config.schema import GaussianProcess, GridSpace, Model, PixelField, Sampling
 from megadiff.data.encode import PixelCodec
+from megadiff.diffusion.build import build_processes
 from megadiff.diffusion.gaussian import Gaussian
 from megadiff.diffusion.guidance import Guided
-from megadiff.diffusion.process import build_processes
 from megadiff.diffusion.sampler import Conditions, Known, Sampler
 from megadiff.diffusion.solvers import CONTINUOUS, Step, build_solver
 from megadiff.interfaces import generate as generating

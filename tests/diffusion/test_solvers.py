@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megadiff import rng
 from megadiff.config.errors import UserError
 from megadiff.config.schema import GaussianProcess, GridSpace, Sampling
+from megadiff.diffusion.build import build_processes
 from megadiff.diffusion.gaussian import Gaussian
-from megadiff.diffusion.process import build_processes
 from megadiff.diffusion.sampler import Conditions, Sampler
 from megadiff.diffusion.solvers import Ancestral, Heun, Solver, Step, build_solver
 from megadiff.types import Dense, Drawn, SampledRows
