@@ -2,9 +2,11 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= auto
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadgroup --durations=25
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help quickstart install test test-s3 test-all lint clean
+.PHONY: help quickstart install test test-fast test-s3 test-all lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -20,13 +22,16 @@ lint: $(VENV)/.installed-test  ## ruff and mypy
 	$(BIN)/mypy megadiff
 
 test: lint  ## lint, and the tests that need neither a GPU nor many minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow and not slurm"
+	$(PYTEST) -m "not gpu and not slow and not slurm"
+
+test-fast: $(VENV)/.installed-test  ## for the inner loop: the tests that start no processes and no servers
+	$(PYTEST) -m "not gpu and not slow and not slurm and not distributed and not s3"
 
 test-s3: $(VENV)/.installed-test  ## the tests of S3, most of them against a real server (tests/s3/README.md); part of `make test`
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m s3
+	$(PYTEST) -m s3
 
 test-all: lint  ## every test; those that need a GPU are skipped where there is none
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(PYTEST)
 
 clean:  ## delete .venv, caches and build files (not runs/)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -52,6 +52,7 @@ setup(
             "setuptools>=77",
             "pytest>=8.4",
             "pytest-timeout>=2.4",
+            "pytest-xdist>=3.8",
             "hypothesis>=6.130",
             "moto[s3,server]>=5.1",
             "boto3>=1.40",

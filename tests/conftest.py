@@ -32,7 +32,9 @@ def _in_ci() -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give every test its time limit and, for pytest-xdist, its group: a file's tests share set-ups, all of S3's a server."""
     for item in items:
+        item.add_marker(pytest.mark.xdist_group("s3" if item.get_closest_marker("s3") else item.path.name))
         if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(TIMEOUT_S))
 
