@@ -82,7 +82,10 @@ class ShardReader:
         address = store.join(self.folder, entry.name)
         shard = self._opened(address, entry)
         if len(shard) != entry.samples:
-            raise DataError(f"shard {address} holds {len(shard)} samples, and the manifest says {entry.samples}")
+            raise DataError(
+                f"shard {store.shown(address)} holds {len(shard)} samples, and the manifest says {entry.samples}; "
+                "run `megadiff data index`"
+            )
         return shard
 
     def _opened(self, address: str, entry: ShardEntry) -> Shard:

@@ -1,6 +1,7 @@
 """Tar shards in WebDataset's layout, and the manifest that lists them.
 
 A sample is the members of a tar that share a key (the path up to the first dot of the base name): 000123.png, 000123.json.
+A member that is hidden or has no ending is no sample's.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import webdataset
 
 from megadiff.config.errors import UserError
 from megadiff.data.errors import DataError
-from megadiff.data.tar import index
+from megadiff.data.tar import KindError, index
 from megadiff.storage import store
 
 FORMAT, VERSION = "megadiff-shards", 1
@@ -173,6 +174,15 @@ def _facts_at(folder: str) -> dict[str, Any]:
         return {}
 
 
+def place_of(name: str) -> tuple[str, str] | None:
+    """(key, ending) of a tar's member; None if it is no sample's: hidden, or without an ending (README, .DS_Store)."""
+    head, _, base = name.rpartition("/")
+    stem, dot, ending = base.partition(".")
+    if not stem or not dot:
+        return None
+    return f"{head}/{stem}" if head else stem, ending.lower()
+
+
 class Shard:
     """Random access to the samples of one tar, held in memory or as an open local file."""
 
@@ -192,9 +202,10 @@ class Shard:
         samples: dict[str, dict[str, tuple[int, int]]] = {}
         try:
             for name, start, size in index(data):
-                head, _, base = name.rpartition("/")
-                stem, _, ending = base.partition(".")
-                samples.setdefault(f"{head}/{stem}" if head else stem, {})[ending.lower()] = (start, size)
+                if place := place_of(name):
+                    samples.setdefault(place[0], {})[place[1]] = (start, size)
+        except KindError as error:
+            raise DataError(f"shard {store.shown(address)} cannot be read: its member {error}; write it anew") from None
         except (ValueError, OSError) as error:
             raise DataError(
                 f"shard {store.shown(address)} is damaged: {error}; write it anew or take it out of the manifest"

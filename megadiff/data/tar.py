@@ -13,14 +13,23 @@ from numpy.typing import NDArray
 
 BLOCK_BYTES = 512
 _END = bytes(BLOCK_BYTES)
-_FILES = (0, ord("0"), ord("7"))
-_LONG_NAME, _PAX = ord("L"), ord("x")
+_PLAIN = (ord("0"), ord("7"))
+_FILES, _HARD_LINK, _SPARSE, _PART = b"\x0007", b"1", b"S", b"M"
+_WITHOUT_DATA, _NO_MEMBERS = b"123456V", b"DAI"
+"""Links, devices, folders and a volume's label; folders' listings, access lists and inodes."""
+_FOLDER = b"5"
+_LONG_NAME, _LONG_LINK, _PAX, _PAX_OF_ALL = b"L", b"K", b"xX", b"g"
+_PAX_OF_SPARSE, _PAX_OF_PART = ("GNU.sparse.", "SCHILY.realsize"), "GNU.volume.offset"
 _CHECKSUM = slice(148, 156)
 _MAGIC, _MAGIC_AT = int.from_bytes(b"usta", "little"), 257
 
 
+class KindError(ValueError):
+    """A member whose data are not stored as they are, or of a type that is not known."""
+
+
 class Member(NamedTuple):
-    """A regular file within a tar: its name, where its content begins, and its size in bytes."""
+    """A file within a tar: its name, where its content begins, and its size in bytes."""
 
     name: str
     start: int
@@ -28,7 +37,7 @@ class Member(NamedTuple):
 
 
 def index(data: memoryview) -> list[Member]:
-    """The regular files of a whole tar in memory. Raises ValueError as `members_of`."""
+    """The files of a whole tar in memory. Raises as `members_of`."""
     found = _index_of_plain(data)
     return list(members_of(lambda start, size: data[start : start + size].tobytes())) if found is None else found
 
@@ -48,7 +57,7 @@ def _index_of_plain(data: memoryview) -> list[Member] | None:
     sizes, sums = _octals(headers[:, 124:135]), _octals(headers[:, 148:154])
     if not len(places) or sizes is None or sums is None:
         return None
-    plain = np.isin(headers[:, 156], _FILES).all() and not headers[:, 345].any() and not headers[:, 99].any()
+    plain = np.isin(headers[:, 156], _PLAIN).all() and not headers[:, 345].any() and not headers[:, 99].any()
     follows = places + 1 + (sizes + BLOCK_BYTES - 1) // BLOCK_BYTES
     chained = places[0] == 0 and (follows[:-1] == places[1:]).all() and follows[-1] < len(blocks)
     if not plain or not chained or blocks[follows[-1]].any() or (_sums(headers) != sums).any():
@@ -71,14 +80,46 @@ def _octals(fields: NDArray[np.uint8]) -> NDArray[np.int64] | None:
 
 
 def members_of(read: Callable[[int, int], bytes]) -> Iterator[Member]:
-    """The regular files of a whole tar, through `read(offset, size)`; folders, links and the like are passed over.
+    """The files of a whole tar, through `read(offset, size)`; a hard link is the file that it names, under another name.
+
+    Folders, symbolic links, devices and what only describes others are passed over.
 
     Raises:
         ValueError: it is no tar, is cut, or a header is damaged. After the last member, so take them all.
+        KindError: a member is not stored as it is, or of a type that is not known, or links to one that is not there.
     """
+    files: dict[str, Member] = {}
+    for entry in _entries(read):
+        if entry.kind == _HARD_LINK:
+            if entry.link not in files:
+                raise _refusal(entry, f"is a hard link to {entry.link!r}, which does not stand before it")
+            member = files[entry.link]._replace(name=entry.name)
+        elif entry.kind in _WITHOUT_DATA + _NO_MEMBERS:
+            continue
+        else:
+            _check_kind(entry)
+            member = Member(entry.name, entry.start, entry.size)
+        files[entry.name] = member
+        yield member
+
+
+class _Entry(NamedTuple):
+    """A header with what the headers before it say of it, and where its data are."""
+
+    header: bytes
+    kind: bytes
+    name: str
+    link: str
+    pax: dict[str, str]
+    start: int
+    size: int
+
+
+def _entries(read: Callable[[int, int], bytes]) -> Iterator[_Entry]:
     headers: list[bytes] = []
-    position, long_name = 0, ""
+    position, long_name, long_link = 0, "", ""
     pax: dict[str, str] = {}
+    pax_of_all: dict[str, str] = {}
     while True:
         header = bytes(read(position, BLOCK_BYTES))
         if len(header) < BLOCK_BYTES:
@@ -86,26 +127,52 @@ def members_of(read: Callable[[int, int], bytes]) -> Iterator[Member]:
         if header == _END:
             break
         headers.append(header)
-        size, kind, start = _number(header[124:136]), header[156], position + BLOCK_BYTES
+        size, kind, start = _number(header[124:136]), header[156:157], position + BLOCK_BYTES
         if kind == _LONG_NAME:
-            long_name = bytes(read(start, size)).partition(b"\0")[0].decode("utf-8", "surrogateescape")
-        elif kind == _PAX:
+            long_name = _text(read(start, size))
+        elif kind == _LONG_LINK:
+            long_link = _text(read(start, size))
+        elif kind in _PAX:
             pax = _pax_records(bytes(read(start, size)))
-        else:  # what such headers say is of this one alone, whatever it is
-            size = int(pax.get("size", size))
-            if kind in _FILES:
-                yield Member(pax.get("path") or long_name or _name(header), start, size)
-            long_name, pax = "", {}
+        elif kind == _PAX_OF_ALL:
+            pax_of_all |= _pax_records(bytes(read(start, size)))
+        else:  # what those headers say is of this one alone, whatever it is
+            pax = {**pax_of_all, **pax}
+            name = pax.get("path") or long_name or _name(header)
+            kind = _FOLDER if kind in _FILES and name.endswith("/") else kind  # as before POSIX
+            size = 0 if kind in _WITHOUT_DATA else int(pax.get("size", size))
+            yield _Entry(header, kind, name, pax.get("linkpath") or long_link or _text(header[157:257]), pax, start, size)
+            long_name, long_link, pax = "", "", {}
         if size < 0:
             raise ValueError(f"the header of {_name(header)!r} gives a size below 0")
         position = start + (size + BLOCK_BYTES - 1) // BLOCK_BYTES * BLOCK_BYTES
     _check(headers)
 
 
+def _check_kind(entry: _Entry) -> None:
+    """Raises KindError if the data are not the file's own bytes, ValueError if that is due to damage."""
+    if entry.kind == _SPARSE or any(key.startswith(_PAX_OF_SPARSE) for key in entry.pax):
+        raise _refusal(entry, "is stored without its zeros (tar --sparse), which is not read")
+    if entry.kind == _PART or _PAX_OF_PART in entry.pax:
+        raise _refusal(entry, "is a part of a file (tar --multi-volume), which is not read")
+    if entry.kind not in _FILES:
+        raise _refusal(entry, f"is of the type {entry.kind.decode('latin-1')!r}, which is not known")
+
+
+def _refusal(entry: _Entry, reason: str) -> KindError:
+    """Raises ValueError if it is only that the header is damaged."""
+    _check([entry.header])
+    return KindError(f"{entry.pax.get('GNU.sparse.name', entry.name)!r} {reason}")
+
+
 def _name(header: bytes) -> str:
     name = header[:100].partition(b"\0")[0]
     prefix = header[345:500].partition(b"\0")[0] if header[257:263] == b"ustar\0" else b""
     return (prefix + b"/" + name if prefix else name).decode("utf-8", "surrogateescape")
+
+
+def _text(field: bytes) -> str:
+    return bytes(field).partition(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
 def _number(field: bytes) -> int:

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from megadiff.data import tar
 from megadiff.data.codec import array_of
-from megadiff.data.errors import DataError, SampleError
+from megadiff.data.errors import SampleError
 from megadiff.data.inspect import in_one_line, kind_of, load_picture
 from megadiff.data.pack import PICTURES
-from megadiff.data.shards import Manifest, Shard, ShardEntry, read_manifest
+from megadiff.data.shards import Manifest, Shard, ShardEntry, place_of, read_manifest
 from megadiff.data.threads import in_order
 from megadiff.storage import store
 
@@ -210,21 +210,25 @@ def _check_body(name: str, data: memoryview, entry: ShardEntry, decode: bool) ->
     digest = hashlib.sha256(data).hexdigest()
     if digest != entry.sha256:
         reasons.append(f"its sha256 is {digest[:12]}..., and the manifest says {str(entry.sha256)[:12]}...")
-    shard = None
+    names = None
     try:
-        shard = Shard(name, data)
-    except DataError as error:
-        reasons.append(f"no whole tar ({str(error).partition('is damaged: ')[2].partition(';')[0]})")
+        names = [member.name for member in tar.index(data)]
+    except tar.KindError as error:
+        reasons.append(f"its member {error}")
+    except ValueError as error:
+        reasons.append(f"no whole tar ({error})")
     faults = [Fault(Kind.CORRUPT, name, "; ".join(reasons))] if reasons else []
-    if shard is None:
+    if names is None:
         return _Checked(faults)
+    shard = Shard(name, data)
     if len(shard) != entry.samples:
         detail = f"it holds {len(shard):,} samples, and the manifest says {entry.samples:,}"
         faults.append(Fault(Kind.SAMPLES, name, detail))
     views = [shard.views(place) for place in range(len(shard))]
-    if sum(map(len, views)) != len(members := tar.index(data)):
-        twice = [member for member, count in Counter(found.name for found in members).items() if count > 1]
-        faults += [Fault(Kind.DUPLICATE, f"{name} {member}", "the tar holds this member more than once") for member in twice]
+    places = Counter(place for member in names if (place := place_of(member)))
+    for (key, ending), count in places.items():
+        if count > 1:
+            faults.append(Fault(Kind.DUPLICATE, f"{name} {key}.{ending}", "the tar holds this member more than once"))
     keys = [shard.key(place) for place in range(len(shard))]
     if decode:
         for key, sample in zip(keys, views, strict=True):

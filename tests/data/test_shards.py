@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from webdataset.tariterators import base_plus_ext
 
 from megadiff.config.errors import UserError
 from megadiff.config.schema import Cache
@@ -38,6 +39,34 @@ from tests.ranks import run_ranks
 WORKER = Path(__file__).with_name("cache_worker.py")
 ONE_SHARD = '{"format": "megadiff-shards", "version": 1, "shards": [{"name": "a", "samples": 3, "bytes": 1, "sha256": ""}]}'
 PAIRS = {"b": {"png": b"picture", "json": b"{}"}, "a": {"json": b"x" * 3000, "png": b""}}
+
+
+def test_what_is_no_samples_member_is_not_counted_and_the_rest_is_as_webdataset_groups_it(tmp_path: Path) -> None:
+    names = [
+        "README",
+        ".DS_Store",
+        "a.png",
+        "a.json",
+        "._a.png",
+        "d/LICENSE",
+        "d/.hidden.png",
+        "d/b.image.png",
+        "d/b.JSON",
+        "c.txt",
+    ]
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in names:
+            tar.addfile(tarfile.TarInfo(name), io.BytesIO())
+    shard = Shard("0.tar", tmp_path / "0.tar")
+    read = {shard.key(place): set(shard.members(place)) for place in range(len(shard))}
+    assert read == {"a": {"png", "json"}, "d/b": {"image.png", "json"}, "c": {"txt"}}
+    assert index_shards(str(tmp_path)).samples == 3
+    theirs: dict[str, set[str]] = {}
+    for name in names:
+        key, ending = base_plus_ext(name)
+        if key and key != "d/":  # it takes d/.hidden.png for one
+            theirs.setdefault(key, set()).add(ending.lower())
+    assert theirs == read
 
 
 def far_away(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[str]:

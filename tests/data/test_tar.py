@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megadiff.data import tar
+from megadiff.data.errors import DataError
 from megadiff.data.shards import Shard
 from megadiff.data.tar import Member, index, members_of
 
@@ -60,7 +61,9 @@ def test_old_names_with_a_prefix_and_big_numbers_are_read() -> None:
     assert index(memoryview(bytes(header))) == by_tarfile(data)
 
 
-@pytest.mark.parametrize("kind", [tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
+@pytest.mark.parametrize(
+    "kind", [tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, b"V", b"D", b"A", b"I"]
+)
 def test_what_is_no_file_is_passed_over(kind: bytes) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
@@ -72,6 +75,66 @@ def test_what_is_no_file_is_passed_over(kind: bytes) -> None:
         archive.addfile(member, io.BytesIO(b"abc"))
     data = memoryview(buffer.getvalue())
     assert index(data) == by_tarfile(data) == [Member("a.txt", 1024, 3)]
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_a_hard_link_is_the_file_that_it_names(form: int) -> None:
+    long = "d/" * 70 + "a.png"
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=form) as archive:
+        for name, link in ((long, ""), ("b.png", long), ("c.png", "b.png"), ("c.txt", "")):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname, member.size = b"1" if link else b"0", link, 0 if link else 3
+            archive.addfile(member, io.BytesIO(b"abc"))
+    shard = Shard("0.tar", buffer.getvalue())
+    assert [shard.members(place) for place in range(3)] == [{"png": b"abc"}, {"png": b"abc"}, {"png": b"abc", "txt": b"abc"}]
+
+
+@pytest.mark.parametrize(
+    ("info", "said"),
+    [
+        ({"type": b"S"}, "stored without its zeros"),
+        ({"pax_headers": {"GNU.sparse.major": "1", "GNU.sparse.name": "a.npy"}}, "stored without its zeros"),
+        ({"pax_headers": {"SCHILY.realsize": "9"}}, "stored without its zeros"),
+        ({"type": b"M"}, "a part of a file"),
+        ({"pax_headers": {"GNU.volume.offset": "9"}}, "a part of a file"),
+        ({"type": b"Z"}, "of the type 'Z', which is not known"),
+        ({"type": b"N"}, "of the type 'N', which is not known"),
+        ({"type": b"1", "linkname": "gone"}, "a hard link to 'gone', which does not stand before it"),
+    ],
+)
+def test_a_member_whose_data_would_vanish_is_refused_by_name(info: dict[str, Any], said: str) -> None:
+    data = written([("a.npy", b"123")], tarfile.PAX_FORMAT, **info)
+    with pytest.raises(tar.KindError, match=f"'a.npy' is {said}"):
+        index(data)
+    with pytest.raises(DataError, match=f"shard 0.tar cannot be read: its member 'a.npy' is {said}"):
+        Shard("0.tar", data)
+    damaged = bytearray(data)
+    damaged[bytes(data).rindex(b"a.npy") + 156] = ord("Q")
+    with pytest.raises(ValueError, match="does not agree with its checksum") as caught:
+        index(memoryview(bytes(damaged)))
+    assert not isinstance(caught.value, tar.KindError)
+
+
+def test_a_pax_header_of_all_members_counts_for_each() -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(
+        fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT, pax_headers={"size": "3", "comment": "x"}
+    ) as archive:
+        for name in ("a.txt", "b.txt"):
+            member = tarfile.TarInfo(name)
+            member.size = 3
+            archive.addfile(member, io.BytesIO(b"abc"))
+    data = memoryview(buffer.getvalue())
+    assert index(data) == by_tarfile(data)
+
+
+def test_an_old_folder_is_no_file() -> None:
+    """Before POSIX a folder was a file of no bytes whose name ends with a slash."""
+    data = bytearray(written([("d!", b""), ("a.txt", b"1")], tarfile.USTAR_FORMAT))
+    data[1:2], data[156] = b"/", 0
+    data[148:156] = b"%06o\0 " % (sum(data[:148]) + sum(data[156:512]) + 8 * 32)
+    assert index(memoryview(bytes(data))) == by_tarfile(memoryview(bytes(data))) == [Member("a.txt", 1024, 1)]
 
 
 OTHERS = [tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE]

@@ -280,10 +280,11 @@ def test_keys_whose_hashes_collide_are_no_duplicates(tmp_path: Path, monkeypatch
     assert [fault.object for fault in contents.duplicates()] == [f"{tmp_path}/y.tar c"]
 
 
-def test_a_member_that_a_tar_holds_twice_is_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize("again", ["a.txt", "a.TXT"])
+def test_a_member_that_a_tar_holds_twice_is_found(tmp_path: Path, again: str) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, content in (("a.txt", b"one"), ("b.txt", b"two"), ("a.txt", b"three")):
+        for name, content in (("a.txt", b"one"), ("b.txt", b"two"), (again, b"three")):
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
@@ -292,6 +293,21 @@ def test_a_member_that_a_tar_holds_twice_is_found(tmp_path: Path) -> None:
     fault = the_fault(tmp_path)
     assert (fault.kind, fault.object) == (Kind.DUPLICATE, f"{tmp_path}/0.tar a.txt")
     assert "more than once" in fault.detail
+
+
+def test_a_member_of_a_kind_that_is_not_read_is_named(tmp_path: Path) -> None:
+    write_source(tmp_path, [2])
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        info = tarfile.TarInfo("a.npy")
+        info.type = b"S"
+        tar.addfile(info)
+    (tmp_path / "000.tar").write_bytes(buffer.getvalue())
+    entry = ShardEntry("000.tar", 2, len(buffer.getvalue()), hashlib.sha256(buffer.getvalue()).hexdigest())
+    write_manifest(str(tmp_path), Manifest((entry,)))
+    fault = the_fault(tmp_path)
+    assert fault.kind is Kind.CORRUPT
+    assert fault.detail == "its member 'a.npy' is stored without its zeros (tar --sparse), which is not read"
 
 
 # ---------------------------------------------------------------------------------------------------------------- members
