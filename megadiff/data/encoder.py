@@ -27,7 +27,7 @@ from megadiff.data.codec import Array
 from megadiff.data.encode import CLEANING, NO_TOKEN, PixelCodec, captions_of, load_tokenizer
 from megadiff.data.errors import SampleError
 from megadiff.data.latents import PICTURE_CHANNELS, downscaling_of, load_autoencoder, own_device
-from megadiff.data.pack import PICTURES
+from megadiff.data.pack import NOT_ENCODED, PICTURES, Transformed
 from megadiff.data.reader import ShardReader
 from megadiff.data.shards import Manifest, Members, Shard, Views, read_manifest, write_shard
 from megadiff.data.units import Done, run_units
@@ -81,8 +81,6 @@ class Encoder:
         self.tokenizer: Any = encoding.tokenizer and load_tokenizer(encoding.tokenizer)
         self.vision: Any = encoding.features and _vision_model(encoding.features, self.device)
         self._pool = ThreadPoolExecutor(encoding.threads, thread_name_prefix="decode")
-        self.faults: dict[str, str] = {}
-        """Of the last call: samples that could not be encoded, and why."""
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -112,13 +110,13 @@ class Encoder:
         free = {"autoencoder", "tokenizer", "features", "batch", "threads"}
         return {**self.facts, **{key: value for key, value in asdict(self.encoding).items() if key not in free}}
 
-    def __call__(self, samples: Mapping[str, Views], bucket: Bucket | None) -> dict[str, Members]:
-        """Encode a shard's samples; those that cannot be are left out and named in `faults`.
+    def __call__(self, samples: Mapping[str, Views], bucket: Bucket | None) -> Transformed:
+        """Encode a shard's samples; those that cannot be are left out.
 
         Raises:
             UserError: pictures are to be encoded, and there is neither a bucket nor a size, or it does not fit the models.
         """
-        self.faults = {}
+        faults: dict[str, str] = {}
         made: dict[str, Members] = {
             key: {ending: bytes(members[ending]) for ending in self.encoding.keep if ending in members}
             for key, members in samples.items()
@@ -128,11 +126,13 @@ class Encoder:
                 try:
                     made[key][TOKENS] = _npy(self._tokens(members))
                 except SampleError as error:
-                    self.faults[key] = str(error)
+                    faults[key] = str(error)
         if self.autoencoder or self.vision:
-            for key, encoded in self._pictures(samples, self._size(bucket)):
+            wanted = {key: members for key, members in samples.items() if key not in faults}
+            for key, encoded in self._pictures(wanted, self._size(bucket), faults):
                 made[key] |= encoded
-        return {key: members for key, members in made.items() if key not in self.faults}
+        left_out = {key: faults[key] for key in samples if key in faults}
+        return Transformed({key: members for key, members in made.items() if key not in faults}, left_out)
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
@@ -159,9 +159,9 @@ class Encoder:
             row[: len(found)] = found
         return filled
 
-    def _pictures(self, samples: Mapping[str, Views], size: Bucket) -> Iterator[tuple[str, Members]]:
-        """Decode on threads two batches ahead, and encode batch by batch."""
-        wanted = iter([(key, members) for key, members in samples.items() if key not in self.faults])
+    def _pictures(self, samples: Mapping[str, Views], size: Bucket, faults: dict[str, str]) -> Iterator[tuple[str, Members]]:
+        """Decode on threads two batches ahead, and encode batch by batch; what cannot be decoded goes to `faults`."""
+        wanted = iter(samples.items())
         under_way: list[tuple[str, Future[Array]]] = []
         while True:
             lacking = 3 * self.encoding.batch - len(under_way)
@@ -174,7 +174,7 @@ class Encoder:
                 try:
                     read.append((key, future.result()))
                 except SampleError as error:
-                    self.faults[key] = str(error)
+                    faults[key] = str(error)
             if read:
                 pixels = torch.from_numpy(np.stack([pixels for _, pixels in read])).to(self.device)
                 yield from zip([key for key, _ in read], self._encoded(pixels), strict=True)
@@ -221,13 +221,13 @@ def encode_shards(source: str, out: str, encoding: Encoding, *, rank: int = 0, w
         bucket = None if entry.bucket is None else Bucket.parse(entry.bucket)
         made = encoder(_samples(shard), bucket)
         left = tuple(
-            {"source": f"{entry.name}/{key}", "reason": "cannot be encoded", "detail": why}
-            for key, why in encoder.faults.items()
+            {"source": f"{entry.name}/{key}", "reason": NOT_ENCODED, "detail": why} for key, why in made.left_out.items()
         )
-        counts = {"written": len(made), **({"left out": len(left)} if left else {})}
-        return Done((write_shard(out, f"{names[number]}.tar", made, entry.bucket),) if made else (), counts, left)
+        counts = {"written": len(made.samples), **({"left out": len(left)} if left else {})}
+        shards = (write_shard(out, f"{names[number]}.tar", made.samples, entry.bucket),) if made.samples else ()
+        return Done(shards, counts, left)
 
-    shards = hashlib.sha256("".join(entry.sha256 for entry in manifest.shards).encode()).hexdigest()
+    digest = hashlib.sha256("".join(entry.sha256 for entry in manifest.shards).encode()).hexdigest()
     facts = {key: value for key, value in manifest.facts.items() if key not in ("encoded", "counts")}
     earlier = manifest.facts.get("encoded", {})
     try:
@@ -235,7 +235,7 @@ def encode_shards(source: str, out: str, encoding: Encoding, *, rank: int = 0, w
             out,
             names,
             make,
-            identity={"shards": shards, **encoder.identity},
+            identity={"shards": digest, **encoder.identity},
             facts={**facts, "encoded": {**earlier, **encoder.facts["encoded"]}},
             rank=rank,
             world=world,

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 
@@ -39,7 +39,7 @@ FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 """Members that are written, and Pillow's names for them."""
 
 NO_CAPTION, NO_PICTURE, UNREADABLE, TOO_SMALL = "no caption", "no picture", "unreadable picture", "too small"
-UNREACHABLE = "unreachable picture"
+UNREACHABLE, NOT_ENCODED = "unreachable picture", "cannot be encoded"
 """Why a sample is left out."""
 
 _NAMED = 20
@@ -50,8 +50,17 @@ _SHARDS_PER_UNIT = 8
 _IN_MEMORY_BYTES = 256 * 2**20
 _ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
-Transform = Callable[[Mapping[str, Members], "Bucket | None"], Mapping[str, Members]]
-"""A shard's samples by key, and their bucket, to what is written in their place under the same keys."""
+
+@dataclass(frozen=True)
+class Transformed:
+    """What is written in the place of a shard's samples under the same keys, and why some of them are left out."""
+
+    samples: Mapping[str, Members]
+    left_out: Mapping[str, str]
+
+
+Transform = Callable[[Mapping[str, Members], "Bucket | None"], Transformed]
+"""Of a shard's samples by key, and their bucket."""
 
 
 @dataclass(frozen=True)
@@ -146,9 +155,10 @@ class Packing:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A sample that can be written."""
+    """A sample that can be written; `source` as in `Raw`."""
 
     key: str
+    source: str
     members: Members
     bucket: Bucket | None
 
@@ -291,7 +301,8 @@ def prepare(raw: Raw, packing: Packing) -> Prepared | LeftOut:
         return LeftOut(raw.source, *fault.args)
     facts = {"captions": captions, "width": width, "height": height, "source": raw.source}
     bucket = None if packing.buckets is None else packing.buckets.of(height, width)
-    return Prepared(key_of(raw.origin), {ending: data, "json": json.dumps(facts, ensure_ascii=False).encode()}, bucket)
+    members = {ending: data, "json": json.dumps(facts, ensure_ascii=False).encode()}
+    return Prepared(key_of(raw.origin), raw.source, members, bucket)
 
 
 def _picture(data: bytes, packing: Packing) -> tuple[str, bytes, int, int]:
@@ -333,13 +344,21 @@ def _encoded(picture: Image.Image, format: str, quality: int) -> bytes:
 # -------------------------------------------------------------------------------------------------------------- a unit
 
 
+class _Waiting(NamedTuple):
+    """A sample whose members lie in a file at (start, size) until its shard is full."""
+
+    key: str
+    source: str
+    places: Mapping[str, tuple[int, int]]
+
+
 @dataclass
 class _Row:
-    """Shards of one side and bucket; samples wait in a file until there are enough."""
+    """Shards of one side and bucket."""
 
     bucket: Bucket | None
     prefix: str
-    waiting: list[tuple[str, dict[str, tuple[int, int]]]]
+    waiting: list[_Waiting]
     written: int = 0
 
 
@@ -352,14 +371,16 @@ def _make(source: Source, unit: int, out: str, packing: Packing, transform: Tran
 
     def flush(row: _Row) -> None:
         samples: Mapping[str, Members] = {
-            key: {ending: _read(spill, *place) for ending, place in places.items()} for key, places in row.waiting
+            sample.key: {ending: _read(spill, *place) for ending, place in sample.places.items()} for sample in row.waiting
         }
         if transform is not None:
-            given, samples = samples, transform(samples, row.bucket)
-            for key in given.keys() - samples.keys():
-                counts["written"] -= 1
-                counts[f"left out: {UNREADABLE}"] += 1
-                left.append(LeftOut(key, UNREADABLE))
+            transformed = transform(samples, row.bucket)
+            samples = transformed.samples
+            for sample in row.waiting:
+                if sample.key not in samples:
+                    counts["written"] -= 1
+                    counts[f"left out: {NOT_ENCODED}"] += 1
+                    left.append(LeftOut(sample.source, NOT_ENCODED, transformed.left_out[sample.key]))
         if samples:
             bucket = None if row.bucket is None else str(row.bucket)
             entries.append(write_shard(out, f"{row.prefix}{row.written:03d}.tar", samples, bucket))
@@ -372,7 +393,7 @@ def _make(source: Source, unit: int, out: str, packing: Packing, transform: Tran
     with tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY_BYTES) as spill:
         for made in in_order(source.samples(unit), work, source.threads):
             if isinstance(made, Prepared) and made.key in keys:
-                made = LeftOut(made.key, "key twice")
+                made = LeftOut(made.source, "key twice", f"an earlier sample has the key {made.key}")
             if isinstance(made, LeftOut):
                 counts[f"left out: {made.reason}"] += 1
                 left.append(made)
@@ -381,7 +402,8 @@ def _make(source: Source, unit: int, out: str, packing: Packing, transform: Tran
             side = _side(made.key, packing.held_out_share)
             counts["written"] += 1
             row = rows.setdefault((side, made.bucket), _row(side, source.names[unit], made.bucket))
-            row.waiting.append((made.key, {ending: _append(spill, data) for ending, data in made.members.items()}))
+            places = {ending: _append(spill, data) for ending, data in made.members.items()}
+            row.waiting.append(_Waiting(made.key, made.source, places))
             if len(row.waiting) == packing.shard_samples:
                 flush(row)
         for row in rows.values():

@@ -149,7 +149,7 @@ def test_features_are_a_vision_models_tokens_without_those_before_them(tmp_path:
     size: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_ratio": 2}
     Dinov2Model(Dinov2Config(**size, image_size=14, patch_size=7)).save_pretrained(tmp_path / "vision")
     encoder = Encoder(Encoding(features=str(tmp_path / "vision"), feature_stride=8))
-    made = encoder({"a": sample(1)}, Bucket(16, 32))
+    made = encoder({"a": sample(1)}, Bucket(16, 32)).samples
     encoder.close()
     features = array(made["a"]["features.npy"])
     assert (features.dtype, features.shape) == (np.float16, (2 * 4, 16))
@@ -165,8 +165,8 @@ def test_samples_that_cannot_be_encoded_are_left_out_named_and_counted(tmp_path:
     assert list(samples_of(tmp_path / "out")) == ["00000", "00003", "00005"]
     assert manifest.facts["counts"] == {"left out": 3, "written": 3}
     told = [json.loads(line) for line in (tmp_path / "out" / "left_out.jsonl").read_text().splitlines()]
-    assert [entry["source"] for entry in told] == ["000.tar/00002", "000.tar/00001", "000.tar/00004"]
-    assert "no readable picture" in told[1]["detail"]
+    assert [entry["source"] for entry in told] == ["000.tar/00001", "000.tar/00002", "000.tar/00004"]
+    assert "no readable picture" in told[0]["detail"]
 
 
 @pytest.mark.parametrize(
@@ -269,3 +269,28 @@ def test_pack_encodes_on_the_way(tmp_path: Path, autoencoder: str, capsys: pytes
     assert all(set(members) == {"latents.npy", "tokens.npy"} for members in found.values())
     loader = Loader(data_of(tmp_path / "out"), model_of({"height": 8, "width": 8}), seed=1, global_samples=4, micro_batch=4)
     assert (loader.take()[0].weight == 1).all()
+
+
+def test_pack_tells_why_and_of_which_source_a_sample_could_not_be_encoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    for number in range(40):
+        (folder / f"{number:02d}.png").write_bytes(sample(number)["png"])
+        (folder / f"{number:02d}.txt").write_text(f"one {number}\n")
+    failing = Encoder._tokens
+
+    def tokens(self: Encoder, members: Any) -> Any:
+        if json.loads(members["json"])["captions"][0] != "one 7":
+            raise SampleError("its caption has no end")
+        return failing(self, members)
+
+    monkeypatch.setattr(Encoder, "_tokens", tokens)
+    assert main(["data", "pack", str(folder), str(tmp_path / "out"), "--tokenizer", str(TOKENIZER)]) == 0
+    told = [json.loads(line) for line in (tmp_path / "out/left_out.jsonl").read_text().splitlines()]
+    numbers = [number for number in range(40) if number != 7][:20]
+    assert told == [
+        {"source": f"{number:02d}.png", "reason": "cannot be encoded", "detail": "its caption has no end"} for number in numbers
+    ]
+    assert read_manifest(str(tmp_path / "out")).facts["counts"] == {"left out: cannot be encoded": 39, "written": 1}

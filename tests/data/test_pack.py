@@ -23,7 +23,7 @@ from PIL import Image
 from megadiff.config.errors import UserError
 from megadiff.data import pack as packing_module
 from megadiff.data.buckets import Bucket, Buckets
-from megadiff.data.pack import Columns, Packing, expand, key_of, kind_of, left_out, open_source, pack, unit_samples
+from megadiff.data.pack import Columns, Packing, Transformed, expand, key_of, kind_of, left_out, open_source, pack, unit_samples
 from megadiff.data.recipes.sam_llava import read_list
 from megadiff.data.shards import Manifest, Members, Shard, read_manifest
 from megadiff.storage import store
@@ -588,9 +588,9 @@ def test_a_sample_is_held_out_by_its_key_alone(tmp_path: Path) -> None:
 def test_a_transform_sees_each_shards_samples_and_bucket(folder: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, str]] = []
 
-    def transform(samples: Mapping[str, Members], bucket: Bucket | None) -> Mapping[str, Members]:
+    def transform(samples: Mapping[str, Members], bucket: Bucket | None) -> Transformed:
         seen.append((len(samples), str(bucket)))
-        return {key: {"latent.npy": b"x", "json": members["json"]} for key, members in samples.items()}
+        return Transformed({key: {"latent.npy": b"x", "json": members["json"]} for key, members in samples.items()}, {})
 
     packing = Packing(shard_samples=5, buckets=Buckets([Bucket(16, 24)]))
     source = open_source("folder", [str(folder)], 12, tmp_path / "scratch")
