@@ -162,8 +162,9 @@ def check(arguments: argparse.Namespace) -> Buckets | None:
 def summary(out: str, manifest: Manifest) -> str:
     """What was written, and what was left out, in a line."""
     from megadiff.data import pack
+    from megadiff.data.claims import HELD_OUT
 
-    held_out = sum(entry.samples for entry in manifest.shards if entry.name.startswith(f"{pack.HELD_OUT}/"))
+    held_out = sum(entry.samples for entry in manifest.shards if entry.name.startswith(f"{HELD_OUT}/"))
     split = f", {held_out:,} of them held out" if any("/" in entry.name for entry in manifest.shards) else ""
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in pack.left_out(manifest).items())
     left = f"; left out: {reasons}, see left_out.jsonl" if reasons else ""

@@ -25,14 +25,14 @@ from PIL import Image
 from megadiff.config.errors import UserError
 from megadiff.data import pictures
 from megadiff.data.buckets import Bucket, Buckets
+from megadiff.data.claims import HELD_OUT, TRAIN
 from megadiff.data.errors import DataError
-from megadiff.data.shards import MANIFEST, Manifest, Members, ShardEntry, write_manifest, write_shard
+from megadiff.data.shards import Manifest, Members, ShardEntry, write_manifest, write_shard
 from megadiff.data.threads import in_order
-from megadiff.data.units import UNITS, Done, run_units
+from megadiff.data.units import Done, run_units
 from megadiff.storage import store
 
 KINDS = ("folder", "table", "tars", "sam-llava")
-TRAIN, HELD_OUT = "train", "held_out"
 PICTURES = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif")
 """Endings of files and members that are taken for pictures."""
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
@@ -187,7 +187,6 @@ def pack(
     Raises:
         UserError: the source is at fault, `out` holds something else, or not one sample is left, in all or on one side.
     """
-    _check_out(out)
     job = {"source": source.kind, **source.identity, **packing.record(), **(identity or {})}
     all_facts = {"source_kind": source.kind, **(facts or {})}
     manifest = run_units(
@@ -451,12 +450,6 @@ def _read(file: Any, start: int, size: int) -> bytes:
 
 
 # ---------------------------------------------------------------------------------------------------------- the output
-
-
-def _check_out(out: str) -> None:
-    """Raises UserError if `out` is a data set that was made by something else."""
-    if store.exists(store.join(out, MANIFEST)) and not store.exists(store.join(out, f"{UNITS}/job.json")):
-        raise UserError(f"{out} holds another data set ({MANIFEST}); name a new folder")
 
 
 def _split(out: str, manifest: Manifest, share: float) -> None:

@@ -16,11 +16,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megadiff.config.errors import UserError
+from megadiff.data.claims import JOB, claim
 from megadiff.data.shards import Manifest, ShardEntry, write_manifest
 from megadiff.storage import store
 
-UNITS, JOB, LEFT_OUT = ".units", "job.json", "left_out.jsonl"
+UNITS, LEFT_OUT = JOB.rpartition("/")[0], "left_out.jsonl"
 _POLL_S = 1.0
 _NAMED = 1000
 """So many samples that were left out are named for each reason."""
@@ -67,14 +67,14 @@ def run_units(
         The manifest, on rank 0, which waits for all the others; None on the others.
 
     Raises:
-        UserError: `out` holds another job's units, or what `make` raises.
+        UserError: `out` holds another data set, or what `make` raises.
     """
     if bad := [name for name in names if not re.fullmatch(r"[A-Za-z0-9_-]+", name)]:
         raise ValueError(f"names of units must be plain words: {bad[0]!r}")
     if len(set(names)) != len(names):
         raise ValueError("names of units must differ")
     records = store.join(out, UNITS)
-    _check_identity(records, out, identity)
+    claim(out, JOB, identity)
     done = _done(records)
     mine = [number for number in range(rank, len(names), world) if names[number] not in done]
     with tqdm(desc=label, unit="unit", total=len(names[rank::world]), disable=None) as bar:
@@ -92,21 +92,9 @@ def run_units(
     return manifest
 
 
-def _check_identity(records: str, out: str, identity: Mapping[str, Any]) -> None:
-    wanted = json.loads(json.dumps(identity))
-    address = store.join(records, JOB)
-    if not store.exists(address):
-        store.write_bytes(address, json.dumps(wanted, indent=1, ensure_ascii=False).encode())
-        return
-    found = json.loads(store.read_bytes(address))
-    differing = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
-    if differing:
-        shown = "; ".join(f"{key}: {found.get(key)} there, {wanted.get(key)} here" for key in differing[:4])
-        raise UserError(f"{out} holds shards made with other settings ({shown}); name a new folder or delete it")
-
-
 def _done(records: str) -> set[str]:
-    return {name.removesuffix(".json") for name in store.list_names(records) if name.endswith(".json") and name != JOB}
+    names = {name.removesuffix(".json") for name in store.list_names(records) if name.endswith(".json")}
+    return names - {JOB.removeprefix(f"{UNITS}/").removesuffix(".json")}
 
 
 def _wait(records: str, names: set[str], world: int) -> None:

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from megadiff.config.errors import UserError
+from megadiff.data.claims import HELD_OUT, RECIPE, TRAIN, claim
 from megadiff.data.encode import normalise
 from megadiff.data.pictures import flat, open_picture
 from megadiff.data.recipes.npm import Package, fetch
@@ -30,7 +31,7 @@ from megadiff.storage import store
 log = logging.getLogger(__name__)
 
 LABELS = ("emojibase-data", "17.0.0")
-TRAIN, HELD_OUT, TOKENIZER, RECIPE = "train", "held_out", "tokenizer.json", "recipe.json"
+TOKENIZER = "tokenizer.json"
 PAD, END = "<|pad|>", "<|end|>"
 SMALLEST_VOCABULARY = 256 + 2
 SKIN_TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
@@ -151,13 +152,12 @@ def make_emoji(
         "recipe": "emoji", "size_px": size, "sets": list(sets), "skin_tones": skin_tones, "shard_samples": shard_samples,
         "held_out_share": held_out_share, "vocabulary": vocabulary, "labels": "@".join(LABELS),
     }  # fmt: skip
-    _check_recipe(out, recipe)
     emojis = read_labels(fetch(*LABELS, packages))
     found = [p for name in sets for p in pictures(name, fetch(SETS[name].package, SETS[name].version, packages), emojis)]
     kept = sorted((p for p in found if skin_tones or not p.emoji.has_skin_tone), key=lambda p: _mix(p.key))
     splits = {TRAIN: [p for p in kept if not is_held_out(p.emoji.base, held_out_share)]}
     splits[HELD_OUT] = [p for p in kept if is_held_out(p.emoji.base, held_out_share)]
-    store.write_bytes(store.join(out, RECIPE), (json.dumps(recipe, indent=1) + "\n").encode())
+    claim(out, RECIPE, recipe)
     _write_notices(out, sets)
     words = [caption for picture in splits[TRAIN] for caption in captions(picture, styled=len(sets) > 1)]
     store.write_bytes(store.join(out, TOKENIZER), train_tokenizer(words, vocabulary).to_str(pretty=True).encode())
@@ -268,18 +268,6 @@ def _svg(tree: Mapping[str, Any], icon: Mapping[str, Any]) -> str:
     box = (icon.get("width", tree.get("width", 16)), icon.get("height", tree.get("height", 16)))
     names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     return f'<svg {names} viewBox="0 0 {box[0]} {box[1]}">{icon["body"]}</svg>'
-
-
-def _check_recipe(out: str, recipe: Mapping[str, Any]) -> None:
-    address = store.join(out, RECIPE)
-    if store.exists(address):
-        try:
-            found = dict(json.loads(store.read_bytes(address)))
-        except (ValueError, TypeError):
-            raise UserError(f"{address} is damaged; delete it with the shards beside it, or name another folder") from None
-        differing = [f"{key} {found.get(key)!r} -> {value!r}" for key, value in recipe.items() if found.get(key) != value]
-        if differing:
-            raise UserError(f"{out} was made with other arguments ({'; '.join(differing)}); name another folder")
 
 
 def _write_split(folder: str, split: str, members: Sequence[Picture], recipe: Mapping[str, Any], shard_samples: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import re
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from megadiff.config.errors import UserError
 from megadiff.config.schema import RESERVED_NAMES
+from megadiff.data.claims import HELD_OUT, RECIPE, TRAIN, claim
 from megadiff.data.columns import Column, column_of_classes, column_of_numbers, comes_back, number_in, write_columns
 from megadiff.data.csv_text import records_of, shown
 from megadiff.data.errors import DataError
@@ -23,7 +25,6 @@ from megadiff.data.recipes.archives import cache_of, fetch_archive
 from megadiff.data.shards import Manifest, write_manifest, write_shard
 from megadiff.storage import store
 
-TRAIN, HELD_OUT = "train", "held_out"
 DIAMONDS = ("plotnine", "0.15.9", "plotnine/data/diamonds.csv")
 """Prices and attributes of 53,940 diamonds (ggplot2's data set), out of a wheel under the MIT licence."""
 
@@ -61,8 +62,8 @@ def make_table(
         separator: between cells; None takes a comma.
 
     Raises:
-        UserError: the file cannot be read, a cell is empty, a column that `numbers` names holds something else, or no row is
-            left to train on.
+        UserError: the file cannot be read, a cell is empty, a column that `numbers` names holds something else, no row is
+            left to train on, or `out` holds another data set.
     """
     try:
         text = store.read_bytes(source).decode("utf-8-sig")
@@ -127,6 +128,12 @@ def pack_table(
             columns[name] = column_of_numbers([float(cell) for cell in cells], cells)
         else:
             columns[name] = column_of_classes(cells, [row[index] for row in rows])
+    recipe = {
+        "recipe": "table", "source_sha256": hashlib.sha256(text.encode()).hexdigest(), "shard_rows": shard_rows,
+        "held_out_share": held_out_share, "seed": seed, "classes": sorted(classes), "numbers": sorted(numbers),
+        "separator": separator or ",",
+    }  # fmt: skip
+    claim(out, RECIPE, recipe)
     with tqdm(total=len(rows), desc="rows", unit="row", disable=None) as bar:
         for split, numbers_of_rows in splits.items():
             entries = []
