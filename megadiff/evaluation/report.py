@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -131,21 +133,30 @@ class _Layout:
 def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int, most: int) -> list[str]:
     """Lines no wider than `width_px`; words that are too long are cut; beyond `most` lines it ends in `...`."""
     lines: list[str] = []
-    for word in text.split():
+    longest = (most + 1) * width_px  # letters of a word that are looked at: about all that could be shown
+    for match in re.finditer(r"\S+", text):
+        word = match[0][:longest]
         joined = f"{lines[-1]} {word}" if lines else word
-        if lines and font.getlength(joined) <= width_px:
+        if lines and len(joined) <= longest and font.getlength(joined) <= width_px:
             lines[-1] = joined
             continue
         while word:
-            fits = max(1, next((end for end in range(len(word), 0, -1) if font.getlength(word[:end]) <= width_px), 1))
+            fits = _fitting(word[:width_px], font, width_px)
             lines.append(word[:fits])
             word = word[fits:]
+        if len(lines) > most:
+            break
     if len(lines) > most:
         last = lines[most - 1]
         while last and font.getlength(last + "...") > width_px:
             last = last[:-1]
         lines = [*lines[: most - 1], last.rstrip() + "..."]
     return lines
+
+
+def _fitting(word: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int) -> int:
+    """How many letters of a word a line takes, one at least."""
+    return max(1, bisect_right(range(1, len(word) + 1), False, key=lambda end: font.getlength(word[:end]) > width_px))
 
 
 def _fitted(picture: Image.Image, side: int) -> Image.Image:

@@ -86,6 +86,42 @@ def test_wrapping_loses_no_word_while_there_is_room() -> None:
     assert wrap("", _font(11), 96, 4) == []
 
 
+class Counting:
+    """A font that counts the letters it has measured."""
+
+    def __init__(self) -> None:
+        self.letters = 0
+
+    def getlength(self, text: str) -> float:
+        self.letters += len(text)
+        return _font(11).getlength(text)
+
+
+@pytest.mark.parametrize("piece", ["a", "\u732b", "\u0301", "ab ", " ", "a\n", "a" * 3000 + " "])
+def test_the_work_for_a_few_lines_does_not_grow_with_the_text(piece: str) -> None:
+    shown, measured = set(), []
+    for size in (4_000, 400_000):
+        font = Counting()
+        shown.add(tuple(wrap(piece * (size // len(piece)), font, 96, 4)))
+        measured.append(font.letters)
+    assert len(shown) == 1
+    assert measured[0] == measured[1] < 20_000
+
+
+@given(st.text("ab \u732bW.", max_size=80))
+def test_a_line_takes_as_much_as_fits(text: str) -> None:
+    font, lines = _font(11), [""]
+    for word in text.split():
+        if font.getlength(f"{lines[-1]} {word}".strip()) <= 40:
+            lines[-1] = f"{lines[-1]} {word}".strip()
+            continue
+        while word:
+            fits = max(end for end in range(1, len(word) + 1) if end == 1 or font.getlength(word[:end]) <= 40)
+            lines.append(word[:fits])
+            word = word[fits:]
+    assert wrap(text, font, 40, 99) == [line for line in lines if line]
+
+
 def test_accents_and_arrows_have_glyphs() -> None:
     font = _font(12)
     assert isinstance(font, ImageFont.FreeTypeFont)
