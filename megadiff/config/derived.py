@@ -23,6 +23,8 @@ _HEAD_SLOTS = 2
 ALIGNMENT_HIDDEN = 2
 """Hidden width of the alignment's projection / D."""
 _SWIGLU_MULTIPLE = 8
+HIDDEN = "hidden_projections"
+"""The part that no stage trains."""
 
 
 # --------------------------------------------------------------------------------------------------------------- sizes
@@ -70,6 +72,7 @@ class Parameters:
         towers: per predicted modality.
         heads: per predicted modality.
         alignment: its projection, 0 without one.
+        hidden: the hidden projections of predicted modalities, which are never trained.
     """
 
     embeddings: dict[str, int]
@@ -77,13 +80,14 @@ class Parameters:
     towers: dict[str, int]
     heads: dict[str, int]
     alignment: int = 0
+    hidden: int = 0
 
     @property
     def parts(self) -> dict[str, int]:
         """By the names that `freeze` uses: `joint` is the embeddings and the joint blocks, a modality its tower and head."""
         joint = sum(self.embeddings.values()) + self.joint
-        aligned = {"alignment": self.alignment} if self.alignment else {}
-        return {"joint": joint} | {name: self.towers[name] + self.heads[name] for name in self.heads} | aligned
+        others = {name: count for name, count in (("alignment", self.alignment), (HIDDEN, self.hidden)) if count}
+        return {"joint": joint} | {name: self.towers[name] + self.heads[name] for name in self.heads} | others
 
     @property
     def total(self) -> int:
@@ -101,6 +105,7 @@ def parameters(model: Model, predicted: Collection[str], alignment: Alignment | 
         towers={name: _tower_parameters(model, name) for name in names},
         heads={name: _head_parameters(model, name) for name in names},
         alignment=0 if alignment is None else sum(_linear(*shape) for shape in _alignment_layers(model, alignment)),
+        hidden=sum(_hidden_parameters(model, name) for name in model.hidden_projections if name in names),
     )
 
 
@@ -111,8 +116,13 @@ def predicted(stage: Stage) -> tuple[str, ...]:
 
 def trainable(model: Model, stage: Stage) -> int:
     """Parameters that a stage trains; the others of `stage_parameters(model, stage)` are frozen or idle."""
-    free = sum(count for part, count in stage_parameters(model, stage).parts.items() if part not in stage.freeze)
+    free = sum(count for part, count in stage_parameters(model, stage).parts.items() if is_trained(part, stage))
     return free - sum(count.total for count in idle(model, stage).values())
+
+
+def is_trained(part: str, stage: Stage) -> bool:
+    """Whether a stage trains a part of the model, but for what of it is idle."""
+    return part not in (*stage.freeze, HIDDEN)
 
 
 def scored(stage: Stage) -> tuple[str, ...]:
@@ -242,6 +252,11 @@ def _head_parameters(model: Model, name: str) -> int:
     mask_class = modality.process.kind == "masked" and modality.process.mask_class
     outputs = head_outputs(modality.space) + (1 if mask_class else 0)
     return _linear(width, _HEAD_SLOTS * width) + _linear(width, outputs)
+
+
+def _hidden_parameters(model: Model, name: str) -> int:
+    width = model.width_of(name)
+    return _linear(width, width) + _linear(width, model.hidden_projections[name])
 
 
 def _alignment_layers(model: Model, alignment: Alignment) -> list[tuple[int, int]]:
@@ -448,7 +463,7 @@ def summary(run: Run, stage: Stage, data_ranks: int) -> dict[str, Any]:
     at_rest = {part: count.total for part, count in idle(run.model, stage).items()}
     parts = {part: {"total": count, "trained": count, "idle": at_rest.get(part, 0)} for part, count in counts.parts.items()}
     for part, numbers in parts.items():
-        numbers["trained"] -= numbers["total"] if part in stage.freeze else numbers["idle"]
+        numbers["trained"] -= numbers["idle"] if is_trained(part, stage) else numbers["total"]
     return {
         "stage": stage.name,
         "predicted": list(predicted(stage)),
@@ -456,7 +471,7 @@ def summary(run: Run, stage: Stage, data_ranks: int) -> dict[str, Any]:
             "total": counts.total,
             "trained": trainable(run.model, stage),
             "idle": sum(at_rest.values()),
-            "frozen": sum(count for part, count in counts.parts.items() if part in stage.freeze),
+            "frozen": sum(count for part, count in counts.parts.items() if not is_trained(part, stage)),
             "parts": parts,
             "embeddings": counts.embeddings,
             "joint_blocks": counts.joint,

@@ -200,12 +200,19 @@ class Model(Section):
     head_modulation: Literal["one_plus_scale", "scale"] = "one_plus_scale"
     time_scale: Annotated[float, Field(gt=0)] = 1000.0
     """Factor on clocks before the sinusoids; the paper's network has 1."""
+    hidden_projections: dict[Name, Positive] = {}
+    """By modality the outputs of a projection of its tokens that stands beside its tower and that nothing reads: the paper's
+    network with `project_hidden` has them. They are kept for the way back, and never trained."""
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Model:
         reserved = [name for name in self.modalities if name in RESERVED_NAMES]
         if reserved:
             raise ValueError(f"{', '.join(reserved)} cannot be the name of a modality; choose another")
+        if strangers := [name for name in self.hidden_projections if name not in self.modalities]:
+            raise ValueError(
+                f"hidden_projections names {', '.join(strangers)}; the modalities are {', '.join(self.modalities)}"
+            )
         for name, modality in self.modalities.items():
             if modality.positions == "rope" and self.head_dim % (4 if modality.space.kind == "grid" else 2):
                 raise ValueError(f"rope positions of {name} need head_dim ({self.head_dim}) to be a multiple of 4")

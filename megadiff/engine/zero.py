@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from megadiff.config.deepspeed import resolve, zero_stage
+from megadiff.config.derived import is_trained
 from megadiff.config.schema import Initialise, Model, Stage
 from megadiff.distributed.ranks import Ranks
 from megadiff.distributed.reduce import gather_objects, raise_together, sum_over_ranks
@@ -59,7 +60,7 @@ class ZeroEngine:
         self.parts = {name: part_of(name) for name, _ in module.named_parameters()}
         self.idle = idle_parameters(model, stage, self.parts)
         for name, parameter in module.named_parameters():
-            parameter.requires_grad_(self.parts[name] not in stage.freeze and name not in self.idle.whole)
+            parameter.requires_grad_(is_trained(self.parts[name], stage) and name not in self.idle.whole)
         optimizer = build_optimizer(module, stage.optimizer, decayed_names(module))
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self.module = self.engine.module

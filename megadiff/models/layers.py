@@ -80,6 +80,18 @@ class Modulation(Linear):
         return super().forward(F.silu(input)).chunk(self.slots, dim=-1)
 
 
+class HiddenProjection(nn.Module):
+    """Two linear maps, SiLU between them, that the paper's network computes beside a tower and whose result it drops.
+
+    They have no forward: their weights are kept, so that such a network can be given back whole.
+    """
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.up = Linear(width, width)
+        self.down = Linear(width, outputs)
+
+
 class RmsNorm(nn.Module):
     """x / max(|x|, 1e-12) * sqrt(D) * gain over the last axis, in float32 inside."""
 

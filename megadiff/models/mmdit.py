@@ -1,6 +1,7 @@
 """The MMDiT: single-device code that does not know it is parallel.
 
-Parameters are called `embed.*`, `joint.<i>.*`, `trunk_norm.*`, `towers.<modality>.<i>.*`, `heads.<modality>.*`.
+Parameters are called `embed.*`, `joint.<i>.*`, `trunk_norm.*`, `towers.<modality>.<i>.*`, `heads.<modality>.*`,
+`hidden_projections.<modality>.*`.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from megadiff.config.derived import HIDDEN
 from megadiff.config.errors import ConfigError, UserError
 from megadiff.config.schema import Alignment, Model
 from megadiff.models.alignment import Aligner
 from megadiff.models.blocks import Block, StreamNorm
 from megadiff.models.embeddings import Embed
 from megadiff.models.heads import Head, Heads
-from megadiff.models.layers import Linear
+from megadiff.models.layers import HiddenProjection, Linear
 from megadiff.types import ALIGNMENT, Noised, Prediction, Readout, Stream
 
 JOINT = "joint"
@@ -42,6 +44,10 @@ class MMDiT(nn.Module):
         self.trunk_norm = StreamNorm(config, names) if config.trunk_norm else None
         self.towers = nn.ModuleDict({name: _tower(config, name) for name in self.predicted})
         self.heads = Heads(config, self.predicted)
+        outputs = {name: config.hidden_projections[name] for name in self.predicted if name in config.hidden_projections}
+        self.hidden_projections = nn.ModuleDict(
+            {name: HiddenProjection(config.width_of(name), count) for name, count in outputs.items()}
+        )
         self.alignment = None if alignment is None else Aligner(alignment, config.width_of(alignment.modality))
 
     def forward(self, noised: Noised, readout: Mapping[str, Readout]) -> Prediction:
@@ -114,10 +120,13 @@ def build_model(config: Model, predicted: Collection[str], alignment: Alignment 
 
 
 def part_of(parameter_name: str) -> str:
-    """What a parameter belongs to, as `freeze` names it: a modality (tower and head), `alignment`, or `joint` (all else)."""
+    """What a parameter belongs to, as `freeze` names it: a modality (tower and head), `alignment`, or `joint` (all else).
+
+    `hidden_projections` are a part that no stage trains.
+    """
     kind, _, rest = parameter_name.partition(".")
-    if kind == ALIGNMENT:
-        return ALIGNMENT
+    if kind in (ALIGNMENT, HIDDEN):
+        return kind
     return rest.partition(".")[0] if kind in ("towers", "heads") else JOINT
 
 

@@ -13,6 +13,7 @@ a tower; D width of the modality, V vocabulary without the mask state, p patch, 
 | `{text,image}_dit.blocks.I`, `{text,image}_dit.norms.0.g` | `towers.{text,image}.I`, `towers.{text,image}.<depth>.norms.{text,image}.gain` |
 | `{text,image}_final_layer.adaLN_modulation.2` | `heads.{text,image}.modulation` |
 | `image_final_layer.linear` | `heads.image.weight`, `.bias` |
+| `{text,image}_hidden_projection.{0,2}` (where `project_hidden`) | `hidden_projections.{text,image}.{up,down}` |
 | `text_final_layer.linear` [V + 1, D]: the first V rows; the last row | `heads.text.weight`, `.bias`; `.mask_weight`, `.mask_bias` |
 
 | in a block, released | in a block, ours: `parts.{text,image}.` |
@@ -52,7 +53,9 @@ _REPEATED = re.compile(r"(.*cond_dict\.)to_post_branch_gammas_(\d+)\.2\.(weight|
 """The second name of a tensor, and below it the first."""
 _KEYS = ("img_resolution", "patch_size", "img_channels", "vocab_size", "context_len", "depth", "text_depth", "image_depth")
 _WIDTH_KEYS = ("dim_modalities", "dim_conds")
-_OPTIONAL_KEYS = ("heads", "dim_head", "qk_rmsnorm")
+_OPTIONAL_KEYS = ("heads", "dim_head", "qk_rmsnorm", "project_hidden")
+_HIDDEN_OUTPUTS = {TEXT: 768, IMAGE: 1024}
+"""Of the released network's hidden projections."""
 _LISTED = 4
 """Names that an error tells of each kind."""
 
@@ -153,6 +156,9 @@ def _rules(model: Model, predicted: Collection[str]) -> Iterator[_Rule]:
                 yield _last_row(f"heads.{name}.{kind}", f"heads.{name}.mask_{kind}", f"{name}_final_layer.linear.{kind}")
             else:
                 yield _same(f"heads.{name}.{kind}", f"{name}_final_layer.linear.{kind}")
+        if name in model.hidden_projections:
+            yield from _linear(f"hidden_projections.{name}.up", f"{name}_hidden_projection.0")
+            yield from _linear(f"hidden_projections.{name}.down", f"{name}_hidden_projection.2")
 
 
 def _block(ours: str, theirs: str, names: Sequence[str], model: Model) -> Iterator[_Rule]:
@@ -326,6 +332,7 @@ def _model(values: Mapping[str, Any]) -> Model:
             "trunk_norm": True,
             "head_modulation": "scale",
             "time_scale": 1.0,
+            "hidden_projections": _HIDDEN_OUTPUTS if values.get("project_hidden") else {},
             "modalities": {
                 TEXT: {
                     "space": {**space, **marks},
@@ -375,9 +382,10 @@ def require_released_kind(model: Model) -> None:
         found = ", ".join(f"{name} ({kind})" for name, kind in spaces.items())
         raise UserError(f"model.modalities is {found}; the released network has text (tokens), image (grid), in this order")
     released = _leaves(model_from_config(_config(model, (TEXT, IMAGE))).model_dump(mode="json"))
-    for address, value in _leaves(model.model_dump(mode="json")).items():
-        if address not in _NOT_OF_THE_NETWORK and released.get(address) != value:
-            raise UserError(f"model.{address} is {value}; the released network has {released.get(address)}")
+    ours = _leaves(model.model_dump(mode="json"))
+    for address in {**ours, **released}:
+        if address not in _NOT_OF_THE_NETWORK and released.get(address) != ours.get(address):
+            raise UserError(f"model.{address} is {ours.get(address)}; the released network has {released.get(address)}")
 
 
 _NOT_OF_THE_NETWORK = frozenset(
@@ -423,6 +431,8 @@ def config_from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     config["qk_rmsnorm"] = gain is not None
     if gain is not None:
         config["heads"], _, config["dim_head"] = gain.shape
+    if any(f"{name}_hidden_projection.0.weight" in tensors for name in (TEXT, IMAGE)):
+        config["project_hidden"] = True
     return config
 
 
@@ -459,6 +469,7 @@ def _config(model: Model, predicted: Collection[str]) -> dict[str, Any]:
         "dim_joint_attn": model.width,
         "qk_rmsnorm": model.qk_norm,
         "flash_attn": True,
+        **({"project_hidden": True} if model.hidden_projections else {}),
         **others,
     }
 

@@ -125,6 +125,23 @@ def test_in_the_papers_first_stage_as_much_is_idle_as_the_paper_freezes():
     assert derived.idle(MODELS["paper"], stage(freeze=["joint"])) == derived.idle(MODELS["paper"], stage()) == {}
 
 
+@pytest.mark.parametrize("predicted", [("text", "image"), ("image",)])
+def test_hidden_projections_are_counted_and_never_trained(predicted):
+    model = small(hidden_projections={"text": 5, "image": 6}, widths=(None, 24))
+    module = build_model(model, predicted)
+    parts = derived.parameters(model, predicted).parts
+    assert parts["hidden_projections"] == 24 * 24 + 24 + 24 * 6 + 6 + (20 * 20 + 20 + 20 * 5 + 5) * ("text" in predicted)
+    for part, count in parts.items():
+        assert count == sum(p.numel() for name, p in module.named_parameters() if part_of(name) == part)
+    chosen = stage(modalities={name: {"predicted": name in predicted} for name in ("text", "image")})
+    assert derived.trainable(model, chosen) == sum(parts.values()) - parts["hidden_projections"]
+
+
+def test_hidden_projections_are_of_the_models_modalities():
+    with pytest.raises(ValueError, match="hidden_projections names sound; the modalities are text, image"):
+        small(hidden_projections={"sound": 5})
+
+
 # --------------------------------------------------------------------------------------------------------------- FLOPs
 
 

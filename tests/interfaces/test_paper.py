@@ -23,7 +23,7 @@ from megadiff.interfaces.weights import export_run, load
 from megadiff.storage.store import StorageError
 from megadiff.types import Dense, Noised
 from tests.data.clip_reference import merges, vocabulary
-from tests.models.test_official import SMALL, UNEQUAL, released_state
+from tests.models.test_official import PROJECTING, SMALL, UNEQUAL, released_state
 
 SIZE = len(vocabulary())
 CONFIG = {**SMALL, "vocab_size": SIZE + 1}
@@ -110,7 +110,7 @@ def test_a_network_without_text_tower_is_read_and_written(words, tmp_path):
     assert json.loads((tmp_path / "run-ema-back/config.json").read_text()) == config
 
 
-@pytest.mark.parametrize("changes", [UNEQUAL])
+@pytest.mark.parametrize("changes", [UNEQUAL, PROJECTING])
 def test_networks_of_every_kind_come_back_with_their_configuration(words, tmp_path, changes):
     config = {**CONFIG, **changes}
     torch.save({"ema": released_state(config)}, tmp_path / "snapshot.pt")

@@ -53,6 +53,7 @@ SMALL = {
     "heads": 2,
     "dim_head": 12,
 }
+PROJECTING = {"project_hidden": True}
 UNEQUAL = {"dim_modalities": [12, 20], "dim_conds": [12, 20], "dim_joint_attn": 12}
 
 
@@ -84,6 +85,9 @@ def released_shapes(config):
             stacks.append((f"{name}_dit", config[f"{name}_depth"], [width]))
             linear(shapes, f"{name}_final_layer.linear", outputs, width)
             linear(shapes, f"{name}_final_layer.adaLN_modulation.2", 2 * width, width)
+            if config.get("project_hidden"):
+                linear(shapes, f"{name}_hidden_projection.0", width, width)
+                linear(shapes, f"{name}_hidden_projection.2", {"text": 768, "image": 1024}[name], width)
     for stack, depth, stack_widths in stacks:
         for number, width in enumerate(stack_widths):
             shapes[f"{stack}.norms.{number}.g"] = (width,)
@@ -203,7 +207,9 @@ def released_outputs(state, config, ids, time, image, deviation):
     return outputs
 
 
-@pytest.mark.parametrize(("changes", "seed"), [({}, 0), ({}, 1), ({"text_depth": 0}, 2), (UNEQUAL, 3)])
+@pytest.mark.parametrize(
+    ("changes", "seed"), [({}, 0), ({}, 1), ({"text_depth": 0}, 2), (UNEQUAL, 3), ({**UNEQUAL, **PROJECTING}, 4)]
+)
 def test_the_imported_network_gives_the_released_outputs(changes, seed):
     config = {**SMALL, **changes}
     vocabulary, state = config["vocab_size"] - 1, released_state(config, seed)
@@ -237,7 +243,17 @@ def test_the_imported_network_gives_the_released_outputs(changes, seed):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"text_depth": 0}, {"image_depth": 0}, {"qk_rmsnorm": False}, {"patch_size": 1}, UNEQUAL]
+    "changes",
+    [
+        {},
+        {"text_depth": 0},
+        {"image_depth": 0},
+        {"qk_rmsnorm": False},
+        {"patch_size": 1},
+        UNEQUAL,
+        PROJECTING,
+        {**UNEQUAL, **PROJECTING, "text_depth": 0},
+    ],
 )
 def test_there_and_back_no_bit_changes(changes):
     config = {**SMALL, **changes}
@@ -306,7 +322,7 @@ def test_a_configuration_may_stand_under_a_key_with_others_beside_it():
 
 
 def test_a_configuration_follows_from_the_shapes():
-    for changes in ({}, {"text_depth": 0}, UNEQUAL):
+    for changes in ({}, {"text_depth": 0}, UNEQUAL, PROJECTING, {**PROJECTING, "text_depth": 0}):
         config = {**SMALL, **changes}
         assert model_from_config(config_from_tensors(released_state(config))) == model_from_config(config)
 
@@ -315,7 +331,9 @@ def test_a_model_and_its_released_configuration_say_the_same():
     model = model_from_config(SMALL)
     assert model_from_config(config_from_model(model)) == model
     assert config_from_model(model, ["image"])["text_depth"] == 0
-    assert config_from_model(model_from_config({**SMALL, **UNEQUAL})) == {**SMALL, **UNEQUAL}
+    for changes in (UNEQUAL, PROJECTING):
+        assert config_from_model(model_from_config({**SMALL, **changes})) == {**SMALL, **changes}
+    assert config_from_model(model_from_config({**SMALL, "project_hidden": False})) == SMALL
 
 
 def test_widths_may_stand_with_the_model_or_with_a_modality():
@@ -398,6 +416,8 @@ def test_half_precision_is_kept(dtype):
         ({"time_scale": 1000.0}, r"model.time_scale is 1000.0; the released network has 1.0"),
         ({"block_modulation": "one_plus_scale"}, "model.block_modulation is one_plus_scale"),
         ({"mlp": "swiglu"}, "model.mlp is swiglu"),
+        ({"hidden_projections": {"text": 768}}, "model.hidden_projections.image is None; the released network has 1024"),
+        ({"hidden_projections": {"text": 8, "image": 1024}}, "model.hidden_projections.text is 8"),
         ({"gates": "zero"}, None),
     ],
 )
