@@ -134,7 +134,8 @@ def test_hidden_projections_are_counted_and_never_trained(predicted):
     for part, count in parts.items():
         assert count == sum(p.numel() for name, p in module.named_parameters() if part_of(name) == part)
     chosen = stage(modalities={name: {"predicted": name in predicted} for name in ("text", "image")})
-    assert derived.trainable(model, chosen) == sum(parts.values()) - parts["hidden_projections"]
+    at_rest = sum(count.total for count in derived.idle(model, chosen).values())
+    assert derived.trainable(model, chosen) == sum(parts.values()) - parts["hidden_projections"] - at_rest
 
 
 def test_hidden_projections_are_of_the_models_modalities():
