@@ -12,23 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from megadiff.config.errors import ConfigError, UserError
-from megadiff.config.layout import DEEPSPEED, DONE, LOCK, RANKS_LOCK, RUN, has_checkpoint
 from megadiff.config.load import dump_run, load_run
+from megadiff.config.run_folder import RunFolder
 from megadiff.config.schema import Run
 from megadiff.launcher.children import process_start
 
-ERROR = "error.txt"
 WAIT_S = 10.0
 """How long a launch waits for what a killed launch left behind: processes end soon after their launcher."""
 FREE = ("launch", "showcase")
 """Sections that may change between two launches of one run: they leave the training as it is."""
 
 _SHOWN = 6
-
-
-def done(run: Run, stage: str) -> bool:
-    """Whether a stage has been trained to its end."""
-    return (Path(run.folder) / stage / DONE).exists()
 
 
 def check_checkpoints(run: Run) -> None:
@@ -39,12 +33,13 @@ def check_checkpoints(run: Run) -> None:
     """
     reader = "the samples are drawn from it" if run.showcase else ""
     for stage in reversed(run.stages):
-        there = has_checkpoint(Path(run.folder), stage.name)
-        if done(run, stage.name):
+        paths = run.paths.stage(stage.name)
+        there = paths.checkpoints.newest() is not None
+        if paths.done.exists():
             if reader and not there:
                 raise UserError(
                     f"stage {stage.name} is done, but its checkpoints are gone, and {reader}; put them back, "
-                    f"or delete {Path(run.folder) / stage.name / DONE} to train it again"
+                    f"or delete {paths.done} to train it again"
                 )
             return
         reader = f"stage {stage.name} starts from it" if stage.initialise.source == "previous" and not there else ""
@@ -74,7 +69,7 @@ def untouched(run: Run) -> list[str]:
     before, after = _comparable(stored), _comparable(run)
     shared = any(before[key] != after[key] for key in after if key != "stages")
     changed = [name for name, stage in after["stages"].items() if shared or before["stages"].get(name) != stage]
-    return [name for name in changed if done(run, name)]
+    return [name for name in changed if run.paths.stage(name).done.exists()]
 
 
 def write(run: Run, deepspeed: Mapping[str, Any]) -> None:
@@ -83,17 +78,16 @@ def write(run: Run, deepspeed: Mapping[str, Any]) -> None:
     Raises:
         UserError: the folder cannot be written.
     """
-    folder = Path(run.folder)
     stored = _stored(run)
     try:
-        _replace(folder / RUN, dump_run(run))
-        _replace(folder / DEEPSPEED, json.dumps(deepspeed, indent=2) + "\n")
+        _replace(run.paths.run, dump_run(run))
+        _replace(run.paths.deepspeed, json.dumps(deepspeed, indent=2) + "\n")
     except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror}; name another with folder=...") from None
+        raise UserError(f"{run.folder} cannot be written: {error.strerror}; name another with folder=...") from None
     before = {stage.name: stage.steps for stage in stored.stages} if stored else {}
     for stage in run.stages:
         if before.get(stage.name, stage.steps) < stage.steps:
-            (folder / stage.name / DONE).unlink(missing_ok=True)
+            run.paths.stage(stage.name).done.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -103,36 +97,36 @@ def locked(run: Run) -> Iterator[int]:
     Raises:
         UserError: another launch holds it, ranks stay for longer than WAIT_S, or the folder cannot be made.
     """
-    folder = Path(run.folder)
-    descriptor = _open(folder, LOCK)
+    descriptor = _open(run.paths.lock)
     try:
         deadline = time.monotonic() + WAIT_S
         while not _lock(descriptor, fcntl.LOCK_EX):
             holder = os.pread(descriptor, 32, 0).decode().strip()
             if _runs(holder) or time.monotonic() > deadline:
-                raise UserError(f"{folder} is in use by another launch (process {holder or 'unknown'}); wait for it or end it")
+                who = f"process {holder or 'unknown'}"
+                raise UserError(f"{run.folder} is in use by another launch ({who}); wait for it or end it")
             time.sleep(0.1)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-        _wait_for_ranks(folder, deadline)
+        _wait_for_ranks(run.paths, deadline)
         yield descriptor
     finally:
         os.close(descriptor)
 
 
-def join(folder: Path) -> int:
+def join(folder: RunFolder) -> int:
     """As a rank, keep new launches out of a run's folder for as long as this process lives; returns the lock's descriptor.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    descriptor = _open(folder, RANKS_LOCK)
+    descriptor = _open(folder.ranks_lock)
     fcntl.flock(descriptor, fcntl.LOCK_SH)
     return descriptor
 
 
-def _wait_for_ranks(folder: Path, deadline: float) -> None:
-    descriptor = _open(folder, RANKS_LOCK)
+def _wait_for_ranks(folder: RunFolder, deadline: float) -> None:
+    descriptor = _open(folder.ranks_lock)
     try:
         while not _lock(descriptor, fcntl.LOCK_EX):
             if time.monotonic() > deadline:
@@ -144,12 +138,12 @@ def _wait_for_ranks(folder: Path, deadline: float) -> None:
         os.close(descriptor)
 
 
-def _open(folder: Path, name: str) -> int:
+def _open(path: Path) -> int:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror}; name another with folder=...") from None
+        raise UserError(f"{path.parent} cannot be written: {error.strerror}; name another with folder=...") from None
 
 
 def _lock(descriptor: int, kind: int) -> bool:
@@ -195,14 +189,15 @@ def _short(value: Any) -> str:
 
 
 def _stored(run: Run) -> Run | None:
-    path = Path(run.folder) / RUN
+    path = run.paths.run
     if not path.exists():
         return None
     try:
         return load_run(path)
     except ConfigError as error:
         raise UserError(
-            f"what {run.folder} holds is unknown, for its {RUN} cannot be read ({error}); delete that file or name a new folder"
+            f"what {run.folder} holds is unknown, for its {path.name} cannot be read ({error}); "
+            "delete that file or name a new folder"
         ) from None
 
 

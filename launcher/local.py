@@ -14,7 +14,6 @@ from typing import Any
 
 from megadiff.config.deepspeed import resolve_run
 from megadiff.config.errors import UserError
-from megadiff.config.layout import DEEPSPEED, RUN
 from megadiff.config.schema import Run, Stage
 from megadiff.launcher import children, folder
 from megadiff.launcher.children import ERROR_FILE, Command, Signals
@@ -44,13 +43,13 @@ class Plan:
         ranks = ["--num_accelerators", str(self.processes)]
         if chosen is not None:
             ranks = ["--include", "localhost:" + ",".join(map(str, chosen[: self.processes]))]
-        kept = Path(self.run.folder)
+        paths = self.run.paths
         return [
             *(sys.executable, "-m", "deepspeed.launcher.runner"),
             *("--hostfile", os.devnull),  # the default, /job/hostfile, may exist and would start ssh
             *ranks,
             *("--master_port", str(port), "--no_local_rank", "--log_level", "critical", "--module"),
-            *("megadiff", "train", str(kept / RUN), "--stage", stage.name, "--deepspeed", str(kept / DEEPSPEED)),
+            *("megadiff", "train", str(paths.run), "--stage", stage.name, "--deepspeed", str(paths.deepspeed)),
         ]
 
     def showcase_environment(self) -> dict[str, str]:
@@ -59,7 +58,7 @@ class Plan:
 
     def showcase(self) -> list[str]:
         """The command that makes the sheet of samples after the last stage."""
-        return [sys.executable, "-m", "megadiff", "showcase", str(Path(self.run.folder) / RUN)]
+        return [sys.executable, "-m", "megadiff", "showcase", str(self.run.paths.run)]
 
 
 def plan_launch(run: Run, deepspeed: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> Plan:
@@ -91,7 +90,7 @@ def describe(plan: Plan) -> str:
     """The exact commands, as a shell would take them."""
     lines = []
     for number, stage in enumerate(plan.run.stages, 1):
-        state = " (done already)" if folder.done(plan.run, stage.name) else ""
+        state = " (done already)" if plan.run.paths.stage(stage.name).done.exists() else ""
         lines += [f"# stage {number} of {len(plan.run.stages)}, {stage.name}: {stage.steps:,} steps{state}"]
         if not state:
             lines += [f"{_shell(plan.environment)} {shlex.join(plan.command(stage, 'PORT'))}"]
@@ -124,7 +123,7 @@ def launch(plan: Plan, *, allow_changes: bool = False, say: Say = print) -> int:
         changed = folder.untouched(run)
         folder.write(run, plan.deepspeed)
         for name in changed:
-            if folder.done(run, name):
+            if run.paths.stage(name).done.exists():
                 say(f"stage {name} is done already: the changes do not reach it (delete {run.folder}/{name} to train it again)")
         if run.launch.processes not in ("accelerators", plan.processes):
             wanted = run.launch.processes
@@ -139,7 +138,7 @@ def tensorboard_command(run: Run) -> str:
     """How to open the run's log; the program beside this interpreter, so that no environment need be active."""
     program = Path(sys.executable).parent / "tensorboard"
     shown = os.path.relpath(program) if program.exists() else "tensorboard"
-    return shlex.join([min(shown, str(program), key=len), "--logdir", str(Path(run.folder) / "tensorboard")])
+    return shlex.join([min(shown, str(program), key=len), "--logdir", str(run.paths.tensorboard)])
 
 
 def free_port() -> int:
@@ -152,7 +151,7 @@ def free_port() -> int:
 def _stages(plan: Plan, lock: int, signals: Signals, say: Say) -> int:
     run = plan.run
     for number, stage in enumerate(run.stages, 1):
-        if folder.done(run, stage.name):
+        if run.paths.stage(stage.name).done.exists():
             say(f"stage {number} of {len(run.stages)}, {stage.name}: done already")
             continue
         say(f"stage {number} of {len(run.stages)}, {stage.name}: {stage.steps:,} steps")
@@ -166,28 +165,26 @@ def _stages(plan: Plan, lock: int, signals: Signals, say: Say) -> int:
         if signals.received:
             _complain("interrupted while sampling; the same command starts it again")
             return 128 + signals.received
-    say(f"log: {Path(run.folder) / 'tensorboard'}; open it with: {tensorboard_command(run)}")
+    say(f"log: {run.paths.tensorboard}; open it with: {tensorboard_command(run)}")
     return code
 
 
 def _train(plan: Plan, stage: Stage, lock: int, signals: Signals) -> int:
     """Train one stage; on failure say in one sentence what happened and where to look."""
-    home = Path(plan.run.folder) / stage.name
-    home.mkdir(parents=True, exist_ok=True)
-    error = home / folder.ERROR
-    error.unlink(missing_ok=True)
-    ranks = Command(plan.command(stage, free_port()), {**plan.environment, ERROR_FILE: str(error)}, relays=True)
+    paths = plan.run.paths.stage(stage.name)
+    paths.root.mkdir(parents=True, exist_ok=True)
+    paths.error.unlink(missing_ok=True)
+    ranks = Command(plan.command(stage, free_port()), {**plan.environment, ERROR_FILE: str(paths.error)}, relays=True)
     (code,) = children.run([ranks], signals, keep=[lock])
-    logs = home / "logs"
     if signals.received:
         _complain(f"interrupted in stage {stage.name}; the same command goes on from its newest checkpoint")
         return 128 + signals.received
-    if error.exists():
-        _complain(f"error: stage {stage.name}: {error.read_text(encoding='utf-8').strip()}")
+    if paths.error.exists():
+        _complain(f"error: stage {stage.name}: {paths.error.read_text(encoding='utf-8').strip()}")
         return code or 2
-    if code or not folder.done(plan.run, stage.name):
+    if code or not paths.done.exists():
         # DeepSpeed's launcher ends with 0 when a signal has killed the process that watches the ranks.
-        _complain(f"error: stage {stage.name} ended with {_ending(code)}; see {logs}")
+        _complain(f"error: stage {stage.name} ended with {_ending(code)}; see {paths.logs}")
         return 128 - code if code < 0 else code or 1
     return 0
 

@@ -13,6 +13,7 @@ from megadiff.cli import errors
 from megadiff.cli.arguments import Verbs, add_run, add_verb
 from megadiff.config.deepspeed import load_deepspeed
 from megadiff.config.errors import UserError
+from megadiff.config.layout import Layout
 from megadiff.config.load import load_run
 from megadiff.distributed.ranks import Ranks
 from megadiff.launcher import folder
@@ -37,17 +38,16 @@ def run(arguments: argparse.Namespace) -> int:
     loaded = load_run(arguments.run_file, arguments.overrides)
     tree = load_deepspeed(arguments.deepspeed)
     ranks = Ranks.from_environment()
-    names = [stage.name for stage in loaded.stages]
-    if arguments.stage not in names:
-        raise UserError(f"the run has no stage {arguments.stage}; its stages: {', '.join(names)}")
-    folder.join(Path(loaded.folder))
-    _log_to(Path(loaded.folder) / arguments.stage / "logs" / f"rank_{ranks.rank}.log", ranks)
-    stage = loaded.stages[names.index(arguments.stage)]
+    stage = loaded.stage(arguments.stage)
+    folder.join(loaded.paths)
+    _log_to(loaded.paths.stage(stage.name).log(ranks.rank), ranks)
     try:
         from megadiff.evaluation.periodic import PeriodicSamples
         from megadiff.training.loop import Callback, train_stage
 
-        callbacks: list[Callback] = [PeriodicSamples(loaded, stage, stage.samples, ranks)] if stage.samples else []
+        callbacks: list[Callback] = (
+            [PeriodicSamples(loaded, stage, stage.samples, Layout(ranks.rank, ranks.world))] if stage.samples else []
+        )
         train_stage(loaded, stage.name, tree, callbacks)
     except (UserError, OSError) as error:  # a full disk above all, and it names the file
         system = isinstance(error, OSError)

@@ -1,34 +1,55 @@
-"""Names inside a run's folder that more than one room reads or writes."""
+"""How the ranks of a run are arranged, and which of them this is."""
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
-RUN = "run.yaml"
-"""The resolved run."""
-DEEPSPEED = "deepspeed.json"
-"""The DeepSpeed JSON that the run was last launched with."""
-LOCK, RANKS_LOCK = ".lock", ".ranks"
-"""Held by a launch, and by every rank."""
-DONE = "DONE"
-"""In a stage's folder: it has been trained to its end."""
-CHECKPOINTS, STEP, MANIFEST = "checkpoints", "step_", "manifest.json"
-"""In a stage's folder: the checkpoints' folder; how the name of each of them begins; what a whole one holds."""
+from dataclasses import dataclass
 
 
-def is_run_folder(folder: Path) -> bool:
-    """Whether something was launched in it, or a rank has run there."""
-    return any((folder / name).exists() for name in (DEEPSPEED, LOCK, RANKS_LOCK))
+@dataclass(frozen=True)
+class Layout:
+    """Ranks in a box of pipeline stages x data-parallel replicas x tensor-parallel parts, the last running fastest.
 
+    Attributes:
+        rank: this one, below `world`.
+        world: how many there are; a multiple of pipeline x tensor.
+        pipeline: stages that a replica's layers are cut into.
+        tensor: ranks that share each layer of a stage.
+    """
 
-def published(checkpoints: Path) -> dict[int, Path]:
-    """By step a stage's whole checkpoints, oldest first; a user's copies under other names are none of them."""
-    named = {re.fullmatch(rf"{STEP}(\d{{8,}})", path.name): path for path in checkpoints.glob(f"{STEP}*")}
-    whole = {int(match[1]): path for match, path in named.items() if match and (path / MANIFEST).exists()}
-    return dict(sorted(whole.items()))
+    rank: int = 0
+    world: int = 1
+    pipeline: int = 1
+    tensor: int = 1
 
+    @property
+    def data_ranks(self) -> int:
+        """Replicas: how many parts of a global batch are worked on at once."""
+        return self.world // (self.pipeline * self.tensor)
 
-def has_checkpoint(run_folder: Path, stage: str) -> bool:
-    """Whether a stage has a whole checkpoint."""
-    return bool(published(run_folder / stage / CHECKPOINTS))
+    @property
+    def data_rank(self) -> int:
+        """The replica that this rank is a part of."""
+        return self.rank // self.tensor % self.data_ranks
+
+    @property
+    def pipeline_rank(self) -> int:
+        return self.rank // (self.tensor * self.data_ranks)
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.rank % self.tensor
+
+    @property
+    def reads(self) -> bool:
+        """Whether this rank takes samples: the first pipeline stage as input, the last one for its losses."""
+        return self.pipeline_rank in (0, self.pipeline - 1)
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank reports for its replica: the first tensor part of the last pipeline stage, which has the losses."""
+        return self.pipeline_rank == self.pipeline - 1 and self.tensor_rank == 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the one rank that writes what the whole run has once: logs, records, manifests."""
+        return self.data_rank == 0 and self.speaks

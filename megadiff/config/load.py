@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from megadiff.config.errors import ConfigError
-from megadiff.config.layout import RUN, is_run_folder
+from megadiff.config.run_folder import RUN, RunFolder
 from megadiff.config.schema import Run
 
 Tree = dict[str, Any]
@@ -37,7 +37,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     path = Path(path)
     tree = _read_with_bases(path, ())
     tree = _merge_stage_defaults(tree, path)
-    if path.name == RUN and is_run_folder(path.parent):
+    if path.name == RUN and RunFolder(path.parent).launched:
         tree["folder"] = str(path.parent)
     for override in overrides:
         _apply_override(tree, override)

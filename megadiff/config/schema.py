@@ -6,9 +6,13 @@ A modality is (name, space, process, tower depth); nothing here knows about text
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from megadiff.config.errors import ConfigError
+from megadiff.config.run_folder import RunFolder
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
@@ -600,6 +604,18 @@ class Run(Section):
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
     launch: Launch = Launch()
     showcase: Showcase | None = None
+
+    @property
+    def paths(self) -> RunFolder:
+        """Where everything of the run lies."""
+        return RunFolder(Path(self.folder))
+
+    def stage(self, name: str) -> Stage:
+        """Raises ConfigError if the run has no such stage."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise ConfigError(f"the run has no stage {name}; its stages: {', '.join(stage.name for stage in self.stages)}")
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Run:

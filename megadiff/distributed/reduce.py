@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megadiff.config.errors import UserError
+from megadiff.config.layout import Layout
 
 Value = TypeVar("Value")
 
@@ -17,9 +18,9 @@ def _several() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """Element-wise sum over all ranks, float64 [n]; equal on all of them."""
-    total = values.to(torch.float64).clone()
+def sum_over_replicas(values: Tensor, layout: Layout) -> Tensor:
+    """Element-wise sum of what each replica's speaker has, float64 [n]; equal on all ranks, which all must call."""
+    total = values.to(torch.float64).clone() if layout.speaks else torch.zeros_like(values, dtype=torch.float64)
     if _several():
         dist.all_reduce(total)
     return total

@@ -27,13 +27,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megadiff.config.errors import UserError
-from megadiff.config.layout import MANIFEST, STEP, published
+from megadiff.config.run_folder import MANIFEST, CheckpointsFolder
 from megadiff.config.schema import Checkpointing
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FORMAT, VERSION = "megadiff-checkpoint", 1
-LATEST = "latest"
-_PARTIAL = ".partial-"
 
 log = logging.getLogger(__name__)
 
@@ -88,36 +86,26 @@ def tensor_key(kind: str, parameter: str) -> str:
     return f"{kind}:{parameter}"
 
 
-def published_folder(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint of an optimizer step lies once it is whole."""
-    return checkpoints / f"{STEP}{step:08d}"
-
-
-def partial_folder(checkpoints: Path, step: int) -> Path:
-    """Where it is written."""
-    return checkpoints / f"{_PARTIAL}{STEP}{step:08d}"
-
-
-def begin(checkpoints: Path, step: int) -> None:
+def begin(checkpoints: CheckpointsFolder, step: int) -> None:
     """Make an empty folder to write into; what an interrupted save left is removed. For one process."""
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    for leftover in checkpoints.glob(f"{_PARTIAL}{STEP}*"):
+    checkpoints.root.mkdir(parents=True, exist_ok=True)
+    for leftover in checkpoints.partials():
         shutil.rmtree(leftover, ignore_errors=True)
-    partial_folder(checkpoints, step).mkdir()
+    checkpoints.partial(step).mkdir()
 
 
-def abandon(checkpoints: Path, step: int) -> None:
+def abandon(checkpoints: CheckpointsFolder, step: int) -> None:
     """Remove what a failed save has written: on a full disk it would stand in the way of the next one. For one process."""
-    shutil.rmtree(partial_folder(checkpoints, step), ignore_errors=True)
+    shutil.rmtree(checkpoints.partial(step), ignore_errors=True)
 
 
-def publish(checkpoints: Path, step: int, manifest: Manifest, rule: Checkpointing) -> Path:
+def publish(checkpoints: CheckpointsFolder, step: int, manifest: Manifest, rule: Checkpointing) -> Path:
     """Give a wholly written folder its name, point `latest` at it, retire old ones. For one process.
 
     Returns:
         The folder.
     """
-    partial, final = partial_folder(checkpoints, step), published_folder(checkpoints, step)
+    partial, final = checkpoints.partial(step), checkpoints.step(step)
     tree = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
     (partial / MANIFEST).write_text(json.dumps(tree), encoding="utf-8")
     _sync(partial / MANIFEST)
@@ -127,13 +115,13 @@ def publish(checkpoints: Path, step: int, manifest: Manifest, rule: Checkpointin
     if final.exists():  # something that is not ours lies there
         final.rename(final.with_name(f"{final.name}.{time.time_ns()}"))
     partial.rename(final)
-    _sync(checkpoints)
-    pointer = checkpoints / f".{LATEST}"
+    _sync(checkpoints.root)
+    pointer = checkpoints.latest.with_name(f".{checkpoints.latest.name}")
     pointer.write_text(final.name, encoding="utf-8")
     _sync(pointer)
-    pointer.replace(checkpoints / LATEST)
-    _sync(checkpoints)
-    whole = published(checkpoints)
+    pointer.replace(checkpoints.latest)
+    _sync(checkpoints.root)
+    whole = checkpoints.published()
     for old in retired(whole, rule):
         _remove(whole[old])
     return final
@@ -162,17 +150,6 @@ def retired(steps: Iterable[int], rule: Checkpointing) -> list[int]:
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
-
-
-def latest_checkpoint(checkpoints: Path) -> Path | None:
-    """The newest published checkpoint, or None. A pointer to nothing falls back to the newest folder."""
-    pointer = checkpoints / LATEST
-    if pointer.exists():
-        named = checkpoints / pointer.read_text(encoding="utf-8").strip()
-        if (named / MANIFEST).exists():
-            return named
-    whole = published(checkpoints)
-    return whole[max(whole)] if whole else None
 
 
 class CheckpointReader:

@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megadiff.config.layout import published
+from megadiff.config.run_folder import CheckpointsFolder
 from megadiff.config.schema import EmaProfile, PowerEma
 from megadiff.engine.checkpoint import CheckpointError, CheckpointReader
 from megadiff.engine.ema import power_exponent
@@ -70,14 +69,14 @@ class Snapshot:
     profile: Profile
 
 
-def snapshots_of(checkpoints: Path, profiles: Mapping[str, EmaProfile]) -> list[Snapshot]:
+def snapshots_of(checkpoints: CheckpointsFolder, profiles: Mapping[str, EmaProfile]) -> list[Snapshot]:
     """Every power-function average of a stage's checkpoints, oldest first.
 
     Raises:
         CheckpointError: there is none.
     """
     power = {name: power_exponent(profile.length) for name, profile in profiles.items() if isinstance(profile, PowerEma)}
-    readers = [CheckpointReader(folder) for folder in published(checkpoints).values()]
+    readers = [CheckpointReader(folder) for folder in checkpoints.published().values()]
     found = [
         Snapshot(reader, f"ema.{name}", Profile(reader.manifest.progress["ema_updates"], exponent))
         for reader in readers
@@ -86,7 +85,7 @@ def snapshots_of(checkpoints: Path, profiles: Mapping[str, EmaProfile]) -> list[
     ]
     if not found:
         raise CheckpointError(
-            f"{checkpoints} holds no average that can be reconstructed from: give the stage profiles of kind power "
+            f"{checkpoints.root} holds no average that can be reconstructed from: give the stage profiles of kind power "
             "(ema: {short: {kind: power, length: 0.05}, long: {kind: power, length: 0.1}}) and keep checkpoints "
             "(checkpoint.keep_every_steps)"
         )

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from megadiff.config.deepspeed import resolve, zero_stage
 from megadiff.config.derived import is_trained
+from megadiff.config.layout import Layout
+from megadiff.config.run_folder import CheckpointsFolder
 from megadiff.config.schema import Initialise, Model, Stage
 from megadiff.distributed.ranks import Ranks
-from megadiff.distributed.reduce import gather_objects, raise_together, sum_over_ranks
+from megadiff.distributed.reduce import gather_objects, raise_together, sum_over_replicas
 from megadiff.engine import checkpoint
 from megadiff.engine.api import QUARTILES, Objective, StepResult
 from megadiff.engine.checkpoint import MOMENTS, CheckpointError, CheckpointReader, FileEntry, Manifest, tensor_key
@@ -44,9 +46,9 @@ class ZeroEngine:
         Raises:
             ConfigError: the JSON contradicts the stage, or the batch does not divide.
         """
-        self.stage, self.ranks = stage, ranks
+        self.stage, self.layout = stage, Layout(ranks.rank, ranks.world)
         self.device = start_process_group(ranks)
-        config = resolve(dict(tree), stage, data_ranks=ranks.world, accelerator=self.device.type != "cpu")
+        config = resolve(dict(tree), stage, data_ranks=self.layout.data_ranks, accelerator=self.device.type != "cpu")
         if zero_stage(config) == 0 and config["bf16"]["enabled"]:
             # bf16 needs fp32 masters, and DeepSpeed keeps them only where it partitions the optimizer.
             log.info("bf16 with ZeRO-0 runs as ZeRO-1, which keeps fp32 master weights")
@@ -64,7 +66,7 @@ class ZeroEngine:
         optimizer = build_optimizer(module, stage.optimizer, decayed_names(module))
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self.module = self.engine.module
-        self.weights = ShardedWeights(self.engine, ranks.world, ranks.rank)
+        self.weights = ShardedWeights(self.engine, self.layout.data_ranks, self.layout.data_rank)
         hold_still(self.weights.optimizer, self.weights.trained, self.idle.partial)
         self.ema = Ema(stage.ema, self.weights)
         self.optimizer_step = 0
@@ -79,8 +81,9 @@ class ZeroEngine:
         """
         prepared = [objective.prepare(batch) for batch in batches]
         names = list(prepared[0].counts)
-        counts = sum_over_ranks(torch.stack([sum_tensors([p.counts[name] for p in prepared]) for name in names]))
-        share = self.ranks.world * self.accumulation
+        own = torch.stack([sum_tensors([p.counts[name] for p in prepared]) for name in names])
+        counts = sum_over_replicas(own, self.layout)
+        share = self.layout.data_ranks * self.accumulation
         normaliser = {name: share / count if count > 0 else 0.0 for name, count in zip(names, counts.tolist(), strict=True)}
         rate = learning_rate(self.stage.optimizer, self.optimizer_step, self.stage.steps)
         for group in self.weights.optimizer.param_groups:
@@ -99,7 +102,7 @@ class ZeroEngine:
         readable = sum_tensors([batch.weight.sum() for batch in batches]).to(self.device)
         sizes = [statistics.numel(), bounds.numel(), 1]
         sums = torch.cat([statistics.flatten(), bounds.flatten(), readable.reshape(1).to(torch.float64)])
-        totals, bound_totals, samples = torch.split(sum_over_ranks(sums), sizes)
+        totals, bound_totals, samples = torch.split(sum_over_replicas(sums, self.layout), sizes)
         means = _means(totals.reshape(statistics.shape), names)
         weights = {name: self._loss_weight(name) for name, share in normaliser.items() if share}
         return StepResult(
@@ -147,21 +150,21 @@ class ZeroEngine:
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
-    def save(self, checkpoints: Path, progress: Mapping[str, Any], config: str) -> Path:
+    def save(self, checkpoints: CheckpointsFolder, progress: Mapping[str, Any], config: str) -> Path:
         """Write and publish a checkpoint; `latest` changes only when all of it is on the disk. Collective."""
-        step, writes = self.optimizer_step, self.ranks.rank == 0
+        step, writes = self.optimizer_step, self.layout.leads
         try:
-            with all_or_none(checkpoints):
+            with all_or_none(checkpoints.root):
                 if writes:
                     checkpoint.begin(checkpoints, step)
             tensors, ranges = self._tensors()
-            folder = checkpoint.partial_folder(checkpoints, step)
+            folder = checkpoints.partial(step)
             entry: FileEntry | None = None
-            with all_or_none(checkpoints):
-                entry = checkpoint.write_rank_file(folder, self.ranks.rank, tensors, ranges)
+            with all_or_none(checkpoints.root):
+                entry = checkpoint.write_rank_file(folder, self.layout.rank, tensors, ranges)
             files = [found for found in gather_objects(entry) if found is not None]
             shapes = gather_objects(self._shapes())
-            with all_or_none(checkpoints):
+            with all_or_none(checkpoints.root):
                 if writes:
                     manifest = self._manifest(progress, config, files, shapes)
                     checkpoint.publish(checkpoints, step, manifest, self.stage.checkpoint)
@@ -169,7 +172,7 @@ class ZeroEngine:
             if writes:
                 checkpoint.abandon(checkpoints, step)
             raise
-        return checkpoint.published_folder(checkpoints, step)
+        return checkpoints.step(step)
 
     def _manifest(
         self,
@@ -249,7 +252,7 @@ class ZeroEngine:
         reader: CheckpointReader | None = None
         try:
             reader = CheckpointReader(folder)
-            damaged = reader.damaged(reader.manifest.files[self.ranks.rank :: self.ranks.world])
+            damaged = reader.damaged(reader.manifest.files[self.layout.rank :: self.layout.world])
             if damaged:
                 error = CheckpointError(f"{folder}: {', '.join(damaged)} is damaged (its hash differs); delete {folder}")
         except CheckpointError as found:

@@ -10,12 +10,12 @@ from PIL import Image
 
 from megadiff import rng
 from megadiff.config import derived
+from megadiff.config.layout import Layout
 from megadiff.config.schema import PeriodicSamples as Rule
 from megadiff.config.schema import Run, Stage
 from megadiff.data.encode import build_codecs
 from megadiff.data.loader import read_held_out
 from megadiff.diffusion.sampler import Conditions
-from megadiff.distributed.ranks import Ranks
 from megadiff.distributed.reduce import gather_objects
 from megadiff.evaluation.report import Cell, Section, contact_sheet
 from megadiff.evaluation.tasks import Task, cell_of, draw, tasks_of
@@ -27,15 +27,15 @@ TITLES = {"ema": "averaged weights", "raw": "plain weights"}
 class PeriodicSamples:
     """A training callback: one contact sheet per task, the same conditions and keys every time, so that sheets compare."""
 
-    def __init__(self, run: Run, stage: Stage, rule: Rule, ranks: Ranks) -> None:
+    def __init__(self, run: Run, stage: Stage, rule: Rule, layout: Layout) -> None:
         """Raises UserError if the held-out data cannot be read."""
-        self.rule, self.model, self.ranks = rule, run.model, ranks
+        self.rule, self.model, self.layout = rule, run.model, layout
         self.codecs = build_codecs(run.data, run.model)
         self.tasks = tasks_of(list(run.model.modalities), derived.predicted(stage))
         # Every rank draws equally many: under ZeRO-3 each call of the model is a collective.
-        self.share = -(-rule.count // ranks.world)
+        self.share = -(-rule.count // layout.data_ranks)
         source = run.data.reference
-        self.held = read_held_out(source, run.data, run.model, self.share * ranks.world).states
+        self.held = read_held_out(source, run.data, run.model, self.share * layout.data_ranks).states
 
     def due(self, training: Any) -> bool:
         step: int = training.progress.optimizer_step
@@ -56,8 +56,9 @@ class PeriodicSamples:
 
     def cells(self, denoiser: Any, task: Task, device: torch.device) -> list[Cell]:
         """The task's samples, equal on all ranks. Collective."""
-        count = self.share * self.ranks.world
-        mine = torch.arange(self.ranks.rank, count, self.ranks.world)
+        replicas = self.layout.data_ranks
+        count = self.share * replicas
+        mine = torch.arange(self.layout.data_rank, count, replicas)
         keys = rng.sample_keys(SEED, mine).to(device)
         # A source with fewer samples than that gives some of its conditions twice.
         given = {name: self.held[name][mine % len(self.held[name])] for name in task.given}
@@ -67,8 +68,9 @@ class PeriodicSamples:
         values = [
             {name: self.codecs[name].decode(state[index]) for name, state in states.items()} for index in range(len(mine))
         ]
-        shared = gather_objects([cell_of(task, value) for value in values])
-        return [shared[number % self.ranks.world][number // self.ranks.world] for number in range(count)]
+        own = (self.layout.data_rank, [cell_of(task, value) for value in values]) if self.layout.speaks else None
+        shared = dict(spoken for spoken in gather_objects(own) if spoken is not None)
+        return [shared[number % replicas][number // replicas] for number in range(count)]
 
 
 def sheet(task: str, cells: Mapping[str, list[Cell]]) -> Image.Image:

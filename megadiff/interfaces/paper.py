@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megadiff.config.errors import UserError
-from megadiff.config.layout import DONE, RUN
 from megadiff.config.load import dump_run
 from megadiff.config.schema import (
     Batching,
@@ -36,7 +35,6 @@ from megadiff.engine.checkpoint import Manifest, tensor_key
 from megadiff.interfaces.weights import load, local_path
 from megadiff.models import official
 from megadiff.models.official import IMAGE, TEXT
-from megadiff.training.stages import checkpoints_folder, stage_folder
 
 STAGE = "released"
 CONFIG, WEIGHTS, NETWORK = "config.json", "model.safetensors", "mmdit.yaml"
@@ -84,8 +82,8 @@ def import_paper(
     out.mkdir(parents=True, exist_ok=True)
     words.save(str(out / TOKENIZER))
     _write_checkpoint(run, ours)
-    (stage_folder(run, run.stages[0]) / DONE).touch()
-    (out / RUN).write_text(dump_run(run), encoding="utf-8")
+    run.paths.stage(run.stages[0].name).done.touch()
+    run.paths.run.write_text(dump_run(run), encoding="utf-8")
     return predicted
 
 
@@ -212,11 +210,11 @@ def _write_checkpoint(run: Run, tensors: Mapping[str, Tensor]) -> None:
     """Step 0 of the run's stage. Nothing in it counts as trained here: then a checkpoint holds neither moments nor averages,
     and its averages are its weights."""
     stage = run.stages[0]
-    checkpoints = checkpoints_folder(run, stage)
+    checkpoints = run.paths.stage(stage.name).checkpoints
     checkpoint.begin(checkpoints, 0)
     flat = {tensor_key("weight", name): tensor.flatten() for name, tensor in tensors.items()}
     ranges = {name: (0, tensor.numel()) for name, tensor in tensors.items()}
-    entry = checkpoint.write_rank_file(checkpoint.partial_folder(checkpoints, 0), 0, flat, ranges)
+    entry = checkpoint.write_rank_file(checkpoints.partial(0), 0, flat, ranges)
     manifest = Manifest(
         stage=stage.name,
         parameters={name: (tuple(tensor.shape), False) for name, tensor in tensors.items()},

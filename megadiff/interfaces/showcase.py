@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,7 +19,6 @@ from megadiff.evaluation.table import Table, compare, picture, table_of
 from megadiff.evaluation.tasks import JOINT, Task, cell_of, draw, find_task, progress_bar, tasks_of
 from megadiff.interfaces.weights import Loaded, load
 
-SHEET = "samples.png"
 ROWS_AT_ONCE = 2000
 
 
@@ -45,7 +43,7 @@ def make_showcase(run: Run) -> int:
         raise UserError(f"showcase.gap_pairs is {rule.gap_pairs}, but the held-out data has {len(held.ids)} pairs")
     tasks = tasks_of(list(run.model.modalities), loaded.predicted)
     sections = [_section(loaded, task, rule, held, run.seed, device) for task in tasks]
-    path = Path(run.folder) / SHEET
+    path = run.paths.samples
     contact_sheet(sections).save(path)
     print(f"samples: {path}")
     fine = True
@@ -68,7 +66,7 @@ def _table(run: Run, rule: Showcase, loaded: Loaded, device: torch.device) -> in
     made = _rows({name: state.cpu() for name, state in drawn.items()}, codecs)
     sources = (next(iter(run.data.sources.values())), run.data.reference)
     real, held_out = (_rows(read_held_out(source, run.data, run.model, rule.rows).states, codecs) for source in sources)
-    path = Path(run.folder) / SHEET
+    path = run.paths.samples
     picture(real, made).save(path)
     print(f"samples: {path}")
     print(compare(real, made, held_out), flush=True)

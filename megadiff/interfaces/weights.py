@@ -12,8 +12,8 @@ import yaml
 
 from megadiff.config import derived
 from megadiff.config.errors import UserError
-from megadiff.config.layout import MANIFEST, RUN
 from megadiff.config.load import load_run, validate
+from megadiff.config.run_folder import MANIFEST, RUN, CheckpointsFolder, RunFolder
 from megadiff.config.schema import Data, GridSpace, LatentField, Model, PixelField
 from megadiff.data.buckets import Bucket
 from megadiff.data.codec import Codec
@@ -25,7 +25,7 @@ from megadiff.engine.posthoc import Combination, Profile, combine, reconstruct, 
 from megadiff.interfaces import export
 from megadiff.interfaces.card import model_card
 from megadiff.models.mmdit import MMDiT, build_model, part_of
-from megadiff.training.stages import newest_checkpoint, stage_of
+from megadiff.training.stages import newest_checkpoint
 from megadiff.types import ALIGNMENT
 
 HUB = "hf:"
@@ -153,7 +153,7 @@ def _checked(folder: Path) -> CheckpointReader:
 def _exported(reader: CheckpointReader, read: Callable[[str], torch.Tensor], shown: str) -> export.Exported:
     """A checkpoint's configuration with tensors that `read` gives by name; `shown` says in the card which weights they are."""
     run = validate(yaml.safe_load(reader.manifest.config), f"{reader.folder / MANIFEST} (config)")
-    stage = stage_of(run, reader.manifest.stage)
+    stage = run.stage(reader.manifest.stage)
     needed = [name for name in reader.manifest.parameters if part_of(name) != ALIGNMENT]  # that part is for training only
     card = model_card(run, stage, step=reader.manifest.progress["optimizer_step"], weights=shown)
     tensors = {name: read(name) for name in needed}
@@ -172,9 +172,9 @@ def export_average(source: str, out: str, length: float, stage_name: str | None)
     if not (folder / RUN).exists():
         raise UserError(f"{folder} is no run: it has no {RUN}")
     run = load_run(folder / RUN)
-    newest = _newest(folder) if stage_name is None else newest_checkpoint(folder, [stage_of(run, stage_name).name])
+    newest = _newest(folder) if stage_name is None else newest_checkpoint(RunFolder(folder), [run.stage(stage_name).name])
     reader = CheckpointReader(newest)
-    snapshots = snapshots_of(newest.parent, stage_of(run, reader.manifest.stage).ema)
+    snapshots = snapshots_of(CheckpointsFolder(newest.parent), run.stage(reader.manifest.stage).ema)
     for path in {snapshot.reader.folder for snapshot in snapshots}:
         _checked(path)
     wanted = Profile(snapshots[-1].profile.updates, power_exponent(length))
@@ -213,7 +213,7 @@ def _newest(folder: Path) -> Path:
             f"{folder} is neither a run (no {RUN}), nor a checkpoint (no {MANIFEST}), nor an export (no {export.CONFIG})"
         )
     run = load_run(stored)
-    return newest_checkpoint(folder, [stage.name for stage in run.stages])
+    return newest_checkpoint(RunFolder(folder), [stage.name for stage in run.stages])
 
 
 def _build(model: Model, predicted: tuple[str, ...], tensors: dict[str, torch.Tensor], device: torch.device | str) -> MMDiT:

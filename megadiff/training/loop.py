@@ -5,24 +5,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from megadiff.config import derived
-from megadiff.config.layout import DONE, RUN
+from megadiff.config.layout import Layout
 from megadiff.config.load import dump_run
 from megadiff.config.schema import Run, Stage
 from megadiff.data.loader import Loader, check_unreadable
 from megadiff.diffusion.objective import Objective
 from megadiff.distributed.ranks import Ranks
-from megadiff.distributed.reduce import barrier, sum_over_ranks
-from megadiff.engine.checkpoint import latest_checkpoint
+from megadiff.distributed.reduce import barrier, sum_over_replicas
 from megadiff.engine.zero import ZeroEngine
 from megadiff.training.health import Health
-from megadiff.training.monitor import METRICS, Monitor
-from megadiff.training.stages import checkpoints_folder, initialise, stage_folder, stage_of, stage_seed
+from megadiff.training.monitor import Monitor
+from megadiff.training.stages import initialise, stage_seed
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +42,7 @@ class Training:
 
     run: Run
     stage: Stage
-    ranks: Ranks
+    layout: Layout
     engine: ZeroEngine
     monitor: Monitor
     progress: Progress
@@ -63,33 +61,32 @@ def train_stage(run: Run, stage_name: str, deepspeed: Mapping[str, Any], callbac
     Raises:
         UserError: the configuration, the data or a checkpoint is at fault; one sentence.
     """
-    stage, ranks = stage_of(run, stage_name), Ranks.from_environment()
+    stage, paths, ranks = run.stage(stage_name), run.paths.stage(stage_name), Ranks.from_environment()
     seed = stage_seed(run, stage)
     engine = ZeroEngine(run.model, stage, deepspeed, seed=seed, ranks=ranks)
-    newest = latest_checkpoint(checkpoints_folder(run, stage))
+    layout, newest = engine.layout, paths.checkpoints.newest()
     if newest is None:
         initialise(engine, run, stage)
         progress = Progress()
     else:
         saved = engine.load(newest)
         progress = Progress(**{key: saved[key] for key in asdict(Progress())})
-    kept = Path(run.folder) / RUN
-    if ranks.rank == 0 and not kept.exists():  # the launcher has written it, torchrun has not
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(dump_run(run), encoding="utf-8")
-    loader = _loader(run, stage, ranks, seed, progress)
-    monitor = _monitor(run, stage, ranks, engine)
+    if layout.leads and not run.paths.run.exists():  # the launcher has written it, torchrun has not
+        run.paths.root.mkdir(parents=True, exist_ok=True)
+        run.paths.run.write_text(dump_run(run), encoding="utf-8")
+    loader = _loader(run, stage, layout, seed, progress)
+    monitor = _monitor(run, stage, engine)
     if newest:
         monitor.say(f"{stage.name} resumes from {newest} at step {progress.optimizer_step}")
-    training = Training(run, stage, ranks, engine, monitor, progress)
+    training = Training(run, stage, layout, engine, monitor, progress)
     try:
         _train(training, loader, Objective(run.model, stage, seed), callbacks)
     finally:
         loader.close()
         monitor.close()
     barrier()
-    if ranks.rank == 0:
-        (stage_folder(run, stage) / DONE).touch()
+    if layout.leads:
+        paths.done.touch()
 
 
 def _train(training: Training, loader: Loader, objective: Objective, callbacks: Sequence[Callback]) -> None:
@@ -123,7 +120,7 @@ def _steps(training: Training) -> Iterator[int]:
 
 def save(training: Training) -> None:
     """Write a checkpoint of this moment. Collective."""
-    folder = checkpoints_folder(training.run, training.stage)
+    folder = training.run.paths.stage(training.stage.name).checkpoints
     training.engine.save(folder, asdict(training.progress), dump_run(training.run))
 
 
@@ -134,22 +131,21 @@ def _check_data(training: Training, loader: Loader) -> int:
         DataError: on all ranks alike, if it is too large a share.
     """
     stats = loader.stats()
-    read, unreadable = sum_over_ranks(
-        torch.tensor([stats.read, stats.unreadable], dtype=torch.float64, device=training.engine.device)
-    ).tolist()
+    own = torch.tensor([stats.read, stats.unreadable], dtype=torch.float64, device=training.engine.device)
+    read, unreadable = sum_over_replicas(own, training.layout).tolist()
     check_unreadable(int(read), int(unreadable), training.run.data.max_unreadable_share)
     return int(unreadable)
 
 
-def _loader(run: Run, stage: Stage, ranks: Ranks, seed: int, progress: Progress) -> Loader:
+def _loader(run: Run, stage: Stage, layout: Layout, seed: int, progress: Progress) -> Loader:
     loader = Loader(
         run.data,
         run.model,
         seed=seed,
         global_samples=stage.batch.global_samples,
         micro_batch=stage.batch.micro_batch,
-        data_rank=ranks.rank,
-        data_ranks=ranks.world,
+        data_rank=layout.data_rank,
+        data_ranks=layout.data_ranks,
         data_step=progress.data_step,
         features=_features(run, stage),
         mixture=stage.mixture,
@@ -165,10 +161,11 @@ def _features(run: Run, stage: Stage) -> dict[str, tuple[int, int]]:
     return {} if rule is None else {rule.modality: (derived.tokens(run.model)[rule.modality], rule.features)}
 
 
-def _monitor(run: Run, stage: Stage, ranks: Ranks, engine: ZeroEngine) -> Monitor:
+def _monitor(run: Run, stage: Stage, engine: ZeroEngine) -> Monitor:
+    paths = run.paths.stage(stage.name)
     return Monitor(
-        tensorboard=stage_folder(run, stage).parent / "tensorboard" / stage.name,
-        metrics=stage_folder(run, stage) / METRICS,
+        tensorboard=paths.tensorboard,
+        metrics=paths.metrics,
         stage=stage.name,
         total_steps=stage.steps,
         first_step=engine.optimizer_step,
@@ -177,6 +174,6 @@ def _monitor(run: Run, stage: Stage, ranks: Ranks, engine: ZeroEngine) -> Monito
         tokens_per_sample=sum(derived.tokens(run.model).values()),
         flops_per_sample=derived.flops_per_sample(run.model, stage),
         device=engine.device,
-        ranks=ranks.world,
-        active=ranks.rank == 0,
+        ranks=engine.layout.world,
+        active=engine.layout.leads,
     )

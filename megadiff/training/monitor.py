@@ -28,7 +28,6 @@ from megadiff.engine.api import StepResult
 QUARTERS = ("0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00")
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "V100": 125e12}
 """Dense bf16 (V100: fp16) tensor-core peaks by name, from the makers' data sheets."""
-METRICS = "metrics.jsonl"
 
 
 def peak_flops(device: torch.device) -> float:

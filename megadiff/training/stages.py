@@ -7,31 +7,14 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megadiff.config.errors import UserError
-from megadiff.config.layout import CHECKPOINTS
+from megadiff.config.run_folder import RunFolder
 from megadiff.config.schema import Run, Stage
-from megadiff.engine.checkpoint import CheckpointError, latest_checkpoint
+from megadiff.engine.checkpoint import CheckpointError
 
 if TYPE_CHECKING:
     from megadiff.engine.zero import ZeroEngine
 
 log = logging.getLogger(__name__)
-
-
-def stage_of(run: Run, name: str) -> Stage:
-    """Raises UserError if the run has no such stage."""
-    for stage in run.stages:
-        if stage.name == name:
-            return stage
-    raise UserError(f"the run has no stage {name}; its stages: {', '.join(stage.name for stage in run.stages)}")
-
-
-def stage_folder(run: Run, stage: Stage) -> Path:
-    return Path(run.folder) / stage.name
-
-
-def checkpoints_folder(run: Run, stage: Stage) -> Path:
-    return stage_folder(run, stage) / CHECKPOINTS
 
 
 def stage_seed(run: Run, stage: Stage) -> int:
@@ -40,17 +23,16 @@ def stage_seed(run: Run, stage: Stage) -> int:
     return int.from_bytes(digest, "little") >> 2
 
 
-def newest_checkpoint(run_folder: Path, stage_names: list[str]) -> Path:
+def newest_checkpoint(folder: RunFolder, stage_names: list[str]) -> Path:
     """The newest checkpoint of the last stage that has one.
 
     Raises:
         CheckpointError: no stage has any.
     """
     for name in reversed(stage_names):
-        found = latest_checkpoint(run_folder / name / CHECKPOINTS)
-        if found:
-            return found
-    raise CheckpointError(f"{run_folder} has no checkpoint yet in any stage ({', '.join(stage_names)}); train it first")
+        if newest := folder.stage(name).checkpoints.newest():
+            return newest
+    raise CheckpointError(f"{folder.root} has no checkpoint yet in any stage ({', '.join(stage_names)}); train it first")
 
 
 def initialise(engine: ZeroEngine, run: Run, stage: Stage) -> None:
@@ -64,11 +46,12 @@ def initialise(engine: ZeroEngine, run: Run, stage: Stage) -> None:
         return
     if rule.source == "previous":
         before = run.stages[[s.name for s in run.stages].index(stage.name) - 1]
-        source = latest_checkpoint(checkpoints_folder(run, before))
-        if source is None:
+        newest = run.paths.stage(before.name).checkpoints.newest()
+        if newest is None:
             raise CheckpointError(
                 f"stage {stage.name} starts from {before.name}, which has no checkpoint in {run.folder}; train it first"
             )
+        source = newest
     else:
         source = Path(rule.source)
     fresh = engine.initialise_from(source, rule)

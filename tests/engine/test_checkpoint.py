@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from megadiff.config.layout import published
+from megadiff.config.run_folder import CheckpointsFolder
 from megadiff.config.schema import Checkpointing
 from megadiff.engine import checkpoint
-from megadiff.engine.checkpoint import CheckpointError, CheckpointReader, Manifest, check_names, latest_checkpoint, tensor_key
+from megadiff.engine.checkpoint import CheckpointError, CheckpointReader, Manifest, check_names, tensor_key
 
 WHOLE = torch.arange(12, dtype=torch.float32)
 
 
 def publish(checkpoints: Path, step: int, *, cut: int = 5, keep: int = 3) -> Path:
     """A checkpoint of one trained parameter [3, 4] in two files, cut anywhere, and one frozen scalar-like parameter [2]."""
-    checkpoint.begin(checkpoints, step)
-    folder = checkpoint.partial_folder(checkpoints, step)
+    checkpoint.begin(CheckpointsFolder(checkpoints), step)
+    folder = CheckpointsFolder(checkpoints).partial(step)
     files = []
     for rank, (start, stop) in enumerate(((0, cut), (cut, 12))):
         tensors = {tensor_key("weight", "a"): WHOLE[start:stop] + step, tensor_key("ema.main", "a"): WHOLE[start:stop] * 2}
@@ -30,7 +30,7 @@ def publish(checkpoints: Path, step: int, *, cut: int = 5, keep: int = 3) -> Pat
         files.append(checkpoint.write_rank_file(folder, rank, tensors, ranges))
     parameters = {"a": ((3, 4), True), "frozen": ((2,), False)}
     manifest = Manifest("first", parameters, ("main",), {"optimizer_step": step}, "config", tuple(files))
-    return checkpoint.publish(checkpoints, step, manifest, Checkpointing(keep=keep))
+    return checkpoint.publish(CheckpointsFolder(checkpoints), step, manifest, Checkpointing(keep=keep))
 
 
 @pytest.mark.parametrize("cut", [1, 5, 11])
@@ -46,22 +46,22 @@ def test_the_average_of_a_frozen_parameter_is_its_weight(tmp_path: Path) -> None
 
 
 def test_latest_names_the_newest_whole_checkpoint(tmp_path: Path) -> None:
-    assert latest_checkpoint(tmp_path) is None
+    assert CheckpointsFolder(tmp_path).newest() is None
     publish(tmp_path, 1)
     newest = publish(tmp_path, 2)
-    checkpoint.begin(tmp_path, 3)
-    assert latest_checkpoint(tmp_path) == newest
+    checkpoint.begin(CheckpointsFolder(tmp_path), 3)
+    assert CheckpointsFolder(tmp_path).newest() == newest
     (tmp_path / "latest").write_text("step_00000009")
-    assert latest_checkpoint(tmp_path) == newest
+    assert CheckpointsFolder(tmp_path).newest() == newest
 
 
 def test_an_interrupted_save_is_invisible_and_is_cleared_by_the_next(tmp_path: Path) -> None:
     publish(tmp_path, 1)
-    checkpoint.begin(tmp_path, 2)
-    (checkpoint.partial_folder(tmp_path, 2) / "rank_00000.safetensors").write_bytes(b"half")
+    checkpoint.begin(CheckpointsFolder(tmp_path), 2)
+    (CheckpointsFolder(tmp_path).partial(2) / "rank_00000.safetensors").write_bytes(b"half")
     assert [path.name for path in tmp_path.glob("step_*")] == ["step_00000001"]
     publish(tmp_path, 3)
-    assert not checkpoint.partial_folder(tmp_path, 2).exists()
+    assert not CheckpointsFolder(tmp_path).partial(2).exists()
 
 
 def test_a_crash_between_writing_and_placing_the_pointer_does_not_stop_later_saves(
@@ -77,7 +77,7 @@ def test_a_crash_between_writing_and_placing_the_pointer_does_not_stop_later_sav
         with pytest.raises(KeyboardInterrupt):
             publish(tmp_path, 2)
     assert (tmp_path / "latest").read_text() == "step_00000001"
-    assert latest_checkpoint(publish(tmp_path, 3).parent) == tmp_path / "step_00000003"
+    assert CheckpointsFolder(publish(tmp_path, 3).parent).newest() == tmp_path / "step_00000003"
 
 
 def test_a_frozen_parameter_has_no_moments_to_load(tmp_path: Path) -> None:
@@ -155,10 +155,10 @@ def test_copies_and_links_of_users_are_left_alone_and_no_save_fails_for_them(tmp
     shutil.copytree(tmp_path / "step_00000001", tmp_path / "step_00000001.bak")
     (tmp_path / "step_elsewhere").symlink_to(tmp_path / "step_00000001.bak")
     (tmp_path / "step_notes.txt").write_text("mine")
-    assert latest_checkpoint(tmp_path) == tmp_path / "step_00000001"
+    assert CheckpointsFolder(tmp_path).newest() == tmp_path / "step_00000001"
     (tmp_path / "step_00000001" / "mine.txt").write_text("mine")
     newest = publish(tmp_path, 2, keep=1)
-    assert latest_checkpoint(tmp_path) == newest
+    assert CheckpointsFolder(tmp_path).newest() == newest
     assert CheckpointReader(tmp_path / "step_00000001.bak").damaged(CheckpointReader(newest).manifest.files[:0]) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "latest",
@@ -170,7 +170,7 @@ def test_copies_and_links_of_users_are_left_alone_and_no_save_fails_for_them(tmp
     ]
     assert [path.name for path in (tmp_path / "step_00000001").iterdir()] == ["mine.txt"]
     publish(tmp_path, 3, keep=2)
-    assert sorted(published(tmp_path)) == [2, 3]
+    assert sorted(CheckpointsFolder(tmp_path).published()) == [2, 3]
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_does_not_fail_the_save(
@@ -194,6 +194,6 @@ def test_a_step_that_is_saved_again_takes_the_place_of_the_first(tmp_path: Path)
 
 
 def test_what_a_failed_save_wrote_is_removed(tmp_path: Path) -> None:
-    checkpoint.begin(tmp_path, 2)
-    checkpoint.abandon(tmp_path, 2)
+    checkpoint.begin(CheckpointsFolder(tmp_path), 2)
+    checkpoint.abandon(CheckpointsFolder(tmp_path), 2)
     assert list(tmp_path.iterdir()) == []

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from megadiff.cli import main as cli
+from megadiff.config.run_folder import CheckpointsFolder
 from megadiff.config.schema import Checkpointing
 from megadiff.engine import checkpoint, checkpoint_tools
 from megadiff.engine.checkpoint import CheckpointError, CheckpointReader, FileEntry, Manifest, tensor_key
@@ -20,7 +21,7 @@ WEIGHT, FROZEN = torch.arange(12.0), torch.tensor([7.0, 8.0])
 
 def publish(folder: Path, weight: torch.Tensor = WEIGHT, cuts: tuple[tuple[int, int], ...] = ((0, 5), (5, 12))) -> Path:
     """A checkpoint of a trained parameter [3, 4] in two files and a frozen one [2]."""
-    checkpoint.begin(folder, 1)
+    checkpoint.begin(CheckpointsFolder(folder), 1)
     files: list[FileEntry] = []
     for rank, (start, stop) in enumerate(cuts):
         kinds = {"weight": weight, "ema.main": 2 * weight, "exp_avg": 3 * weight, "exp_avg_sq": weight**2}
@@ -29,11 +30,11 @@ def publish(folder: Path, weight: torch.Tensor = WEIGHT, cuts: tuple[tuple[int, 
         if rank == 0:
             tensors[tensor_key("weight", "embed.gain")] = FROZEN
             ranges["embed.gain"] = (0, 2)
-        files.append(checkpoint.write_rank_file(checkpoint.partial_folder(folder, 1), rank, tensors, ranges))
+        files.append(checkpoint.write_rank_file(CheckpointsFolder(folder).partial(1), rank, tensors, ranges))
     parameters = {"heads.picture.weight": ((3, 4), True), "embed.gain": ((2,), False)}
     progress = {"optimizer_step": 1, "samples": 64}
     manifest = Manifest("first", parameters, ("main",), progress, "config", tuple(files))
-    return checkpoint.publish(folder, 1, manifest, Checkpointing())
+    return checkpoint.publish(CheckpointsFolder(folder), 1, manifest, Checkpointing())
 
 
 def nothing() -> None:

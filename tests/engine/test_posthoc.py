@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megadiff.config.run_folder import CheckpointsFolder
 from megadiff.config.schema import Checkpointing, ConstantEma, PowerEma
 from megadiff.engine import checkpoint
 from megadiff.engine.checkpoint import CheckpointError, Manifest, tensor_key
@@ -66,21 +67,21 @@ def test_inner_products_are_the_integrals_of_the_profiles():
 
 
 def publish(folder: Path, step: int, values: dict[str, torch.Tensor]) -> None:
-    checkpoint.begin(folder, step)
+    checkpoint.begin(CheckpointsFolder(folder), step)
     tensors = {tensor_key(f"ema.{name}", "w"): value for name, value in values.items()}
     tensors |= {tensor_key("weight", "w"): torch.zeros(3), tensor_key("weight", "frozen"): torch.tensor([5.0])}
-    entry = checkpoint.write_rank_file(checkpoint.partial_folder(folder, step), 0, tensors, {"w": (0, 3), "frozen": (0, 1)})
+    entry = checkpoint.write_rank_file(CheckpointsFolder(folder).partial(step), 0, tensors, {"w": (0, 3), "frozen": (0, 1)})
     parameters = {"w": ((3,), True), "frozen": ((1,), False)}
     progress = {"optimizer_step": step, "ema_updates": step}
     manifest = Manifest("only", parameters, tuple(values), progress, "", (entry,))
-    checkpoint.publish(folder, step, manifest, Checkpointing(keep=100))
+    checkpoint.publish(CheckpointsFolder(folder), step, manifest, Checkpointing(keep=100))
 
 
 def test_snapshots_of_a_stage_are_combined_parameter_by_parameter(tmp_path):
     kept = {name: averages(profile, every=250) for name, profile in PROFILES.items()}
     for step in kept["short"]:
         publish(tmp_path, step, {name: kept[name][step].float() for name in PROFILES})
-    snapshots = snapshots_of(tmp_path, {**PROFILES, "plain": ConstantEma()})
+    snapshots = snapshots_of(CheckpointsFolder(tmp_path), {**PROFILES, "plain": ConstantEma()})
     assert len(snapshots) == 2 * UPDATES // 250
     found = combine([snapshot.profile for snapshot in snapshots], Profile(UPDATES, power_exponent(0.08)))
     truth = averages(PowerEma(length=0.08), every=UPDATES)[UPDATES]
@@ -91,4 +92,4 @@ def test_snapshots_of_a_stage_are_combined_parameter_by_parameter(tmp_path):
 def test_without_power_profiles_the_way_out_is_told(tmp_path):
     publish(tmp_path, 10, {"main": torch.zeros(3)})
     with pytest.raises(CheckpointError, match="profiles of kind power"):
-        snapshots_of(tmp_path, {"main": ConstantEma()})
+        snapshots_of(CheckpointsFolder(tmp_path), {"main": ConstantEma()})

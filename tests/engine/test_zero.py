@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import load_file
 
 from megadiff.config.load import load_run
-from megadiff.engine.checkpoint import MOMENTS, CheckpointReader, latest_checkpoint, write_rank_file
+from megadiff.config.run_folder import CheckpointsFolder
+from megadiff.engine.checkpoint import MOMENTS, CheckpointReader, write_rank_file
 from megadiff.interfaces.weights import load
 from megadiff.models.idle import idle_parameters
 from megadiff.models.mmdit import build_model
-from megadiff.training.stages import stage_of, stage_seed
+from megadiff.training.stages import stage_seed
 from tests.data.small import sample, write_source
 from tests.engine.worker import probe_input
 from tests.ranks import ROOT, finish, run_ranks, start_ranks
@@ -55,9 +56,9 @@ def assert_same_curve(report: dict[str, Any], reference: dict[str, Any]) -> None
 
 def assert_idle_weights_stay(folder: Path) -> None:
     """Text is only read in the first stage: what it computes after the last joint attention leads to no loss."""
-    reader = CheckpointReader(latest_checkpoint(folder / "first" / "checkpoints"))  # type: ignore[arg-type]
+    reader = CheckpointReader(CheckpointsFolder(folder / "first" / "checkpoints").newest())  # type: ignore[arg-type]
     run = load_run(ROOT / "tests/tiny.yaml")
-    stage = stage_of(run, "first")
+    stage = run.stage("first")
     torch.manual_seed(stage_seed(run, stage))
     initial = dict(build_model(run.model, ["image"]).named_parameters())
     whole, partial = idle_parameters(run.model, stage, initial)
@@ -146,7 +147,7 @@ def test_a_run_killed_and_resumed_repeats_the_uninterrupted_curve_to_the_bit(tmp
     # The first to die may take the other down in a collective before that one kills itself.
     assert -signal.SIGKILL in ended
     assert 0 not in ended
-    assert latest_checkpoint(tmp_path / "cut" / "first" / "checkpoints").name == "step_00000010"  # type: ignore[union-attr]
+    assert CheckpointsFolder(tmp_path / "cut" / "first" / "checkpoints").newest().name == "step_00000010"  # type: ignore[union-attr]
     resumed = train(tmp_path / "cut", 2, 3, overrides=steps)
     assert resumed["steps"] == list(range(1, 21))
     assert resumed["loss"] == whole["loss"]
@@ -157,7 +158,7 @@ def test_a_checkpoint_in_which_idle_weights_were_trained_is_gone_on_from(one_ran
     """As every version up to 0.1 wrote them: with moments and averages, and decayed."""
     shutil.copytree(one_rank["folder"] / "first", tmp_path / "first")
     (tmp_path / "first/DONE").unlink()
-    newest = latest_checkpoint(tmp_path / "first/checkpoints")
+    newest = CheckpointsFolder(tmp_path / "first/checkpoints").newest()
     assert newest is not None
     manifest = json.loads((newest / "manifest.json").read_text())
     tensors = load_file(newest / manifest["files"][0]["name"])
@@ -172,7 +173,7 @@ def test_a_checkpoint_in_which_idle_weights_were_trained_is_gone_on_from(one_ran
     (newest / "manifest.json").write_text(json.dumps({**manifest, "files": [asdict(entry)]}))
     resumed = train(tmp_path, 1, 0, overrides=["stages.*.steps=5"])
     assert resumed["steps"] == [1, 2, 3, 4, 5]
-    reader = CheckpointReader(latest_checkpoint(tmp_path / "first/checkpoints"))  # type: ignore[arg-type]
+    reader = CheckpointReader(CheckpointsFolder(tmp_path / "first/checkpoints").newest())  # type: ignore[arg-type]
     for name in decayed:
         assert torch.equal(reader.read_whole("weight", name).flatten(), tensors[f"weight:{name}"])
 
@@ -195,8 +196,8 @@ def zero3_at_5(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_the_frozen_part_stays_as_the_averaged_weights_of_the_stage_before(zero3: dict[str, Any]) -> None:
-    first = CheckpointReader(latest_checkpoint(zero3["folder"] / "first" / "checkpoints"))  # type: ignore[arg-type]
-    second = CheckpointReader(latest_checkpoint(zero3["folder"] / "second" / "checkpoints"))  # type: ignore[arg-type]
+    first = CheckpointReader(CheckpointsFolder(zero3["folder"] / "first" / "checkpoints").newest())  # type: ignore[arg-type]
+    second = CheckpointReader(CheckpointsFolder(zero3["folder"] / "second" / "checkpoints").newest())  # type: ignore[arg-type]
     moved, trained = 0, 0
     for name, (_, was_trained) in second.manifest.parameters.items():
         if was_trained:
@@ -220,7 +221,7 @@ def test_averaged_weights_sample_alike_under_zero3_and_in_one_process(zero3: dic
     assert report["masters_restored"]
     noised, readout = probe_input()
     for weights, key in (("ema", "averaged"), ("raw", "trained")):
-        module = load(str(latest_checkpoint(zero3["folder"] / "third" / "checkpoints")), weights).module
+        module = load(str(CheckpointsFolder(zero3["folder"] / "third" / "checkpoints").newest()), weights).module
         with torch.no_grad():
             expected = module(noised, readout)["image"].flatten()[:64]
         torch.testing.assert_close(torch.tensor(report[key]), expected, rtol=1e-4, atol=1e-5)
@@ -229,7 +230,7 @@ def test_averaged_weights_sample_alike_under_zero3_and_in_one_process(zero3: dic
 
 def test_a_damaged_file_stops_all_ranks_with_one_sentence(zero3_at_5: dict[str, Any], tmp_path: Path) -> None:
     shutil.copytree(zero3_at_5["folder"], tmp_path / "run")
-    newest = latest_checkpoint(tmp_path / "run" / "first" / "checkpoints")
+    newest = CheckpointsFolder(tmp_path / "run" / "first" / "checkpoints").newest()
     assert newest is not None
     path = newest / "rank_00001.safetensors"
     damaged = bytearray(path.read_bytes())

@@ -256,7 +256,10 @@ def test_a_launch_waits_for_what_a_killed_one_left_behind(tmp_path: Path) -> Non
     with folder.locked(run) as lock:
         holds_the_lock = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(2)"], pass_fds=(lock,))
         os.pwrite(lock, b"4194305   ", 0)  # of a launcher that is no more
-    script = "import pathlib, sys, time; from megadiff.launcher import folder; folder.join(pathlib.Path(sys.argv[1]))"
+    script = (
+        "import pathlib, sys, time; from megadiff.launcher import folder; from megadiff.config.run_folder import RunFolder; "
+        "folder.join(RunFolder(pathlib.Path(sys.argv[1])))"
+    )
     rank = start_python("-c", f"{script}; time.sleep(3)", run.folder)
     with folder.locked(run):
         assert holds_the_lock.poll() is not None
@@ -266,7 +269,7 @@ def test_a_launch_waits_for_what_a_killed_one_left_behind(tmp_path: Path) -> Non
 def test_ranks_that_stay_keep_a_launch_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder, "WAIT_S", 0.3)
     run = minimal_run(tmp_path)
-    rank = folder.join(Path(run.folder))
+    rank = folder.join(run.paths)
     try:
         with pytest.raises(UserError, match="in use by ranks"), folder.locked(run):
             pass

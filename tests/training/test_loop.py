@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from megadiff.config.layout import Layout
 from megadiff.data.errors import DataError
-from megadiff.distributed.ranks import Ranks
 from megadiff.training import loop
 from tests.minimal import minimal_run
 from tests.training.test_monitor import monitor, result
@@ -44,7 +44,7 @@ def trained(folder: Path, unreadable_at: int, share: float = 0.01) -> list[int]:
         record(at, *of, unreadable=unreadable, **how)
 
     watched.record = tell  # type: ignore[method-assign]
-    training: Any = loop.Training(run, run.stages[0], Ranks(), engine, watched, loop.Progress())  # type: ignore[arg-type]
+    training: Any = loop.Training(run, run.stages[0], Layout(), engine, watched, loop.Progress())  # type: ignore[arg-type]
     try:
         loop._train(training, loader, None, ())  # type: ignore[arg-type]
     finally:

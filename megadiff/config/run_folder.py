@@ -1,0 +1,143 @@
+"""A run's folder: the one owner of every path in it. Torch-free; nothing here is created or read but by name.
+
+RUN/  run.yaml  deepspeed.json  .lock  .ranks  samples.png  tensorboard/STAGE/
+      STAGE/  DONE  error.txt  metrics.jsonl  logs/rank_N.log  checkpoints/  step_XXXXXXXX/manifest.json  latest
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+RUN = "run.yaml"
+"""The resolved run."""
+MANIFEST = "manifest.json"
+"""In a checkpoint's folder: what it holds; written last."""
+_STEP = "step_"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where everything of a run lies."""
+
+    root: Path
+
+    @property
+    def run(self) -> Path:
+        """The resolved run, as YAML."""
+        return self.root / RUN
+
+    @property
+    def deepspeed(self) -> Path:
+        """The DeepSpeed JSON that the run was last launched with."""
+        return self.root / "deepspeed.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held by a launch."""
+        return self.root / ".lock"
+
+    @property
+    def ranks_lock(self) -> Path:
+        """Held, shared, by every rank."""
+        return self.root / ".ranks"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's logs, a folder per stage."""
+        return self.root / "tensorboard"
+
+    @property
+    def samples(self) -> Path:
+        """The sheet of samples that is drawn at the end."""
+        return self.root / "samples.png"
+
+    def stage(self, name: str) -> StageFolder:
+        return StageFolder(self, name)
+
+    @property
+    def launched(self) -> bool:
+        """Whether something was launched here, or a rank has run here."""
+        return any(path.exists() for path in (self.deepspeed, self.lock, self.ranks_lock))
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """Where everything of a stage lies."""
+
+    of: RunFolder
+    name: str
+
+    @property
+    def root(self) -> Path:
+        return self.of.root / self.name
+
+    @property
+    def done(self) -> Path:
+        """There once the stage has been trained to its end."""
+        return self.root / "DONE"
+
+    @property
+    def error(self) -> Path:
+        """What ranks that stop for a user's mistake say of it."""
+        return self.root / "error.txt"
+
+    @property
+    def metrics(self) -> Path:
+        """A JSON line per step."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    def log(self, rank: int) -> Path:
+        """A rank's own log, which grows over restarts."""
+        return self.logs / f"rank_{rank}.log"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.of.tensorboard / self.name
+
+    @property
+    def checkpoints(self) -> CheckpointsFolder:
+        return CheckpointsFolder(self.root / "checkpoints")
+
+
+@dataclass(frozen=True)
+class CheckpointsFolder:
+    """Where the checkpoints of a stage lie."""
+
+    root: Path
+
+    @property
+    def latest(self) -> Path:
+        """Holds the name of the newest."""
+        return self.root / "latest"
+
+    def step(self, step: int) -> Path:
+        """The checkpoint of an optimizer step, once it is whole."""
+        return self.root / f"{_STEP}{step:08d}"
+
+    def partial(self, step: int) -> Path:
+        """Where it is written."""
+        return self.root / f".partial-{_STEP}{step:08d}"
+
+    def partials(self) -> list[Path]:
+        """What saves that were cut off have left."""
+        return list(self.root.glob(f".partial-{_STEP}*"))
+
+    def published(self) -> dict[int, Path]:
+        """By step the whole checkpoints, oldest first; a user's copies under other names are none of them."""
+        named = {re.fullmatch(rf"{_STEP}(\d{{8,}})", path.name): path for path in self.root.glob(f"{_STEP}*")}
+        whole = {int(match[1]): path for match, path in named.items() if match and (path / MANIFEST).exists()}
+        return dict(sorted(whole.items()))
+
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint. A pointer to nothing falls back to the newest folder."""
+        if self.latest.exists():
+            named = self.root / self.latest.read_text(encoding="utf-8").strip()
+            if (named / MANIFEST).exists():
+                return named
+        return next(reversed(self.published().values()), None)
