@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megadiff.config.alignment import check_local_manifests
 from megadiff.config.deepspeed import resolve_run
 from megadiff.config.errors import UserError
 from megadiff.config.schema import Run, Stage
@@ -62,11 +63,12 @@ class Plan:
 
 
 def plan_launch(run: Run, deepspeed: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> Plan:
-    """Check everything that can be checked without data and without torch.
+    """Check everything that can be checked without torch and without reading shards.
 
     Raises:
-        UserError: the DeepSpeed JSON, the batch or the devices do not fit the run.
+        UserError: the DeepSpeed JSON, the batch, the devices or the manifests' buckets do not fit the run.
     """
+    check_local_manifests(run)
     devices = find_devices(environment)
     processes = processes_for(run.launch, devices)
     resolve_run(deepspeed, run, data_ranks=processes, accelerator=devices.accelerated)

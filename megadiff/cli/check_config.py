@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from megadiff.cli.arguments import Verbs, add_run, add_verb, positive
+from megadiff.config.alignment import check_local_manifests
 from megadiff.config.deepspeed import load_deepspeed, resolve_run, zero_stage
 from megadiff.config.derived import Precision, bytes_per_rank, summary
 from megadiff.config.load import load_run
@@ -26,9 +27,11 @@ def add(verbs: Verbs) -> None:
         "check-config",
         "check a run and print the numbers that follow from it",
         "Check a run file, and a DeepSpeed JSON against it, and print what follows for each stage: parameters in all and\n"
-        "per part, trained, idle (no loss reaches them: they stay as they are) and frozen, the batch equation, tokens and\n"
-        "FLOPs per sample, bytes per rank.\n"
-        "Reads no data and imports no torch.",
+        "per part, trained, idle (no loss reaches them: they stay as they are) and frozen, the batch equation, tokens and
+"
+        "FLOPs per sample, bytes per rank.
+"
+        "Reads no data (but a stage's `alignment` against the buckets of a manifest on this machine) and imports no torch.",
         EXAMPLES,
     )
     add_run(parser)
@@ -40,6 +43,7 @@ def add(verbs: Verbs) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     loaded = load_run(arguments.run_file, arguments.overrides)
+    check_local_manifests(loaded)
     devices = find_devices()
     ranks = arguments.processes or processes_for(loaded.launch, devices)
     resolved = None

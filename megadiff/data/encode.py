@@ -6,6 +6,7 @@ import hashlib
 import html
 import json
 import re
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from megadiff.config.alignment import check_features
 from megadiff.config.errors import ConfigError, UserError
 from megadiff.config.schema import (
     CaptionField,
@@ -255,14 +257,19 @@ CLEANING = {"plain": normalise, "clip": clip.clean}
 """What is done to a caption before it is tokenized."""
 
 
-def check_manifest(address: str, manifest: Manifest, data: Data, model: Model) -> None:
+def check_manifest(address: str, manifest: Manifest, data: Data, model: Model, features: Iterable[str] = ()) -> None:
     """Compare what encoded shards say of themselves with the fields that read them.
+
+    Args:
+        features: modalities whose precomputed features are read as well.
 
     Raises:
         ConfigError: latents were made for another scale, tokens by another tokenizer, or shards have buckets and the model
-            learned positions.
+            learned positions, or features of another number than the model has tokens.
     """
-    buckets = {shard.bucket for shard in manifest.shards} - {None}
+    buckets = {str(Bucket.parse(bucket)) for bucket in {shard.bucket for shard in manifest.shards} if bucket is not None}
+    for name in features:
+        check_features(address, buckets, manifest.facts.get("encoded", {}), data, model, name)
     for name, field in data.fields.items():
         told = manifest.facts.get("encoded", {}).get(field.member, {})
         where = f"data.fields.{name}"

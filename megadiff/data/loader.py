@@ -136,7 +136,7 @@ class Loader:
         """
         manifests = {name: read_manifest(address) for name, address in data.sources.items()}
         for name, manifest in manifests.items():
-            check_manifest(data.sources[name], manifest, data, model)
+            check_manifest(data.sources[name], manifest, data, model, features or ())
         self._codecs = _Codecs(data, model, features)
         self._mixture = Mixture(manifests, data.lanes, data.block_shards, seed, mixture)
         self._slots = self._mixture.slots_of_rank(data_rank, data_ranks, global_samples)

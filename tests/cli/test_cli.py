@@ -310,3 +310,26 @@ def test_launch_says_what_may_stand_where(capsys: pytest.CaptureFixture[str], ar
 def test_launch_runs_another_verb_as_several_processes(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert cli.main(["launch", "--processes", "2", "--", "data", "verify", str(tmp_path)]) == 2
     assert capfd.readouterr().err.count("manifest.json cannot be read") == 1
+
+
+@pytest.mark.parametrize("verb", [["check-config"], ["launch", "--dry-run"]])
+def test_alignment_over_buckets_of_other_sizes_is_one_mistake_before_anything_is_read(
+    run_file: str, json_file: str, tmp_path: Path, verb: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "set").mkdir()
+    aligned = ["stages.first.alignment={modality: image, block: 0, features: 6}", "data.features={image: features.npy}"]
+    command = [verb[0], run_file, *(["--deepspeed", json_file] if verb[1:] else []), *verb[1:]]
+    for address in (tmp_path / "set", f"file://{tmp_path}/set/manifest.json"):
+        for buckets, fits in ((["8x8", "16x4"], True), ([], True), ([None, "x", 3], True), (["8x8", "16x8"], False)):
+            shards = [{"name": "a", "samples": 1, "bytes": 1, "sha256": "", "bucket": bucket} for bucket in buckets]
+            tree = {"format": "megadiff-shards", "version": 1, "shards": shards}
+            (tmp_path / "set/manifest.json").write_text(json.dumps(tree))
+            arguments = [*command, *aligned, f"data.train={address}"]
+            if fits:
+                assert cli.main(arguments) == 0
+                capsys.readouterr()
+            else:
+                said = mistake(capsys, *arguments)
+                assert "has buckets (16x8: 8 features a sample), and alignment takes 4 of image" in said
+                assert cli.main([*command, f"data.train={address}"]) == 0
+                capsys.readouterr()

@@ -142,6 +142,20 @@ def test_buckets_are_kept_cropped_to_and_batched_apart(tmp_path: Path, autoencod
         )
 
 
+def test_features_of_several_buckets_are_one_mistake_when_the_loader_opens(tmp_path: Path, autoencoder: str) -> None:
+    entries = [write_shard(str(tmp_path), f"{b}.tar", {b: sample(1)}, b) for b in ("32x32", "16x64", "16x32")]
+    encoded = {"encoded": {"latents.npy": {"scale": SCALE, "factor": FACTOR}}}
+    data = data_of(tmp_path).model_copy(update={"features": {"image": "features.npy"}, "lanes": 1})
+    data = data.model_copy(update={"fields": {**data.fields, "text": CaptionField(tokenizer=str(TOKENIZER))}})
+    model, options = model_of({"height": 8, "width": 8}), {"seed": 1, "global_samples": 1, "micro_batch": 1}
+    write_manifest(str(tmp_path), Manifest(tuple(entries), encoded))
+    Loader(data, model, **options)
+    with pytest.raises(ConfigError, match=r"has buckets \(16x32: 8 features a sample\), and alignment takes 16 of image"):
+        Loader(data, model, features={"image": (16, 4)}, **options)
+    write_manifest(str(tmp_path), Manifest(tuple(entries[:2]), encoded))
+    Loader(data, model, features={"image": (16, 4)}, **options)
+
+
 def test_features_are_a_vision_models_tokens_without_those_before_them(tmp_path: Path) -> None:
     from transformers import Dinov2Config, Dinov2Model
 

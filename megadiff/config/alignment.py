@@ -1,0 +1,86 @@
+"""Alignment and buckets: features come in one shape, and what follows from that for the shards of a run."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from megadiff.config.derived import token_count
+from megadiff.config.errors import ConfigError
+from megadiff.config.schema import Data, GridSpace, LatentField, Model, Run
+
+_MANIFEST = "manifest.json"
+
+
+def check_features(
+    address: str, buckets: Collection[str], encoded: Mapping[str, Any], data: Data, model: Model, modality: str
+) -> None:
+    """Whether all shards of a manifest have as many features of a modality as the model has tokens.
+
+    Args:
+        buckets: of the shards, HEIGHTxWIDTH in pixels.
+        encoded: what the manifest tells of the members that were encoded.
+
+    Raises:
+        ConfigError: buckets of other sizes have other numbers of them.
+    """
+    space, field = model.modalities[modality].space, data.fields[modality]
+    if not isinstance(space, GridSpace):
+        return
+    step = space.patch
+    if isinstance(field, LatentField):
+        factor = encoded.get(field.member, {}).get("factor")
+        if not isinstance(factor, int):
+            return
+        step *= factor
+    wanted = token_count(space)
+    for bucket in sorted(buckets):
+        height, width = (int(edge) for edge in bucket.split("x"))
+        count = height // step * (width // step)
+        if count != wanted:
+            raise ConfigError(
+                f"{address} has buckets ({bucket}: {count} features a sample), and alignment takes {wanted} of {modality}, as "
+                "for the model's own size; pack without buckets, or leave `alignment` out of the stages"
+            )
+
+
+def check_local_manifests(run: Run) -> None:
+    """`check_features` of the manifests on this machine, for every stage that aligns; others are checked as they are read.
+
+    Raises:
+        ConfigError: as `check_features`.
+    """
+    aligned = {stage.alignment.modality for stage in run.stages if stage.alignment}
+    if not aligned:
+        return
+    for address in run.data.sources.values():
+        manifest = _local_manifest(address)
+        for modality in sorted(aligned):
+            check_features(address, *_facts(manifest), run.data, run.model, modality)
+
+
+def _facts(manifest: Mapping[str, Any]) -> tuple[set[str], Mapping[str, Any]]:
+    """(buckets, what is told of encoded members); what has another form than a manifest's is passed over."""
+    shards, encoded = manifest.get("shards"), manifest.get("encoded")
+    buckets = {str(shard.get("bucket")) for shard in shards if isinstance(shard, dict)} if isinstance(shards, list) else set()
+    members = encoded.items() if isinstance(encoded, dict) else ()
+    return (
+        {bucket for bucket in buckets if re.fullmatch(r"[1-9]\d*x[1-9]\d*", bucket)},
+        {member: told for member, told in members if isinstance(told, dict)},
+    )
+
+
+def _local_manifest(address: str) -> dict[str, Any]:
+    """Empty where there is none that can be read, which is said where the shards are."""
+    address = address.removeprefix("file://")
+    if "://" in address:
+        return {}
+    path = Path(address)
+    try:
+        tree = json.loads((path if path.suffix == ".json" else path / _MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
