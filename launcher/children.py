@@ -118,8 +118,9 @@ def several(processes: int, arguments: Sequence[str]) -> int:
         if signals.received:
             print("megadiff: interrupted", file=sys.stderr, flush=True)
             return 128 + signals.received
-        if error.exists():
-            raise UserError(error.read_text(encoding="utf-8").strip())
+        # Where the disk is full the file may be there and empty.
+        if message := error.read_text(encoding="utf-8").strip() if error.exists() else "":
+            raise UserError(message)
         return next((abs(code) for code in codes if code), 0)
 
 

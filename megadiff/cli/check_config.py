@@ -27,10 +27,8 @@ def add(verbs: Verbs) -> None:
         "check-config",
         "check a run and print the numbers that follow from it",
         "Check a run file, and a DeepSpeed JSON against it, and print what follows for each stage: parameters in all and\n"
-        "per part, trained, idle (no loss reaches them: they stay as they are) and frozen, the batch equation, tokens and
-"
-        "FLOPs per sample, bytes per rank.
-"
+        "per part, trained, idle (no loss reaches them: they stay as they are) and frozen, the batch equation, tokens and\n"
+        "FLOPs per sample, bytes per rank.\n"
         "Reads no data (but a stage's `alignment` against the buckets of a manifest on this machine) and imports no torch.",
         EXAMPLES,
     )

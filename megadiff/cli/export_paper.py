@@ -25,8 +25,9 @@ def add(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from megadiff.interfaces import paper
+    from megadiff.interfaces import export, paper
 
-    paper.export_paper(arguments.run_folder, Path(arguments.out), arguments.weights)
+    with export.new_folder(Path(arguments.out)):
+        paper.export_paper(arguments.run_folder, Path(arguments.out), arguments.weights)
     print(f"export: {arguments.out}")
     return 0

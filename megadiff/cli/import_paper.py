@@ -44,11 +44,12 @@ def add(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from megadiff.interfaces import paper
+    from megadiff.interfaces import export, paper
 
     out = Path(arguments.out)
-    predicted = paper.import_paper(
-        arguments.weights, out, tokenizer=arguments.vocabulary, autoencoder=arguments.autoencoder, use=arguments.use
-    )
+    with export.new_folder(out):
+        predicted = paper.import_paper(
+            arguments.weights, out, tokenizer=arguments.vocabulary, autoencoder=arguments.autoencoder, use=arguments.use
+        )
     print(f"run: {out} (predicts {' and '.join(predicted)})")
     return 0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 
 from megadiff import __version__
@@ -48,14 +50,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         errors.say(error)
         return 2
+    except BrokenPipeError:  # the reader (head, less) has gone
+        _let_go_of_output()
+        return 141
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = error.filename or f"what it writes, or in {tempfile.gettempdir()}"
+        errors.say(UserError(f"there is no room for {where} ({error.strerror}); make some, and give the command again"))
+        _let_go_of_output()
+        return 2
     except KeyboardInterrupt:
         print("megadiff: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader (head, less) has gone; the interpreter's own flush at exit must not complain about it again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     return code
+
+
+def _let_go_of_output() -> None:
+    """What stdout still holds cannot be written: the interpreter's own flush at exit must not complain about it again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

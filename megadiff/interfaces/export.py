@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,10 +55,8 @@ def write(out: Path, exported: Exported) -> None:
     """Write an export; tokenizers and whatever else its fields name are copied beside the weights.
 
     Raises:
-        UserError: `out` is there already, or such a file is not.
+        UserError: `out` is there already or cannot be written, or such a file is not there.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is there already; name a new folder for the export")
     fields: dict[str, Any] = {}
     copies: dict[str, str] = {}
     for name, source in exported.data.fields.items():
@@ -64,13 +65,6 @@ def write(out: Path, exported: Exported) -> None:
             if (path := fields[name][key]) is not None:
                 fields[name][key] = copies.setdefault(path, f"{key}.{name}{Path(path).suffix}")
     contents = {name: store.read_bytes(path) for path, name in copies.items() if not Path(path).is_dir()}
-    out.mkdir(parents=True, exist_ok=True)
-    for path, name in copies.items():
-        if name in contents:
-            (out / name).write_bytes(contents[name])
-        else:
-            shutil.copytree(path, out / name)
-    save_file({name: tensor.contiguous() for name, tensor in exported.tensors.items()}, out / WEIGHTS)
     tree = {
         "format": FORMAT,
         "version": VERSION,
@@ -78,8 +72,58 @@ def write(out: Path, exported: Exported) -> None:
         "fields": fields,
         "predicted": list(exported.predicted),
     }
-    (out / CONFIG).write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
-    (out / CARD).write_text(exported.card, encoding="utf-8")
+    with new_folder(out):
+        for path, name in copies.items():
+            if name in contents:
+                (out / name).write_bytes(contents[name])
+            else:
+                shutil.copytree(path, out / name)
+        save_file({name: tensor.contiguous() for name, tensor in exported.tensors.items()}, out / WEIGHTS)
+        (out / CONFIG).write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+        (out / CARD).write_text(exported.card, encoding="utf-8")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[None]:
+    """A folder that is filled inside the block; if that fails, nothing stays, so that the same command can be given again.
+
+    Raises:
+        UserError: it is there already with something in it, or it cannot be written.
+    """
+    was_there = out.is_dir()
+    if out.exists() and (not was_there or any(out.iterdir())):
+        raise UserError(f"{out} is there already; name a new folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException as error:
+        _empty(out)
+        if not was_there and out.is_dir():
+            out.rmdir()
+        if reason := _unwritable(error, out):
+            raise UserError(
+                f"{out} cannot be written: {reason}; nothing of it is left, so mend that and give the command again"
+            ) from None
+        raise
+
+
+def _empty(folder: Path) -> None:
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _unwritable(error: BaseException, folder: Path) -> str:
+    """Why a file in the folder could not be written, if that is what went wrong."""
+    if isinstance(error, shutil.Error):  # of copying a folder: (from, to, why) for each of its files
+        return str(error.args[0][0][2])
+    if isinstance(error, OSError) and (error.filename is None or Path(error.filename).is_relative_to(folder)):
+        return error.strerror or str(error)
+    # Libraries in Rust (safetensors, tokenizers) raise errors of their own, and say it in words.
+    told = re.search(r"([^:(]+) \(os error \d+\)", str(error)) if isinstance(error, Exception) else None
+    return told[1].strip() if told else ""
 
 
 def read(folder: Path) -> Exported:

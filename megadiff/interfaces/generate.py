@@ -10,7 +10,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -150,7 +149,7 @@ def _open_folder(out: Path, identity: Mapping[str, Any]) -> None:
         if not path.exists():  # looked for after the listing: another process writes it before anything else
             if strangers:
                 raise UserError(f"--out {out} holds other files ({min(strangers)}); name a new folder")
-            _write_whole(path, json.dumps(identity, indent=1, ensure_ascii=False).encode())
+            store.write_bytes(str(path), json.dumps(identity, indent=1, ensure_ascii=False).encode())
         before = dict(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}; name another folder") from None
@@ -160,13 +159,6 @@ def _open_folder(out: Path, identity: Mapping[str, Any]) -> None:
     if differing:
         was, now = (json.dumps(tree.get(differing[0]), ensure_ascii=False) for tree in (before, identity))
         raise UserError(f"--out {out} holds samples of another request ({differing[0]}: {was}, now {now}); name a new folder")
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """A file is there whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_bytes(data)
-    aside.replace(path)
 
 
 @dataclass(frozen=True)
@@ -198,8 +190,9 @@ class _Writer:
             for name, members in shard.items():
                 for ending, data in members.items():
                     if ending != "json":
-                        _write_whole(self.out / f"{name}.{ending}", data)
-        _write_whole(self._records(number), json.dumps({"shard": entry, "records": lines}, ensure_ascii=False).encode())
+                        store.write_bytes(str(self.out / f"{name}.{ending}"), data)
+        chunk = json.dumps({"shard": entry, "records": lines}, ensure_ascii=False)
+        store.write_bytes(str(self._records(number)), chunk.encode())
 
     def read(self, number: int) -> tuple[ShardEntry | None, list[dict[str, Any]]]:
         tree = json.loads(self._records(number).read_text(encoding="utf-8"))
@@ -240,7 +233,7 @@ def _join(writer: _Writer, chunks: Sequence[Chunk], loaded: Loaded, identity: Ma
     if not records:
         raise UserError("not one sample could be read from --data; see the warnings above")
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for _, record in records)
-    _write_whole(writer.out / RECORDS, text.encode())
+    store.write_bytes(str(writer.out / RECORDS), text.encode())
     if writer.format == "tar":
         facts = {"request": dict(identity), "source": loaded.source}
         write_manifest(str(writer.out), Manifest(tuple(entry for entry, _ in parts if entry is not None), facts))
@@ -259,7 +252,7 @@ def _write_table(path: Path, records: Sequence[Mapping[str, Any]], columns: Mapp
     for record in records:
         cells = {**record["given"], **record["generated"]}
         rows.writerow([next(iter(cells[name].values())) if name in cells else "" for name in columns])
-    _write_whole(path, buffer.getvalue().encode())
+    store.write_bytes(str(path), buffer.getvalue().encode())
 
 
 def _write_sheet(writer: _Writer, task: Task, records: Sequence[tuple[int, Mapping[str, Any]]], loaded: Loaded) -> None:
@@ -270,7 +263,7 @@ def _write_sheet(writer: _Writer, task: Task, records: Sequence[tuple[int, Mappi
         cells.append(cell_of(task, shown))
     buffer = io.BytesIO()
     contact_sheet([Section(f"{task.name}, {loaded.source}", cells)]).save(buffer, "png")
-    _write_whole(writer.out / SHEET, buffer.getvalue())
+    store.write_bytes(str(writer.out / SHEET), buffer.getvalue())
 
 
 # -------------------------------------------------------------------------------------------------------------- progress

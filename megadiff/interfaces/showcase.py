@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from megadiff import rng
@@ -13,11 +14,13 @@ from megadiff.config.schema import CaptionField, ClassField, NumberField, Run, S
 from megadiff.data.codec import Codec
 from megadiff.data.loader import HeldOut, read_held_out
 from megadiff.diffusion.sampler import Conditions
+from megadiff.evaluation.data_pictures import png_bytes
 from megadiff.evaluation.gap import conditioning_gap
 from megadiff.evaluation.report import Section, contact_sheet
 from megadiff.evaluation.table import Table, compare, picture, table_of
 from megadiff.evaluation.tasks import JOINT, Task, cell_of, draw, find_task, progress_bar, tasks_of
 from megadiff.interfaces.weights import Loaded, load
+from megadiff.storage import store
 
 ROWS_AT_ONCE = 2000
 
@@ -43,9 +46,7 @@ def make_showcase(run: Run) -> int:
         raise UserError(f"showcase.gap_pairs is {rule.gap_pairs}, but the held-out data has {len(held.ids)} pairs")
     tasks = tasks_of(list(run.model.modalities), loaded.predicted)
     sections = [_section(loaded, task, rule, held, run.seed, device) for task in tasks]
-    path = run.paths.samples
-    contact_sheet(sections).save(path)
-    print(f"samples: {path}")
+    _write_sheet(run, contact_sheet(sections))
     fine = True
     states = {name: state.to(device) for name, state in held.states.items()}
     for target in loaded.predicted:
@@ -66,11 +67,15 @@ def _table(run: Run, rule: Showcase, loaded: Loaded, device: torch.device) -> in
     made = _rows({name: state.cpu() for name, state in drawn.items()}, codecs)
     sources = (next(iter(run.data.sources.values())), run.data.reference)
     real, held_out = (_rows(read_held_out(source, run.data, run.model, rule.rows).states, codecs) for source in sources)
-    path = run.paths.samples
-    picture(real, made).save(path)
-    print(f"samples: {path}")
+    _write_sheet(run, picture(real, made))
     print(compare(real, made, held_out), flush=True)
     return 0
+
+
+def _write_sheet(run: Run, sheet: Image.Image) -> None:
+    path = run.paths.samples
+    store.write_bytes(str(path), png_bytes(sheet))
+    print(f"samples: {path}")
 
 
 def _rows(states: Mapping[str, Tensor], codecs: Mapping[str, Codec]) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from megadiff.cli import check_config
 from megadiff.cli import main as cli
 from tests.minimal import ZERO3, minimal_run, tree, write_json, write_yaml
 
@@ -333,3 +335,52 @@ def test_alignment_over_buckets_of_other_sizes_is_one_mistake_before_anything_is
                 assert "has buckets (16x8: 8 features a sample), and alignment takes 4 of image" in said
                 assert cli.main([*command, f"data.train={address}"]) == 0
                 capsys.readouterr()
+
+
+# ------------------------------------------------------------------------------------------------------------ a full disk
+
+
+@pytest.mark.parametrize("path", [None, "/there/file"])
+def test_a_full_disk_is_one_sentence_whatever_was_written(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, path: str | None
+) -> None:
+    def run(_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *([path] if path else []))
+
+    monkeypatch.setattr(check_config, "run", run)
+    said = mistake(capsys, "check-config", "a.yaml")
+    assert f"no room for {path or 'what it writes'}" in said
+    assert "(No space left on device); make some, and give the command again" in said
+
+
+def test_other_errors_of_files_are_not_taken_for_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(check_config, "run", run)
+    with pytest.raises(OSError, match="Input/output error"):
+        cli.main(["check-config", "a.yaml"])
+
+
+def test_output_to_a_full_disk_is_one_sentence(run_file: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "megadiff", "check-config", run_file]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "No space left on device" in done.stderr
+
+
+@pytest.mark.parametrize("verb", ["import-paper", "export-paper"])
+def test_weights_that_cannot_be_written_whole_leave_nothing(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megadiff.interfaces import paper
+
+    def write(_: object, out: Path, *__: object, **___: object) -> None:
+        (out / "part").touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(paper, verb.replace("-", "_"), write)
+    assert "out cannot be written: No space left on device" in mistake(capsys, verb, "weights", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

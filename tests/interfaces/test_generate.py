@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -218,6 +219,24 @@ def test_16_bit_pictures_are_read_as_in_training(tmp_path):
     Image.fromarray(np.full((4, 4), 40000, dtype=np.uint16)).save(tmp_path / "deep.png")
     assert open_picture(str(tmp_path / "deep.png")).convert("RGB").getpixel((0, 0))[0] == 156
     assert open_picture(Image.open(tmp_path / "deep.png")).convert("RGB").getpixel((0, 0))[0] == 156
+
+
+@pytest.mark.parametrize("last", ["request.json", "000002.image.png", "000000.json", "samples.jsonl", "sheet.png"])
+def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on_once_there_is_room(exported, tmp_path, monkeypatch, last):
+    write = Path.write_bytes
+
+    def full(path, data):
+        write(path, data[:10])
+        if last in path.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(UserError, match=rf"{last} cannot be written: No space left"):
+            ask(exported, tmp_path / "out", n=5)
+    assert [path for path in (tmp_path / "out").rglob(".*") if path.name != ".parts"] == []
+    assert len(ask(exported, tmp_path / "out", n=5)) == 5
 
 
 def test_a_given_picture_is_turned_and_on_white_like_those_that_training_reads(exported, tmp_path):
