@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from megadiff.cli.arguments import Verbs, add_verb, positive
+from megadiff.cli.errors import enough_memory
 from megadiff.launcher.children import several
 
 if TYPE_CHECKING:
@@ -80,7 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
     from megadiff.distributed.ranks import Ranks
 
     ranks = Ranks.from_environment()
-    manifest = encode_shards(arguments.source, arguments.out, encoding_of(arguments), rank=ranks.rank, world=ranks.world)
+    with enough_memory("--size or --batch"):
+        manifest = encode_shards(arguments.source, arguments.out, encoding_of(arguments), rank=ranks.rank, world=ranks.world)
     if manifest is not None:
         left = manifest.facts.get("counts", {}).get("left out", 0)
         note = f"; {left:,} left out, see left_out.jsonl" if left else ""

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megadiff.cli.arguments import Verbs, add_verb, positive
+from megadiff.cli.errors import enough_memory
 from megadiff.config.errors import UserError
 from megadiff.config.schema import Sampling
 from megadiff.launcher.children import several
@@ -158,7 +159,9 @@ def run(arguments: argparse.Namespace) -> int:
     flags = {key: value for key, value in vars(arguments).items() if key not in own}
     given = {key: value for key, value in flags.items() if value is not None}
     fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
-    print(f"samples: {generate(GenerateRequest(**fields, sampling=sampling, repeat_prompt=repeat_prompt))}")
+    with enough_memory("--size or --batch"):
+        records = generate(GenerateRequest(**fields, sampling=sampling, repeat_prompt=repeat_prompt))
+    print(f"samples: {records}")
     return 0
 
 

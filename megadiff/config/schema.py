@@ -29,6 +29,8 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]
+"""Of guidance: what is multiplied by it stays a number."""
 
 
 class Section(BaseModel):
@@ -449,6 +451,10 @@ class Checkpointing(Section):
     """Checkpoints at multiples of this stay for good."""
 
 
+MOST_STEPS = 1_000_000
+"""Of sampling: their times must fit into memory."""
+
+
 class Sampling(Section):
     """How samples are drawn."""
 
@@ -482,17 +488,19 @@ class Sampling(Section):
     """Draw among the tokens that have at least this share of the likeliest one's probability."""
     resample: Positive = 1
     """How often a step is made, its noise put back between, where a part of a modality is known (RePaint, arXiv 2201.09865)."""
-    guidance: Annotated[float, Field(ge=0)] = 1.0
+    guidance: Weight = 1.0
     """w in w * conditional + (1 - w) * unconditional; 1 is none."""
     guidance_interval: tuple[Share, Share] = (0.0, 1.0)
     """Guide only while the time of the guided modality lies in it."""
     guidance_final_time: Share = 1.0
     """The unconditional branch noises the condition to max(this, its present time); below 1: noisy guidance."""
-    autoguidance: Annotated[float, Field(ge=0)] = 1.0
+    autoguidance: Weight = 1.0
     """v in v * this network + (1 - v) * a weaker one (arXiv 2406.02507), where a weaker one is given; 1 is none."""
 
     @model_validator(mode="after")
     def _options_go_together(self) -> Sampling:
+        if self.steps > MOST_STEPS:
+            raise ValueError(f"steps ({self.steps}) must be at most {MOST_STEPS:,}")
         if self.guidance_interval[0] > self.guidance_interval[1]:
             raise ValueError(f"guidance_interval {self.guidance_interval} must be (lower, upper)")
         if self.order_noise and self.order not in ("confidence", "entropy", "margin"):

@@ -12,7 +12,7 @@ from PIL import Image
 from megadiff.config.errors import UserError
 from megadiff.data.errors import SampleError
 
-_LONGEST_PX = 2**15
+LONGEST_PX = 2**15
 """A picture that is longer than this once its short edge fits is no picture of anything, and could take all memory."""
 
 
@@ -27,10 +27,12 @@ class Bucket(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Bucket:
-        """Raises UserError if it is not two positive whole numbers with an x between."""
+        """Raises UserError if it is not two positive whole numbers with an x between, or one is no picture's edge."""
         found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.strip())
         if found is None:
             raise UserError(f"{text!r} is no bucket; give HEIGHTxWIDTH in pixels, such as 512x768")
+        if max(len(found[1]), len(found[2])) > len(str(LONGEST_PX)) or max(int(found[1]), int(found[2])) > LONGEST_PX:
+            raise UserError(f"{text.strip()[:40]} is too large: no edge of a picture may have more than {LONGEST_PX} px")
         return cls(int(found[1]), int(found[2]))
 
 
@@ -61,8 +63,10 @@ def area_buckets(edge_px: int, step_px: int = 64, max_ratio: float = 2.0) -> Buc
     """Buckets of about edge x edge pixels, their edges multiples of `step_px`, with every aspect ratio up to `max_ratio`.
 
     Raises:
-        UserError: the step does not divide the edge, or the ratio is below 1.
+        UserError: the step does not divide the edge, an edge is too long, or the ratio is below 1.
     """
+    if edge_px > LONGEST_PX:
+        raise UserError(f"buckets of {edge_px} px are too large: no edge may have more than {LONGEST_PX} px")
     if edge_px % step_px:
         raise UserError(f"the buckets' step ({step_px} px) must divide their edge ({edge_px} px)")
     if max_ratio < 1:
@@ -83,7 +87,7 @@ def fit(picture: Image.Image, height: int, width: int) -> Image.Image:
         return picture
     factor = max(width / picture.width, height / picture.height)
     size = (max(width, round(picture.width * factor)), max(height, round(picture.height * factor)))
-    if max(size) > max(_LONGEST_PX, width, height):
+    if max(size) > max(LONGEST_PX, width, height):
         raise SampleError(f"it is {picture.width} x {picture.height} px, too thin to fill {width} x {height}")
     scaled = picture.resize(size, Image.Resampling.BICUBIC if factor > 1 else Image.Resampling.LANCZOS)
     left, top = (scaled.width - width) // 2, (scaled.height - height) // 2

@@ -50,7 +50,7 @@ def build_clip_tokenizer(vocabulary: Path) -> Tokenizer:
         merges, ids = _read(vocabulary)
     except FileNotFoundError as error:
         raise ConfigError(f"{error.filename} does not exist; give {_WAYS}") from None
-    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise ConfigError(f"{vocabulary} holds no CLIP vocabulary ({type(error).__name__}: {reason}); give {_WAYS}") from None
     tokens = [*_alphabet(), *(f"{byte}{WORD_END}" for byte in _alphabet()), *("".join(pair) for pair in merges), START, END]

@@ -81,7 +81,7 @@ def read_columns(address: str) -> Mapping[str, Column]:
             if len(column.values) != len(column.counts) or sum(column.counts) <= 0:
                 raise ValueError(f"column {name} has {len(column.values)} values and {len(column.counts)} counts")
         return columns
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise DataError(f"{address} is no {COLUMNS} ({reason}); make one with `megadiff data table`") from None
 
@@ -199,7 +199,7 @@ def _cell(members: Views, member: str, column: str) -> Any:
         return _row(data)[column]
     except KeyError:
         raise SampleError(f"its row has no column {column}") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise SampleError(f"its .{member} member holds no row: {error}") from None
 
 

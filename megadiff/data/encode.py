@@ -179,25 +179,22 @@ class CaptionCodec(Codec):
             UserError: it is too long.
         """
         pieces = re.split(r"_{3,}", " ".join(value.split()))
-        ids = self._start()
-        known = [True] * len(ids)
-        for number, piece in enumerate(pieces):
-            if number:
-                ids += [0] * blank_tokens
-                known += [False] * blank_tokens
-            text = f" {self.clean(piece)}" if piece.startswith(" ") else self.clean(piece)
-            found = self.tokenizer.encode(text, add_special_tokens=False).ids if text.strip() else []
-            ids += found
-            known += [True] * len(found)
         length, end, pad = self.space.length, self.space.end_id, self.space.pad_id
         closed = bool(pieces[-1].strip())
-        if closed and end is not None:
-            ids.append(end)
-            known.append(True)
-        if len(ids) > length:
+        marks = [end] if closed and end is not None else []
+        parts = [self._piece_ids(piece) for piece in pieces]
+        taken = len(self._start()) + sum(map(len, parts)) + (len(parts) - 1) * blank_tokens + len(marks)
+        if taken > length:
             raise UserError(
-                f"the text takes {len(ids)} tokens with its blanks, and the model's captions have {length}; shorten it"
+                f"the text takes {taken} tokens with its blanks, and the model's captions have {length}; shorten it"
             )
+        ids = [*self._start(), *parts[0]]
+        known = [True] * len(ids)
+        for part in parts[1:]:
+            ids += [0] * blank_tokens + part
+            known += [False] * blank_tokens + [True] * len(part)
+        ids += marks
+        known += [True] * len(marks)
         rest = length - len(ids)
         fill = pad if pad is not None else end if end is not None else 0
         return torch.tensor([*ids, *[fill] * rest]), torch.tensor([*known, *[closed] * rest], dtype=torch.bool)
@@ -211,6 +208,12 @@ class CaptionCodec(Codec):
         text: str = self.tokenizer.decode([i for i in ids if i not in hidden], skip_special_tokens=False)
         return text.strip()
 
+    def _piece_ids(self, piece: str) -> list[int]:
+        """The tokens of a text between two blanks."""
+        text = f" {self.clean(piece)}" if piece.startswith(" ") else self.clean(piece)
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids if text.strip() else []
+        return ids
+
     def _start(self) -> list[int]:
         return [] if self.space.start_id is None else [self.space.start_id]
 
@@ -219,9 +222,9 @@ def captions_of(members: Views, member: str) -> list[str]:
     """All captions in a member: json with a list under `captions`, else one text. Raises SampleError."""
     data = member_of(members, member)
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")
         captions = json.loads(text)["captions"] if member.endswith("json") else [text]
-    except (UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+    except (UnicodeDecodeError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SampleError(f"its .{member} member holds no captions: {type(error).__name__} {error}") from None
     if not isinstance(captions, list) or not captions or not all(isinstance(item, str) for item in captions):
         raise SampleError(f"`captions` in its .{member} member must be a list of texts, not empty")

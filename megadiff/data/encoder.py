@@ -141,7 +141,7 @@ class Encoder:
         edge = self.encoding.size
         if bucket is None and edge is None:
             raise UserError("the shards have no buckets: give --size PX, the edge to which pictures are scaled and cropped")
-        size = bucket or Bucket(edge or 0, edge or 0)
+        size = bucket or Bucket.parse(f"{edge}x{edge}")
         steps = [downscaling_of(self.autoencoder)] if self.autoencoder else []
         steps += [self.encoding.feature_stride] if self.vision else []
         for step in steps:

@@ -132,7 +132,7 @@ def texts_of(members: Views) -> list[str]:
 def row_of(members: Views) -> object:
     """What a sample's json holds. Raises SampleError if it is none."""
     try:
-        return json.loads(member_of(members, "json").decode("utf-8"))
+        return json.loads(member_of(members, "json").decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise SampleError(f"its .json member is no JSON: {error}") from None
 

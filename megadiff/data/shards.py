@@ -89,7 +89,7 @@ def read_manifest(address: str) -> Manifest:
             raise ValueError("`samples` must be whole numbers")
         if not _types_of(shards, "bytes") <= {int} or not _types_of(shards, "name") | _types_of(shards, "sha256") <= {str}:
             raise ValueError("`name` and `sha256` must be texts, `bytes` a whole number")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise DataError(f"{address} is no manifest of shards ({reason}); make one with `megadiff data index FOLDER`") from None
     manifest = Manifest(shards, {key: value for key, value in tree.items() if key not in ("format", "version", "shards")})

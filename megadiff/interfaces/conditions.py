@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,8 @@ from megadiff.interfaces.request import GenerateRequest
 from megadiff.interfaces.weights import Loaded
 
 DEFAULT_COUNT = 16
+MOST_SAMPLES = 10_000_000
+"""Of one request without a data set: each is an object, and a file."""
 LONGEST_LABEL = 60
 """Bytes of a prompt's or picture's name in a file's."""
 
@@ -106,6 +108,7 @@ class Planner:
         if uneven := [name for name, values in sources.items() if len(values) not in (1, several)]:
             raise UserError(f"{', '.join(uneven)} must be one or as many as the others ({several})")
         per_source = request.n or (1 if sources else DEFAULT_COUNT)
+        _check_count(several * per_source)
         items, picks = [], []
         for number in range(several * per_source):
             index = number // per_source
@@ -188,6 +191,7 @@ class Planner:
         if headless := [name for name in open_parts if name not in self.loaded.predicted]:
             raise UserError(f"this model cannot make {', '.join(headless)}; it predicts {', '.join(self.loaded.predicted)}")
         task = inpainting([name for name in parts if name not in open_parts], list(open_parts))
+        _check_count(request.n or 1)
         items = [Item(number, f"{number:06d}", shown) for number in range(request.n or 1)]
 
         def load(part: slice) -> tuple[list[Item], Conditions]:
@@ -314,11 +318,13 @@ def read_prompts(path: str) -> list[tuple[str, str]]:
         UserError: the file is missing or has another form.
     """
     try:
-        tree = json.loads(Path(path).read_text(encoding="utf-8"))
+        tree = json.loads(Path(path).read_bytes().decode("utf-8-sig"), object_pairs_hook=_each_once)
     except OSError as error:
         raise UserError(f"--prompts {path} cannot be read: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--prompts {path} is not JSON: {error}") from None
+    except _Twice as twice:
+        raise UserError(f"--prompts {path} has the key {twice} twice; name each caption differently") from None
     if isinstance(tree, dict) and isinstance(tree.get("text"), list):
         tree = tree["text"]
     pairs = list(enumerate(tree)) if isinstance(tree, list) else list(tree.items()) if isinstance(tree, dict) else []
@@ -327,6 +333,17 @@ def read_prompts(path: str) -> list[tuple[str, str]]:
             f'--prompts {path} must be a list of captions, {{"id": "caption"}}, or {{"text": [captions]}}, and not empty'
         )
     return [(str(label), text) for label, text in pairs]
+
+
+class _Twice(Exception):
+    """A key of a JSON object that has another value already."""
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        raise _Twice(json.dumps(next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)))
+    return tree
 
 
 def read_rows(path: str, columns: Mapping[str, str]) -> list[dict[str, str]]:
@@ -365,6 +382,11 @@ def repeated_to_fill(codec: CaptionCodec, prompt: str) -> str:
     """A prompt as often as its tokens need to fill the context (short captions leave it mostly padding)."""
     once = max(len(codec.tokenizer.encode(prompt, add_special_tokens=False).ids), 1)
     return " ".join([prompt] * -(-codec.space.length // once))
+
+
+def _check_count(count: int) -> None:
+    if count > MOST_SAMPLES:
+        raise UserError(f"{count:,} samples are too many for one folder; draw at most {MOST_SAMPLES:,}, and others with --seed")
 
 
 def _parts(count: int, size: int) -> list[slice]:

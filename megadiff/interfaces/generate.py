@@ -153,7 +153,7 @@ def _open_folder(out: Path, identity: Mapping[str, Any]) -> None:
         before = dict(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}; name another folder") from None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise UserError(f"{path} is damaged; name a new folder") from None
     differing = [key for key in identity if before.get(key) != identity[key]]
     if differing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,7 +99,24 @@ def _of_size(loaded: Loaded, size: Bucket) -> Model:
             raise UserError(f"--size {size} must be made of multiples of {step} pixels for {name}")
         grid = space.model_copy(update={"height": size.height // factor, "width": size.width // factor})
         modalities[name] = modality.model_copy(update={"space": grid})
+        needed, there = _least_bytes(grid, loaded.model.width), _memory()
+        if needed > there:
+            much = f"{needed / 2**30:,.0f} GiB for one picture, and there are {there / 2**30:,.0f}"
+            raise UserError(f"--size {size} takes at least {much}; take a smaller one")
     return loaded.model.model_copy(update={"modalities": modalities})
+
+
+def _least_bytes(space: GridSpace, width: int) -> int:
+    """What one sample takes at least, in float32: its state, a prediction, and one attention's input, q, k and v."""
+    places = space.height * space.width
+    return 4 * (2 * space.channels * places + 4 * width * (places // space.patch**2))
+
+
+def _memory() -> int:
+    """Bytes of the device that samples are drawn on."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _with_autoencoder(data: Data, folder: str) -> Data:

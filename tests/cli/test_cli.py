@@ -14,6 +14,8 @@ import pytest
 
 from megadiff.cli import check_config
 from megadiff.cli import main as cli
+from megadiff.cli.errors import enough_memory
+from megadiff.config.errors import UserError
 from tests.minimal import ZERO3, minimal_run, tree, write_json, write_yaml
 
 ROOT = Path(__file__).parents[2]
@@ -384,3 +386,24 @@ def test_weights_that_cannot_be_written_whole_leave_nothing(
     monkeypatch.setattr(paper, verb.replace("-", "_"), write)
     assert "out cannot be written: No space left on device" in mistake(capsys, verb, "weights", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- no memory
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+        RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+    ],
+)
+def test_what_takes_more_memory_than_there_is_is_one_sentence(error: Exception) -> None:
+    with pytest.raises(UserError, match="not enough memory for this; take a smaller --batch"), enough_memory("--batch"):
+        raise error
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), enough_memory("--batch"):
+        raise RuntimeError("shapes do not fit")

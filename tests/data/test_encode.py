@@ -44,6 +44,11 @@ def read_state(codec: PixelCodec, picture: Image.Image) -> torch.Tensor:
     return codec.encode(codec.read({"png": buffer.getvalue()}, 0))
 
 
+def test_a_caption_member_that_is_nested_too_deeply_costs_its_sample_alone() -> None:
+    with pytest.raises(SampleError, match="holds no captions: RecursionError"):
+        CAPTIONS.read({"json": b"[" * 100_000}, 0)
+
+
 # ------------------------------------------------------------------------------------------------------------- pictures
 
 

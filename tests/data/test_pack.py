@@ -22,7 +22,7 @@ from PIL import Image
 
 from megadiff.config.errors import UserError
 from megadiff.data import pack as packing_module
-from megadiff.data.buckets import Bucket, Buckets
+from megadiff.data.buckets import Bucket, Buckets, area_buckets
 from megadiff.data.pack import Columns, Packing, Transformed, expand, key_of, kind_of, left_out, open_source, pack, unit_samples
 from megadiff.data.recipes.sam_llava import read_list
 from megadiff.data.shards import Manifest, Members, Shard, read_manifest
@@ -760,6 +760,14 @@ def _pack_on_s3(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize("edge", [2**15 + 1, 10**12])
+def test_buckets_end_where_pictures_do(edge: int) -> None:
+    with pytest.raises(UserError, match="too large"):
+        area_buckets(edge)
+    with pytest.raises(UserError, match="too large"):
+        Bucket.parse(f"{edge}x1")
 
 
 def test_another_folder_is_asked_for(folder: Path, tmp_path: Path) -> None:

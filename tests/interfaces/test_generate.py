@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from pydantic import ValidationError
 
 from megadiff.config.errors import UserError
 from megadiff.config.schema import Sampling
 from megadiff.data.shards import Shard, read_manifest
 from megadiff.evaluation.tasks import draw
 from megadiff.interfaces import generate as module
-from megadiff.interfaces.conditions import Planner, keys_of
+from megadiff.interfaces import weights
+from megadiff.interfaces.conditions import Planner, keys_of, read_prompts
 from megadiff.interfaces.generate import generate
 from megadiff.interfaces.request import GenerateRequest
 from megadiff.interfaces.weights import load
@@ -387,3 +389,74 @@ def test_pictures_of_another_size_where_positions_are_not_learned(exported, tmp_
     assert [pixels(path).shape for path in drawn] == [(16, 48, 3)] * 2
     with pytest.raises(UserError, match="--size 20x32 must be made of multiples of 8 pixels for image"):
         ask(exported, tmp_path / "odd", size="20x32")
+
+
+# ------------------------------------------------------------------------------------------------- files and numbers
+
+
+def prompts_of(path: Path, text: str | bytes) -> list[tuple[str, str]]:
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return read_prompts(str(path))
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize(
+    ("text", "pairs"),
+    [
+        ('["a", "b"]', [("0", "a"), ("1", "b")]),
+        ('{"x": "a", "y": "a"}', [("x", "a"), ("y", "a")]),
+        ('{"text": ["a"]}', [("0", "a")]),
+    ],
+)
+def test_prompts_come_in_three_forms_with_or_without_a_byte_order_mark(tmp_path, text, pairs, mark):
+    assert prompts_of(tmp_path / "p.json", mark + text) == pairs
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[" * 100_000, "is not JSON: maximum recursion depth"),
+        ("[" + "9" * 5000 + "]", "is not JSON: Exceeds the limit"),
+        ('{"a": "one", "b": "two", "a": "three"}', 'has the key "a" twice; name each caption differently'),
+        ('{"text": ["one"], "text": ["two"]}', 'has the key "text" twice'),
+        ('[{"a": 1, "a": 2}]', 'has the key "a" twice'),
+        ("[", "is not JSON"),
+        (b"\xff[]", "is not JSON"),
+        ("[1]", "must be a list of captions"),
+        ("[]", "must be a list of captions"),
+        ("7", "must be a list of captions"),
+    ],
+)
+def test_prompts_that_cannot_be_taken_are_one_sentence(tmp_path, text, sentence):
+    with pytest.raises(UserError) as error:
+        prompts_of(tmp_path / "p.json", text)
+    assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"size": "100000x100000"}, "100000x100000 is too large: no edge of a picture may have more than 32768 px"),
+        ({"size": f"{'9' * 5000}x32"}, "is too large: no edge of a picture"),
+        ({"size": "32768x32768"}, "--size 32768x32768 takes at least"),
+        ({"n": 10**23}, "samples are too many for one folder; draw at most 10,000,000"),
+        ({"task": "inpaint", "prompt": ("a ___",), "n": 10**12}, "samples are too many for one folder"),
+        ({"task": "inpaint", "prompt": ("a ___",), "blank_tokens": 10**12}, "takes 1000000000001 tokens with its blanks"),
+    ],
+)
+def test_numbers_that_nothing_could_hold_are_one_sentence(exported, tmp_path, monkeypatch, fields, sentence):
+    monkeypatch.setattr(weights, "_memory", lambda: 8 * 2**30)
+    with pytest.raises(UserError) as error:
+        ask(exported, tmp_path / "out", **fields)
+    assert sentence in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fields", [{"steps": 10**23}, {"steps": 10**12}, {"guidance": 1e308}, {"autoguidance": 1e308}])
+def test_sampling_options_end_where_their_numbers_do(fields):
+    with pytest.raises(ValidationError):
+        Sampling(**fields)
+
+
+def test_a_batch_may_be_larger_than_anything(exported, tmp_path):
+    assert len(ask(exported, tmp_path / "out", n=2, batch=10**23)) == 2

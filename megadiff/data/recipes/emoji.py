@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from megadiff.config.errors import UserError
+from megadiff.data.buckets import LONGEST_PX
 from megadiff.data.claims import HELD_OUT, RECIPE, TRAIN, claim
 from megadiff.data.encode import normalise
 from megadiff.data.pictures import flat, open_picture
@@ -144,6 +145,8 @@ def make_emoji(
     unknown = [name for name in sets if name not in SETS]
     if unknown or not sets:
         raise UserError(f"unknown emoji set {', '.join(unknown) or '(none is named)'}; known: {', '.join(SETS)}")
+    if size > LONGEST_PX:
+        raise UserError(f"size ({size}) is too large: no edge of a picture may have more than {LONGEST_PX} px")
     if vocabulary < SMALLEST_VOCABULARY:
         raise UserError(
             f"vocabulary ({vocabulary}) has no room for every byte and two marks; it must be at least {SMALLEST_VOCABULARY}"
