@@ -249,7 +249,7 @@ def undecodable(ending: str, content: bytes) -> str:
             if values.dtype.kind in "fc" and not np.isfinite(values).all():
                 return f"{int((~np.isfinite(values)).sum()):,} of its {values.size:,} numbers are not finite"
         elif kind == "json":
-            json.loads(content.decode("utf-8"))
+            json.loads(content.decode("utf-8-sig"))
         elif kind == "txt":
             content.decode("utf-8")
     except SampleError as error:

@@ -44,6 +44,13 @@ def read_state(codec: PixelCodec, picture: Image.Image) -> torch.Tensor:
     return codec.encode(codec.read({"png": buffer.getvalue()}, 0))
 
 
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_byte_order_mark_is_no_token(mark: bytes) -> None:
+    codec = CaptionCodec(CaptionField(tokenizer=str(TOKENIZER), member="txt"), WORDS)
+    assert (codec.encode(codec.read({"txt": mark + b"red heart"}, 0)) == CAPTIONS.encode("red heart")).all()
+    assert CAPTIONS.read({"json": mark + b'{"captions": ["red heart"]}'}, 0) == "red heart"
+
+
 def test_a_caption_member_that_is_nested_too_deeply_costs_its_sample_alone() -> None:
     with pytest.raises(SampleError, match="holds no captions: RecursionError"):
         CAPTIONS.read({"json": b"[" * 100_000}, 0)
