@@ -16,7 +16,7 @@ from megadiff.launcher.devices import find_devices, processes_for
 
 EXAMPLES = """\
   megadiff check-config configs/run/quickstart.yaml
-  megadiff check-config configs/run/paper.yaml --deepspeed ds_configs/zero3.json --processes 64
+  megadiff check-config configs/run/quickstart.yaml --deepspeed ds_configs/zero3.json --processes 2
   megadiff check-config configs/run/quickstart.yaml --json stages.joint.steps=500
 """
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -407,3 +409,26 @@ def test_what_takes_more_memory_than_there_is_is_one_sentence(error: Exception) 
 def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
     with pytest.raises(RuntimeError, match="shapes"), enough_memory("--batch"):
         raise RuntimeError("shapes do not fit")
+
+
+# ------------------------------------------------------------------------------------------------------------- examples
+
+
+def test_every_file_of_ours_that_an_example_names_is_there() -> None:
+    texts = [cli.EXAMPLES]
+    parsers = [cli.parser()]
+    while parsers:
+        parser = parsers.pop()
+        texts.append(parser.epilog or "")
+        for action in parser._actions:
+            parsers += action.choices.values() if isinstance(action, argparse._SubParsersAction) else []
+    named = set(re.findall(r"(?:configs|ds_configs|examples|tests)/[\w./-]+", " ".join(texts)))
+    assert {"configs/run/quickstart.yaml", "ds_configs/zero3.json"} <= named
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_the_examples_of_check_config_are_sound(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    for line in check_config.EXAMPLES.splitlines():
+        assert cli.main(line.split()[1:]) == 0, line
+    assert capsys.readouterr().err == ""
