@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megadiff.config.errors import UserError
 from megadiff.launcher.children import ERROR_FILE
 
 

@@ -26,10 +26,12 @@ from megadiff.engine.posthoc import Combination, Profile, combine, reconstruct, 
 from megadiff.interfaces import export
 from megadiff.interfaces.card import model_card
 from megadiff.models.mmdit import MMDiT, build_model, part_of
+from megadiff.storage import store
 from megadiff.training.stages import newest_checkpoint
 from megadiff.types import ALIGNMENT
 
 HUB = "hf:"
+AUTOENCODER = "autoencoder"
 LONGEST_EMA = 0.29
 """Relative standard deviations of power-function profiles end at sqrt(1/12), where they are flat."""
 
@@ -175,7 +177,39 @@ def _exported(reader: CheckpointReader, read: Callable[[str], torch.Tensor], sho
     needed = [name for name in reader.manifest.parameters if part_of(name) != ALIGNMENT]  # that part is for training only
     card = model_card(run, stage, step=reader.manifest.progress["optimizer_step"], weights=shown)
     tensors = {name: read(name) for name in needed}
-    return export.Exported(run.model, run.data, derived.predicted(stage), tensors, card)
+    return export.Exported(run.model, _with_own_files(run.data, reader.folder), derived.predicted(stage), tensors, card)
+
+
+def _with_own_files(data: Data, checkpoint: Path) -> Data:
+    """The data section with its tokenizers and the like where they are found, whatever folder this program is started in.
+
+    A run names them relative to the folder that it was trained in, which is mostly one above its own.
+
+    Raises:
+        UserError: one is nowhere.
+    """
+    fields = {}
+    for name, field in data.fields.items():
+        paths = {key: path for key in field.FILES if (path := getattr(field, key)) is not None and store.is_local(path)}
+        found = {key: _nearest(path, checkpoint) for key, path in paths.items()}
+        for key, path in found.items():
+            if path is None and key != AUTOENCODER:  # that one has a flag, and is not always needed
+                above = list(checkpoint.absolute().parents)[:3][-1]
+                raise UserError(
+                    f"{checkpoint} needs the {key} of {name}, {paths[key]}, which lies neither in this folder nor in {above} "
+                    "or above; start where the run was trained, or copy the file there"
+                )
+        fields[name] = field.model_copy(update={key: path for key, path in found.items() if path is not None})
+    return data.model_copy(update={"fields": fields})
+
+
+def _nearest(path: str, checkpoint: Path) -> str | None:
+    """A file or folder by the name that a run gives it: beside the checkpoint or in a folder above it, else in this folder."""
+    named = store.local_path(path)
+    above = [folder / named for folder in checkpoint.absolute().parents]
+    # What import-paper writes lies in the run's own folder, which may have been moved since.
+    own = [folder / named.name for folder in list(checkpoint.absolute().parents)[:3]] if named.is_absolute() else []
+    return next((str(candidate) for candidate in (*above, *own, named) if candidate.exists()), None)
 
 
 def export_average(source: str, out: str, length: float, stage_name: str | None) -> Combination:

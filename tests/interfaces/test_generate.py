@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from pydantic import ValidationError
 
 from megadiff.config.errors import UserError
-from megadiff.config.schema import Sampling
+from megadiff.config.schema import Data, Run, Sampling
 from megadiff.data.shards import Shard, read_manifest
 from megadiff.evaluation.tasks import draw
 from megadiff.interfaces import generate as module
@@ -392,6 +392,37 @@ def test_pictures_of_another_size_where_positions_are_not_learned(exported, tmp_
 
 
 # ------------------------------------------------------------------------------------------------- files and numbers
+
+
+@pytest.mark.parametrize("where", ["project/data/t.json", "project/runs/r/data/t.json", "elsewhere/data/t.json"])
+def test_what_a_run_names_is_found_from_any_folder(tiny, tmp_path, monkeypatch, where):
+    checkpoint = tmp_path / "project/runs/r/joint/checkpoints/step_00000001"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / where).parent.mkdir(parents=True)
+    (tmp_path / where).touch()
+    (tmp_path / "elsewhere").mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = weights._with_own_files(naming(tiny, "data/t.json"), checkpoint)
+    assert Path(found.fields["text"].tokenizer).samefile(tmp_path / where)
+
+
+def test_the_files_of_a_run_go_before_those_of_the_folder_that_one_happens_to_be_in(tiny, tmp_path, monkeypatch):
+    for folder in ("project", "elsewhere"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "t.json").touch()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = weights._with_own_files(naming(tiny, "t.json"), tmp_path / "project/runs/r/joint/checkpoints/step_00000001")
+    assert found.fields["text"].tokenizer == str(tmp_path / "project/t.json")
+
+
+def test_what_a_run_names_and_is_nowhere_is_one_sentence_without_flags_that_are_not_there(tiny, tmp_path):
+    with pytest.raises(UserError, match=r"needs the tokenizer of text, data/none.json, which lies neither .* nor in \S+/r or"):
+        weights._with_own_files(naming(tiny, "data/none.json"), tmp_path / "r/joint/checkpoints/step_00000001")
+
+
+def naming(run: Run, tokenizer: str) -> Data:
+    text = run.data.fields["text"].model_copy(update={"tokenizer": tokenizer})
+    return run.data.model_copy(update={"fields": {**run.data.fields, "text": text}})
 
 
 def prompts_of(path: Path, text: str | bytes) -> list[tuple[str, str]]:

@@ -133,6 +133,14 @@ def test_run_checkpoint_and_export_load_to_the_same_outputs(run, tmp_path):
     assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in found[0])
 
 
+def test_a_run_that_was_moved_brings_its_tokenizer_along(snapshot, words, tmp_path):
+    import_paper(snapshot, tmp_path / "first", tokenizer=words, autoencoder=None)
+    (tmp_path / "first").rename(tmp_path / "moved")
+    loaded = load(str(tmp_path / "moved"))
+    assert loaded.data.fields["text"].tokenizer == str(tmp_path / "moved/tokenizer.json")
+    assert loaded.codecs()["text"].encode("a") is not None
+
+
 def test_the_run_has_the_settings_of_the_released_code(run):
     stored = load_run(run / "run.yaml")
     stage = stored.stages[0]
