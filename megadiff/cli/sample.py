@@ -27,9 +27,14 @@ EXAMPLES = """\
 
 SAMPLING = (
     ("steps", positive, "N", "sampling steps (default: 50)"),
-    ("grid", str, "NAME", "where steps lie: auto, uniform, square, karras, shifted (default: auto)"),
+    ("grid", str, "NAME", "where steps lie: auto, uniform, square, karras, shifted, paper (default: auto)"),
     ("grid_shift", float, "S", "of the shifted grid: t = S u / (1 + (S - 1) u) (default: 3)"),
-    ("solver", str, "NAME", "of pictures and numbers: heun, euler, dpmpp_2m, sde_euler, sde_dpmpp_2m (default: heun)"),
+    (
+        "solver",
+        str,
+        "NAME",
+        "of pictures and numbers: heun, heun_time, euler, dpmpp_2m, sde_euler, sde_dpmpp_2m (default: heun)",
+    ),
     (
         "order",
         str,
@@ -141,7 +146,7 @@ def _add_condition(group: Any) -> None:
     )
     group.add_argument("--condition-time", metavar="T", type=float, help="hold conditions noised to time T (default: 0, clean)")
     group.add_argument(
-        "--repeat-prompt", action="store_true", default=None, help="repeat a caption until it fills the context (the paper)"
+        "--repeat-prompt", action="store_true", default=None, help="give a caption ten times over, where it fits (the paper)"
     )
     group.add_argument("--autoencoder", metavar="FOLDER", help="of a model of latents: a diffusers AutoencoderKL")
     group.add_argument("--size", metavar="HxW", help="of pictures in pixels (default: the model's), such as 512x768")

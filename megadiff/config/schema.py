@@ -459,13 +459,15 @@ class Sampling(Section):
     """How samples are drawn."""
 
     steps: Positive = 50
-    grid: Literal["auto", "uniform", "square", "karras", "shifted"] = "auto"
+    grid: Literal["auto", "uniform", "square", "karras", "shifted", "paper"] = "auto"
     """Where the steps lie between t = 1 and 0: evenly; evenly in sqrt(t); evenly in (sigma / alpha)^(1/7); pushed towards 1 by
-    `grid_shift`. auto: square where a vp modality is generated, else uniform."""
+    `grid_shift`; evenly from 1 to 1e-5, and then to 0 (the paper). auto: square where a vp modality is generated, else uniform.
+    """
     grid_shift: Annotated[float, Field(gt=0)] = 3.0
     """Of the shifted grid: t = s u / (1 + (s - 1) u)."""
-    solver: Literal["euler", "heun", "dpmpp_2m", "sde_euler", "sde_dpmpp_2m"] = "heun"
-    """For Gaussian modalities."""
+    solver: Literal["euler", "heun", "heun_time", "dpmpp_2m", "sde_euler", "sde_dpmpp_2m"] = "heun"
+    """For Gaussian modalities. heun steps along sigma / (alpha + sigma); heun_time along t itself (the paper), for grids that
+    come close to 0."""
     order: Literal["ancestral", "tau_leaping", "first_hitting", "confidence", "entropy", "margin", "threshold"] = "ancestral"
     """When categorical positions become visible. ancestral: by the exact reverse process; tau_leaping: by rates held fixed over
     a step (the paper); first_hitting: one at a time at exact times, whatever `steps` (ancestral beside a Gaussian modality);

@@ -170,6 +170,26 @@ class Gaussian:
         clean, noise = self.clean_and_noise(prediction, state, times)
         return noise - clean
 
+    def time_slope(self, prediction: Tensor, state: Tensor, times: Tensor) -> Tensor:
+        """The derivative of the state in t itself along the probability-flow ODE: alpha'(t) clean + sigma'(t) noise."""
+        clean, noise = self.clean_and_noise(prediction, state, times)
+        of_clean, of_noise = self._rates(times)
+        return _wide(of_clean) * clean + _wide(of_noise) * noise
+
+    def _rates(self, times: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha'(t), sigma'(t)), [B] each; sigma' of vp grows without bound towards t = 0, and is cut off there."""
+        match self.config.schedule:
+            case "vp":
+                root = BETA_START**0.5 + (BETA_END**0.5 - BETA_START**0.5) * times
+                alpha = self.alpha(times)
+                of_alpha = -0.5 * DISCRETE_STEPS * root**2 * alpha
+                return of_alpha, -alpha * of_alpha / self.sigma(times).clamp_min(1e-6)
+            case "cosine":
+                return -0.5 * math.pi * self.sigma(times), 0.5 * math.pi * self.alpha(times)
+            case "rectified_flow":
+                rate = self.config.shift / (1 + (self.config.shift - 1) * times) ** 2
+                return -rate, rate
+
     def integrate(self, state: Tensor, times: Tensor, earlier: Tensor, slope: Tensor) -> Tensor:
         """One step of the probability-flow ODE from `times` to `earlier` with a constant slope.
 

@@ -21,6 +21,7 @@ from megadiff.diffusion.build import build_processes
 from megadiff.diffusion.gaussian import Gaussian
 from megadiff.diffusion.guidance import Guided
 from megadiff.diffusion.solvers import FirstHitting, Solver, Step, build_solver
+from megadiff.diffusion.times import SMALLEST_TIME
 from megadiff.types import Denoiser
 
 States = dict[str, Tensor]
@@ -159,6 +160,8 @@ class Sampler:
         match kind:
             case "square":
                 even = even**2
+            case "paper":
+                even[:-1] = torch.linspace(1.0, SMALLEST_TIME, self.sampling.steps, dtype=torch.float64)
             case "shifted":
                 even = self.sampling.grid_shift * even / (1 + (self.sampling.grid_shift - 1) * even)
             case "karras" if gaussian:

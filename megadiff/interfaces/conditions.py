@@ -32,6 +32,7 @@ from megadiff.data.encode import CaptionCodec, unknown_region
 from megadiff.data.loader import Shuffled
 from megadiff.diffusion.sampler import Conditions, Known, Sampler
 from megadiff.evaluation.tasks import IMPUTE, Task, find_task, inpainting
+from megadiff.interfaces.presets import PROMPT_REPEATS
 from megadiff.interfaces.request import GenerateRequest
 from megadiff.interfaces.weights import Loaded
 
@@ -264,7 +265,7 @@ class Planner:
     def _state(self, name: str, value: Any) -> Tensor:
         codec = self.codecs[name]
         if self.request.repeat_prompt and isinstance(codec, CaptionCodec):
-            value = repeated_to_fill(codec, value)
+            value = " ".join([value] * PROMPT_REPEATS)
         return self._limited(name, codec.encode(value))
 
     def _taken(self, name: str, state: Tensor) -> Tensor:
@@ -376,12 +377,6 @@ def open_picture(path: str | Image.Image) -> Image.Image:
         return pictures.plain(path) if isinstance(path, Image.Image) else pictures.open_picture(path)
     except pictures.UNREADABLE as error:
         raise UserError(f"{path} cannot be read as a picture: {error}") from None
-
-
-def repeated_to_fill(codec: CaptionCodec, prompt: str) -> str:
-    """A prompt as often as its tokens need to fill the context (short captions leave it mostly padding)."""
-    once = max(len(codec.tokenizer.encode(prompt, add_special_tokens=False).ids), 1)
-    return " ".join([prompt] * -(-codec.space.length // once))
 
 
 def _check_count(count: int) -> None:

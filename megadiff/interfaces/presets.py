@@ -8,7 +8,10 @@ from typing import Any
 INPAINT_RESAMPLE = 4
 """How often in-painting makes each step unless told otherwise."""
 
-PAPER = {"steps": 50, "solver": "heun", "grid": "uniform", "order": "tau_leaping"}
+PROMPT_REPEATS = 10
+"""How often `repeat_prompt` gives a caption, as far as the context holds it: so often as the paper's code does."""
+
+PAPER = {"steps": 50, "solver": "heun_time", "grid": "paper", "order": "tau_leaping"}
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     # The recipe of the paper's FID: its README's command for COCO's captions.

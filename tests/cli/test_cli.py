@@ -256,7 +256,7 @@ def test_the_flags_of_sample_are_the_fields_of_the_request(monkeypatch: pytest.M
     assert (asked.prompt, asked.repeat_prompt) == (("cat",), True)
     sampling = asked.sampling
     assert (sampling.guidance, sampling.guidance_interval, sampling.top_p) == (2.0, (0.3, 0.8), 0.5)
-    assert (sampling.order, sampling.grid, sampling.steps) == ("tau_leaping", "uniform", 50)
+    assert (sampling.order, sampling.grid, sampling.steps) == ("tau_leaping", "paper", 50)
 
 
 def test_an_interruption_exits_with_130_and_no_traceback(

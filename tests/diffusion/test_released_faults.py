@@ -244,6 +244,16 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> Loaded:
     return Loaded(run.model, run.data, tuple(run.model.modalities), None, "test", "hash", "card")
 
 
+@pytest.mark.parametrize("prompt", ["a", "cat", "a red heart on a green apple"])
+def test_a_repeated_prompt_stands_there_ten_times_and_no_more(untrained, prompt):
+    request = GenerateRequest(checkpoint="", task="text-to-image", out="", prompt=(prompt,), repeat_prompt=True)
+    codec = untrained.codecs()["text"]
+    (chunk,) = Planner(request, untrained, untrained.codecs()).chunks()
+    ids = codec.ids(" ".join([prompt] * 10))
+    assert len(ids) == 10 or prompt != "a"
+    assert chunk.load()[1].given["text"][0].tolist() == [*ids[:15], 1, *[0] * (15 - len(ids))]
+
+
 @pytest.mark.parametrize("repeat", [False, True])
 def test_s5_a_limit_of_the_context_is_the_smaller_of_two_lengths(untrained, repeat):
     """S5: max in place of min makes every limit below the context's 16 tokens do nothing."""
@@ -365,7 +375,7 @@ def test_s9_sigma_near_0_has_the_digits_of_float32(time):
         assert released != pytest.approx(truth, rel=1e-5)
 
 
-@pytest.mark.parametrize("solver", sorted(CONTINUOUS))
+@pytest.mark.parametrize("solver", sorted(CONTINUOUS.keys() - {"heun_time"}))  # which is the paper's
 @pytest.mark.parametrize(("schedule", "target"), KINDS)
 def test_s9_the_step_to_0_multiplies_no_error_of_the_network(schedule, target, solver):
     """S9: an error e in the last prediction moves the result by at most about e, however small the noise in that step."""
