@@ -21,10 +21,11 @@ def joint_attention(streams: Sequence[Projected]) -> list[Tensor]:
     """Every token attends to every visible token of every modality; the scale is 1 / sqrt(d).
 
     Runs in the dtype of its inputs (SDPA keeps its softmax in float32), queries and keys are normalised and turned in float32.
-    Where nothing is hidden no mask tensor exists, so that the mask-free kernels can be taken.
+    Where nothing is hidden no mask tensor exists, so that the mask-free kernels can be taken. A sample whose keys are all
+    hidden attends to nothing: zero.
 
     Args:
-        streams: per modality its projections. Every sample needs at least one visible key among all modalities.
+        streams: per modality its projections.
 
     Returns:
         Per modality [B, S, H, d], packed ones [R, H, d]; zero where a span says that there is no token.
@@ -32,8 +33,13 @@ def joint_attention(streams: Sequence[Projected]) -> list[Tensor]:
     query, key, value = (
         torch.cat(parts, 1).transpose(1, 2) for parts in zip(*(_heads(stream) for stream in streams), strict=True)
     )
-    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=_key_mask(streams, query.device)).transpose(1, 2)
-    places = torch.split(attended, [stream.span.longest for stream in streams], dim=1)
+    mask = _key_mask(streams, query.device)
+    if mask is None:
+        attended = F.scaled_dot_product_attention(query, key, value)
+    else:
+        blind = ~mask.any(-1, keepdim=True)  # a softmax over no key is not a number, nor is its gradient
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask | blind).masked_fill(blind, 0.0)
+    places = torch.split(attended.transpose(1, 2), [stream.span.longest for stream in streams], dim=1)
     return [_rows_of(dense, stream) for dense, stream in zip(places, streams, strict=True)]
 
 

@@ -34,9 +34,7 @@ class Masked:
     def visible(self, state: Tensor, times: Tensor) -> Tensor | None:
         if self.config.padding != "pad_id" or self.space.pad_id is None:
             return None
-        hidden = state == self.space.pad_id
-        hidden[:, 0] = False  # a softmax over no key is not a number
-        return ~hidden
+        return state != self.space.pad_id
 
     def lengths(self, state: Tensor, times: Tensor) -> Tensor | None:
         return clean_lengths(state, times, self.space) if self.config.padding == "after_end" else None

@@ -322,11 +322,13 @@ def test_in_pad_id_mode_every_visible_pad_is_hidden_at_any_time_and_a_masked_one
     assert visible.tolist() == [[True, True, False, True]] * 2
 
 
-def test_no_sample_has_all_its_keys_hidden():
-    visible = masked(length=4, pad_id=3, padding="pad_id").visible(torch.full((2, 4), 3), torch.zeros(2))
+def test_a_pad_is_hidden_in_the_first_place_too_as_in_the_papers_network():
+    visible = masked(length=4, pad_id=3, padding="pad_id").visible(torch.tensor([[3, 0, 1, 3], [3, 3, 3, 3]]), torch.zeros(2))
     assert visible is not None
-    assert visible[:, 0].all()
-    assert not visible[:, 1:].any()
+    assert visible.tolist() == [[False, True, True, False], [False] * 4]
+
+
+def test_a_condition_has_at_least_one_position():
     lengths = masked(length=4, end_id=3).lengths(torch.full((2, 4), 3), torch.zeros(2))
     assert lengths is not None
     assert lengths.tolist() == [1, 1]

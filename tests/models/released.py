@@ -187,10 +187,10 @@ def _attention(state: State, config: Config, attn: str, xs: Sequence[Tensor], vi
     parts = [_queries_keys_values(state, config, attn, m, x) for m, x in enumerate(xs)]
     query, key, value = (torch.cat(same, dim=2) for same in zip(*parts, strict=True))
     scores = torch.matmul(query, key.transpose(2, 3)) / math.sqrt(config.head_dim)
-    # open: a row without any visible key (a text of pads only, in the text tower); here it sees all keys evenly
     scores = torch.where(visible[:, None, None, :], scores, torch.finfo(scores.dtype).min)
     weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True))
     mixed = torch.matmul(weights / weights.sum(dim=-1, keepdim=True), value)  # [B, heads, N, head_dim]
+    mixed = mixed * visible.any(dim=1)[:, None, None, None]  # without any visible key (a text of pads alone): nothing
     merged = mixed.transpose(1, 2).reshape(mixed.shape[0], mixed.shape[2], -1)
     pieces = torch.split(merged, [x.shape[1] for x in xs], dim=1)
     return [_linear(state, f"{attn}.to_out.{m}", piece, bias=False) for m, piece in enumerate(pieces)]

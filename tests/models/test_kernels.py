@@ -66,6 +66,20 @@ def test_tokens_that_are_not_there_are_neither_seen_nor_computed(packed):
     assert packed or not found[1][~there].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_sample_whose_keys_are_all_hidden_attends_to_nothing(dtype):
+    visible = torch.ones(3, 5, dtype=torch.bool)
+    visible[1] = False
+    (words,) = random_streams((5,), (visible,))
+    words = words._replace(qkv=words.qkv.to(dtype).requires_grad_())
+    (attended,) = joint_attention([words])
+    attended.square().sum().backward()
+    assert not attended[1].any()
+    assert not words.qkv.grad[1].any()
+    assert attended[[0, 2]].all()
+    assert words.qkv.grad.isfinite().all()
+
+
 def test_no_mask_exists_when_everything_is_visible():
     streams = [stream._replace(qkv=stream.qkv.float()) for stream in random_streams((3, 5), (None, None))]
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):

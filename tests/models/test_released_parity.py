@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megadiff.config.schema import Model
+from megadiff.diffusion.build import build_processes
 from megadiff.models.mmdit import build_model
 from megadiff.models.official import from_official, model_from_config
 from megadiff.types import Dense, Noised
@@ -37,12 +38,14 @@ def our_config(released: Config) -> Model:
 
 
 @pytest.mark.parametrize("dims", [(32, 32), (24, 40), (48, 16)])
-def test_imported_weights_compute_what_the_description_says(dims: tuple[int, int]) -> None:
+@pytest.mark.parametrize("pads", [slice(0), slice(0, 1), slice(0, 3), slice(0, 6)], ids=["none", "first", "leading", "all"])
+def test_imported_weights_compute_what_the_description_says(dims: tuple[int, int], pads: slice) -> None:
     given = replace(CONFIG, dims=dims)
     state = random_state(given, seed=0)
     torch.manual_seed(1)
     ids, image = torch.randint(0, 49000, (4, 6)), torch.randn(4, 4, 8, 8)
     ids[0, 3:], ids[1, 2:] = CONFIG.pad_id, 49408
+    ids[2:, pads] = CONFIG.pad_id
     text_time, image_std = torch.tensor([0.2, 0.7, 0.99, 0.01]), torch.tensor([0.1, 0.5, 0.9, 0.99])
     eps, logs = forward(state, given, ids, text_time, image, image_std)
     tensors = {name: tensor for name, tensor in state.items() if name != "text_pos_embed"}
@@ -50,9 +53,8 @@ def test_imported_weights_compute_what_the_description_says(dims: tuple[int, int
     config = our_config(given)
     model = build_model(config, ["text", "image"])
     model.load_state_dict(from_official(tensors, config))
-    noised = Noised(
-        {"text": ids, "image": image}, {"text": text_time, "image": image_std}, {"text": ids != CONFIG.pad_id, "image": None}
-    )
+    visible = build_processes(config)["text"].visible(ids, text_time)
+    noised = Noised({"text": ids, "image": image}, {"text": text_time, "image": image_std}, {"text": visible, "image": None})
     with torch.no_grad():
         ours = model(noised, {"text": Dense(), "image": Dense()})
     assert (ours["image"] - eps).abs().max() < 1e-5
