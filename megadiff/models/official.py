@@ -87,7 +87,9 @@ def from_official(tensors: Mapping[str, Tensor], model: Model) -> dict[str, Tens
 
 
 def to_official(ours: Mapping[str, Tensor], model: Model) -> dict[str, Tensor]:
-    """Our tensors under the released names, with the fixed positions and with what stands there under two names.
+    """Our tensors under the released names, with the fixed positions; what has two names there stands under the first alone.
+
+    So a safetensors file wants it: loading refuses one that holds a shared tensor twice.
 
     Raises:
         UserError: names or shapes are not those of `model`, or its network is not of the released kind.
@@ -98,12 +100,7 @@ def to_official(ours: Mapping[str, Tensor], model: Model) -> dict[str, Tensor]:
     _check(_shapes(_meta_parameters(model, predicted)), ours, "the weights do not fit their configuration")
     theirs = _exported(list(_rules(model, predicted)), ours)
     theirs[POSITIONS] = _positions(model, torch.device("cpu"))
-    repeated = {
-        f"{match[1]}to_post_branch_gammas_{match[2]}.2.{match[3]}": tensor.clone()  # safetensors refuses shared memory
-        for name, tensor in theirs.items()
-        if (match := re.fullmatch(r"(.*cond_dict\.)cond_linear_(\d+)\.(weight|bias)", name))
-    }
-    return {**theirs, **repeated}
+    return theirs
 
 
 def predicted_of(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:

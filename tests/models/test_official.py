@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from safetensors.torch import load_model, save_file
 
 from megadiff.config.errors import UserError
 from megadiff.config.schema import Model
@@ -104,6 +105,31 @@ def released_shapes(config):
                 linear(shapes, f"{block}.feedforwards.{number}.ff.0.0", 4 * width, width)
                 linear(shapes, f"{block}.feedforwards.{number}.ff.2", width, 4 * width)
     return shapes
+
+
+def under_one_name(released):
+    """Without the second names of shared tensors, as safetensors writes a network."""
+    return {name: value for name, value in released.items() if "to_post_branch_gammas" not in name}
+
+
+def as_modules(state):
+    """A network with the released names, in which the gates' linear map is one module under two names."""
+    network = torch.nn.Module()
+    for name, tensor in under_one_name(state).items():
+        *path, last = name.split(".")
+        module = network
+        for part in path:
+            if not hasattr(module, part):
+                module.add_module(part, torch.nn.Module())
+            module = getattr(module, part)
+        module.register_parameter(last, torch.nn.Parameter(torch.zeros_like(tensor)))
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            if name.startswith("cond_linear_"):
+                branch = torch.nn.Module()
+                branch.add_module("2", child)
+                module.add_module(name.replace("cond_linear", "to_post_branch_gammas"), branch)
+    return network
 
 
 def released_state(config=None, seed=0):
@@ -267,7 +293,7 @@ def test_there_and_back_no_bit_changes(changes):
     back = to_official(ours, model)
     given, made = theirs.pop("pos_embed"), back.pop("pos_embed")
     torch.testing.assert_close(given, made, rtol=0, atol=1e-6)
-    assert equal(back, theirs)
+    assert equal(back, under_one_name(theirs))
     assert equal(from_official({**back, "pos_embed": given}, model), ours)
 
 
@@ -275,6 +301,15 @@ def test_from_our_side_and_back_no_bit_changes():
     model = model_from_config(SMALL)
     ours = {name: torch.randn_like(p) for name, p in build_model(model, ["text", "image"]).named_parameters()}
     assert equal(from_official(to_official(ours, model), model), ours)
+
+
+def test_a_class_with_the_released_names_loads_an_export_strictly(tmp_path):
+    model, state = model_from_config(SMALL), released_state()
+    save_file({name: t.contiguous() for name, t in to_official(from_official(state, model), model).items()}, tmp_path / "w")
+    network = as_modules(state)
+    assert set(network.state_dict()) == set(state)
+    load_model(network, tmp_path / "w", strict=True)
+    assert equal({**network.state_dict(), "pos_embed": state["pos_embed"]}, state)
 
 
 def test_no_exported_tensors_share_memory():
@@ -288,8 +323,8 @@ def test_the_paper_model_has_the_released_names_and_shapes():
     with torch.device("meta"):
         ours = {name: p.detach() for name, p in build_model(model, ["text", "image"]).named_parameters()}
     made = to_official(ours, model)
-    assert {name: tuple(tensor.shape) for name, tensor in made.items()} == released_shapes(PAPER)
-    once = [tensor for name, tensor in made.items() if name != "pos_embed" and "to_post_branch" not in name]
+    assert {name: tuple(tensor.shape) for name, tensor in made.items()} == under_one_name(released_shapes(PAPER))
+    once = [tensor for name, tensor in made.items() if name != "pos_embed"]
     assert sum(tensor.numel() for tensor in once) == sum(tensor.numel() for tensor in ours.values()) == 578_329_873
 
 
