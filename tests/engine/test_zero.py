@@ -155,7 +155,7 @@ def test_a_run_killed_and_resumed_repeats_the_uninterrupted_curve_to_the_bit(tmp
 
 
 def test_a_checkpoint_in_which_idle_weights_were_trained_is_gone_on_from(one_rank: dict[str, Any], tmp_path: Path) -> None:
-    """As every version up to 0.1 wrote them: with moments and averages, and decayed."""
+    """As such checkpoints were written before: with moments and averages, and decayed."""
     shutil.copytree(one_rank["folder"] / "first", tmp_path / "first")
     (tmp_path / "first/DONE").unlink()
     newest = CheckpointsFolder(tmp_path / "first/checkpoints").newest()
