@@ -22,6 +22,7 @@ EXAMPLES = """\
   megadiff data pack "s3://bucket/laion/{00000..00127}.tar" s3://bucket/packed --bucket-area 512 --processes 8
   megadiff data pack train-*.parquet data/pairs --image-column image --caption-column text
   megadiff data pack sa1b.txt data/sam --captions sam_llava.parquet --size 512 --processes 4
+  megadiff data pack Diffuse-Everything/datasets data/sam
 """
 
 
@@ -38,12 +39,15 @@ def add(actions: Verbs) -> None:
         "source",
         metavar="SOURCE",
         nargs="+",
-        help="a folder of pictures with .txt or .json beside them; Parquet or JSONL files; tars or a folder of them; or a list "
-        "of lines name.tar<TAB>URL",
+        help="a folder of pictures with .txt or .json beside them; Parquet or JSONL files; tars or a folder of them; a list of "
+        "lines name.tar<TAB>URL; or a folder that the paper's scripts have encoded (images/, tokens/, all_indexes.npy)",
     )
     parser.add_argument("out", metavar="OUT", help="a folder, or an s3:// address")
     parser.add_argument(
-        "--kind", choices=("auto", "folder", "table", "tars", "sam-llava"), default="auto", help="of SOURCE (default: auto)"
+        "--kind",
+        choices=("auto", "folder", "table", "tars", "sam-llava", "paper"),
+        default="auto",
+        help="of SOURCE (default: auto); paper: encoded by the paper's scripts",
     )
     parser.add_argument("--captions", metavar="TABLE", help="sam-llava: JSON, JSONL or Parquet of pictures' names and captions")
     parser.add_argument("--image-column", metavar="NAME", help="of a table (default: image, image_path, path, url, jpg, png)")

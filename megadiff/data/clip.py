@@ -22,7 +22,9 @@ from megadiff.config.errors import ConfigError
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 MERGES = 49152 - 256 - 2
-"""How many of the published merges CLIP uses (the file holds more): with 2 x 256 bytes and 2 marks these are 49,408 ids."""
+"""How many of the published merges CLIP uses (the file holds more)."""
+VOCABULARY = 2 * 256 + MERGES + 2
+"""Its ids: the bytes, alone and at the end of a word, the merges, and the two marks: 49,408."""
 _SPACE = "Ġ"
 """How a blank is written in the alphabet of bytes."""
 _PIECES = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"

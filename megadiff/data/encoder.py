@@ -124,7 +124,7 @@ class Encoder:
         if self.tokenizer:
             for key, members in samples.items():
                 try:
-                    made[key][TOKENS] = _npy(self._tokens(members))
+                    made[key][TOKENS] = npy_bytes(self._tokens(members))
                 except SampleError as error:
                     faults[key] = str(error)
         if self.autoencoder or self.vision:
@@ -154,10 +154,7 @@ class Encoder:
         clean = CLEANING[self.encoding.cleaning]
         captions = [clean(caption) for caption in captions_of(members, self.encoding.captions)]
         ids = [found.ids for found in self.tokenizer.encode_batch(captions, add_special_tokens=False)]
-        filled = np.full((len(ids), max(map(len, ids))), NO_TOKEN, dtype=np.int32)
-        for row, found in zip(filled, ids, strict=True):
-            row[: len(found)] = found
-        return filled
+        return filled_up(ids)
 
     def _pictures(self, samples: Mapping[str, Views], size: Bucket, faults: dict[str, str]) -> Iterator[tuple[str, Members]]:
         """Decode on threads two batches ahead, and encode batch by batch; what cannot be decoded goes to `faults`."""
@@ -262,10 +259,19 @@ def _put(made: Sequence[Members], ending: str, values: Tensor) -> None:
     for members, value in zip(made, values.to(torch.float16).cpu().numpy(), strict=True):
         if not np.isfinite(value).all():
             raise UserError(f"{ending} holds numbers that float16 cannot; with --precision bf16, try fp32")
-        members[ending] = _npy(value)
+        members[ending] = npy_bytes(value)
 
 
-def _npy(array: Array) -> bytes:
+def filled_up(captions: Sequence[Sequence[int]]) -> Array:
+    """Captions' ids as int32 [captions, longest], filled up with -1."""
+    filled = np.full((len(captions), max(map(len, captions))), NO_TOKEN, dtype=np.int32)
+    for row, ids in zip(filled, captions, strict=True):
+        row[: len(ids)] = ids
+    return filled
+
+
+def npy_bytes(array: Array) -> bytes:
+    """An array as a member holds it."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()

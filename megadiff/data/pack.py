@@ -32,7 +32,7 @@ from megadiff.data.threads import in_order
 from megadiff.data.units import Done, run_units
 from megadiff.storage import store
 
-KINDS = ("folder", "table", "tars", "sam-llava")
+KINDS = ("folder", "table", "tars", "sam-llava", "paper")
 PICTURES = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif")
 """Endings of files and members that are taken for pictures."""
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
@@ -93,6 +93,15 @@ class Raw:
     read: Callable[[], bytes]
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """A sample that is written as it is; origin and source as above, `read` gives its members. Raises LeaveOut."""
+
+    origin: str
+    source: str
+    read: Callable[[], Members]
+
+
 class Source(Protocol):
     """One kind of raw data, cut into units."""
 
@@ -111,7 +120,7 @@ class Source(Protocol):
     def threads(self) -> int:
         """How many pictures are read at once; above 1 where reading is waiting."""
 
-    def samples(self, unit: int) -> Iterator[Raw | LeftOut]:
+    def samples(self, unit: int) -> Iterator[Raw | Encoded | LeftOut]:
         """A unit's samples, always in the same order. Raises DataError, StorageError."""
 
 
@@ -185,8 +194,12 @@ def pack(
         The manifest of all shards on rank 0, which waits for the others; None elsewhere.
 
     Raises:
-        UserError: the source is at fault, `out` holds something else, or not one sample is left, in all or on one side.
+        UserError: the source is at fault, `out` holds something else, or not one sample is left, in all or on one side; or the
+            source is encoded, and something is to be done to its pictures.
     """
+    plain = Packing(shard_samples=packing.shard_samples, held_out_share=packing.held_out_share)
+    if source.kind == "paper" and (transform is not None or packing != plain):
+        raise UserError("a source of kind paper is encoded already; leave out what pictures are scaled, chosen and encoded by")
     job = {"source": source.kind, **source.identity, **packing.record(), **(identity or {})}
     all_facts = {"source_kind": source.kind, **(facts or {})}
     manifest = run_units(
@@ -289,8 +302,13 @@ def unit_samples(packing: Packing) -> int:
 # ------------------------------------------------------------------------------------------------------------ a sample
 
 
-def prepare(raw: Raw, packing: Packing) -> Prepared | LeftOut:
+def prepare(raw: Raw | Encoded, packing: Packing) -> Prepared | LeftOut:
     """A sample's members and bucket, or why it is left out."""
+    if isinstance(raw, Encoded):
+        try:
+            return Prepared(key_of(raw.origin), raw.read(), None)
+        except LeaveOut as fault:
+            return LeftOut(raw.source, *fault.args)
     captions = clean(raw.captions)
     if not captions:
         return LeftOut(raw.source, NO_CAPTION)
@@ -386,7 +404,7 @@ def _make(source: Source, unit: int, out: str, packing: Packing, transform: Tran
             row.written += 1
         row.waiting.clear()
 
-    def work(sample: Raw | LeftOut) -> Prepared | LeftOut:
+    def work(sample: Raw | Encoded | LeftOut) -> Prepared | LeftOut:
         return sample if isinstance(sample, LeftOut) else prepare(sample, packing)
 
     with tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY_BYTES) as spill:
@@ -516,7 +534,7 @@ def open_source(
 
     kind = kind_of(sources[0]) if kind == "auto" else kind
     columns = columns or Columns()
-    if kind in ("folder", "sam-llava") and len(sources) > 1:
+    if kind in ("folder", "sam-llava", "paper") and len(sources) > 1:
         raise UserError(f"--kind {kind} takes one source, and {len(sources)} are given: {', '.join(sources[:3])}")
     if captions is not None and kind != "sam-llava":
         raise UserError(f"--captions goes with --kind sam-llava, and {sources[0]} is of kind {kind}; leave it out")
@@ -526,6 +544,10 @@ def open_source(
         )
     if kind == "folder":
         return FolderSource(sources[0], unit_samples)
+    if kind == "paper":
+        from megadiff.data.recipes.encoded import EncodedSource  # which needs torch
+
+        return EncodedSource(sources[0], unit_samples)
     if kind == "table":
         return RowsSource(sources, unit_samples, columns.image, columns.caption)
     if kind == "tars":
@@ -540,6 +562,8 @@ def kind_of(source: str) -> str:
     from megadiff.data.recipes.rows import LINES, PARQUET
 
     address = expand(source)[0]
+    if is_encoded(address):
+        return "paper"
     if (kind := _kind_of_name(address, PARQUET + LINES)) is not None:
         return kind
     names = store.list_names(address)
@@ -552,6 +576,11 @@ def kind_of(source: str) -> str:
     if not store.is_local(source):
         raise UserError(f"{source} holds neither .tar files nor tables; name what should be read, or its --kind")
     return "folder"
+
+
+def is_encoded(folder: str) -> bool:
+    """Whether a folder looks like one that the paper's scripts have made."""
+    return store.is_local(folder) and all((store.local_path(folder) / name).is_dir() for name in ("images", "tokens"))
 
 
 def _kind_of_name(name: str, tables: tuple[str, ...]) -> str | None:
