@@ -8,10 +8,13 @@ from pathlib import Path
 from megadiff.cli.arguments import Verbs, add_verb
 
 _GO_ON = """\
-To train on from them, write a run whose model is configs/model/paper.yaml and whose first stage has
-  initialise: {source: OUT/released/checkpoints/step_00000000, weights: ema}
-(and `new: [text]` if the weights have no text tower and the stage predicts text). Its data fields are those of OUT/run.yaml,
-its data.train the manifest of your shards of latents and captions."""
+A snapshot that holds AdamW's moments is imported whole: plain and averaged weights, moments, step, and the optimizer's
+settings. Name the manifest of your shards of latents and captions under data.train in OUT/run.yaml, look at the stage's steps,
+batch and losses there, and `megadiff launch OUT/run.yaml --deepspeed DS.json` goes on where the snapshot ended.
+
+To train on from the weights alone, write a run whose model is that of OUT/run.yaml and whose first stage has
+  initialise: {source: OUT/released/checkpoints/step_N, weights: ema}
+(and `new: [text]` if the weights have no text tower and the stage predicts text). Its data fields are those of OUT/run.yaml."""
 
 
 def add(verbs: Verbs) -> None:
@@ -39,17 +42,25 @@ def add(verbs: Verbs) -> None:
         metavar="FOLDER",
         help="a local folder with the latents' autoencoder (stabilityai/sd-vae-ft-mse), to read and show pictures",
     )
-    parser.add_argument("--use", choices=("ema", "raw"), default="ema", help="a snapshot's weights to take (default: ema)")
+    parser.add_argument(
+        "--use",
+        choices=("ema", "raw"),
+        help="take these weights of a snapshot and nothing else (default: all that it holds, where it has AdamW's moments; "
+        "else ema)",
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from megadiff.interfaces import export, paper
+    from megadiff.interfaces.weights import checkpoint_of
 
     out = Path(arguments.out)
     with export.new_folder(out):
         predicted = paper.import_paper(
             arguments.weights, out, tokenizer=arguments.vocabulary, autoencoder=arguments.autoencoder, use=arguments.use
         )
-    print(f"run: {out} (predicts {' and '.join(predicted)})")
+    step = checkpoint_of(arguments.out).manifest.progress["optimizer_step"]
+    goes_on = f"; training goes on at step {step:,}" if step else ""
+    print(f"run: {out} (predicts {' and '.join(predicted)}{goes_on})")
     return 0

@@ -306,7 +306,7 @@ def prepare(raw: Raw | Encoded, packing: Packing) -> Prepared | LeftOut:
     """A sample's members and bucket, or why it is left out."""
     if isinstance(raw, Encoded):
         try:
-            return Prepared(key_of(raw.origin), raw.read(), None)
+            return Prepared(key_of(raw.origin), raw.source, raw.read(), None)
         except LeaveOut as fault:
             return LeftOut(raw.source, *fault.args)
     captions = clean(raw.captions)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megadiff.config.derived import is_trained
 from megadiff.config.errors import UserError
 from megadiff.config.load import dump_run
 from megadiff.config.schema import (
@@ -32,14 +33,19 @@ from megadiff.config.schema import (
 from megadiff.data.clip import build_clip_tokenizer
 from megadiff.engine import checkpoint
 from megadiff.engine.checkpoint import Manifest, tensor_key
+from megadiff.interfaces.snapshot import WARMUP_STEPS, TrainingState, training_state
 from megadiff.interfaces.weights import load, local_path
 from megadiff.models import official
-from megadiff.models.official import IMAGE, TEXT
+from megadiff.models.mmdit import part_of
+from megadiff.models.official import IMAGE, POSITIONS, TEXT
 
-STAGE = "released"
+STAGE, EMA = "released", "main"
 CONFIG, WEIGHTS, NETWORK = "config.json", "model.safetensors", "mmdit.yaml"
 TOKENIZER = "tokenizer.json"
 NO_DATA = "no_training_data_named"
+_OPTIMIZER = Optimizer(
+    learning_rate=2e-4, betas=(0.9, 0.9), weight_decay=0.03, decay_all=True, warmup_steps=WARMUP_STEPS, gradient_clip=1.0
+)
 _PACKAGES = {"open_clip": "open_clip_torch", "clip": "clip-anytorch"}
 """Packages that hold CLIP's vocabulary, with the names under which they are installed."""
 _VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
@@ -48,26 +54,37 @@ _PREFIXES = ("module.", "_orig_mod.", "net.")
 
 
 def import_paper(
-    weights: str | Path, out: Path, *, tokenizer: str | None, autoencoder: str | None, use: Literal["ema", "raw"] = "ema"
+    weights: str | Path,
+    out: Path,
+    *,
+    tokenizer: str | None,
+    autoencoder: str | None,
+    use: Literal["ema", "raw"] | None = None,
 ) -> tuple[str, ...]:
-    """Write released weights as the run folder `out`, with one finished stage; returns the modalities that it predicts.
+    """Write released weights as the run folder `out`, with one stage; returns the modalities that it predicts.
+
+    A snapshot with AdamW's moments is taken whole: plain and averaged weights, moments and step; the stage goes on from them
+    once the run's data is named. Of anything else the averaged weights are taken, and the stage is done.
 
     Args:
         weights: a Hugging Face folder (config.json, model.safetensors), hf:ORG/NAME (such a folder in a Hugging Face
             repository), or a snapshot (.pt) of the released code.
         tokenizer: CLIP's vocabulary (see data.clip.build_clip_tokenizer); None takes that of an installed open_clip or clip.
         autoencoder: a local folder with the autoencoder of the latents; it can be named later as well.
-        use: which weights of a snapshot.
+        use: these weights of a snapshot, and nothing else.
 
     Raises:
-        UserError: the weights are not the released network's, the vocabulary does not fit, or `out` is not empty.
+        UserError: the weights are not the released network's, a snapshot's optimizer does not fit them, the vocabulary does not
+            fit, or `out` is not empty.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already; name a new folder for the run")
     path = local_path(weights)
-    tensors, given = _read_folder(path, use) if path.is_dir() else _read_snapshot(path, use)
+    snapshot: Mapping[str, Any] = {} if path.is_dir() else _load_snapshot(path)
+    tensors, given = _read_folder(path, use) if path.is_dir() else _read_snapshot(path, snapshot, use or "ema")
+    training = _training(path, snapshot) if use is None else None
     model = official.model_from_config({**official.config_from_tensors(tensors), **given})
-    ours = {name: tensor.float() for name, tensor in official.from_official(tensors, model).items()}
+    stored = _stored(tensors, training, model)
     words = build_clip_tokenizer(Path(tokenizer) if tokenizer else _installed_vocabulary())
     vocabulary = official.vocabulary(model)
     if words.get_vocab_size() != vocabulary:
@@ -78,11 +95,13 @@ def import_paper(
     headless = [name for name, modality in model.modalities.items() if modality.tower_depth and name not in predicted]
     if headless or not predicted:
         raise UserError(f"{weights} has no {' and no '.join(headless or (TEXT, IMAGE))} head; the file is not whole")
-    run = _run(model, predicted, out, None if autoencoder is None else str(Path(autoencoder).absolute()))
+    run = _run(model, predicted, out, None if autoencoder is None else str(Path(autoencoder).absolute()), training)
+    _check_frozen(stored, run.stages[0])
     out.mkdir(parents=True, exist_ok=True)
     words.save(str(out / TOKENIZER))
-    _write_checkpoint(run, ours)
-    run.paths.stage(run.stages[0].name).done.touch()
+    _write_checkpoint(run, stored, training)
+    if training is None or training.optimizer_step >= run.stages[0].steps:
+        run.paths.stage(run.stages[0].name).done.touch()
     run.paths.run.write_text(dump_run(run), encoding="utf-8")
     return predicted
 
@@ -107,8 +126,8 @@ def export_paper(source: str, out: Path, weights: Literal["ema", "raw"] = "ema")
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def _read_folder(folder: Path, use: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if use != "ema":
+def _read_folder(folder: Path, use: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if use == "raw":
         raise UserError(f"{folder} holds one set of weights; --use {use} is for a snapshot (.pt)")
     path = folder / WEIGHTS
     if not path.exists():
@@ -122,15 +141,18 @@ def _read_folder(folder: Path, use: str) -> tuple[dict[str, Tensor], dict[str, A
     return _plain_names(tensors), _config_beside(folder)
 
 
-def _read_snapshot(path: Path, use: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A dict with the state dicts `model` and `ema`, or one state dict alone."""
+def _load_snapshot(path: Path) -> Any:
     try:
-        snapshot = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; give a Hugging Face folder, hf:ORG/NAME or a snapshot (.pt)") from None
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is no snapshot that can be read without running code out of it: {reason}") from None
+
+
+def _read_snapshot(path: Path, snapshot: Any, use: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A dict with the state dicts `model` and `ema`, or one state dict alone."""
     key = {"ema": "ema", "raw": "model"}[use]
     found = snapshot if _is_state(snapshot) else snapshot.get(key) if isinstance(snapshot, Mapping) else None
     if found is None or not _is_state(found):
@@ -140,6 +162,14 @@ def _read_snapshot(path: Path, use: str) -> tuple[dict[str, Tensor], dict[str, A
 
 
 _OTHER = {"ema": "raw", "raw": "ema"}
+
+
+def _training(path: Path, snapshot: Any) -> TrainingState | None:
+    """What training goes on from, of a snapshot that has it."""
+    if not isinstance(snapshot, Mapping) or not _is_state(snapshot.get("model")):
+        return None
+    weights, _ = _read_snapshot(path, snapshot, "raw")
+    return training_state(snapshot, weights)
 
 
 def _is_state(found: Any) -> bool:
@@ -187,40 +217,85 @@ def _installed_vocabulary() -> Path:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def _run(model: Model, predicted: tuple[str, ...], out: Path, autoencoder: str | None) -> Run:
-    """The run that these weights could have come from, with the settings of the released code."""
+def _stored(tensors: Mapping[str, Tensor], training: TrainingState | None, model: Model) -> dict[str, dict[str, Tensor]]:
+    """Our tensors by the kind under which a checkpoint holds them; of weights alone only those."""
+
+    def ours(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.float() for name, tensor in official.from_official(theirs, model).items()}
+
+    if training is None:
+        return {"weight": ours(tensors)}
+    moments = {}
+    for kind, given in training.moments.items():
+        nothing = {name: torch.zeros(tensors[name].shape) for name in official.parameter_names(tensors)}
+        moments[kind] = ours({**nothing, **given, POSITIONS: tensors[POSITIONS]})
+    return {"weight": ours(training.weights), **moments, f"ema.{EMA}": ours(tensors)}
+
+
+def _check_frozen(stored: Mapping[str, Mapping[str, Tensor]], stage: Stage) -> None:
+    """A checkpoint holds one value of what is frozen. Raises UserError if the snapshot's averages of it are others."""
+    averages = stored.get(f"ema.{EMA}", {})
+    for name, average in averages.items():
+        part = part_of(name)
+        if part in stage.freeze and not torch.allclose(average, stored["weight"][name], rtol=1e-3, atol=1e-5):
+            raise UserError(
+                f"{name} was frozen in the snapshot's training, and its average is not its weight, which a checkpoint here "
+                "cannot hold; take one set of weights by --use ema or --use raw"
+            )
+
+
+def _run(model: Model, predicted: tuple[str, ...], out: Path, autoencoder: str | None, training: TrainingState | None) -> Run:
+    """The run that these weights could have come from, with the settings of the released code, or of its snapshot."""
     out = out.absolute()
     caption = CaptionField(tokenizer=str(out / TOKENIZER), cleaning="clip")
+    freeze = () if training is None else training.freeze
+    modalities = {
+        name: StageModality(predicted=name in predicted, loss_weight=0.0 if name in freeze else 1.0) for name in (TEXT, IMAGE)
+    }
     stage = Stage(
         name=STAGE,
         steps=600_000,
-        modalities={name: StageModality(predicted=name in predicted) for name in (TEXT, IMAGE)},
+        modalities=modalities,
         batch=Batching(global_samples=256, micro_batch=32),
-        optimizer=Optimizer(
-            learning_rate=2e-4, betas=(0.9, 0.9), weight_decay=0.03, decay_all=True, warmup_steps=2500, gradient_clip=1.0
-        ),
+        optimizer=_OPTIMIZER if training is None else training.optimizer,
         antithetic_times=False,
-        ema={"main": ConstantEma(decay=0.9999, warmup=False)},
+        ema={EMA: ConstantEma(decay=0.9999, warmup=False)},
+        freeze=freeze,
     )
     data = Data(train=str(out / NO_DATA), fields={TEXT: caption, IMAGE: LatentField(autoencoder=autoencoder)})
     return Run(name="paper", folder=str(out), model=model, data=data, stages=(stage,))
 
 
-def _write_checkpoint(run: Run, tensors: Mapping[str, Tensor]) -> None:
-    """Step 0 of the run's stage. Nothing in it counts as trained here: then a checkpoint holds neither moments nor averages,
-    and its averages are its weights."""
+def _write_checkpoint(run: Run, stored: Mapping[str, Mapping[str, Tensor]], training: TrainingState | None) -> None:
+    """The run's stage as far as it is. Of weights alone nothing counts as trained here: then a checkpoint holds neither moments
+    nor averages, and its averages are its weights."""
     stage = run.stages[0]
-    checkpoints = run.paths.stage(stage.name).checkpoints
-    checkpoint.begin(checkpoints, 0)
-    flat = {tensor_key("weight", name): tensor.flatten() for name, tensor in tensors.items()}
-    ranges = {name: (0, tensor.numel()) for name, tensor in tensors.items()}
-    entry = checkpoint.write_rank_file(checkpoints.partial(0), 0, flat, ranges)
+    checkpoints, step = run.paths.stage(stage.name).checkpoints, 0 if training is None else training.optimizer_step
+    trained = {name: training is not None and is_trained(part_of(name), stage) for name in stored["weight"]}
+    checkpoint.begin(checkpoints, step)
+    flat = {
+        tensor_key(kind, name): tensor.flatten()
+        for kind, tensors in stored.items()
+        for name, tensor in tensors.items()
+        if kind == "weight" or trained[name]
+    }
+    ranges = {name: (0, tensor.numel()) for name, tensor in stored["weight"].items()}
+    entry = checkpoint.write_rank_file(checkpoints.partial(step), 0, flat, ranges)
     manifest = Manifest(
         stage=stage.name,
-        parameters={name: (tuple(tensor.shape), False) for name, tensor in tensors.items()},
+        parameters={name: (tuple(tensor.shape), trained[name]) for name, tensor in stored["weight"].items()},
         ema=tuple(stage.ema),
-        progress={"optimizer_step": 0},
+        progress=_progress(training),
         config=dump_run(run),
         files=(entry,),
     )
-    checkpoint.publish(checkpoints, 0, manifest, stage.checkpoint)
+    checkpoint.publish(checkpoints, step, manifest, stage.checkpoint)
+
+
+def _progress(training: TrainingState | None) -> dict[str, Any]:
+    """Of a training that goes on all counters of ours; which data it had seen is not known, and begins anew."""
+    if training is None:
+        return {"optimizer_step": 0}
+    seen = {"data_step": 0, "samples": 0, "loader": {}, "skipped": []}
+    updates = {"adam_steps": training.adam_steps, "ema_updates": training.optimizer_step}
+    return {"optimizer_step": training.optimizer_step, **seen, **updates}

@@ -108,6 +108,27 @@ def predicted_of(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
     return tuple(name for name in (TEXT, IMAGE) if f"{name}_final_layer.linear.weight" in tensors)
 
 
+def parameter_names(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of the released network's parameters, each once, in the order in which its weights are given."""
+    return [name for name in _without_repeats(tensors) if name != POSITIONS]
+
+
+def unread_prefixes(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """How the names of those parameters begin that the released code never trains, since nothing reads what they make: of a
+    modality without a head, all that follows the last joint attention."""
+    block = f"joint_embedding.blocks.{_depth(tensors, 'joint_embedding') - 1}"
+    unread = [number for number, name in enumerate((TEXT, IMAGE)) if name not in predicted_of(tensors)]
+    return tuple(
+        prefix
+        for number in unread
+        for prefix in (
+            *(f"{block}.{module}.{number}." for module in ("joint_attn.to_out", "feedforwards", "ff_layernorms")),
+            f"{block}.cond_dict.cond_linear_{number}.",
+            f"joint_embedding.norms.{number}.",
+        )
+    )
+
+
 Move = Callable[[list[Tensor]], list[Tensor]]
 
 
