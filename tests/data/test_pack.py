@@ -145,6 +145,34 @@ def test_names_of_all_alphabets_and_equal_stems_have_keys_of_their_own(tmp_path:
         assert set(members) in ({"png", "json"}, {"jpg", "json"})
 
 
+def test_endings_in_capitals_are_endings(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for stem, picture, caption in (("D", "PNG", "TXT"), ("E", "Png", "Json"), ("f.g", "png", "TXT"), ("H", "PNG", "txt")):
+        (raw / f"{stem}.{picture}").write_bytes(encoded(format="PNG"))
+        (raw / f"{stem}.{caption}").write_text('{"caption": "E"}' if caption == "Json" else stem)
+    (raw / "H.TXT").write_text("not this one")
+    (raw / "d.png").write_bytes(encoded(format="PNG"))
+    manifest = packed(raw, tmp_path / "out")
+    assert {entry["captions"][0] for entry in facts_by_source(tmp_path / "out").values()} == {"D", "E", "f.g", "H"}
+    assert left_out(manifest) == {"no caption": 1}, "d.png is another picture than D.PNG"
+
+
+def test_linked_folders_are_packed_and_links_in_a_ring_end(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere/deep").mkdir(parents=True)
+    (tmp_path / "elsewhere/deep/x.png").write_bytes(encoded(format="PNG"))
+    (tmp_path / "elsewhere/deep/x.txt").write_text("linked")
+    (folder / "a/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/back").symlink_to(folder)
+    (tmp_path / "elsewhere/self").symlink_to("self")
+    (folder / "a/up").symlink_to("..")
+    (folder / ".hidden").symlink_to(tmp_path / "elsewhere")
+    assert packed(folder, tmp_path / "out").samples == 13
+    assert facts_by_source(tmp_path / "out")["a/link/deep/x.png"]["captions"] == ["linked"]
+    (tmp_path / "link").symlink_to(folder)
+    assert packed(tmp_path / "link", tmp_path / "again").samples == 13
+
+
 def test_what_cannot_be_used_is_counted_and_named(folder: Path, tmp_path: Path) -> None:
     (folder / "a/none.jpg").write_bytes(encoded())
     (folder / "a/blank.jpg").write_bytes(encoded())

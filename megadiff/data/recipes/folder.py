@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 from megadiff.config.errors import UserError
@@ -51,7 +51,9 @@ def captions_beside(path: Path) -> list[str] | str:
     """The captions of a picture: its .json if that has any, else the lines of its .txt; or what is wrong with them."""
     fault = ""
     for ending in (".json", ".txt"):
-        beside = path.with_suffix(ending)
+        beside = _beside(path, ending)
+        if beside is None:
+            continue
         try:
             text = beside.read_bytes().decode("utf-8-sig")
             found = clean(captions_in(json.loads(text)) if ending == ".json" else re.split(r"\r\n|\n|\r", text))
@@ -67,23 +69,56 @@ def captions_beside(path: Path) -> list[str] | str:
     return fault
 
 
-def _pictures(folder: Path) -> Iterator[tuple[str, int]]:
-    """(path within the folder, bytes) of every picture; hidden files and folders are not looked at."""
+def _beside(path: Path, ending: str) -> Path | None:
+    """The file of a picture's name with this ending in any case, such as D.TXT beside D.PNG; that in small letters first."""
+    beside = path.with_suffix(ending)
+    if store.exists(str(beside)):
+        return beside
+    name = _in_capitals(path.parent).get(beside.name)
+    return None if name is None else path.parent / name
 
-    def stop(error: OSError) -> None:
-        raise DataError(f"{error.filename} cannot be listed: {error.strerror}") from None
 
-    for root, folders, names in os.walk(folder, onerror=stop):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        inside = "" if root == str(folder) else f"{os.path.relpath(root, folder)}/"
-        for name in names:
-            if not name.startswith(".") and name.rpartition(".")[2].lower() in PICTURES:
-                path = os.path.join(root, name)  # noqa: PTH118  (millions of them)
-                try:
-                    size = os.stat(path).st_size  # noqa: PTH116
-                except OSError:
-                    size = -1  # a link to nothing; it is left out with the others that cannot be read
-                yield inside + name, size
+@lru_cache(maxsize=4)
+def _in_capitals(folder: Path) -> dict[str, str]:
+    """The captions in a folder whose endings are not in small letters, by their names with these."""
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        raise DataError(f"{folder} cannot be listed: {error.strerror}") from None
+    parts = [name.rpartition(".") for name in names]
+    capitals = [(stem, ending) for stem, _, ending in parts if ending != ending.lower() in ("json", "txt")]
+    return {f"{stem}.{ending.lower()}": f"{stem}.{ending}" for stem, ending in capitals}
+
+
+def _pictures(folder: Path, inside: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[tuple[str, int]]:
+    """(path within the folder, bytes) of every picture.
+
+    Hidden files and folders are not looked at. Linked folders are, but not where one leads back to a folder that it lies in
+    (`above`, by device and inode).
+    """
+    here = folder / inside
+    try:
+        found = here.stat()
+        place = found.st_dev, found.st_ino
+        entries = [] if place in above else [entry for entry in os.scandir(here) if not entry.name.startswith(".")]
+    except OSError as error:
+        raise DataError(f"{here} cannot be listed: {error.strerror}") from None
+    for entry in entries:
+        if _is_folder(entry):
+            yield from _pictures(folder, f"{inside}{entry.name}/", above | {place})
+        elif entry.name.rpartition(".")[2].lower() in PICTURES:
+            try:
+                size = entry.stat().st_size
+            except OSError:
+                size = -1  # a link to nothing; it is left out with the others that cannot be read
+            yield inside + entry.name, size
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _bytes(path: Path) -> bytes:
