@@ -31,7 +31,7 @@ from megadiff.data import clip
 from megadiff.data.buckets import Bucket, fit
 from megadiff.data.codec import Array, Codec, array_of, member_of, row_of
 from megadiff.data.columns import ClassCodec, NumberCodec
-from megadiff.data.errors import SampleError
+from megadiff.data.errors import SampleError, picture_fault
 from megadiff.data.pictures import UNREADABLE, flat, open_picture, plain
 from megadiff.data.shards import Manifest, Views
 from megadiff.storage import store
@@ -57,7 +57,7 @@ class PixelCodec(Codec):
         try:
             return open_picture(data, enough)
         except UNREADABLE as error:
-            raise SampleError(f"its .{self.member} member is no readable picture: {error}") from None
+            raise SampleError(f"its .{self.member} member is no readable picture: {picture_fault(error)}") from None
 
     def encode(self, value: Image.Image, bucket: Bucket | None = None) -> Tensor:
         """A picture to float32 [C, H, W], of the bucket's size where one is given."""

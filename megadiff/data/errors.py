@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from PIL import UnidentifiedImageError
+
 from megadiff.config.errors import UserError
 
 
@@ -11,3 +13,13 @@ class DataError(UserError):
 
 class SampleError(DataError):
     """One sample that cannot be decoded; the loader skips and counts it."""
+
+
+def in_one_line(error: Exception) -> str:
+    """What an error says, or its name if it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def picture_fault(error: Exception) -> str:
+    """Why Pillow could not read a picture; it would name the object in memory that it has read from."""
+    return "its format is not known" if isinstance(error, UnidentifiedImageError) else in_one_line(error)

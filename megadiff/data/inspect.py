@@ -7,12 +7,12 @@ import json
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from megadiff.data.codec import array_of, member_of
 from megadiff.data.encode import NO_TOKEN, captions_of
 from megadiff.data.encoder import TOKENS
-from megadiff.data.errors import SampleError
+from megadiff.data.errors import SampleError, picture_fault
 from megadiff.data.order import generator
 from megadiff.data.pack import PICTURES
 from megadiff.data.pictures import open_picture, shown_size
@@ -114,12 +114,7 @@ def load_picture(data: bytes) -> Image.Image:
 
 def _unreadable(error: Exception) -> SampleError:
     """Decoders stumble over damaged bytes in many ways, some of them without a word."""
-    reason = "its format is not known" if isinstance(error, UnidentifiedImageError) else in_one_line(error)
-    return SampleError(f"it is no readable picture: {reason}")
-
-
-def in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return SampleError(f"it is no readable picture: {picture_fault(error)}")
 
 
 def texts_of(members: Views) -> list[str]:

@@ -26,7 +26,7 @@ from megadiff.config.errors import UserError
 from megadiff.data import pictures
 from megadiff.data.buckets import Bucket, Buckets
 from megadiff.data.claims import HELD_OUT, TRAIN
-from megadiff.data.errors import DataError
+from megadiff.data.errors import DataError, picture_fault
 from megadiff.data.shards import Manifest, Members, ShardEntry, write_manifest, write_shard
 from megadiff.data.threads import in_order
 from megadiff.data.units import Done, run_units
@@ -346,7 +346,7 @@ def _picture(data: bytes, packing: Packing) -> tuple[str, bytes, int, int]:
             made = pictures.plain(picture).resize(size, Image.Resampling.LANCZOS)
             return packing.format, _encoded(made, packing.format, packing.quality), made.height, made.width
     except pictures.UNREADABLE as error:
-        raise LeaveOut(UNREADABLE, " ".join(str(error).split()) or type(error).__name__) from None
+        raise LeaveOut(UNREADABLE, picture_fault(error)) from None
 
 
 def _encoded(picture: Image.Image, format: str, quality: int) -> bytes:

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from megadiff.data import tar
 from megadiff.data.codec import array_of
-from megadiff.data.errors import SampleError
-from megadiff.data.inspect import in_one_line, kind_of, load_picture
+from megadiff.data.errors import SampleError, in_one_line
+from megadiff.data.inspect import kind_of, load_picture
 from megadiff.data.pack import PICTURES
 from megadiff.data.shards import Manifest, Shard, ShardEntry, place_of, read_manifest
 from megadiff.data.threads import in_order
