@@ -27,7 +27,7 @@ from megadiff.data import pictures
 from megadiff.data.buckets import Bucket, Buckets
 from megadiff.data.claims import HELD_OUT, TRAIN
 from megadiff.data.errors import DataError, picture_fault
-from megadiff.data.shards import Manifest, Members, ShardEntry, write_manifest, write_shard
+from megadiff.data.shards import COMPRESSED, TAR, Manifest, Members, ShardEntry, write_manifest, write_shard
 from megadiff.data.threads import in_order
 from megadiff.data.units import Done, run_units
 from megadiff.storage import store
@@ -48,6 +48,7 @@ _LONGEST = 1000
 _HOPELESS = 20
 _SHARDS_PER_UNIT = 8
 _IN_MEMORY_BYTES = 256 * 2**20
+_READ = "a folder of pictures, .parquet, .pq, .jsonl or .ndjson tables, .tar files, or a list of them in .txt or .tsv"
 _ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
@@ -566,6 +567,8 @@ def kind_of(source: str) -> str:
         return "paper"
     if (kind := _kind_of_name(address, PARQUET + LINES)) is not None:
         return kind
+    if store.is_local(address) and store.local_path(address).is_file():
+        raise UserError(f"{store.shown(source)} is no kind of file that is read: {_READ}")
     names = store.list_names(address)
     kinds = {kind for name in names if not name.startswith(".") and (kind := _kind_of_name(name, PARQUET + LINES))}
     kinds.discard("sam-llava")  # a README.txt beside the data
@@ -584,5 +587,10 @@ def is_encoded(folder: str) -> bool:
 
 
 def _kind_of_name(name: str, tables: tuple[str, ...]) -> str | None:
-    endings = {".tar": "tars", ".txt": "sam-llava", ".tsv": "sam-llava", **dict.fromkeys(tables, "table")}
+    endings = {
+        **dict.fromkeys((TAR, *COMPRESSED), "tars"),
+        ".txt": "sam-llava",
+        ".tsv": "sam-llava",
+        **dict.fromkeys(tables, "table"),
+    }
     return next((kind for ending, kind in endings.items() if name.lower().endswith(ending)), None)

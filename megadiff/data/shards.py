@@ -31,6 +31,10 @@ from megadiff.storage import store
 FORMAT, VERSION = "megadiff-shards", 1
 MANIFEST = "manifest.json"
 
+TAR = ".tar"
+COMPRESSED = (".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4", ".tar.z", ".tgz", ".tbz2", ".txz", ".tzst")
+"""Endings of tars that are read, and of those that have to be unpacked first; in any case."""
+
 Members = dict[str, bytes]
 """A sample: the ending of each member (png, json) and its bytes."""
 Views = Mapping[str, bytes | memoryview]
@@ -152,11 +156,9 @@ def index_shards(folder: str, progress: Callable[[int, int], None] | None = None
     """The manifest of the tars that already lie in a folder; facts (licences, ...) of one that is there are kept.
 
     Raises:
-        DataError: there are none, or one is damaged.
+        DataError: there are none, or one is damaged or compressed.
     """
-    names = [name for name in store.list_names(folder) if name.endswith(".tar")]
-    if not names:
-        raise DataError(f"{folder} holds no .tar files")
+    names = tars_in(folder)
     entries = []
     for done, name in enumerate(names, 1):
         data = store.read_bytes(store.join(folder, name))
@@ -165,6 +167,21 @@ def index_shards(folder: str, progress: Callable[[int, int], None] | None = None
         if progress:
             progress(done, len(names))
     return Manifest(tuple(entries), _facts_at(folder))
+
+
+def is_tar(name: str) -> bool:
+    """Whether a name is a tar's. Raises DataError if it is a compressed one's."""
+    if name.lower().endswith(COMPRESSED):
+        raise DataError(f"{store.shown(name)} is compressed, and samples are read in place: unpack it to a .tar")
+    return name.lower().endswith(TAR)
+
+
+def tars_in(folder: str) -> list[str]:
+    """Sorted names of the tars directly inside a folder. Raises DataError if there are none, or a compressed one."""
+    names = [name for name in store.list_names(folder) if is_tar(store.join(folder, name))]
+    if not names:
+        raise DataError(f"{store.shown(folder)} holds no {TAR} files")
+    return names
 
 
 def _facts_at(folder: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from megadiff.data.codec import array_of
 from megadiff.data.errors import SampleError, in_one_line
 from megadiff.data.inspect import kind_of, load_picture
 from megadiff.data.pack import PICTURES
-from megadiff.data.shards import Manifest, Shard, ShardEntry, place_of, read_manifest
+from megadiff.data.shards import TAR, Manifest, Shard, ShardEntry, place_of, read_manifest
 from megadiff.data.threads import in_order
 from megadiff.storage import store
 
@@ -170,7 +170,7 @@ def _unlisted(folder: str, manifest: Manifest) -> Iterator[Fault]:
             continue  # its shards are missing, which is told of each
         for name in store.list_names(place):
             whole = f"{inside}/{name}" if inside else name
-            if name.endswith(".tar") and whole not in listed:
+            if name.lower().endswith(TAR) and whole not in listed:
                 yield Fault(Kind.UNLISTED, _shown(folder, whole), "lies there, and the manifest does not list it")
 
 

@@ -199,6 +199,8 @@ def list_names(folder: str) -> list[str]:
     if is_local(folder):
         try:
             return sorted(path.name for path in local_path(folder).iterdir() if path.is_file())
+        except NotADirectoryError:
+            raise StorageError(f"{shown(folder)} is a file, not a folder") from None
         except OSError as error:
             raise StorageError(f"{shown(folder)} cannot be listed: {error.strerror}") from None
     store, path = _store_and_path(folder)

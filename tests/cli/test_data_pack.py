@@ -93,7 +93,7 @@ def test_several_tables_are_one_source(raw: Path, capsys: pytest.CaptureFixture[
         ("absent.jsonl", [], "absent.jsonl cannot be read: No such file or directory"),
         ("list.txt", [], "--kind sam-llava needs --captions TABLE"),
         ("list.txt", ["--captions", "absent.json"], "absent.json does not exist"),
-        ("captions.json", ["--kind", "tars"], "captions.json cannot be listed: Not a directory"),
+        ("captions.json", ["--kind", "tars"], "captions.json is a file, not a folder"),
         ("folder", ["--captions", "x.json"], "--captions goes with --kind sam-llava"),
         ("folder", ["--image-column", "x"], "--image-column and --caption-column go with tables"),
         ("tars", ["--kind", "folder"], "holds no pictures"),

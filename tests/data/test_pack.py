@@ -25,7 +25,7 @@ from megadiff.data import pack as packing_module
 from megadiff.data.buckets import Bucket, Buckets, area_buckets
 from megadiff.data.pack import Columns, Packing, Transformed, expand, key_of, kind_of, left_out, open_source, pack, unit_samples
 from megadiff.data.recipes.sam_llava import read_list
-from megadiff.data.shards import Manifest, Members, Shard, read_manifest
+from megadiff.data.shards import Manifest, Members, Shard, index_shards, read_manifest
 from megadiff.storage import store
 from tests.ranks import ROOT, free_port
 from tests.storage.servers import Mood, server_of
@@ -365,6 +365,35 @@ def test_tars_of_img2dataset_are_packed(tmp_path: Path) -> None:
     }
     again = packed(str(tmp_path / "raw/{00000..00002}.tar"), tmp_path / "again", packing=Packing(shard_samples=4))
     assert again.shards == manifest.shards
+
+
+def test_tars_whose_ending_is_in_capitals_are_tars(tmp_path: Path) -> None:
+    img2dataset_tar(tmp_path / "raw/0.TAR", 0)
+    for source in (tmp_path / "raw/0.TAR", tmp_path / "raw"):
+        assert packed(source, tmp_path / f"out-{source.name}").samples == 5
+    assert index_shards(str(tmp_path / "raw")).samples == 5
+
+
+@pytest.mark.parametrize("name", ["0.tar.gz", "0.TGZ", "0.tar.zst"])
+def test_a_compressed_tar_is_one_sentence_and_not_passed_over(tmp_path: Path, name: str) -> None:
+    img2dataset_tar(tmp_path / "raw/1.tar", 0)
+    (tmp_path / "raw" / name).write_bytes(b"compressed")
+    for act in (
+        lambda: packed(tmp_path / "raw" / name, tmp_path / "out"),
+        lambda: packed(tmp_path / "raw", tmp_path / "out"),
+        lambda: index_shards(str(tmp_path / "raw")),
+    ):
+        with pytest.raises(UserError, match=f"raw/{name} is compressed, and samples are read in place: unpack it to a .tar"):
+            act()
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.csv", "a", "a.png"])
+def test_a_file_of_no_kind_that_is_read_is_one_sentence(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"1")
+    with pytest.raises(UserError, match=f"{name} is no kind of file that is read: a folder of pictures, "):
+        packed(tmp_path / name, tmp_path / "out")
+    with pytest.raises(UserError, match=f"{name} is a file, not a folder"):
+        index_shards(str(tmp_path / name))
 
 
 def test_other_members_and_lone_texts_in_tars(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from megadiff.data.pack import (
     locked,
     unit_name,
 )
-from megadiff.data.shards import Members, Shard
+from megadiff.data.shards import Members, Shard, is_tar, tars_in
 from megadiff.storage import store
 
 Captions = Callable[[str, Members], Sequence[Any]]
@@ -54,16 +54,10 @@ class TarsSource:
 
 
 def tars_of(source: str) -> list[str]:
-    """The tars that a pattern, an address or a folder stands for."""
-    found = []
+    """The tars that a pattern, an address or a folder stands for. Raises DataError if there are none, or a compressed one."""
+    found: list[str] = []
     for address in expand(source):
-        if address.endswith(".tar"):
-            found.append(address)
-            continue
-        names = [name for name in store.list_names(address) if name.endswith(".tar")]
-        if not names:
-            raise DataError(f"{address} holds no .tar files")
-        found += [store.join(address, name) for name in names]
+        found += [address] if is_tar(address) else [store.join(address, name) for name in tars_in(address)]
     return found
 
 
