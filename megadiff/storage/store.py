@@ -372,9 +372,9 @@ class _Retry:
         if isinstance(error, PreconditionError):
             raise _ChangedError(f"{shown(self.address)} changed while it was read; shards must not be replaced during a run")
         self.failures += 1
-        final = (NotFoundError, FileNotFoundError, PermissionDeniedError, UnauthenticatedError, PermissionError)
-        if isinstance(error, final) or self.failures >= ATTEMPTS:
-            raise _explain(self.address, error)
+        answer = _answer(error)
+        if _is_final(self.address, answer) or self.failures >= ATTEMPTS:
+            raise _explain(self.address, error, answer)
         pause = min(_FIRST_PAUSE_S * 2 ** (self.failures - 1), _LONGEST_PAUSE_S)
         time.sleep(pause * random.uniform(0.5, 1.5))
 
@@ -438,11 +438,43 @@ def _with_retries(address: str, attempt: Callable[[], Result]) -> Result:
             retry.failed(error)
 
 
-def _explain(address: str, error: Exception) -> StorageError:
+_MISSING, _FORBIDDEN, _ELSEWHERE = ("404", "410"), ("401", "403"), "no LOCATION"
+_FINAL = (*_MISSING, *_FORBIDDEN, _ELSEWHERE, "405", "406", "414", "451", "501")
+"""What a server answers the same however often it is asked."""
+_ANSWER = re.compile(
+    r"Error performing [A-Z]+ \S+ in \S+ - (?:Server returned non-2xx status code: (\d{3})|Received redirect without LOCATION)"
+)
+"""In the text of an error whose class does not tell it; no name can look so, for what stands in a URL has no blanks."""
+_NO_BUCKET = re.compile("<Code>(NoSuchBucket|ContainerNotFound)</Code>")
+
+
+def _answer(error: Exception) -> str | None:
+    """The status that a server has answered with, where an error tells it."""
     if isinstance(error, NotFoundError | FileNotFoundError):
-        return MissingError(f"{shown(address)} does not exist")
+        return "404"
     if isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError):
+        return "403"
+    found = _ANSWER.search(str(error))
+    return None if found is None else found[1] or _ELSEWHERE
+
+
+def _is_final(address: str, answer: str | None) -> bool:
+    """S3 answers 400 also to what may pass: a body that came slowly, a token that has just expired."""
+    return answer in _FINAL or (answer == "400" and is_url(address))
+
+
+def _explain(address: str, error: Exception, answer: str | None) -> StorageError:
+    if answer in _MISSING and _NO_BUCKET.search(str(error)):
+        scheme, _, rest = address.partition("://")
+        return MissingError(f"{shown(address)} does not exist: there is no bucket {scheme}://{rest.partition('/')[0]}")
+    if answer in _MISSING:
+        return MissingError(f"{shown(address)} does not exist")
+    if answer in _FORBIDDEN:
         return StorageError(f"{shown(address)} may not be read or written with the credentials at hand")
+    if answer == _ELSEWHERE:
+        return StorageError(f"{shown(address)} cannot be reached: its bucket lies in another region; set AWS_REGION")
+    if _is_final(address, answer):
+        return StorageError(f"{shown(address)} cannot be reached: the server refuses the request (status {answer})")
     return StorageError(f"{shown(address)} cannot be reached after {ATTEMPTS} attempts: {_in_one_line(error)}")
 
 

@@ -343,6 +343,10 @@ def test_a_bucket_that_does_not_exist_is_one_sentence(s3: Ceph) -> None:
     with pytest.raises(UserError, match="does not exist") as caught:
         Loader(settings(address), MODEL, seed=3, global_samples=GLOBAL, micro_batch=GLOBAL)
     assert name_in(caught.value) == address
+    began = time.monotonic()
+    with pytest.raises(UserError, match="there is no bucket s3://no-such-bucket"):
+        store.list_names("s3://no-such-bucket/source")
+    assert time.monotonic() - began < 2  # it is not tried again
 
 
 def copy_of(source: Source, bucket: str, without: str | None = None) -> str:

@@ -449,21 +449,70 @@ def test_a_refused_connection_is_one_sentence_after_the_attempts(monkeypatch: py
     assert SECRET not in message
 
 
-@pytest.mark.parametrize(("status", "said"), [(403, "with the credentials at hand"), (404, "does not exist")])
-def test_a_refusal_or_an_absence_is_not_tried_again(monkeypatch: pytest.MonkeyPatch, status: int, said: str) -> None:
+REFUSALS = {
+    301: "its bucket lies in another region; set AWS_REGION",
+    401: "with the credentials at hand",
+    403: "with the credentials at hand",
+    404: "does not exist",
+    410: "does not exist",
+    451: r"the server refuses the request \(status 451\)",
+}
+
+
+@pytest.mark.parametrize("status", REFUSALS)
+@pytest.mark.parametrize("act", [store.read_bytes, store.size, store.list_names])
+def test_a_refusal_or_an_absence_is_not_tried_again(monkeypatch: pytest.MonkeyPatch, status: int, act: Any) -> None:
     mood = Mood(b"content")
     monkeypatch.setattr("tests.storage.servers._Handler._answer", lambda self, *, body: _refuse(self, mood, status))
     with server_of(mood) as url:
         use_s3(monkeypatch, url)
-        with pytest.raises(StorageError, match=said) as caught:
-            store.read_bytes("s3://bucket/x.tar")
+        with pytest.raises(StorageError, match=REFUSALS[status]) as caught:
+            act("s3://bucket/x status code: 503/")
     assert len(mood.requests) == 1
     assert SECRET not in str(caught.value)
+    assert isinstance(caught.value, store.MissingError) == (status in (404, 410))
 
 
-def _refuse(handler: Any, mood: Mood, status: int) -> None:
+def _refuse(handler: Any, mood: Mood, status: int, body: bytes = b"") -> None:
     mood.requests.append(handler.path)
-    handler._empty(status)
+    handler.send_response(status)
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+@pytest.mark.parametrize("status", [400, 405, 414])
+def test_a_url_that_a_server_refuses_is_not_tried_again(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+    mood = Mood(b"content")
+    monkeypatch.setattr("tests.storage.servers._Handler._answer", lambda self, *, body: _refuse(self, mood, status))
+    with server_of(mood) as url, pytest.raises(StorageError, match=r"does not exist|the server refuses the request \(status 4"):
+        store.read_bytes(f"{url}/x?y")
+    assert len(mood.requests) == 1
+
+
+@pytest.mark.parametrize("status", [400, 408, 429, 500, 503])
+def test_what_may_pass_is_tried_again(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+    monkeypatch.setattr(store, "ATTEMPTS", 2)
+    monkeypatch.setattr(store, "_RETRY", {"max_retries": 0})
+    mood = Mood(b"content")
+    monkeypatch.setattr("tests.storage.servers._Handler._answer", lambda self, *, body: _refuse(self, mood, status))
+    with server_of(mood) as url:
+        use_s3(monkeypatch, url)
+        with pytest.raises(StorageError, match="cannot be reached after 2 attempts"):
+            store.list_names("s3://bucket/x Error performing GET y in z - Server returned non-2xx status code: 404")
+    assert len(mood.requests) == 2
+
+
+@pytest.mark.parametrize("act", [store.read_bytes, store.list_names])
+def test_a_bucket_that_is_missing_is_said_at_once(monkeypatch: pytest.MonkeyPatch, act: Any) -> None:
+    told = b"<Error><Code>NoSuchBucket</Code></Error>"
+    mood = Mood(b"content")
+    monkeypatch.setattr("tests.storage.servers._Handler._answer", lambda self, *, body: _refuse(self, mood, 404, told))
+    with server_of(mood) as url:
+        use_s3(monkeypatch, url)
+        with pytest.raises(store.MissingError, match="s3://bucket/some/x does not exist: there is no bucket s3://bucket"):
+            act("s3://bucket/some/x")
+    assert len(mood.requests) == 1
 
 
 def test_no_credentials_are_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
