@@ -180,6 +180,7 @@ def index(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from megadiff.data import shards
+    from megadiff.storage import store
 
     with tqdm(desc="shards", unit="shard", disable=None) as bar:
 
@@ -189,5 +190,5 @@ def index(arguments: argparse.Namespace) -> int:
 
         manifest = shards.index_shards(arguments.folder, report)
     address = shards.write_manifest(arguments.folder, manifest)
-    print(f"manifest: {address} ({len(manifest.shards):,} shards, {manifest.samples:,} samples)")
+    print(f"manifest: {store.shown(address)} ({len(manifest.shards):,} shards, {manifest.samples:,} samples)")
     return 0

@@ -79,6 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         return several(arguments.processes, sys.argv[1:])
     from megadiff.data.encoder import encode_shards
     from megadiff.distributed.ranks import Ranks
+    from megadiff.storage import store
 
     ranks = Ranks.from_environment()
     with enough_memory("--size or --batch"):
@@ -86,5 +87,5 @@ def run(arguments: argparse.Namespace) -> int:
     if manifest is not None:
         left = manifest.facts.get("counts", {}).get("left out", 0)
         note = f"; {left:,} left out, see left_out.jsonl" if left else ""
-        print(f"encoded: {arguments.out} ({manifest.samples:,} samples in {len(manifest.shards):,} shards{note})")
+        print(f"encoded: {store.shown(arguments.out)} ({manifest.samples:,} samples in {len(manifest.shards):,} shards{note})")
     return 0

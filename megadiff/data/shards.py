@@ -132,7 +132,8 @@ def write_manifest(folder: str, manifest: Manifest) -> str:
     shards = [{key: value for key, value in vars(entry).items() if value is not None} for entry in manifest.shards]
     tree = {"format": FORMAT, "version": VERSION, **manifest.facts, "shards": shards}
     address = store.join(folder, MANIFEST)
-    store.write_bytes(address, (json.dumps(tree, indent=1, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
+    store.write_bytes(address, text.encode("utf-8", "backslashreplace"))  # as JSON writes the bytes of a name that are no UTF-8
     return address
 
 

@@ -69,6 +69,15 @@ def test_what_is_no_samples_member_is_not_counted_and_the_rest_is_as_webdataset_
     assert theirs == read
 
 
+def test_a_tar_whose_name_is_no_text_is_listed_and_read(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.tar")
+    (tmp_path / name).write_bytes(pack_shard(PAIRS))
+    manifest = index_shards(str(tmp_path))
+    address = write_manifest(str(tmp_path), manifest)
+    assert read_manifest(address) == manifest
+    assert ShardReader(str(tmp_path), manifest).members(0, 0) == PAIRS["b"]
+
+
 def far_away(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[str]:
     """Make far://bucket/... an address whose objects lie in a folder; returns the list of the addresses downloaded."""
     downloaded: list[str] = []
