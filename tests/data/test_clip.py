@@ -132,6 +132,7 @@ def test_plain_cleaning_leaves_mojibake(tokenizer_file: Path) -> None:
         ("twice.txt", b"#version\na b\na b\n", "does not number its"),
         ("gap.txt", b"#version\nab cd\n", "do not fit together"),
     ],
+    ids=["missing", "text", "cut", "tokenizer", "other", "twice", "gap"],
 )
 def test_what_is_no_vocabulary_is_refused(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
     path = tmp_path / name

@@ -107,5 +107,5 @@ def test_branches_are_mixed_as_logits_are():
 
 def test_no_row_gives_no_draw():
     drawn = sample_rows(HIDDEN, WEIGHT, None, torch.empty(2, 0, dtype=torch.int64), torch.empty(2, 0), UNIFORMS[:0])
-    assert [len(column) for column in drawn] == [0, 0, 0]
+    assert [len(column) for column in drawn] == [0, 0, 0, 0]
     assert drawn.ids.dtype == torch.int64
