@@ -47,6 +47,7 @@ class Objective:
         self.processes = build_processes(model)
         self.stage, self.seed = stage, seed
         self.scored = [name for name in self.processes if _is_scored(stage, name)]
+        self.losses = [*self.scored, *([ALIGNMENT] if stage.alignment is not None else [])]
 
     def prepare(self, batch: Batch) -> Prepared:
         """Draw times and noise, both keyed by the samples."""
@@ -66,11 +67,11 @@ class Objective:
             counts[ALIGNMENT] = batch.weight.sum()
         return Prepared(noised, readout, scored, drawn.times, weights, counts)
 
-    def score(self, prediction: Prediction, prepared: Prepared, normaliser: Mapping[str, Tensor | float]) -> LossTerms:
+    def score(self, prediction: Prediction, prepared: Prepared, normaliser: Mapping[str, Tensor]) -> LossTerms:
         """The loss terms of one micro-batch.
 
         Args:
-            normaliser: per modality what its loss sum is multiplied by (data ranks x accumulation / global count).
+            normaliser: by loss what its sum is multiplied by (data ranks x accumulation / global count), scalars.
         """
         sums: dict[str, Tensor] = {}
         counts: dict[str, Tensor] = {}
@@ -82,7 +83,7 @@ class Objective:
             losses = process.losses(prediction[name], state, times[name])
             sums[name] = losses.sums * weight
             counts[name] = losses.counts * weight
-            total = total + self.stage.modalities[name].loss_weight * normaliser[name] * sums[name].sum()
+            total = total + _scaled(sums[name], self.stage.modalities[name].loss_weight * normaliser[name])
             if process.bounded:
                 bound = process.losses(prediction[name].detach(), state, times[name], exact=True)
                 exact[name] = ((bound.sums * weight).sum(), (bound.counts * weight).sum())
@@ -90,7 +91,7 @@ class Objective:
             weight = prepared.weights[ALIGNMENT]
             sums[ALIGNMENT], counts[ALIGNMENT] = prediction[ALIGNMENT] * weight, weight
             times[ALIGNMENT] = times[self.stage.alignment.modality]
-            total = total + self.stage.alignment.weight * normaliser[ALIGNMENT] * sums[ALIGNMENT].sum()
+            total = total + _scaled(sums[ALIGNMENT], self.stage.alignment.weight * normaliser[ALIGNMENT])
         detached = {name: value.detach() for name, value in sums.items()}
         return LossTerms(
             total=total,
@@ -101,6 +102,11 @@ class Objective:
             times={name: times[name] for name in sums},
             exact=exact,
         )
+
+
+def _scaled(sums: Tensor, factor: Tensor) -> Tensor:
+    """The sum of per-sample sums, times a factor that stays on the device."""
+    return factor.to(sums.dtype) * sums.sum()
 
 
 def noised_of(

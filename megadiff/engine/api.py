@@ -1,16 +1,17 @@
-"""What training asks of an engine, and what an engine asks of an objective."""
+"""What an engine is made of: a Backend distributes the weights, an Objective is the method; neither knows of the other."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from megadiff.config.layout import Layout
+from megadiff.engine.pieces import Pieces
 from megadiff.types import Batch, Denoiser, LossTerms, Noised, Prediction, Readout
 
 QUARTILES = 4
@@ -30,8 +31,47 @@ class Prepared(Protocol):
 class Objective(Protocol):
     """The method, the same object for every engine; it knows nothing of parallelism."""
 
+    @property
+    def losses(self) -> Sequence[str]:
+        """Names of its losses: the scored modalities, and the alignment's."""
+
     def prepare(self, batch: Batch) -> Any: ...
-    def score(self, prediction: Prediction, prepared: Any, normaliser: Mapping[str, Tensor | float]) -> LossTerms: ...
+    def score(self, prediction: Prediction, prepared: Any, normaliser: Mapping[str, Tensor]) -> LossTerms: ...
+
+
+Score = Callable[[Prediction, Prepared], LossTerms]
+"""A prediction's loss terms, normalised for the whole step."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a backend did in one optimizer step.
+
+    Attributes:
+        terms: of every micro-batch, where this rank speaks for its replica; else empty.
+        grad_norm: over all parameters and ranks, before clipping.
+        applied: False if the optimizer skipped the step (non-finite gradients).
+    """
+
+    terms: list[LossTerms]
+    grad_norm: float
+    applied: bool
+
+
+class Backend(Protocol):
+    """All that ZeRO, pipeline and tensor parallelism differ in."""
+
+    layout: Layout
+    device: torch.device
+    accumulation: int
+    """Micro-batches of a step on this replica."""
+    pieces: Pieces
+
+    def run(self, prepared: Sequence[Prepared], score: Score, learning_rate: float) -> Outcome:
+        """Forward, backward and one optimizer step. Collective; ranks that do not read pass nothing."""
+
+    def denoiser(self) -> AbstractContextManager[Denoiser]:
+        """The model as it is, in evaluation mode and without gradients; equal numbers of calls on all ranks."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +97,3 @@ class StepResult:
     applied: bool
     samples: int
     nelbo: dict[str, float] = field(default_factory=dict)
-
-
-class Engine(Protocol):
-    """Weights, optimizer and their distribution over ranks."""
-
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def optimizer_step(self) -> int: ...
-    def step(self, batches: Sequence[Batch], objective: Objective) -> StepResult: ...
-    def raw_denoiser(self) -> AbstractContextManager[Denoiser]: ...
-    def ema_denoiser(self, profile: str | None = None) -> AbstractContextManager[Denoiser]: ...
-    def save(self, folder: Path, progress: Mapping[str, Any], config: str) -> None: ...
-    def load(self, folder: Path) -> dict[str, Any]: ...

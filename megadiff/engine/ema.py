@@ -1,4 +1,4 @@
-"""Exponential moving averages of the weights, in fp32, on each rank's own shard of the masters. Never gathered."""
+"""Exponential moving averages of the weights, in fp32, on each rank's own pieces of the masters. Never gathered."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megadiff.config.schema import ConstantEma, EmaProfile
-from megadiff.engine.shards import ShardedWeights
+from megadiff.engine.pieces import Pieces
 
 
 def power_exponent(length: float) -> float:
@@ -31,26 +31,28 @@ def decay(profile: EmaProfile, update: int) -> float:
 
 
 class Ema:
-    """Averages of every trainable shard, one list per profile."""
+    """Averages of every trained piece, one list per profile."""
 
-    def __init__(self, profiles: Mapping[str, EmaProfile], weights: ShardedWeights) -> None:
+    def __init__(self, profiles: Mapping[str, EmaProfile], pieces: Pieces) -> None:
         self.profiles = dict(profiles)
-        self.weights = weights
+        self.pieces = pieces
         self.updates = 0
-        self.averages: dict[str, list[Tensor]] = {name: [s.master.clone() for s in weights.trained] for name in self.profiles}
+        self.averages: dict[str, list[Tensor]] = {
+            name: [piece.master.clone() for piece in pieces.trained] for name in self.profiles
+        }
 
     def reset(self) -> None:
         """Start again from the present weights."""
         self.updates = 0
         for averages in self.averages.values():
-            for average, shard in zip(averages, self.weights.trained, strict=True):
-                average.copy_(shard.master)
+            for average, piece in zip(averages, self.pieces.trained, strict=True):
+                average.copy_(piece.master)
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the weights of one more applied step."""
         self.updates += 1
-        masters = [shard.master for shard in self.weights.trained]
+        masters = [piece.master for piece in self.pieces.trained]
         for name, profile in self.profiles.items():
             if masters:
                 torch._foreach_lerp_(self.averages[name], masters, 1 - decay(profile, self.updates))
@@ -59,7 +61,7 @@ class Ema:
     def swapped_in(self, profile: str | None = None) -> Iterator[None]:
         """Within the block the model computes with the averages (of the first profile by default). Collective."""
         averages = self.averages[profile or next(iter(self.profiles))]
-        masters = [shard.master for shard in self.weights.trained]
+        masters = [piece.master for piece in self.pieces.trained]
         kept = [master.clone() for master in masters]
         try:
             self._write(masters, averages)
@@ -71,4 +73,4 @@ class Ema:
         with torch.no_grad():
             for master, value in zip(masters, values, strict=True):
                 master.copy_(value)
-        self.weights.publish()
+        self.pieces.publish()

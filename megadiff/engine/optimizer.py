@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megadiff.config.schema import Optimizer
-from megadiff.engine.shards import Shard
+from megadiff.engine.pieces import Piece
 from megadiff.models.idle import Region
 
 
@@ -42,13 +42,13 @@ def build_optimizer(module: nn.Module, config: Optimizer, decayed: Iterable[str]
     )
 
 
-def hold_still(optimizer: torch.optim.Optimizer, shards: Sequence[Shard], regions: Mapping[str, Region]) -> None:
+def hold_still(optimizer: torch.optim.Optimizer, pieces: Sequence[Piece], regions: Mapping[str, Region]) -> None:
     """Let the optimizer's steps leave parts of its tensors as they are: AdamW decays what has no gradient as well.
 
     Args:
         regions: by parameter name the part that stays.
     """
-    masks = [(shard.master, _within(shard, regions[shard.name])) for shard in shards if shard.name in regions]
+    masks = [(piece.master, _within(piece, regions[piece.name])) for piece in pieces if piece.name in regions]
     kept: list[Tensor] = []
 
     def remember(*_: object) -> None:
@@ -62,8 +62,8 @@ def hold_still(optimizer: torch.optim.Optimizer, shards: Sequence[Shard], region
     optimizer.register_step_post_hook(put_back)
 
 
-def _within(shard: Shard, region: Region) -> Tensor:
-    """Which numbers of a shard lie in a region of its parameter, bool [stop - start]."""
-    mask = torch.zeros(shard.shape, dtype=torch.bool)
+def _within(piece: Piece, region: Region) -> Tensor:
+    """Which numbers of a piece lie in a region of its parameter, bool [stop - start]."""
+    mask = torch.zeros(piece.shape, dtype=torch.bool)
     mask[region] = True
-    return mask.flatten()[shard.start : shard.stop].to(shard.flat.device)
+    return mask.flatten()[piece.start : piece.stop].to(piece.flat.device)

@@ -47,7 +47,7 @@ class PeriodicSamples:
         kinds = ("ema", "raw") if self.rule.weights == "both" else (self.rule.weights,)
         drawn: dict[str, dict[str, list[Cell]]] = {task.name: {} for task in self.tasks}
         for kind in kinds:
-            with engine.ema_denoiser() if kind == "ema" else engine.raw_denoiser() as denoiser:
+            with engine.denoiser(None if kind == "ema" else kind) as denoiser:
                 for task in self.tasks:
                     drawn[task.name][kind] = self.cells(denoiser, task, engine.device)
         for name, cells in drawn.items():

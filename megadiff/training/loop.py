@@ -17,7 +17,8 @@ from megadiff.data.loader import Loader, check_unreadable
 from megadiff.diffusion.objective import Objective
 from megadiff.distributed.ranks import Ranks
 from megadiff.distributed.reduce import barrier, sum_over_replicas
-from megadiff.engine.zero import ZeroEngine
+from megadiff.engine.engine import Engine
+from megadiff.engine.zero import zero_engine
 from megadiff.training.health import Health
 from megadiff.training.monitor import Monitor
 from megadiff.training.stages import initialise, stage_seed
@@ -43,7 +44,7 @@ class Training:
     run: Run
     stage: Stage
     layout: Layout
-    engine: ZeroEngine
+    engine: Engine
     monitor: Monitor
     progress: Progress
 
@@ -63,7 +64,7 @@ def train_stage(run: Run, stage_name: str, deepspeed: Mapping[str, Any], callbac
     """
     stage, paths, ranks = run.stage(stage_name), run.paths.stage(stage_name), Ranks.from_environment()
     seed = stage_seed(run, stage)
-    engine = ZeroEngine(run.model, stage, deepspeed, seed=seed, ranks=ranks)
+    engine = zero_engine(run.model, stage, deepspeed, seed=seed, ranks=ranks)
     layout, newest = engine.layout, paths.checkpoints.newest()
     if newest is None:
         initialise(engine, run, stage)
@@ -98,8 +99,6 @@ def _train(training: Training, loader: Loader, objective: Objective, callbacks: 
         waited = loader.stats().waited_s - before
         result = engine.step(batches, objective)
         health.check(result, step)
-        if result.applied:
-            engine.ema.update()
         progress.optimizer_step, progress.data_step = step, loader.data_step
         progress.samples += result.samples
         progress.loader = loader.state()
@@ -161,7 +160,7 @@ def _features(run: Run, stage: Stage) -> dict[str, tuple[int, int]]:
     return {} if rule is None else {rule.modality: (derived.tokens(run.model)[rule.modality], rule.features)}
 
 
-def _monitor(run: Run, stage: Stage, engine: ZeroEngine) -> Monitor:
+def _monitor(run: Run, stage: Stage, engine: Engine) -> Monitor:
     paths = run.paths.stage(stage.name)
     return Monitor(
         tensorboard=paths.tensorboard,

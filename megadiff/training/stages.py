@@ -12,7 +12,7 @@ from megadiff.config.schema import Run, Stage
 from megadiff.engine.checkpoint import CheckpointError
 
 if TYPE_CHECKING:
-    from megadiff.engine.zero import ZeroEngine
+    from megadiff.engine.engine import Engine
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def newest_checkpoint(folder: RunFolder, stage_names: list[str]) -> Path:
     raise CheckpointError(f"{folder.root} has no checkpoint yet in any stage ({', '.join(stage_names)}); train it first")
 
 
-def initialise(engine: ZeroEngine, run: Run, stage: Stage) -> None:
+def initialise(engine: Engine, run: Run, stage: Stage) -> None:
     """Give a stage that starts its first weights, by its `initialise` rule.
 
     Raises:

@@ -18,6 +18,8 @@ MODEL = model_of()
 DENOISER = IdealDenoiser(MODEL)
 MIXED = {"tokens": {"conditioning": {"clean": 0.2}, "loss_weight": 0.3}, "grid": {"conditioning": {"absent": 0.2}}}
 
+ONES = {"tokens": torch.ones(()), "grid": torch.ones(())}
+
 
 def pairs(count: int) -> Batch:
     drawn = draw_pairs(count)
@@ -59,7 +61,7 @@ def test_the_total_is_the_weighted_sum_of_the_mean_losses():
 def test_counts_before_the_prediction_are_those_after_it():
     objective = Objective(model_of(end_id=4), stage_of(12, **MIXED), seed=1)
     prepared = objective.prepare(pairs(12))
-    terms = objective.score(DENOISER(prepared.noised, prepared.readout), prepared, {"tokens": 1.0, "grid": 1.0})
+    terms = objective.score(DENOISER(prepared.noised, prepared.readout), prepared, ONES)
     for name in objective.scored:
         assert prepared.counts[name].item() == terms.counts[name].item()
 
@@ -68,7 +70,7 @@ def test_the_loss_gives_gradients_to_scored_samples_only_and_the_terms_carry_non
     objective = Objective(MODEL, stage_of(64, grid={"conditioning": {"clean": 0.5}}), seed=1)
     prepared = objective.prepare(pairs(64))
     prediction = {name: value.requires_grad_() for name, value in DENOISER(prepared.noised, prepared.readout).items()}
-    terms = objective.score(prediction, prepared, {"tokens": 1.0, "grid": 1.0})
+    terms = objective.score(prediction, prepared, ONES)
     assert not any(value.requires_grad for value in (*terms.sums.values(), *terms.sample_sums.values()))
     terms.total.backward()
     touched = prediction["grid"].grad.flatten(1).abs().sum(1) > 0
@@ -111,7 +113,7 @@ def test_the_same_modalities_are_read_out_whatever_the_samples():
         for weight in (torch.ones(8), torch.zeros(8)):
             prepared = objective.prepare(replace(pairs(8), weight=weight))
             assert list(prepared.readout) == ["tokens", "grid"]
-            terms = objective.score(DENOISER(prepared.noised, prepared.readout), prepared, {"tokens": 1.0, "grid": 1.0})
+            terms = objective.score(DENOISER(prepared.noised, prepared.readout), prepared, ONES)
             assert torch.isfinite(terms.total)
 
 
@@ -144,7 +146,7 @@ def test_the_loss_is_a_constant_times_the_weighted_cross_entropies_as_the_readou
     shape = (2, 12, 3) if readout.mask_class else (12, 3)
     entropies = torch.rand(shape, requires_grad=True)
     prediction = {"tokens": entropies * readout.scored, "grid": torch.zeros(12, 1, 1, 2)}
-    terms = objective.score(prediction, prepared, {"tokens": 0.7, "grid": 1.0})
+    terms = objective.score(prediction, prepared, {"tokens": torch.tensor(0.7), "grid": torch.tensor(1.0)})
     (gradient,) = torch.autograd.grad(terms.total, entropies)
     assert readout.weights is not None
     scale = 0.7 * MIXED["tokens"]["loss_weight"]

@@ -235,7 +235,7 @@ def test_the_true_bound_is_reported_beside_whatever_loss_is_trained(tokens):
     states = draw_pairs(400)
     prepared = objective.prepare(batch_of({"tokens": states["tokens"], "grid": states["grid"]}))
     prediction = IdealDenoiser(model)(prepared.noised, prepared.readout)
-    terms = objective.score(prediction, prepared, {"tokens": 1.0, "grid": 1.0})
+    terms = objective.score(prediction, prepared, {"tokens": torch.tensor(1.0), "grid": torch.tensor(1.0)})
     assert set(terms.exact) == {"tokens"}
     total, count = terms.exact["tokens"]
     exact = objective.processes["tokens"].losses(

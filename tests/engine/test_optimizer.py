@@ -8,7 +8,7 @@ import torch
 from megadiff.config.schema import ConstantEma, Optimizer, PowerEma
 from megadiff.engine.ema import decay, power_exponent
 from megadiff.engine.optimizer import build_optimizer, hold_still, learning_rate
-from megadiff.engine.shards import Shard
+from megadiff.engine.pieces import Piece
 
 
 def test_the_warm_up_is_linear_and_reaches_the_peak() -> None:
@@ -39,7 +39,7 @@ def test_numbers_that_are_held_still_are_neither_stepped_nor_decayed(start: int,
     parameter = torch.nn.Parameter(torch.arange(1.0, 13).view(4, 3))
     flat = torch.nn.Parameter(torch.cat([torch.zeros(2), parameter.detach().flatten()[start:stop]]))
     optimizer = torch.optim.AdamW([flat], lr=0.1, weight_decay=0.5)
-    shards = [Shard("weight", (4, 3), start, stop, flat, offset=2, owned=True)]
+    shards = [Piece("weight", (4, 3), start, stop, flat, offset=2, owned=True)]
     hold_still(optimizer, shards, {"weight": (slice(1, 3),), "another": (slice(None),)})
     for _ in range(3):
         flat.grad = torch.ones_like(flat)

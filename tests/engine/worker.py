@@ -42,12 +42,12 @@ class Probe:
 
     def __call__(self, training: Any) -> None:
         noised, readout = probe_input()
-        before = [shard.master.clone() for shard in training.engine.weights.trained]
-        with training.engine.ema_denoiser() as denoiser:
+        before = [shard.master.clone() for shard in training.engine.pieces.trained]
+        with training.engine.denoiser() as denoiser:
             averaged = denoiser(noised, readout)
-        with training.engine.raw_denoiser() as denoiser:
+        with training.engine.denoiser("raw") as denoiser:
             trained = denoiser(noised, readout)
-        after = [shard.master for shard in training.engine.weights.trained]
+        after = [shard.master for shard in training.engine.pieces.trained]
         self.seen = {
             "averaged": averaged["image"].flatten()[:64].tolist(),
             "trained": trained["image"].flatten()[:64].tolist(),
@@ -95,7 +95,7 @@ def main(request: dict[str, Any]) -> None:
     seen: dict[str, Any] = {}
 
     def look(training: Any) -> None:
-        module = training.engine.module
+        module = training.engine.backend.module
         seen["whole"] = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
         seen["held_between_steps"] = held_elements(module)
         seen["all_partitioned"] = all(hasattr(p, "ds_tensor") for p in module.parameters())

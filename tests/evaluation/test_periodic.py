@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch import nn
 
+from megadiff.config.layout import Layout
 from megadiff.config.load import load_run
 from megadiff.config.schema import PeriodicSamples as Rule
 from megadiff.config.schema import Run, Sampling
-from megadiff.distributed.ranks import Ranks
 from megadiff.evaluation.periodic import PeriodicSamples
 from megadiff.models.mmdit import build_model
 from megadiff.types import Denoiser
@@ -43,19 +43,15 @@ class Engine:
         self.calls = dict.fromkeys(self.networks, 0)
 
     @contextmanager
-    def _denoiser(self, kind: str) -> Iterator[Denoiser]:
+    def denoiser(self, weights: str | None = None) -> Iterator[Denoiser]:
+        kind = weights or "ema"
+
         def denoise(*arguments: Any) -> Any:
             self.calls[kind] += 1
             with torch.no_grad():
                 return self.networks[kind](*arguments)
 
         yield denoise
-
-    def ema_denoiser(self) -> Any:
-        return self._denoiser("ema")
-
-    def raw_denoiser(self) -> Any:
-        return self._denoiser("raw")
 
 
 def network(run: Run, seed: int) -> nn.Module:
@@ -84,7 +80,7 @@ def shown(run: Run, weights: str) -> tuple[Monitor, Engine]:
     training = SimpleNamespace(
         progress=SimpleNamespace(optimizer_step=1), stage=run.stages[-1], engine=Engine(run), monitor=Monitor()
     )
-    PeriodicSamples(run, run.stages[-1], rule, Ranks(0, 1, 0))(training)
+    PeriodicSamples(run, run.stages[-1], rule, Layout())(training)
     return training.monitor, training.engine
 
 

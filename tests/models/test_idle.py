@@ -83,7 +83,7 @@ def back_propagate(module: MMDiT, model: Model, chosen: Stage) -> None:
     batch = Batch(states, keys, torch.arange(SAMPLES), torch.ones(SAMPLES), ids, 0, SAMPLES, features)
     objective = Objective(model, chosen, seed=0)
     prepared = objective.prepare(batch)
-    normaliser = {name: 1 / max(float(count), 1.0) for name, count in prepared.counts.items()}
+    normaliser = {name: 1 / count.clamp_min(1.0) for name, count in prepared.counts.items()}
     objective.score(module(prepared.noised, prepared.readout), prepared, normaliser).total.backward()
 
 

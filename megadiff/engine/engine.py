@@ -1,0 +1,140 @@
+"""A stage's weights, averages and optimizer steps, written once over a Backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megadiff.config.run_folder import CheckpointsFolder
+from megadiff.config.schema import Initialise, Stage
+from megadiff.engine import checkpoint, saving, statistics
+from megadiff.engine.api import Backend, Objective, StepResult
+from megadiff.engine.checkpoint import CheckpointError, CheckpointReader
+from megadiff.engine.ema import Ema
+from megadiff.engine.optimizer import hold_still, learning_rate
+from megadiff.models.idle import Idle
+from megadiff.models.mmdit import part_of
+from megadiff.types import ALIGNMENT, Batch, Denoiser
+
+RAW = "raw"
+"""In place of an EMA profile's name: the plain weights."""
+
+
+class Engine:
+    """One stage in training. Every method is collective."""
+
+    def __init__(self, backend: Backend, stage: Stage, idle: Idle) -> None:
+        """Args: idle: what no loss of the stage reaches; it is neither stepped nor decayed."""
+        self.backend, self.stage, self.idle = backend, stage, idle
+        self.layout, self.device, self.pieces = backend.layout, backend.device, backend.pieces
+        self.parts = {name: part_of(name) for name in self.pieces.shapes}
+        hold_still(self.pieces.optimizer, self.pieces.trained, idle.partial)
+        self.ema = Ema(stage.ema, self.pieces)
+        self.optimizer_step = 0
+
+    def step(self, batches: Sequence[Batch], objective: Objective) -> StepResult:
+        """One optimizer step over this replica's micro-batches; the averages follow if it was applied.
+
+        Masked counts differ between ranks and micro-batches while DeepSpeed averages over both, so everything is prepared
+        first, the counts are summed once, and each micro-batch's sum is scaled to the global mean.
+        """
+        names = objective.losses
+        prepared = [objective.prepare(batch) for batch in batches]
+        normaliser = statistics.normaliser_of(prepared, names, self.layout, self.backend.accumulation, self.device)
+        rate = learning_rate(self.stage.optimizer, self.optimizer_step, self.stage.steps)
+        outcome = self.backend.run(
+            prepared, lambda prediction, micro_batch: objective.score(prediction, micro_batch, normaliser), rate
+        )
+        self.optimizer_step += 1
+        if outcome.applied:
+            self.ema.update()
+        weights = {name: self._loss_weight(name) for name in names}
+        return statistics.step_result(outcome, batches, weights, self.layout, self.device, rate)
+
+    def _loss_weight(self, name: str) -> float:
+        if name == ALIGNMENT and self.stage.alignment is not None:
+            return self.stage.alignment.weight
+        return self.stage.modalities[name].loss_weight
+
+    @contextmanager
+    def denoiser(self, weights: str | None = None) -> Iterator[Denoiser]:
+        """The model for sampling and evaluation; equal numbers of calls on all ranks.
+
+        Args:
+            weights: RAW, or an EMA profile; None takes the first profile.
+        """
+        with self.backend.denoiser() as denoiser:
+            if weights == RAW:
+                yield denoiser
+                return
+            with self.ema.swapped_in(weights):
+                yield denoiser
+
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+
+    def save(self, checkpoints: CheckpointsFolder, progress: Mapping[str, Any], config: str) -> Path:
+        """Write and publish a checkpoint of this moment; returns its folder.
+
+        Raises:
+            CheckpointError: on all ranks, if one cannot write.
+        """
+        counters = {
+            "optimizer_step": self.optimizer_step,
+            "adam_steps": self.pieces.adam_steps,
+            "ema_updates": self.ema.updates,
+        }
+        return saving.save(
+            checkpoints,
+            self.optimizer_step,
+            self.pieces,
+            self.ema,
+            self.layout,
+            stage=self.stage.name,
+            progress={**progress, **counters},
+            config=config,
+            rule=self.stage.checkpoint,
+        )
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Go on where `folder` ended: weights, moments, averages, counters. Returns the saved progress.
+
+        Raises:
+            CheckpointError: it is damaged, or its parameters or EMA profiles differ from this stage's.
+        """
+        reader = saving.open_checkpoint(folder, self.layout)
+        saving.check_same_profiles(reader, self.ema.profiles)
+        checkpoint.check_names(reader, self.pieces.shapes, parts=self.parts)
+        self._check_same_trained(reader)
+        saving.load_weights(reader, "weight", set(self.parts), self.pieces)
+        saving.load_state(reader, self.pieces, self.ema)
+        self.optimizer_step = reader.manifest.progress["optimizer_step"]
+        return dict(reader.manifest.progress)
+
+    def initialise_from(self, folder: Path, rule: Initialise) -> list[str]:
+        """Start from another stage's weights with a fresh optimizer; returns the names that start fresh.
+
+        Raises:
+            CheckpointError: parameters are missing or unexpected and not declared new or dropped.
+        """
+        reader = saving.open_checkpoint(folder, self.layout)
+        known = {**{name: part_of(name) for name in reader.manifest.parameters}, **self.parts}
+        names = set(checkpoint.check_names(reader, self.pieces.shapes, new=rule.new, dropped=rule.dropped, parts=known))
+        saving.load_weights(reader, reader.weight_kind(rule.weights, rule.ema), names, self.pieces)
+        self.ema.reset()
+        return [name for name in self.parts if name not in names]
+
+    def _check_same_trained(self, reader: CheckpointReader) -> None:
+        """Raises CheckpointError if other parameters are trained now than when the checkpoint was written.
+
+        What is idle now may have been trained there: its moments are not needed any more.
+        """
+        frozen = {piece.name for piece in self.pieces.frozen}
+        before = {name: trained and name not in self.idle.whole for name, (_, trained) in reader.manifest.parameters.items()}
+        changed = [name for name, trained in before.items() if trained == (name in frozen)]
+        if changed:
+            raise CheckpointError(
+                f"{reader.folder}: {changed[0]} and {len(changed) - 1} more were trained there and are not now, or the other "
+                "way round; what is frozen or has no loss cannot change within a stage: add a stage that starts from it"
+            )

@@ -1,0 +1,118 @@
+"""This rank's part of every parameter, whatever backend holds it: flat ranges by the model's names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megadiff.engine.checkpoint import MOMENTS
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A flat range [start, stop) of a trained parameter, of which this rank holds the fp32 master and Adam's moments.
+
+    Attributes:
+        shape: of the whole parameter.
+        flat: the tensor that the optimizer steps.
+        offset: where the range begins within it.
+        owned: False on ranks whose copy repeats another rank's (ZeRO-0): they hold it but do not save it.
+    """
+
+    name: str
+    shape: Shape
+    start: int
+    stop: int
+    flat: Tensor
+    offset: int
+    owned: bool
+
+    @property
+    def master(self) -> Tensor:
+        """Float32 view [stop - start]."""
+        return self._view(self.flat.detach())
+
+    def moment(self, optimizer: torch.optim.Optimizer, kind: str) -> Tensor:
+        """Float32 view [stop - start] of one of MOMENTS; created as zeros if the optimizer has not stepped yet."""
+        return self._view(optimizer_state(optimizer, self.flat)[kind])
+
+    def _view(self, tensor: Tensor) -> Tensor:
+        return tensor.reshape(-1)[self.offset : self.offset + self.stop - self.start]
+
+
+@dataclass
+class FrozenPiece:
+    """A frozen parameter: what this rank's forward reads, and the fp32 range that it saves.
+
+    Attributes:
+        local: flat view of this rank's copy (the whole parameter, or its ZeRO-3 partition), in the model's dtype.
+        local_start: where `local` begins within the whole parameter.
+        start, stop: the range that this rank saves, within `local`'s.
+        master: float32 [stop - start]; kept because the model's copy may have been rounded to bf16.
+    """
+
+    name: str
+    shape: Shape
+    local: Tensor
+    local_start: int
+    start: int
+    stop: int
+    master: Tensor
+
+    @property
+    def local_stop(self) -> int:
+        return self.local_start + self.local.numel()
+
+    def write(self, values: Tensor) -> None:
+        """Take new float32 values for the whole of `local`."""
+        self.local.copy_(values.to(self.local.device))
+        begin = self.start - self.local_start
+        self.master = values[begin : begin + self.stop - self.start].to(self.master.device, torch.float32).clone()
+
+
+@dataclass
+class Pieces:
+    """All pieces of this rank, and the way from changed masters to the weights that forward reads.
+
+    Attributes:
+        shapes: by name the whole shape of every parameter of this rank's part of the model, held here or not.
+        write_through: makes what forward reads equal to the masters. Collective.
+    """
+
+    optimizer: torch.optim.Optimizer
+    trained: Sequence[Piece]
+    frozen: Sequence[FrozenPiece]
+    shapes: dict[str, Shape]
+    write_through: Callable[[], None]
+
+    def publish(self) -> None:
+        """Make the weights that forward reads equal to the masters. Collective."""
+        with torch.no_grad():
+            self.write_through()
+
+    @property
+    def adam_steps(self) -> int:
+        """How many steps the moments have seen."""
+        counts = [
+            int(self.optimizer.state[piece.flat]["step"]) for piece in self.trained if self.optimizer.state.get(piece.flat)
+        ]
+        return max(counts, default=0)
+
+    def set_adam_steps(self, count: int) -> None:
+        for flat in {id(piece.flat): piece.flat for piece in self.trained}.values():
+            optimizer_state(self.optimizer, flat)["step"].fill_(float(count))
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tensor]:
+    """AdamW's state of one tensor, created as it would be before the first step."""
+    state: dict[str, Tensor] = optimizer.state[flat]
+    if "step" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+        for kind in MOMENTS:
+            state[kind] = torch.zeros_like(flat.detach())
+    return state

@@ -1,0 +1,152 @@
+"""Pieces to a checkpoint and back. All functions here are collective."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from megadiff.config.layout import Layout
+from megadiff.config.run_folder import CheckpointsFolder
+from megadiff.config.schema import Checkpointing
+from megadiff.distributed.reduce import gather_objects, raise_together
+from megadiff.engine import checkpoint
+from megadiff.engine.checkpoint import MOMENTS, CheckpointError, CheckpointReader, FileEntry, Manifest, tensor_key
+from megadiff.engine.ema import Ema
+from megadiff.engine.pieces import Pieces, Shape
+
+
+def save(
+    checkpoints: CheckpointsFolder,
+    step: int,
+    pieces: Pieces,
+    ema: Ema,
+    layout: Layout,
+    *,
+    stage: str,
+    progress: Mapping[str, Any],
+    config: str,
+    rule: Checkpointing,
+) -> Path:
+    """Write and publish a checkpoint; `latest` changes only when all of it is on the disk.
+
+    Raises:
+        CheckpointError: on all ranks, if one cannot write.
+    """
+    try:
+        with all_or_none(checkpoints.root):
+            if layout.leads:
+                checkpoint.begin(checkpoints, step)
+        entry: FileEntry | None = None
+        with all_or_none(checkpoints.root):
+            entry = checkpoint.write_rank_file(checkpoints.partial(step), layout.rank, *_tensors(pieces, ema))
+        files = [written for written in gather_objects(entry) if written is not None]
+        parameters = {name: told for part in gather_objects(_parameters(pieces)) for name, told in part.items()}
+        with all_or_none(checkpoints.root):
+            if layout.leads:
+                manifest = Manifest(stage, parameters, tuple(ema.profiles), dict(progress), config, tuple(files))
+                checkpoint.publish(checkpoints, step, manifest, rule)
+    except CheckpointError:
+        if layout.leads:
+            checkpoint.abandon(checkpoints, step)
+        raise
+    return checkpoints.step(step)
+
+
+def open_checkpoint(folder: Path, layout: Layout) -> CheckpointReader:
+    """A reader of a folder whose hashes the ranks have checked between them.
+
+    Raises:
+        CheckpointError: on all ranks, if it is damaged.
+    """
+    error: CheckpointError | None = None
+    reader: CheckpointReader | None = None
+    try:
+        reader = CheckpointReader(folder)
+        damaged = reader.damaged(reader.manifest.files[layout.rank :: layout.world])
+        if damaged:
+            error = CheckpointError(f"{folder}: {', '.join(damaged)} is damaged (its hash differs); delete {folder}")
+    except CheckpointError as fault:
+        error = fault
+    raise_together(error)
+    return reader  # type: ignore[return-value]
+
+
+def load_weights(reader: CheckpointReader, kind: str, names: set[str], pieces: Pieces) -> None:
+    """Read the named parameters' masters and publish them."""
+    with torch.no_grad():
+        for piece in pieces.trained:
+            if piece.name in names:
+                piece.master.copy_(reader.read(kind, piece.name, piece.start, piece.stop))
+        for frozen in pieces.frozen:
+            if frozen.name in names:
+                frozen.write(reader.read(kind, frozen.name, frozen.local_start, frozen.local_stop))
+    pieces.publish()
+
+
+def load_state(reader: CheckpointReader, pieces: Pieces, ema: Ema) -> None:
+    """Read the moments and the averages, and how many updates each has seen."""
+    with torch.no_grad():
+        for index, piece in enumerate(pieces.trained):
+            for kind in MOMENTS:
+                piece.moment(pieces.optimizer, kind).copy_(reader.read(kind, piece.name, piece.start, piece.stop))
+            for profile, averages in ema.averages.items():
+                averages[index].copy_(reader.read(f"ema.{profile}", piece.name, piece.start, piece.stop))
+    pieces.set_adam_steps(reader.manifest.progress["adam_steps"])
+    ema.updates = reader.manifest.progress["ema_updates"]
+
+
+def check_same_profiles(reader: CheckpointReader, profiles: Mapping[str, Any]) -> None:
+    """Raises CheckpointError if a checkpoint lacks an EMA profile of the stage."""
+    missing = [name for name in profiles if name not in reader.manifest.ema]
+    if missing:
+        raise CheckpointError(
+            f"{reader.folder} has no EMA profile {', '.join(missing)} (it has {', '.join(reader.manifest.ema)}); "
+            "a profile cannot be added in the middle of a stage"
+        )
+
+
+@contextmanager
+def all_or_none(place: Path) -> Iterator[None]:
+    """Work on the disk: if it fails on one rank, all raise. Collective at its end.
+
+    Raises:
+        CheckpointError: the disk is full, read-only, or gone.
+    """
+    error: CheckpointError | None = None
+    try:
+        yield
+    except (OSError, SafetensorError) as fault:
+        error = CheckpointError(f"a checkpoint cannot be written to {place}: {fault}; what was saved before is still there")
+    raise_together(error)
+
+
+def _tensors(pieces: Pieces, ema: Ema) -> tuple[dict[str, Tensor], dict[str, tuple[int, int]]]:
+    """What this rank saves, and the range of each parameter that it has."""
+    tensors: dict[str, Tensor] = {}
+    ranges: dict[str, tuple[int, int]] = {}
+    for index, piece in enumerate(pieces.trained):
+        if not piece.owned:
+            continue
+        ranges[piece.name] = (piece.start, piece.stop)
+        tensors[tensor_key("weight", piece.name)] = piece.master.cpu()
+        for kind in MOMENTS:
+            tensors[tensor_key(kind, piece.name)] = piece.moment(pieces.optimizer, kind).cpu()
+        for profile, averages in ema.averages.items():
+            tensors[tensor_key(f"ema.{profile}", piece.name)] = averages[index].cpu()
+    for frozen in pieces.frozen:
+        if frozen.stop > frozen.start:
+            ranges[frozen.name] = (frozen.start, frozen.stop)
+            tensors[tensor_key("weight", frozen.name)] = frozen.master
+    return tensors, ranges
+
+
+def _parameters(pieces: Pieces) -> dict[str, tuple[Shape, bool]]:
+    """By name the whole shape, and whether it is trained."""
+    frozen = {piece.name for piece in pieces.frozen}
+    return {name: (shape, name not in frozen) for name, shape in pieces.shapes.items()}

@@ -1,0 +1,93 @@
+"""What a step tells of its losses: sums and counts of every loss over all times and by quarter, divided once at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from megadiff.config.layout import Layout
+from megadiff.distributed.reduce import sum_over_replicas
+from megadiff.engine.api import QUARTILES, Outcome, Prepared, StepResult
+from megadiff.types import Batch, LossTerms
+
+
+def normaliser_of(
+    prepared: Sequence[Prepared], names: Sequence[str], layout: Layout, accumulation: int, device: torch.device
+) -> dict[str, Tensor]:
+    """By loss, what its sum over a micro-batch is multiplied by, so that DeepSpeed's means over ranks and micro-batches are the
+    mean over the global batch: data ranks x accumulation / global count. Float64 scalars on the device; 0 where nothing counts.
+    """
+    own = torch.zeros(len(names), dtype=torch.float64, device=device)
+    if prepared:
+        own = torch.stack([sum_tensors([micro_batch.counts[name] for micro_batch in prepared]) for name in names])
+    counts = sum_over_replicas(own, layout)
+    return dict(zip(names, torch.where(counts > 0, layout.data_ranks * accumulation / counts, 0.0).unbind(), strict=True))
+
+
+def step_result(
+    outcome: Outcome,
+    batches: Sequence[Batch],
+    weights: Mapping[str, float],
+    layout: Layout,
+    device: torch.device,
+    rate: float,
+) -> StepResult:
+    """One collective, one wait for the device.
+
+    Args:
+        weights: by loss its weight in the total.
+    """
+    names = list(weights)
+    losses = torch.zeros(len(names), QUARTILES + 1, 2, dtype=torch.float64, device=device)
+    bounds = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
+    for terms in outcome.terms:
+        losses += _losses(terms, names)
+        bounds += _bounds(terms, names)
+    readable = sum_tensors([batch.weight.sum() for batch in batches]).to(device) if batches else losses.new_zeros(())
+    sums = torch.cat([losses.flatten(), bounds.flatten(), readable.reshape(1)])
+    loss_totals, bound_totals, samples = torch.split(sum_over_replicas(sums, layout).cpu(), [losses.numel(), bounds.numel(), 1])
+    means = dict(zip(names, _means(loss_totals.reshape(losses.shape)).tolist(), strict=True))
+    counted = {name: bool(count) for name, count in zip(names, loss_totals.reshape(losses.shape)[:, 0, 1], strict=True)}
+    return StepResult(
+        losses={name: values[0] for name, values in means.items()},
+        quartiles={name: values[1:] for name, values in means.items()},
+        total=sum(weights[name] * means[name][0] for name in names if counted[name]),
+        grad_norm=outcome.grad_norm,
+        learning_rate=rate,
+        applied=outcome.applied,
+        samples=int(samples),
+        nelbo={
+            name: total / count
+            for name, (total, count) in zip(names, bound_totals.reshape(bounds.shape).tolist(), strict=True)
+            if count
+        },
+    )
+
+
+def sum_tensors(tensors: Sequence[Tensor]) -> Tensor:
+    """The element-wise sum of a few tensors of one shape, float64."""
+    return torch.stack([tensor.to(torch.float64) for tensor in tensors]).sum(0)
+
+
+def _losses(terms: LossTerms, names: Sequence[str]) -> Tensor:
+    """Loss sums and counts, over all times and per quarter of the time axis: [losses, 1 + QUARTILES, 2]."""
+    rows = []
+    for name in names:
+        pairs = torch.stack([terms.sample_sums[name], terms.sample_counts[name]], dim=-1).to(torch.float64)
+        quarter = (terms.times[name] * QUARTILES).long().clamp(0, QUARTILES - 1)
+        per_quarter = pairs.new_zeros(QUARTILES, 2).index_add_(0, quarter, pairs)
+        rows.append(torch.cat([pairs.sum(0, keepdim=True), per_quarter]))
+    return torch.stack(rows)
+
+
+def _bounds(terms: LossTerms, names: Sequence[str]) -> Tensor:
+    """Sum and count of every loss's likelihood bound, zeros where it has none: [losses, 2]."""
+    nothing = torch.zeros((), dtype=torch.float64, device=terms.total.device)
+    pairs = [terms.exact.get(name, (nothing, nothing)) for name in names]
+    return torch.stack([torch.stack([value.to(torch.float64) for value in pair]) for pair in pairs])
+
+
+def _means(sums: Tensor) -> Tensor:
+    return sums[..., 0] / sums[..., 1]

@@ -1,0 +1,171 @@
+"""What every engine has in common, in one process over a backend without DeepSpeed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megadiff.config.layout import Layout
+from megadiff.config.run_folder import CheckpointsFolder
+from megadiff.config.schema import Batching, ConstantEma, Initialise, Optimizer, Stage
+from megadiff.engine.api import Outcome, Prepared, Score
+from megadiff.engine.checkpoint import CheckpointError
+from megadiff.engine.engine import RAW, Engine
+from megadiff.engine.pieces import FrozenPiece, Piece, Pieces
+from megadiff.models.idle import Idle
+from megadiff.types import Batch, Denoiser, LossTerms
+from tests.diffusion.small import batch_of, part_of
+
+STAGE = Stage(
+    name="only",
+    steps=10,
+    modalities={"grid": {"loss_weight": 2.0}, "tokens": {}},
+    batch=Batching(global_samples=4, micro_batch=2),
+    optimizer=Optimizer(learning_rate=0.1, warmup_steps=0),
+    ema={"main": ConstantEma(decay=0.5, warmup=False), "slow": ConstantEma(decay=0.9, warmup=False)},
+)
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Parameter(torch.tensor([1.0, 2.0]))
+        self.still = nn.Parameter(torch.tensor([5.0]), requires_grad=False)
+
+    def forward(self, noised: Any, readout: Any) -> dict[str, Tensor]:
+        return {"grid": self.embed[0] * noised, "tokens": self.embed[1] * noised}
+
+
+class FakeBackend:
+    """SGD on one process; `applied` says what becomes of a step."""
+
+    def __init__(self) -> None:
+        self.layout, self.device, self.accumulation = Layout(), torch.device("cpu"), 2
+        self.module, self.applied = Network(), True
+        self.optimizer = torch.optim.SGD([self.module.embed], lr=0.0)
+        self.rates: list[float] = []
+        flat = self.module.embed
+        self.pieces = Pieces(
+            self.optimizer,
+            [Piece("embed", (2,), 0, 2, flat, 0, owned=True)],
+            [FrozenPiece("still", (1,), self.module.still.view(-1), 0, 0, 1, self.module.still.detach().clone())],
+            {"embed": (2,), "still": (1,)},
+            lambda: None,
+        )
+
+    def run(self, prepared: Sequence[Prepared], score: Score, learning_rate: float) -> Outcome:
+        self.rates.append(learning_rate)
+        self.optimizer.param_groups[0]["lr"] = learning_rate
+        self.optimizer.zero_grad()
+        terms = [score(self.module(one.noised, one.readout), one) for one in prepared]
+        (sum(term.total for term in terms) / self.accumulation).backward()
+        if self.applied:
+            self.optimizer.step()
+        return Outcome(terms, 0.25, self.applied)
+
+    @contextmanager
+    def denoiser(self) -> Iterator[Denoiser]:
+        with torch.no_grad():
+            yield self.module
+
+
+class Sums:
+    """The prediction itself is the loss; of the tokens of the first micro-batch nothing is scored."""
+
+    losses = ("grid", "tokens")
+
+    def prepare(self, batch: Batch) -> Any:
+        first = int(batch.slots[0]) == 0
+        counts = {"grid": torch.tensor(2.0), "tokens": torch.tensor(0.0 if first else 2.0)}
+        noised = batch.weight * (1.0 if first else 3.0)
+        return type("Prepared", (), {"noised": noised, "readout": {}, "counts": counts, "first": first})
+
+    def score(self, prediction: Any, prepared: Any, normaliser: Any) -> LossTerms:
+        scored = {"grid": 1.0, "tokens": 0.0 if prepared.first else 1.0}
+        sums = {name: prediction[name] * scored[name] for name in self.losses}
+        counts = {name: torch.full((2,), scored[name]) for name in self.losses}
+        weights = {"grid": 2.0, "tokens": 1.0}
+        total = sum((weights[name] * normaliser[name] * sums[name].sum() for name in self.losses), torch.zeros(()))
+        times = dict.fromkeys(self.losses, torch.tensor([0.1, 0.9]))
+        detached = {name: value.detach() for name, value in sums.items()}
+        return LossTerms(total, {}, {}, detached, counts, times)
+
+
+def engine() -> Engine:
+    return Engine(FakeBackend(), STAGE, Idle(frozenset(), {}))
+
+
+def batches() -> list[Batch]:
+    whole = batch_of({"grid": torch.zeros(4, 1), "tokens": torch.zeros(4, 1)})
+    return [part_of(whole, torch.arange(start, start + 2)) for start in (0, 2)]
+
+
+def test_losses_are_means_over_all_that_is_scored_and_the_total_is_their_weighted_sum() -> None:
+    result = engine().step(batches(), Sums())
+    assert result.losses == {"grid": 2.0, "tokens": 6.0}, "of 1, 1, 3, 3 times 1, and of 3, 3 times 2"
+    assert result.total == 2.0 * 2.0 + 6.0
+    assert result.quartiles["grid"][0] == result.quartiles["grid"][3] == 2.0
+    assert result.quartiles["grid"][1] != result.quartiles["grid"][1], "a quarter without samples has no mean"
+    assert (result.samples, result.grad_norm, result.applied, result.learning_rate) == (4, 0.25, True, 0.1)
+
+
+def test_the_gradient_is_that_of_the_global_mean() -> None:
+    one = engine()
+    one.step(batches(), Sums())
+    before = torch.tensor([1.0, 2.0])
+    torch.testing.assert_close(one.pieces.trained[0].master, before - 0.1 * torch.tensor([2 * 2.0, 3.0]))
+
+
+def test_averages_follow_applied_steps_only() -> None:
+    one = engine()
+    one.backend.applied = False  # type: ignore[attr-defined]
+    assert not one.step(batches(), Sums()).applied
+    assert (one.optimizer_step, one.ema.updates) == (1, 0)
+    one.backend.applied = True  # type: ignore[attr-defined]
+    one.step(batches(), Sums())
+    assert (one.optimizer_step, one.ema.updates) == (2, 1)
+    torch.testing.assert_close(one.ema.averages["main"][0], torch.tensor([0.8, 1.85]))
+
+
+def test_a_denoiser_has_the_weights_that_are_asked_for_and_gives_the_trained_ones_back() -> None:
+    one = engine()
+    one.step(batches(), Sums())
+    trained = one.pieces.trained[0].master.clone()
+    scales = {}
+    for weights in (None, "slow", RAW):
+        with one.denoiser(weights) as denoiser:
+            scales[weights] = denoiser(torch.ones(1), {})["grid"].item()
+    assert scales == pytest.approx({None: 0.8, "slow": 0.96, RAW: 0.6})
+    torch.testing.assert_close(one.pieces.trained[0].master, trained)
+
+
+def test_what_is_saved_goes_on_and_starts_another_stage(tmp_path: Path) -> None:
+    one, folder = engine(), CheckpointsFolder(tmp_path)
+    one.step(batches(), Sums())
+    saved = one.save(folder, {"data_step": 7}, "config")
+    assert saved == folder.step(1) == folder.newest()
+    other = engine()
+    assert other.load(saved)["data_step"] == 7
+    assert (other.optimizer_step, other.ema.updates) == (1, 1)
+    one.step(batches(), Sums())
+    other.step(batches(), Sums())
+    for profile in STAGE.ema:
+        torch.testing.assert_close(other.ema.averages[profile][0], one.ema.averages[profile][0], rtol=0, atol=0)
+    fresh = engine()
+    assert fresh.initialise_from(saved, Initialise(weights="ema")) == []
+    torch.testing.assert_close(fresh.pieces.trained[0].master, torch.tensor([0.8, 1.85]))
+    assert fresh.ema.updates == 0
+
+
+def test_what_is_trained_cannot_change_within_a_stage(tmp_path: Path) -> None:
+    saved = engine().save(CheckpointsFolder(tmp_path), {}, "config")
+    other = engine()
+    other.pieces.frozen = []
+    with pytest.raises(CheckpointError, match="still and 0 more were trained there and are not now, or the other way round"):
+        other.load(saved)
