@@ -258,6 +258,12 @@ def test_the_tokenizer_has_exactly_the_vocabulary_with_padding_and_end_first(voc
     assert tokenizer.decode(tokenizer.encode("naïve 🍎 pear").ids) == "naïve 🍎 pear"
 
 
+@pytest.mark.parametrize("changes", [{"size": 10**12}, {"vocabulary": 10**12}])
+def test_a_size_or_vocabulary_beyond_all_measure_is_refused(packages: Path, tmp_path: Path, changes: dict[str, int]) -> None:
+    with pytest.raises(UserError, match=r"too large|must be at most 1048576"):
+        make_emoji(str(tmp_path / "out"), packages=packages, **{**SMALL, **changes})
+
+
 def test_a_vocabulary_without_room_for_all_bytes_is_refused_with_the_smallest(packages: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"vocabulary \(257\) .* at least 258"):
         make_emoji(str(tmp_path / "out"), packages=packages, **{**SMALL, "vocabulary": 257})

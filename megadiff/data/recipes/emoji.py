@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 LABELS = ("emojibase-data", "17.0.0")
 TOKENIZER = "tokenizer.json"
 PAD, END = "<|pad|>", "<|end|>"
-SMALLEST_VOCABULARY = 256 + 2
+SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 256 + 2, 2**20
 SKIN_TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
 _NEUTRAL = {"1F468": "1F9D1", "1F469": "1F9D1", "1F466": "1F9D2", "1F467": "1F9D2"}
 _FACING_RIGHT = "27A1"
@@ -151,6 +151,8 @@ def make_emoji(
         raise UserError(
             f"vocabulary ({vocabulary}) has no room for every byte and two marks; it must be at least {SMALLEST_VOCABULARY}"
         )
+    if vocabulary > LARGEST_VOCABULARY:
+        raise UserError(f"vocabulary ({vocabulary}) must be at most {LARGEST_VOCABULARY}")
     recipe = {
         "recipe": "emoji", "size_px": size, "sets": list(sets), "skin_tones": skin_tones, "shard_samples": shard_samples,
         "held_out_share": held_out_share, "vocabulary": vocabulary, "labels": "@".join(LABELS),
