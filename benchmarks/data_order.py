@@ -58,8 +58,8 @@ def full(size: Size, _: Path) -> Numbers:
 
 def megadiff(lanes: int, block_shards: int) -> Competitor:
     def order(size: Size, _: Path) -> Numbers:
-        from megadiff.data.mixture import Mixture
-        from megadiff.data.shards import Manifest, ShardEntry
+        from megadiff.data.reading.mixture import Mixture
+        from megadiff.data.shards.shard import Manifest, ShardEntry
 
         manifest = Manifest(tuple(ShardEntry(f"{n}.tar", size.per_shard, 0, "") for n in range(size.shards)))
         mixture = Mixture({"train": manifest}, lanes, block_shards, 0)
@@ -72,7 +72,7 @@ def webdataset(buffer: int) -> Competitor:
     def order(size: Size, folder: Path) -> Numbers:
         import webdataset as wds
 
-        from megadiff.data.shards import write_shard
+        from megadiff.data.shards.shard import write_shard
 
         if not folder.exists():
             for shard in range(size.shards):

@@ -47,7 +47,7 @@ Opened = tuple[Iterator[Any], Callable[[], State]]
 
 def megadiff(folder: Path, state: State | None) -> Opened:
     from megadiff.config.schema import CaptionField, Data, LatentField, Model
-    from megadiff.data.loader import Loader
+    from megadiff.data.reading.loader import Loader
 
     tokens = {"kind": "tokens", "vocabulary": VOCABULARY, "length": LENGTH, "end_id": 1, "pad_id": 0}
     grid = {"kind": "grid", "channels": 4, "height": 32, "width": 32}
@@ -67,7 +67,7 @@ def megadiff(folder: Path, state: State | None) -> Opened:
 def webdataset(folder: Path, state: State | None) -> Opened:
     import webdataset as wds
 
-    from megadiff.data.codec import array_of
+    from megadiff.data.codecs.base import array_of
 
     def decode(sample: dict[str, Any]) -> tuple[Any, Any]:
         return array_of(sample, "latents.npy"), caption_of(array_of(sample, "tokens.npy"), 0)
@@ -115,8 +115,8 @@ def litdata(folder: Path, state: State | None) -> Opened:
 
 
 CASES: dict[str, tuple[Callable[[Path, State | None], Opened], str, tuple[str, ...]]] = {
-    "megadiff": (megadiff, "shards", ("megadiff.data.loader",)),
-    "webdataset": (webdataset, "shards", ("webdataset", "megadiff.data.codec")),
+    "megadiff": (megadiff, "shards", ("megadiff.data.reading.loader",)),
+    "webdataset": (webdataset, "shards", ("webdataset", "megadiff.data.codecs.base")),
     "streaming": (streaming, "mds", ("torch.utils.data",)),
     "litdata": (litdata, "litdata", ("litdata",)),
 }
@@ -126,7 +126,7 @@ CASES: dict[str, tuple[Callable[[Path, State | None], Opened], str, tuple[str, .
 
 
 def list_megadiff(folder: Path, shards: int) -> None:
-    from megadiff.data.shards import Manifest, ShardEntry, write_manifest
+    from megadiff.data.shards.shard import Manifest, ShardEntry, write_manifest
 
     names = (f"{number:07d}.tar" for number in range(shards))
     entries = (ShardEntry(name, PER_SHARD, 180_000_000, hashlib.sha256(name.encode()).hexdigest()) for name in names)
@@ -135,8 +135,8 @@ def list_megadiff(folder: Path, shards: int) -> None:
 
 def keep_megadiff(folder: Path, shards: int) -> None:
     """One rank of 8, with 512 lanes and global batches of 2,048 samples."""
-    from megadiff.data.mixture import Mixture
-    from megadiff.data.shards import read_manifest
+    from megadiff.data.reading.mixture import Mixture
+    from megadiff.data.shards.shard import read_manifest
 
     mixture = Mixture({"train": read_manifest(str(folder))}, 512, 4, 0)
     step = round(3.5 * shards * PER_SHARD / 2048)
@@ -219,7 +219,7 @@ def _import(case: str) -> None:
         importlib.import_module("streaming")
         importlib.import_module("streaming.base.batching")
     if case == "megadiff":
-        importlib.import_module("megadiff.data.mixture")
+        importlib.import_module("megadiff.data.reading.mixture")
     for module in CASES[case][2]:
         importlib.import_module(module)
 

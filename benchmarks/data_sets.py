@@ -75,7 +75,7 @@ def s3() -> Any:
 
 def _shards(folder: Path, kind: str, count: int) -> None:
     """Tars, for us and webdataset."""
-    from megadiff.data.shards import Manifest, write_manifest, write_shard
+    from megadiff.data.shards.shard import Manifest, write_manifest, write_shard
 
     entries, members = [], {}
     for number, sample in enumerate(samples(kind, count)):

@@ -54,7 +54,7 @@ def get_loop(arguments: argparse.Namespace, settings: dict[str, Any], _: Path) -
     import obstore
     from obstore.store import from_url
 
-    from megadiff.data.shards import read_manifest
+    from megadiff.data.shards.shard import read_manifest
 
     manifest = read_manifest(f"{arguments.address}/shards")
     config: Any = {"endpoint": os.environ["AWS_ENDPOINT_URL"], "virtual_hosted_style_request": "false"}
@@ -73,7 +73,7 @@ def get_loop(arguments: argparse.Namespace, settings: dict[str, Any], _: Path) -
 
 def open_loader(arguments: argparse.Namespace, settings: dict[str, Any], cache: Path) -> Any:
     from megadiff.config.schema import Cache, CaptionField, Data, LatentField, Model, PixelField
-    from megadiff.data.loader import Loader
+    from megadiff.data.reading.loader import Loader
 
     tokenizer = "examples/emoji32/tokenizer.json"
     tokens = {"kind": "tokens", "vocabulary": VOCABULARY, "length": LENGTH, "end_id": 1, "pad_id": 0}
@@ -124,8 +124,8 @@ def webdataset(arguments: argparse.Namespace, settings: dict[str, Any], _: Path)
     import webdataset as wds
 
     from benchmarks.data_sets import s3
-    from megadiff.data.codec import array_of
-    from megadiff.data.shards import read_manifest
+    from megadiff.data.codecs.base import array_of
+    from megadiff.data.shards.shard import read_manifest
 
     bucket, _, prefix = arguments.address.removeprefix("s3://").partition("/")
     client = s3()
@@ -214,9 +214,9 @@ def _torch_loader(arguments: argparse.Namespace, settings: dict[str, Any], set_:
 
 
 IMPORTS = {
-    "GET loop": ("obstore", "megadiff.data.shards"),
-    "megadiff": ("megadiff.data.loader",),
-    "webdataset": ("webdataset", "boto3", "megadiff.data.codec"),
+    "GET loop": ("obstore", "megadiff.data.shards.shard"),
+    "megadiff": ("megadiff.data.reading.loader",),
+    "webdataset": ("webdataset", "boto3", "megadiff.data.codecs.base"),
     "streaming": ("boto3", "torch.utils.data"),
     "litdata": ("litdata", "torch.utils.data"),
 }
@@ -369,7 +369,7 @@ def _best(medians: dict[tuple[str, str], dict[str, float]], name: str, what: str
 
 def _mean_bytes(bucket: str, kind: str, samples: int) -> float:
     """Of a sample in our shards, tar headers included."""
-    from megadiff.data.shards import read_manifest
+    from megadiff.data.shards.shard import read_manifest
 
     manifest = read_manifest(f"s3://{bucket}/{kind}-{samples}/shards")
     return sum(entry.bytes for entry in manifest.shards) / manifest.samples

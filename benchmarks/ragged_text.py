@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megadiff.config.load import load_run
 from megadiff.config.schema import Model
-from megadiff.data.loader import Loader
+from megadiff.data.reading.loader import Loader
 from megadiff.diffusion.categorical import clean_lengths
 from megadiff.models.mmdit import MMDiT, build_model
 from megadiff.types import Dense, Noised, Ragged

@@ -15,6 +15,7 @@ from megadiff.config.errors import ConfigError, UserError
 from megadiff.config.load import dump_run, load_run
 from megadiff.config.run_folder import RunFolder
 from megadiff.config.schema import Run
+from megadiff.files import write_text
 from megadiff.launcher.children import process_start
 
 WAIT_S = 10.0
@@ -80,8 +81,8 @@ def write(run: Run, deepspeed: Mapping[str, Any]) -> None:
     """
     stored = _stored(run)
     try:
-        _replace(run.paths.run, dump_run(run))
-        _replace(run.paths.deepspeed, json.dumps(deepspeed, indent=2) + "\n")
+        write_text(run.paths.run, dump_run(run))
+        write_text(run.paths.deepspeed, json.dumps(deepspeed, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{run.folder} cannot be written: {error.strerror}; name another with folder=...") from None
     before = {stage.name: stage.steps for stage in stored.stages} if stored else {}
@@ -199,10 +200,3 @@ def _stored(run: Run) -> Run | None:
             f"what {run.folder} holds is unknown, for its {path.name} cannot be read ({error}); "
             "delete that file or name a new folder"
         ) from None
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write aside, then rename: a reader never sees half a file."""
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)

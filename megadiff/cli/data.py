@@ -179,7 +179,7 @@ def make_diamonds(arguments: argparse.Namespace) -> int:
 def index(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from megadiff.data import shards
+    from megadiff.data.shards import shard as shards
     from megadiff.storage import store
 
     with tqdm(desc="shards", unit="shard", disable=None) as bar:

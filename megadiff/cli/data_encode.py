@@ -12,7 +12,7 @@ from megadiff.cli.errors import enough_memory
 from megadiff.launcher.children import several
 
 if TYPE_CHECKING:
-    from megadiff.data.encoder import Encoding
+    from megadiff.data.packing.encoding import Encoding
 
 EXAMPLES = """\
   megadiff data encode data/pairs data/latents --autoencoder models/sd-vae --tokenizer models/clip/tokenizer.json \\
@@ -57,7 +57,7 @@ def add_encoding(parser: argparse.ArgumentParser) -> None:
 
 
 def encoding_of(arguments: argparse.Namespace) -> Encoding:
-    from megadiff.data.encoder import Encoding
+    from megadiff.data.packing.encoding import Encoding
 
     return Encoding(
         autoencoder=arguments.autoencoder,
@@ -77,7 +77,7 @@ def encoding_of(arguments: argparse.Namespace) -> Encoding:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.processes > 1 and "RANK" not in os.environ:
         return several(arguments.processes, sys.argv[1:])
-    from megadiff.data.encoder import encode_shards
+    from megadiff.data.packing.encoding import encode_shards
     from megadiff.distributed.ranks import Ranks
     from megadiff.storage import store
 

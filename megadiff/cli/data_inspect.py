@@ -14,8 +14,8 @@ from megadiff.cli.arguments import Verbs, add_verb, positive
 from megadiff.config.errors import UserError
 
 if TYPE_CHECKING:
-    from megadiff.data.stats import Stats
-    from megadiff.data.verify import Fault
+    from megadiff.data.inspection.stats import Stats
+    from megadiff.data.inspection.verify import Fault
 
 MOST_PRINTED = 20
 """Faults of one kind."""
@@ -139,7 +139,7 @@ def _bar(name: str) -> Iterator[Callable[[int, int], None]]:
 def verify(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from megadiff.data import verify as verification
+    from megadiff.data.inspection import verify as verification
     from megadiff.storage import store
 
     printed: Counter[str] = Counter()
@@ -198,8 +198,8 @@ def _size(size: float) -> str:
 
 
 def stats(arguments: argparse.Namespace) -> int:
-    from megadiff.data import stats as counting
-    from megadiff.data.encode import load_tokenizer
+    from megadiff.data.codecs.captions import load_tokenizer
+    from megadiff.data.inspection import stats as counting
     from megadiff.evaluation.data_pictures import png_bytes, stats_picture
     from megadiff.storage import store
 
@@ -218,7 +218,7 @@ def stats(arguments: argparse.Namespace) -> int:
 
 def table(found: Stats) -> Iterator[tuple[str, str]]:
     """What there is to tell, line by line."""
-    from megadiff.data.stats import QUANTILES, aspect_ratios, lengths_of, spread
+    from megadiff.data.inspection.stats import QUANTILES, aspect_ratios, lengths_of, spread
     from megadiff.storage import store
 
     seen = found.seen
@@ -273,10 +273,10 @@ def show(arguments: argparse.Namespace) -> int:
         raise UserError(f"--out {arguments.out} must end with .png")
     if arguments.scale is not None and arguments.autoencoder is None:
         raise UserError("--scale goes with --autoencoder FOLDER")
-    from megadiff.data.encode import load_tokenizer
-    from megadiff.data.encoder import LATENTS, TOKENS
-    from megadiff.data.inspect import draw_samples
-    from megadiff.data.shards import read_manifest
+    from megadiff.data.codecs.base import LATENTS, TOKENS
+    from megadiff.data.codecs.captions import load_tokenizer
+    from megadiff.data.inspection.show import draw_samples
+    from megadiff.data.shards.shard import read_manifest
     from megadiff.evaluation import data_pictures
     from megadiff.evaluation.report import Section, contact_sheet
     from megadiff.storage import store
@@ -302,7 +302,7 @@ def show(arguments: argparse.Namespace) -> int:
 
 def _check_tokenizer(address: str, facts: Mapping[str, Any]) -> None:
     """Raises UserError if the tokens were made by another tokenizer."""
-    from megadiff.data.encoder import TOKENS
+    from megadiff.data.codecs.base import TOKENS
     from megadiff.storage import store
 
     told = facts.get("encoded", {}).get(TOKENS, {}).get("tokenizer")

@@ -15,7 +15,7 @@ from megadiff.launcher.children import several
 
 if TYPE_CHECKING:
     from megadiff.data.buckets import Buckets
-    from megadiff.data.shards import Manifest
+    from megadiff.data.shards.shard import Manifest
 
 EXAMPLES = """\
   megadiff data pack photos data/photos --size 512 --held-out-share 0.01
@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
     buckets = check(arguments)
     if arguments.processes > 1 and "RANK" not in os.environ:
         return several(arguments.processes, sys.argv[1:])
-    from megadiff.data import pack
+    from megadiff.data.packing import build, pack
     from megadiff.distributed.ranks import Ranks
 
     packing = pack.Packing(
@@ -111,17 +111,17 @@ def run(arguments: argparse.Namespace) -> int:
     )
     ranks = Ranks.from_environment()
     scratch = pack.scratch_of(arguments.out, arguments.scratch)
-    source = pack.open_source(
+    source = build.open_source(
         arguments.kind,
         arguments.source,
         pack.unit_samples(packing),
         scratch,
-        columns=pack.Columns(arguments.image_column, arguments.caption_column),
+        columns=build.Columns(arguments.image_column, arguments.caption_column),
         captions=arguments.captions,
     )
     encoder = None
     if arguments.autoencoder or arguments.tokenizer or arguments.features:
-        from megadiff.data.encoder import Encoder
+        from megadiff.data.packing.encoding import Encoder
 
         encoder = Encoder(encoding_of(arguments))
     manifest = pack.pack(
@@ -165,8 +165,8 @@ def check(arguments: argparse.Namespace) -> Buckets | None:
 
 def summary(out: str, manifest: Manifest) -> str:
     """What was written, and what was left out, in a line."""
-    from megadiff.data import pack
-    from megadiff.data.claims import HELD_OUT
+    from megadiff.data.packing import pack
+    from megadiff.data.packing.claims import HELD_OUT
     from megadiff.storage import store
 
     held_out = sum(entry.samples for entry in manifest.shards if entry.name.startswith(f"{HELD_OUT}/"))

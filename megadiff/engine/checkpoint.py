@@ -9,10 +9,8 @@ generator in it: all random numbers of a run are functions of its seed and of th
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -29,6 +27,7 @@ from torch import Tensor
 from megadiff.config.errors import UserError
 from megadiff.config.run_folder import MANIFEST, CheckpointsFolder
 from megadiff.config.schema import Checkpointing
+from megadiff.files import sha256, sync
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FORMAT, VERSION = "megadiff-checkpoint", 1
@@ -77,8 +76,8 @@ def write_rank_file(folder: Path, rank: int, tensors: Mapping[str, Tensor], rang
     name = f"rank_{rank:05d}.safetensors"
     path = folder / name
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
-    _sync(path)
-    return FileEntry(name, path.stat().st_size, _sha256(path), dict(ranges))
+    sync(path)
+    return FileEntry(name, path.stat().st_size, sha256(path), dict(ranges))
 
 
 def tensor_key(kind: str, parameter: str) -> str:
@@ -108,19 +107,19 @@ def publish(checkpoints: CheckpointsFolder, step: int, manifest: Manifest, rule:
     partial, final = checkpoints.partial(step), checkpoints.step(step)
     tree = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
     (partial / MANIFEST).write_text(json.dumps(tree), encoding="utf-8")
-    _sync(partial / MANIFEST)
-    _sync(partial)
+    sync(partial / MANIFEST)
+    sync(partial)
     if final.exists():
         _remove(final)
     if final.exists():  # something that is not ours lies there
         final.rename(final.with_name(f"{final.name}.{time.time_ns()}"))
     partial.rename(final)
-    _sync(checkpoints.root)
+    sync(checkpoints.root)
     pointer = checkpoints.latest.with_name(f".{checkpoints.latest.name}")
     pointer.write_text(final.name, encoding="utf-8")
-    _sync(pointer)
+    sync(pointer)
     pointer.replace(checkpoints.latest)
-    _sync(checkpoints.root)
+    sync(checkpoints.root)
     whole = checkpoints.published()
     for old in retired(whole, rule):
         _remove(whole[old])
@@ -169,7 +168,7 @@ class CheckpointReader:
 
     def damaged(self, files: Sequence[FileEntry]) -> list[str]:
         """Names of those files whose hash is wrong (reads them whole)."""
-        return [entry.name for entry in files if _sha256(self.folder / entry.name) != entry.sha256]
+        return [entry.name for entry in files if sha256(self.folder / entry.name) != entry.sha256]
 
     def read(self, kind: str, parameter: str, start: int, stop: int) -> Tensor:
         """Float32 [stop - start]: a flat range of one parameter.
@@ -283,16 +282,3 @@ def _read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); delete {folder}") from None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,13 +16,12 @@ from tokenizers import Tokenizer
 from megadiff.config.errors import UserError
 from megadiff.config.schema import GridSpace, PixelField
 from megadiff.data.buckets import Bucket
-from megadiff.data.codec import Array, array_of
-from megadiff.data.encode import PixelCodec
-from megadiff.data.encoder import LATENTS
+from megadiff.data.codecs.base import LATENTS, Array, array_of
+from megadiff.data.codecs.latents import load_autoencoder
+from megadiff.data.codecs.pictures import PixelCodec
 from megadiff.data.errors import SampleError
-from megadiff.data.inspect import Drawn, load_picture, picture_member, row_of, texts_of, tokens_of
-from megadiff.data.latents import load_autoencoder
-from megadiff.data.stats import Stats, aspect_ratios, lengths_of
+from megadiff.data.inspection.show import Drawn, load_picture, picture_member, row_of, texts_of, tokens_of
+from megadiff.data.inspection.stats import Stats, aspect_ratios, lengths_of
 from megadiff.evaluation.report import Cell
 
 Decode = Callable[[Array], Image.Image]

@@ -13,8 +13,8 @@ from megadiff.config import derived
 from megadiff.config.layout import Layout
 from megadiff.config.schema import PeriodicSamples as Rule
 from megadiff.config.schema import Run, Stage
-from megadiff.data.encode import build_codecs
-from megadiff.data.loader import read_held_out
+from megadiff.data.codecs.build import build_codecs
+from megadiff.data.reading.loader import read_held_out
 from megadiff.diffusion.sampler import Conditions
 from megadiff.distributed.reduce import gather_objects
 from megadiff.evaluation.report import Cell, Section, contact_sheet

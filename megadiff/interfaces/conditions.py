@@ -26,10 +26,11 @@ from megadiff.config.schema import (
     TokenSpace,
 )
 from megadiff.data import pictures
-from megadiff.data.codec import Codec
+from megadiff.data.codecs.base import Codec
+from megadiff.data.codecs.captions import CaptionCodec
+from megadiff.data.codecs.pictures import unknown_region
 from megadiff.data.csv_text import records_of, shown
-from megadiff.data.encode import CaptionCodec, unknown_region
-from megadiff.data.loader import Shuffled
+from megadiff.data.reading.loader import Shuffled
 from megadiff.diffusion.sampler import Conditions, Known, Sampler
 from megadiff.evaluation.tasks import IMPUTE, Task, find_task, inpainting
 from megadiff.interfaces.presets import PROMPT_REPEATS

@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 from megadiff.config.errors import UserError
 from megadiff.config.schema import ClassField, LatentField, NumberField
-from megadiff.data.codec import Codec
+from megadiff.data.codecs.base import Codec
 from megadiff.data.pictures import flat
-from megadiff.data.shards import MANIFEST, Manifest, Members, Shard, ShardEntry, write_manifest, write_shard
+from megadiff.data.shards.shard import MANIFEST, Manifest, Members, Shard, ShardEntry, write_manifest, write_shard
 from megadiff.distributed.ranks import Ranks
 from megadiff.evaluation.report import Section, contact_sheet
 from megadiff.evaluation.tasks import Task, cell_of, draw

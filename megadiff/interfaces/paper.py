@@ -30,7 +30,7 @@ from megadiff.config.schema import (
     Stage,
     StageModality,
 )
-from megadiff.data.clip import build_clip_tokenizer
+from megadiff.data.codecs.clip import build_clip_tokenizer
 from megadiff.engine import checkpoint
 from megadiff.engine.checkpoint import Manifest, tensor_key
 from megadiff.interfaces.snapshot import WARMUP_STEPS, TrainingState, training_state
@@ -69,7 +69,8 @@ def import_paper(
     Args:
         weights: a Hugging Face folder (config.json, model.safetensors), hf:ORG/NAME (such a folder in a Hugging Face
             repository), or a snapshot (.pt) of the released code.
-        tokenizer: CLIP's vocabulary (see data.clip.build_clip_tokenizer); None takes that of an installed open_clip or clip.
+        tokenizer: CLIP's vocabulary (see data.codecs.clip.build_clip_tokenizer); None takes that of an installed open_clip or
+            clip.
         autoencoder: a local folder with the autoencoder of the latents; it can be named later as well.
         use: these weights of a snapshot, and nothing else.
 

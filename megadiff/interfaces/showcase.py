@@ -11,8 +11,8 @@ from torch import Tensor
 from megadiff import rng
 from megadiff.config.errors import UserError
 from megadiff.config.schema import CaptionField, ClassField, NumberField, Run, Showcase
-from megadiff.data.codec import Codec
-from megadiff.data.loader import HeldOut, read_held_out
+from megadiff.data.codecs.base import Codec
+from megadiff.data.reading.loader import HeldOut, read_held_out
 from megadiff.diffusion.sampler import Conditions
 from megadiff.evaluation.data_pictures import png_bytes
 from megadiff.evaluation.gap import conditioning_gap

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,12 +16,13 @@ from megadiff.config.load import load_run, validate
 from megadiff.config.run_folder import MANIFEST, RUN, CheckpointsFolder, RunFolder
 from megadiff.config.schema import Data, GridSpace, LatentField, Model, PixelField
 from megadiff.data.buckets import Bucket
-from megadiff.data.codec import Codec
-from megadiff.data.encode import build_codecs
-from megadiff.data.latents import LatentCodec
+from megadiff.data.codecs.base import Codec
+from megadiff.data.codecs.build import build_codecs
+from megadiff.data.codecs.latents import LatentCodec
 from megadiff.engine.checkpoint import CheckpointError, CheckpointReader
 from megadiff.engine.ema import power_exponent
 from megadiff.engine.posthoc import Combination, Profile, combine, reconstruct, snapshots_of
+from megadiff.files import sha256
 from megadiff.interfaces import export
 from megadiff.interfaces.card import model_card
 from megadiff.models.mmdit import MMDiT, build_model, part_of
@@ -136,21 +136,15 @@ def _load(address: str, weights: str, device: torch.device | str) -> Loaded:
     if (folder / export.CONFIG).exists():
         loaded = export.read(folder)
         module = _build(loaded.model, loaded.predicted, loaded.tensors, device)
-        fingerprint = file_hash(folder / export.WEIGHTS)
+        fingerprint = sha256(folder / export.WEIGHTS)
         return Loaded(loaded.model, loaded.data, loaded.predicted, module, f"export {address}", fingerprint, loaded.card)
     if not (folder / MANIFEST).exists():
         folder = _newest(folder)
     checkpoint = from_checkpoint(folder, weights)
     module = _build(checkpoint.model, checkpoint.predicted, checkpoint.tensors, device)
     source = f"{folder} ({weights} weights)"
-    fingerprint = file_hash(folder / MANIFEST)  # it holds the hashes of all files
+    fingerprint = sha256(folder / MANIFEST)  # it holds the hashes of all files
     return Loaded(checkpoint.model, checkpoint.data, checkpoint.predicted, module, source, fingerprint, checkpoint.card)
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def from_checkpoint(folder: Path, weights: str) -> export.Exported:

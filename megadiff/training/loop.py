@@ -13,7 +13,7 @@ from megadiff.config import derived
 from megadiff.config.layout import Layout
 from megadiff.config.load import dump_run
 from megadiff.config.schema import Run, Stage
-from megadiff.data.loader import Loader, check_unreadable
+from megadiff.data.reading.loader import Loader, check_unreadable
 from megadiff.diffusion.objective import Objective
 from megadiff.distributed.ranks import Ranks
 from megadiff.distributed.reduce import barrier, sum_over_replicas

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from megadiff.config.errors import UserError
 from megadiff.engine.api import StepResult
+from megadiff.files import write_text
 
 QUARTERS = ("0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00")
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "V100": 125e12}
@@ -244,10 +245,7 @@ def _drop_after(metrics: Path, step: int) -> None:
     """A run that resumes at `step` repeats what came after it: those lines go (and lines cut off by a crash or a full disk)."""
     if not metrics.exists():
         return
-    kept = [line + "\n" for line in read_lines(metrics) if json.loads(line)["step"] <= step]
-    aside = metrics.with_name(metrics.name + ".partial")
-    aside.write_text("".join(kept), encoding="utf-8")
-    aside.replace(metrics)
+    write_text(metrics, "".join(line + "\n" for line in read_lines(metrics) if json.loads(line)["step"] <= step))
 
 
 def read_lines(metrics: Path) -> Sequence[str]:

@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from megadiff.cli import main as cli
-from megadiff.data.encode import load_tokenizer
-from megadiff.data.inspect import Drawn
-from megadiff.data.shards import Manifest, Members, read_manifest, write_manifest
-from megadiff.data.stats import Seen, Stats, measure
+from megadiff.data.codecs.captions import load_tokenizer
+from megadiff.data.inspection.show import Drawn
+from megadiff.data.inspection.stats import Seen, Stats, measure
+from megadiff.data.shards.shard import Manifest, Members, read_manifest, write_manifest
 from megadiff.evaluation.data_pictures import channels_picture, decoder, sample_cell, stats_picture
 from tests.data.small import TOKENIZER, TRAIN, make_autoencoder, sample, write_source
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from megadiff.cli import main as cli
-from megadiff.data.shards import read_manifest
+from megadiff.data.shards.shard import read_manifest
 
 
 def picture(width: int = 40, height: int = 30) -> bytes:

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megadiff.config.schema import Cache
-from megadiff.data.cache import ShardCache
-from megadiff.data.reader import ShardReader
-from megadiff.data.shards import read_manifest
+from megadiff.data.shards.cache import ShardCache
+from megadiff.data.shards.reader import ShardReader
+from megadiff.data.shards.shard import read_manifest
 from megadiff.storage import store
 from tests.data.small import sample
 

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 
-from megadiff.data.loader import Loader
+from megadiff.data.reading.loader import Loader
 from megadiff.types import Batch
 from tests.data.small import tiny
 

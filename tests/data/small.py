@@ -14,7 +14,7 @@ from PIL import Image
 
 from megadiff.config.load import load_run
 from megadiff.config.schema import Data, Model
-from megadiff.data.shards import Manifest, Members, write_manifest, write_shard
+from megadiff.data.shards.shard import Manifest, Members, write_manifest, write_shard
 from tests.ranks import ROOT
 
 TOKENIZER = ROOT / "examples" / "emoji32" / "tokenizer.json"

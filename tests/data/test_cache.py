@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from megadiff.config.schema import Cache
-from megadiff.data import cache as module
-from megadiff.data.cache import ShardCache
-from megadiff.data.reader import ShardReader
-from megadiff.data.shards import Manifest, ShardEntry, read_manifest
+from megadiff.data.shards import cache as module
+from megadiff.data.shards.cache import ShardCache
+from megadiff.data.shards.reader import ShardReader
+from megadiff.data.shards.shard import Manifest, ShardEntry, read_manifest
 from megadiff.storage import store
 from tests.data.small import sample, write_source
 from tests.ranks import ROOT

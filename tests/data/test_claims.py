@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from megadiff.config.errors import UserError
-from megadiff.data.claims import JOB, RECIPE, claim
-from megadiff.data.encoder import Encoding, encode_shards
-from megadiff.data.pack import Packing, open_source, pack
+from megadiff.data.packing.build import open_source
+from megadiff.data.packing.claims import JOB, RECIPE, claim
+from megadiff.data.packing.encoding import Encoding, encode_shards
+from megadiff.data.packing.pack import Packing, pack
 from megadiff.data.recipes import table
 from megadiff.data.recipes.emoji import make_emoji
 from tests.data.packages import write_packages

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 
 from megadiff.config.errors import ConfigError
 from megadiff.config.schema import CaptionField, TokenSpace
-from megadiff.data.clip import build_clip_tokenizer, clean
-from megadiff.data.encode import CaptionCodec
+from megadiff.data.codecs.captions import CaptionCodec
+from megadiff.data.codecs.clip import build_clip_tokenizer, clean
 from tests.data.clip_reference import encode, merges, vocabulary
 
 LINES = ['"a vocabulary#version: 0.2', *(" ".join(pair) for pair in merges())]

@@ -10,7 +10,7 @@ import pytest
 
 from megadiff.config.errors import ConfigError, UserError
 from megadiff.config.schema import ClassField, GridSpace, NumberField, TokenSpace
-from megadiff.data.columns import (
+from megadiff.data.codecs.columns import (
     ClassCodec,
     Column,
     NumberCodec,

@@ -16,10 +16,10 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from megadiff.config.errors import UserError
-from megadiff.data.claims import HELD_OUT, TRAIN
+from megadiff.data.packing.claims import HELD_OUT, TRAIN
 from megadiff.data.recipes import emoji, npm
 from megadiff.data.recipes.emoji import END, PAD, Emoji, Picture, captions, is_held_out, make_emoji, render
-from megadiff.data.shards import Shard, index_shards, read_manifest
+from megadiff.data.shards.shard import Shard, index_shards, read_manifest
 from tests.data.packages import THINGS, write_packages
 
 PICTURES = len(THINGS) + 3 * 3 + 1 + 2

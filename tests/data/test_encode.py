@@ -17,7 +17,9 @@ from PIL import Image
 
 from megadiff.config.errors import ConfigError
 from megadiff.config.schema import CaptionField, GridSpace, PixelField, TokenSpace
-from megadiff.data.encode import CaptionCodec, PixelCodec, build_codecs, normalise
+from megadiff.data.codecs.build import build_codecs
+from megadiff.data.codecs.captions import CaptionCodec, normalise
+from megadiff.data.codecs.pictures import PixelCodec
 from megadiff.data.errors import SampleError
 from tests.data.small import TOKENIZER, png, tiny
 

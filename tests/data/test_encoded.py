@@ -16,11 +16,12 @@ from megadiff.cli import main as cli
 from megadiff.config.errors import UserError
 from megadiff.config.schema import CaptionField, GridSpace, LatentField, TokenSpace
 from megadiff.data.buckets import Bucket, Buckets
-from megadiff.data.clip import VOCABULARY
-from megadiff.data.encode import CaptionCodec
-from megadiff.data.latents import LatentCodec
-from megadiff.data.pack import Packing, kind_of
-from megadiff.data.shards import Members, read_manifest
+from megadiff.data.codecs.captions import CaptionCodec
+from megadiff.data.codecs.clip import VOCABULARY
+from megadiff.data.codecs.latents import LatentCodec
+from megadiff.data.packing.build import kind_of
+from megadiff.data.packing.pack import Packing
+from megadiff.data.shards.shard import Members, read_manifest
 from tests.data.test_pack import packed, samples_in
 
 START, END, LENGTH = 49406, 49407, 10

@@ -22,11 +22,11 @@ from megadiff.cli.main import main
 from megadiff.config.errors import ConfigError, UserError
 from megadiff.config.schema import CaptionField, Data, GridSpace, LatentField, Model
 from megadiff.data.buckets import Bucket
-from megadiff.data.encoder import Encoder, Encoding, encode_shards
+from megadiff.data.codecs.latents import LatentCodec
 from megadiff.data.errors import SampleError
-from megadiff.data.latents import LatentCodec
-from megadiff.data.loader import Loader
-from megadiff.data.shards import Manifest, Members, Shard, read_manifest, write_manifest, write_shard
+from megadiff.data.packing.encoding import Encoder, Encoding, encode_shards
+from megadiff.data.reading.loader import Loader
+from megadiff.data.shards.shard import Manifest, Members, Shard, read_manifest, write_manifest, write_shard
 from tests.data.small import TOKENIZER, make_autoencoder, png, sample, tiny, write_source
 from tests.ranks import ROOT
 

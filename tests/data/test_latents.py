@@ -13,10 +13,10 @@ from PIL import Image
 
 from megadiff.config.errors import ConfigError
 from megadiff.config.schema import Data, GridSpace, LatentField
-from megadiff.data.encode import build_codecs
+from megadiff.data.codecs.build import build_codecs
+from megadiff.data.codecs.latents import LatentCodec
 from megadiff.data.errors import SampleError
-from megadiff.data.latents import LatentCodec
-from megadiff.data.shards import Members
+from megadiff.data.shards.shard import Members
 from tests.data.small import make_autoencoder, png, tiny
 
 SPACE = GridSpace(channels=4, height=4, width=6)

@@ -13,11 +13,11 @@ import torch
 
 from megadiff.config.errors import ConfigError, UserError
 from megadiff.config.schema import Cache, Model
-from megadiff.data import loader as loader_module
 from megadiff.data.errors import DataError
-from megadiff.data.loader import FEWEST_READ, HeldOut, Loader, LoaderStats, check_unreadable, read_held_out
-from megadiff.data.mixture import Mixture
-from megadiff.data.shards import Members, read_manifest
+from megadiff.data.reading import loader as loader_module
+from megadiff.data.reading.loader import FEWEST_READ, HeldOut, Loader, LoaderStats, check_unreadable, read_held_out
+from megadiff.data.reading.mixture import Mixture
+from megadiff.data.shards.shard import Members, read_manifest
 from megadiff.types import Batch
 from tests.data.small import TRAIN, data_of, sample, tiny, write_source
 from tests.ranks import ROOT, run_ranks

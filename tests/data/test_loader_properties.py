@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megadiff.config.schema import CaptionField, Data, Model
-from megadiff.data.loader import Loader
-from megadiff.data.shards import Manifest, write_manifest, write_shard
+from megadiff.data.reading.loader import Loader
+from megadiff.data.shards.shard import Manifest, write_manifest, write_shard
 from tests.data.small import TOKENIZER, tiny
 
 MODEL = Model.model_validate(

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from megadiff.config.errors import ConfigError, UserError
 from megadiff.data.errors import DataError
-from megadiff.data.mixture import Mixture, Quota
-from megadiff.data.shards import Manifest, ShardEntry
+from megadiff.data.reading.mixture import Mixture, Quota
+from megadiff.data.shards.shard import Manifest, ShardEntry
 
 SHARES = st.lists(st.integers(1, 60), min_size=1, max_size=6)
 

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megadiff.config.errors import UserError
-from megadiff.data.mixture import Mixture
-from megadiff.data.order import Order
-from megadiff.data.shards import Manifest, ShardEntry
+from megadiff.data.reading.mixture import Mixture
+from megadiff.data.reading.order import Order
+from megadiff.data.shards.shard import Manifest, ShardEntry
 
 SIZES = st.lists(st.integers(0, 23), min_size=1, max_size=9).filter(lambda sizes: sum(sizes) > 0)
 SEEDS = st.integers(0, 2**62 - 1)

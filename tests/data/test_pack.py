@@ -21,11 +21,13 @@ import pytest
 from PIL import Image
 
 from megadiff.config.errors import UserError
-from megadiff.data import pack as packing_module
 from megadiff.data.buckets import Bucket, Buckets, area_buckets
-from megadiff.data.pack import Columns, Packing, Transformed, expand, key_of, kind_of, left_out, open_source, pack, unit_samples
-from megadiff.data.recipes.sam_llava import read_list
-from megadiff.data.shards import Manifest, Members, Shard, index_shards, read_manifest
+from megadiff.data.packing import pack as packing_module
+from megadiff.data.packing.build import Columns, kind_of, open_source
+from megadiff.data.packing.pack import Packing, Transformed, left_out, pack, unit_samples
+from megadiff.data.packing.source import expand, key_of
+from megadiff.data.packing.sources.sam_llava import read_list
+from megadiff.data.shards.shard import Manifest, Members, Shard, index_shards, read_manifest
 from megadiff.storage import store
 from tests.ranks import ROOT, free_port
 from tests.storage.servers import Mood, server_of

@@ -16,10 +16,11 @@ from PIL import Image
 from megadiff.config.errors import UserError
 from megadiff.config.schema import GridSpace, PixelField
 from megadiff.data import pictures
-from megadiff.data.encode import PixelCodec
+from megadiff.data.codecs.pictures import PixelCodec
 from megadiff.data.errors import SampleError
-from megadiff.data.inspect import load_picture
-from megadiff.data.pack import Packing, Prepared, Raw, prepare
+from megadiff.data.inspection.show import load_picture
+from megadiff.data.packing.pack import Packing, Prepared, prepare
+from megadiff.data.packing.source import Raw
 from megadiff.interfaces.conditions import open_picture
 
 SIZE = 4

@@ -18,11 +18,11 @@ from webdataset.tariterators import base_plus_ext
 
 from megadiff.config.errors import UserError
 from megadiff.config.schema import Cache
-from megadiff.data import reader as reader_module
-from megadiff.data.cache import ShardCache
 from megadiff.data.errors import DataError
-from megadiff.data.reader import ShardReader
-from megadiff.data.shards import (
+from megadiff.data.shards import reader as reader_module
+from megadiff.data.shards.cache import ShardCache
+from megadiff.data.shards.reader import ShardReader
+from megadiff.data.shards.shard import (
     Manifest,
     Shard,
     ShardEntry,

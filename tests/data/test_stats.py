@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from megadiff.data import reader as reader_module
-from megadiff.data.encode import load_tokenizer
+from megadiff.data.codecs.captions import load_tokenizer
 from megadiff.data.errors import DataError, SampleError
-from megadiff.data.inspect import choose_shards, draw_samples, load_picture, picture_member, picture_size
-from megadiff.data.shards import Manifest, Members, ShardEntry, read_manifest, write_manifest
-from megadiff.data.stats import Stats, aspect_ratios, measure, spread
+from megadiff.data.inspection.show import choose_shards, draw_samples, load_picture, picture_member, picture_size
+from megadiff.data.inspection.stats import Stats, aspect_ratios, measure, spread
+from megadiff.data.shards import reader as reader_module
+from megadiff.data.shards.shard import Manifest, Members, ShardEntry, read_manifest, write_manifest
 from tests.data.small import TOKENIZER, TRAIN, sample, write_source
 
 

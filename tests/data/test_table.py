@@ -11,10 +11,10 @@ import yaml
 
 from megadiff.config.errors import UserError
 from megadiff.config.schema import Data, Model
-from megadiff.data.columns import read_columns
-from megadiff.data.loader import Loader, read_held_out
+from megadiff.data.codecs.columns import read_columns
+from megadiff.data.reading.loader import Loader, read_held_out
 from megadiff.data.recipes import table
-from megadiff.data.shards import Shard, read_manifest
+from megadiff.data.shards.shard import Shard, read_manifest
 
 CSV = "Size,Maker,Post code\n" + "".join(f'{i % 7 / 2},"{"A, B" if i % 3 else "C"}",{1000 + i % 4}\n' for i in range(60))
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megadiff.data import tar
 from megadiff.data.errors import DataError
-from megadiff.data.shards import Shard
-from megadiff.data.tar import Member, index, members_of
+from megadiff.data.shards import tar
+from megadiff.data.shards.shard import Shard
+from megadiff.data.shards.tar import Member, index, members_of
 
 NAMES = st.text("abcé/.", min_size=1, max_size=160).filter(lambda name: name.strip("/.") and not name.endswith("/"))
 CONTENTS = st.binary(max_size=1200)

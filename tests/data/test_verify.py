@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megadiff.data import verify as module
 from megadiff.data.errors import DataError
-from megadiff.data.inspect import in_order
-from megadiff.data.shards import Manifest, Members, ShardEntry, index_shards, read_manifest, write_manifest, write_shard
-from megadiff.data.verify import Fault, Kind, verify
+from megadiff.data.inspection import verify as module
+from megadiff.data.inspection.show import in_order
+from megadiff.data.inspection.verify import Fault, Kind, verify
+from megadiff.data.shards.shard import Manifest, Members, ShardEntry, index_shards, read_manifest, write_manifest, write_shard
 from megadiff.storage import store
 from tests.data.small import TRAIN, sample, write_source
 

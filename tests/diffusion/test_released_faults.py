@@ -25,7 +25,7 @@ from megadiff import rng
 from megadiff.cli.main import main
 from megadiff.config.load import load_run
 from megadiff.config.schema import GaussianProcess, GridSpace, Model, PixelField, Sampling
-from megadiff.data.encode import PixelCodec
+from megadiff.data.codecs.pictures import PixelCodec
 from megadiff.diffusion.build import build_processes
 from megadiff.diffusion.gaussian import Gaussian
 from megadiff.diffusion.guidance import Guided

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from megadiff.config.errors import UserError
 from megadiff.config.schema import Data, Run, Sampling
-from megadiff.data.shards import Shard, read_manifest
+from megadiff.data.shards.shard import Shard, read_manifest
 from megadiff.evaluation.tasks import draw
 from megadiff.interfaces import generate as module
 from megadiff.interfaces import weights
@@ -268,7 +268,7 @@ def test_a_mask_is_turned_like_the_picture_that_it_belongs_to(exported, tmp_path
 
 def test_one_white_pixel_of_a_large_mask_is_a_hole():
     from megadiff.config.schema import GridSpace
-    from megadiff.data.encode import unknown_region
+    from megadiff.data.codecs.pictures import unknown_region
 
     mask = Image.new("L", (2048, 2048), 0)
     mask.putpixel((5, 2000), 255)

@@ -14,7 +14,7 @@ from megadiff.cli import main as cli
 from megadiff.config.errors import UserError
 from megadiff.config.load import load_run
 from megadiff.config.schema import Sampling
-from megadiff.data.shards import read_manifest
+from megadiff.data.shards.shard import read_manifest
 from megadiff.engine.checkpoint import CheckpointReader
 from megadiff.interfaces.generate import generate
 from megadiff.interfaces.paper import export_paper, import_paper

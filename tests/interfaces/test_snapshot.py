@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from megadiff.cli import main as cli
 from megadiff.config.errors import UserError
 from megadiff.config.load import load_run
-from megadiff.engine.checkpoint import MOMENTS, CheckpointReader, latest_checkpoint
+from megadiff.config.run_folder import CheckpointsFolder
+from megadiff.engine.checkpoint import MOMENTS, CheckpointReader
 from megadiff.interfaces.paper import export_paper, import_paper
 from megadiff.interfaces.weights import load
 from megadiff.models.official import from_official, model_from_config
@@ -92,7 +93,7 @@ def imported(snapshot: Mapping[str, Any], folder: Path, words: str, **options: A
 
 
 def reader_of(run: Path) -> CheckpointReader:
-    folder = latest_checkpoint(run / "released/checkpoints")
+    folder = CheckpointsFolder(run / "released/checkpoints").newest()
     assert folder is not None
     return CheckpointReader(folder)
 

@@ -23,8 +23,8 @@ import pytest
 from megadiff.config.errors import UserError
 from megadiff.config.schema import Data, Model
 from megadiff.data.errors import DataError
-from megadiff.data.loader import Loader, check_unreadable
-from megadiff.data.shards import Manifest, Members, ShardEntry, read_manifest, write_manifest, write_shard
+from megadiff.data.reading.loader import Loader, check_unreadable
+from megadiff.data.shards.shard import Manifest, Members, ShardEntry, read_manifest, write_manifest, write_shard
 from megadiff.storage import store
 from megadiff.types import Batch
 from tests.data.small import data_of, sample, tiny, write_source

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from megadiff.data.shards import Shard, read_manifest
+from megadiff.data.shards.shard import Shard, read_manifest
 from megadiff.storage import store
 from tests.data.small import TOKENIZER, TRAIN, make_autoencoder
 from tests.ranks import ROOT, finish, kill_when, start_megadiff

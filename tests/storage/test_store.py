@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from megadiff.data.loader import Loader
-from megadiff.data.shards import index_shards, read_manifest
+from megadiff.data.reading.loader import Loader
+from megadiff.data.shards.shard import index_shards, read_manifest
 from megadiff.storage import store
 from megadiff.storage.store import StorageError
 from tests.data.small import data_of, tiny, write_source
@@ -375,7 +375,7 @@ def test_a_loader_reads_each_sample_once_through_bodies_that_break(tmp_path: Pat
     address = write_source(tmp_path, [16])
     manifest = read_manifest(address)
     mood = Mood((tmp_path / "000.tar").read_bytes(), broken_bodies=3)
-    monkeypatch.setattr("megadiff.data.loader.read_manifest", lambda _: manifest)
+    monkeypatch.setattr("megadiff.data.reading.loader.read_manifest", lambda _: manifest)
     with server_of(mood) as url:
         loader = Loader(data_of(f"{url}/source/manifest.json"), tiny()[1], seed=1, global_samples=16, micro_batch=16)
         (batch,) = loader.take()

@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 from megadiff.config.errors import UserError
 from megadiff.data.buckets import LONGEST_PX
-from megadiff.data.claims import HELD_OUT, RECIPE, TRAIN, claim
-from megadiff.data.encode import normalise
+from megadiff.data.codecs.captions import normalise
+from megadiff.data.packing.claims import HELD_OUT, RECIPE, TRAIN, claim
 from megadiff.data.pictures import flat, open_picture
 from megadiff.data.recipes.npm import Package, fetch
-from megadiff.data.shards import Manifest, Members, Shard, ShardEntry, write_manifest, write_shard
+from megadiff.data.shards.shard import Manifest, Members, Shard, ShardEntry, write_manifest, write_shard
 from megadiff.storage import store
 
 log = logging.getLogger(__name__)

@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 from megadiff.config.errors import UserError
 from megadiff.config.schema import RESERVED_NAMES
-from megadiff.data.claims import HELD_OUT, RECIPE, TRAIN, claim
-from megadiff.data.columns import Column, column_of_classes, column_of_numbers, comes_back, number_in, write_columns
+from megadiff.data.codecs.columns import Column, column_of_classes, column_of_numbers, comes_back, number_in, write_columns
 from megadiff.data.csv_text import records_of, shown
 from megadiff.data.errors import DataError
-from megadiff.data.order import generator
+from megadiff.data.generator import generator
+from megadiff.data.packing.claims import HELD_OUT, RECIPE, TRAIN, claim
 from megadiff.data.recipes.archives import cache_of, fetch_archive
-from megadiff.data.shards import Manifest, write_manifest, write_shard
+from megadiff.data.shards.shard import Manifest, write_manifest, write_shard
 from megadiff.storage import store
 
 DIAMONDS = ("plotnine", "0.15.9", "plotnine/data/diamonds.csv")

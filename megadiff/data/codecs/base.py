@@ -19,9 +19,11 @@ from torch import Tensor
 from megadiff.config.schema import GridSpace, TokenSpace
 from megadiff.data.buckets import Bucket
 from megadiff.data.errors import SampleError
-from megadiff.data.shards import Views
+from megadiff.data.shards.shard import Views
 
 Array = NDArray[Any]
+LATENTS, TOKENS, FEATURES = "latents.npy", "tokens.npy", "features.npy"
+"""Members that encoding writes beside or in the place of pictures and captions."""
 
 
 class Loadable(ABC):

@@ -8,7 +8,6 @@ shards are needed evenly over time. Lanes run on across epochs. A rank owns cont
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megadiff.config.errors import UserError
+from megadiff.data.generator import generator
 
 Numbers = NDArray[np.int64]
 
@@ -132,9 +132,3 @@ class Order:
 
     def _permutation(self, epoch: int, lane: int, block: _Block) -> Numbers:
         return generator(*self._words, "block", epoch, lane, block.number).permutation(block.stop - block.start)
-
-
-def generator(*words: int | str) -> np.random.Generator:
-    """A Philox generator keyed by the words; the same on every platform."""
-    digest = hashlib.blake2b("/".join(map(str, words)).encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))

@@ -21,10 +21,11 @@ from tqdm import tqdm
 
 from megadiff.config.errors import UserError
 from megadiff.data.errors import DataError
-from megadiff.data.pack import LeftOut, Raw, captions_in, clean, locked, unit_name
-from megadiff.data.recipes.rows import CAPTION_COLUMNS, IMAGE_COLUMNS, LINES, PARQUET, Table, column_of, open_table
-from megadiff.data.recipes.tars import fetched, samples_of
-from megadiff.data.shards import Members, Shard
+from megadiff.data.packing.source import LeftOut, Raw, captions_in, clean, unit_name
+from megadiff.data.packing.sources.rows import CAPTION_COLUMNS, IMAGE_COLUMNS, LINES, PARQUET, Table, column_of, open_table
+from megadiff.data.packing.sources.tars import fetched, samples_of
+from megadiff.data.shards.shard import Members, Shard
+from megadiff.files import locked, sha256
 from megadiff.storage import store
 
 NAME_COLUMNS = (*IMAGE_COLUMNS, "name", "image_id", "id", "key", "__key__")
@@ -101,8 +102,7 @@ def is_list_line(line: str) -> bool:
 def _check(line: Line, path: Path) -> None:
     if line.sha256 is None:
         return
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256(path)
     if found != line.sha256:
         raise DataError(
             f"{line.name} from {store.shown(line.address)} has the SHA-256 {found[:12]}..., and the list says "

@@ -16,10 +16,10 @@ from megadiff import rng
 from megadiff.config.errors import ConfigError
 from megadiff.config.schema import GridSpace, LatentField, PixelField
 from megadiff.data.buckets import Bucket
-from megadiff.data.codec import Array, Codec, array_of, arrays_of
-from megadiff.data.encode import PixelCodec
+from megadiff.data.codecs.base import Array, Codec, array_of, arrays_of
+from megadiff.data.codecs.pictures import PixelCodec
 from megadiff.data.errors import SampleError
-from megadiff.data.shards import Views
+from megadiff.data.shards.shard import Views
 from megadiff.distributed.ranks import Ranks
 
 PICTURE_CHANNELS = 3

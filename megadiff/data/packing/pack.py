@@ -6,41 +6,45 @@ out). What lies in a shard depends on the source and the options alone, not on p
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import io
 import json
 import os
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from megadiff.config.errors import UserError
 from megadiff.data import pictures
 from megadiff.data.buckets import Bucket, Buckets
-from megadiff.data.claims import HELD_OUT, TRAIN
 from megadiff.data.errors import DataError, picture_fault
-from megadiff.data.shards import COMPRESSED, TAR, Manifest, Members, ShardEntry, write_manifest, write_shard
+from megadiff.data.packing.claims import HELD_OUT, TRAIN
+from megadiff.data.packing.source import (
+    NO_CAPTION,
+    NOT_ENCODED,
+    TOO_SMALL,
+    UNREACHABLE,
+    UNREADABLE,
+    Encoded,
+    LeaveOut,
+    LeftOut,
+    Raw,
+    Source,
+    clean,
+    hashed,
+    key_of,
+)
+from megadiff.data.packing.units import Done, run_units
+from megadiff.data.shards.shard import Manifest, Members, ShardEntry, write_manifest, write_shard
 from megadiff.data.threads import in_order
-from megadiff.data.units import Done, run_units
 from megadiff.storage import store
 
-KINDS = ("folder", "table", "tars", "sam-llava", "paper")
-PICTURES = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif")
-"""Endings of files and members that are taken for pictures."""
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 """Members that are written, and Pillow's names for them."""
-
-NO_CAPTION, NO_PICTURE, UNREADABLE, TOO_SMALL = "no caption", "no picture", "unreadable picture", "too small"
-UNREACHABLE, NOT_ENCODED = "unreachable picture", "cannot be encoded"
-"""Why a sample is left out."""
 
 _NAMED = 20
 _LONGEST = 1000
@@ -48,7 +52,6 @@ _LONGEST = 1000
 _HOPELESS = 20
 _SHARDS_PER_UNIT = 8
 _IN_MEMORY_BYTES = 256 * 2**20
-_READ = "a folder of pictures, .parquet, .pq, .jsonl or .ndjson tables, .tar files, or a list of them in .txt or .tsv"
 _ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
@@ -62,67 +65,6 @@ class Transformed:
 
 Transform = Callable[[Mapping[str, Members], "Bucket | None"], Transformed]
 """Of a shard's samples by key, and their bucket."""
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """A sample that is not written: where it is from, one of the reasons above, and the fault in words."""
-
-    source: str
-    reason: str
-    detail: str = ""
-
-
-class LeaveOut(Exception):
-    """Raised while a sample's picture is read: (reason, detail)."""
-
-
-@dataclass(frozen=True)
-class Raw:
-    """A sample as a source has it.
-
-    Attributes:
-        origin: stable, and unique over the whole source; the key is made from it.
-        source: the path, address or key, for people.
-        captions: as found; they are cleaned later.
-        read: its picture's bytes. Raises LeaveOut.
-    """
-
-    origin: str
-    source: str
-    captions: Sequence[Any]
-    read: Callable[[], bytes]
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A sample that is written as it is; origin and source as above, `read` gives its members. Raises LeaveOut."""
-
-    origin: str
-    source: str
-    read: Callable[[], Members]
-
-
-class Source(Protocol):
-    """One kind of raw data, cut into units."""
-
-    @property
-    def kind(self) -> str: ...
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Of the units: stable, each once, of letters, digits, - and _."""
-
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        """What the units' samples depend on."""
-
-    @property
-    def threads(self) -> int:
-        """How many pictures are read at once; above 1 where reading is waiting."""
-
-    def samples(self, unit: int) -> Iterator[Raw | Encoded | LeftOut]:
-        """A unit's samples, always in the same order. Raises DataError, StorageError."""
 
 
 @dataclass(frozen=True)
@@ -223,76 +165,11 @@ def pack(
     return manifest
 
 
-def key_of(origin: str) -> str:
-    """A key from an origin: its letters for people, a hash of the whole; ASCII, without dots and slashes."""
-    return f"{slug(origin.rpartition('/')[2].partition('.')[0])}-{_hash(origin, 10)}"
-
-
-def unit_name(origin: str) -> str:
-    """A unit's name from what it is read from."""
-    return f"{slug(origin.rpartition('/')[2].partition('.')[0])}-{_hash(origin, 5)}"
-
-
-def slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_]+", "_", text)[:40].strip("_") or "x"
-
-
-def clean(captions: Iterable[Any]) -> list[str]:
-    """Texts without white space around them; what is empty, no text, or half of a surrogate pair goes."""
-    texts = [caption.strip() for caption in captions if isinstance(caption, str)]
-    return [text for text in texts if text and not re.search("[\ud800-\udfff]", text)]
-
-
-def captions_in(tree: Any) -> list[Any]:
-    """The captions of parsed JSON: a text, a list of texts, or an object with `captions` or `caption`."""
-    if isinstance(tree, Mapping):
-        found = tree.get("captions")
-        return captions_in(found if found else tree.get("caption"))
-    if isinstance(tree, str):
-        return [tree]
-    return list(tree) if isinstance(tree, Sequence) else []
-
-
-def expand(address: str) -> list[str]:
-    """An address with {00000..00012} or {a,b} in it as the addresses that it stands for."""
-    found = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", address)
-    if found is None:
-        return [address]
-    if found[3] is not None:
-        choices = found[3].split(",")
-    else:
-        first, last = int(found[1]), int(found[2])
-        if first > last:
-            raise UserError(f"{found[0]} in {address} counts down; write {{{found[2]}..{found[1]}}}")
-        choices = [str(number).zfill(len(found[1])) for number in range(first, last + 1)]
-    return [whole for choice in choices for whole in expand(address[: found.start()] + choice + address[found.end() :])]
-
-
 def scratch_of(out: str, folder: str | None) -> Path:
     """A folder of this job's own for downloads until they are used; the same one after a restart."""
     if folder is None and store.is_local(out):
         return store.local_path(out) / ".scratch"
-    return Path(folder or tempfile.gettempdir()) / f"megadiff-pack-{os.getuid()}-{_hash(out.rstrip('/'), 6)}"
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Only one process of this machine at a time; a lock ends with its process, and its file with the last holder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        with path.open("a") as file:
-            with suppress(OSError):  # Some network file systems know no locks.
-                fcntl.flock(file, fcntl.LOCK_EX)
-            try:
-                same = os.path.samestat(os.fstat(file.fileno()), path.stat())
-            except FileNotFoundError:
-                same = False  # The one before has deleted it.
-            if same:
-                try:
-                    yield
-                finally:
-                    path.unlink(missing_ok=True)
-                return
+    return Path(folder or tempfile.gettempdir()) / f"megadiff-pack-{os.getuid()}-{hashed(out.rstrip('/'), 6)}"
 
 
 def unit_samples(packing: Packing) -> int:
@@ -438,7 +315,7 @@ def _row(side: str, unit: str, bucket: Bucket | None) -> _Row:
 def _side(key: str, share: float) -> str:
     if not share:
         return ""
-    return f"{HELD_OUT if int(_hash(key, 8), 16) / 2**64 < share else TRAIN}/"
+    return f"{HELD_OUT if int(hashed(key, 8), 16) / 2**64 < share else TRAIN}/"
 
 
 def _check_reachable(counts: Counter[str], left: Sequence[LeftOut], name: str) -> None:
@@ -493,104 +370,3 @@ def left_out(manifest: Manifest) -> dict[str, int]:
 def _reasons(manifest: Manifest) -> str:
     reasons = ", ".join(f"{count} {reason}" for reason, count in left_out(manifest).items())
     return f" (left out: {reasons})" if reasons else ""
-
-
-def _hash(text: str, size: int) -> str:
-    """Hexadecimal, two digits a byte; depends on the text alone."""
-    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=size).hexdigest()
-
-
-# --------------------------------------------------------------------------------------------------------- the sources
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Names of a table's columns; None takes the first usual one that is there."""
-
-    image: str | None = None
-    caption: str | None = None
-
-
-def open_source(
-    kind: str,
-    sources: Sequence[str],
-    unit_samples: int,
-    scratch: Path,
-    *,
-    columns: Columns | None = None,
-    captions: str | None = None,
-) -> Source:
-    """Raw data of a kind (one of KINDS, or auto).
-
-    Args:
-        captions: the table of captions, for sam-llava.
-
-    Raises:
-        UserError: it cannot be found or read, or the arguments do not go together.
-    """
-    from megadiff.data.recipes.folder import FolderSource
-    from megadiff.data.recipes.rows import RowsSource
-    from megadiff.data.recipes.sam_llava import SamLlavaSource
-    from megadiff.data.recipes.tars import TarsSource
-
-    kind = kind_of(sources[0]) if kind == "auto" else kind
-    columns = columns or Columns()
-    if kind in ("folder", "sam-llava", "paper") and len(sources) > 1:
-        raise UserError(f"--kind {kind} takes one source, and {len(sources)} are given: {', '.join(sources[:3])}")
-    if captions is not None and kind != "sam-llava":
-        raise UserError(f"--captions goes with --kind sam-llava, and {sources[0]} is of kind {kind}; leave it out")
-    if columns != Columns() and kind not in ("table", "sam-llava"):
-        raise UserError(
-            f"--image-column and --caption-column go with tables, and {sources[0]} is of kind {kind}; leave them out"
-        )
-    if kind == "folder":
-        return FolderSource(sources[0], unit_samples)
-    if kind == "paper":
-        from megadiff.data.recipes.encoded import EncodedSource  # which needs torch
-
-        return EncodedSource(sources[0], unit_samples)
-    if kind == "table":
-        return RowsSource(sources, unit_samples, columns.image, columns.caption)
-    if kind == "tars":
-        return TarsSource(sources, scratch)
-    if captions is None:
-        raise UserError("--kind sam-llava needs --captions TABLE, the captions by the pictures' names")
-    return SamLlavaSource(sources[0], captions, scratch, columns.image, columns.caption)
-
-
-def kind_of(source: str) -> str:
-    """What kind of raw data an address is. Raises UserError if that cannot be told."""
-    from megadiff.data.recipes.rows import LINES, PARQUET
-
-    address = expand(source)[0]
-    if is_encoded(address):
-        return "paper"
-    if (kind := _kind_of_name(address, PARQUET + LINES)) is not None:
-        return kind
-    if store.is_local(address) and store.local_path(address).is_file():
-        raise UserError(f"{store.shown(source)} is no kind of file that is read: {_READ}")
-    names = store.list_names(address)
-    kinds = {kind for name in names if not name.startswith(".") and (kind := _kind_of_name(name, PARQUET + LINES))}
-    kinds.discard("sam-llava")  # a README.txt beside the data
-    if len(kinds) > 1:
-        raise UserError(f"{source} holds {' and '.join(sorted(kinds))}; say which by --kind")
-    if kinds:
-        return kinds.pop()
-    if not store.is_local(source):
-        raise UserError(f"{source} holds neither .tar files nor tables; name what should be read, or its --kind")
-    return "folder"
-
-
-def is_encoded(folder: str) -> bool:
-    """Whether a folder looks like one that the paper's scripts have made."""
-    return store.is_local(folder) and all((store.local_path(folder) / name).is_dir() for name in ("images", "tokens"))
-
-
-def _kind_of_name(name: str, tables: tuple[str, ...]) -> str | None:
-    endings = {
-        **dict.fromkeys((TAR, *COMPRESSED), "tars"),
-        ".txt": "sam-llava",
-        ".tsv": "sam-llava",
-        **dict.fromkeys(tables, "table"),
-    }
-    return next((kind for ending, kind in endings.items() if name.lower().endswith(ending)), None)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from megadiff.config.errors import UserError
 from megadiff.data.errors import DataError
-from megadiff.data.pack import NO_CAPTION, NO_PICTURE, PICTURES, LeaveOut, LeftOut, Raw, captions_in, clean
+from megadiff.data.packing.source import NO_CAPTION, NO_PICTURE, LeaveOut, LeftOut, Raw, captions_in, clean
+from megadiff.data.pictures import PICTURE_ENDINGS
 from megadiff.storage import store
 
 
@@ -32,7 +33,7 @@ class FolderSource:
             paths.append(path)
             digest.update(os.fsencode(path) + f"\0{size}\n".encode())
         if not paths:
-            raise DataError(f"{folder} holds no pictures ({', '.join(PICTURES)})")
+            raise DataError(f"{folder} holds no pictures ({', '.join(PICTURE_ENDINGS)})")
         self.chunks = [paths[start : start + unit_samples] for start in range(0, len(paths), unit_samples)]
         self.names = [f"{number:06d}" for number in range(len(self.chunks))]
         self.identity = {"pictures": len(paths), "paths_and_sizes": digest.hexdigest(), "unit_samples": unit_samples}
@@ -106,7 +107,7 @@ def _pictures(folder: Path, inside: str = "", above: frozenset[tuple[int, int]] 
     for entry in entries:
         if _is_folder(entry):
             yield from _pictures(folder, f"{inside}{entry.name}/", above | {place})
-        elif entry.name.rpartition(".")[2].lower() in PICTURES:
+        elif entry.name.rpartition(".")[2].lower() in PICTURE_ENDINGS:
             try:
                 size = entry.stat().st_size
             except OSError:

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from concurrent.futures import Executor, Future
 from pathlib import Path
 
-from megadiff.data.cache import ShardCache, fetched
 from megadiff.data.errors import DataError
-from megadiff.data.shards import Manifest, Members, Shard, ShardEntry
+from megadiff.data.shards.cache import ShardCache, fetched
+from megadiff.data.shards.shard import Manifest, Members, Shard, ShardEntry
 from megadiff.storage import store
 
 

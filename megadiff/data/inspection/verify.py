@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megadiff.data import tar
-from megadiff.data.codec import array_of
+from megadiff.data.codecs.base import array_of
 from megadiff.data.errors import SampleError, in_one_line
-from megadiff.data.inspect import kind_of, load_picture
-from megadiff.data.pack import PICTURES
-from megadiff.data.shards import TAR, Manifest, Shard, ShardEntry, place_of, read_manifest
+from megadiff.data.inspection.show import kind_of, load_picture
+from megadiff.data.pictures import PICTURE_ENDINGS
+from megadiff.data.shards import tar
+from megadiff.data.shards.shard import TAR, Manifest, Shard, ShardEntry, place_of, read_manifest
 from megadiff.data.threads import in_order
 from megadiff.storage import store
 
@@ -242,7 +242,7 @@ def undecodable(ending: str, content: bytes) -> str:
     """Why a member cannot be decoded; empty if it can be, or if it is of a kind that is not looked into."""
     kind = kind_of(ending)
     try:
-        if kind in PICTURES:
+        if kind in PICTURE_ENDINGS:
             load_picture(content)
         elif kind == "npy":
             values = array_of({ending: content}, ending)

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from megadiff.config.errors import ConfigError, UserError
 from megadiff.config.schema import ClassField, GridSpace, NumberField, TokenSpace
-from megadiff.data.codec import Codec, member_of
+from megadiff.data.codecs.base import Codec, member_of
 from megadiff.data.errors import DataError, SampleError
-from megadiff.data.shards import Views
+from megadiff.data.shards.shard import Views
 from megadiff.storage import store
 
 FORMAT, VERSION = "megadiff-columns", 1

@@ -17,8 +17,8 @@ import numpy as np
 
 from megadiff.config.errors import ConfigError, UserError
 from megadiff.data.errors import DataError
-from megadiff.data.order import Numbers, Order, Visits
-from megadiff.data.shards import Manifest
+from megadiff.data.reading.order import Numbers, Order, Visits
+from megadiff.data.shards.shard import Manifest
 
 
 class Quota:

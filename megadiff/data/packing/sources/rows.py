@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 from megadiff.config.errors import UserError
 from megadiff.data.errors import DataError
-from megadiff.data.pack import NO_PICTURE, UNREACHABLE, LeaveOut, LeftOut, Raw, captions_in, expand
-from megadiff.data.recipes.tars import origins_of
+from megadiff.data.packing.source import NO_PICTURE, UNREACHABLE, LeaveOut, LeftOut, Raw, captions_in, expand
+from megadiff.data.packing.sources.tars import origins_of
 from megadiff.storage import store
 from megadiff.storage.store import AddressError, MissingError, StorageError
 

@@ -9,15 +9,13 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
-from megadiff.data.codec import array_of, member_of
-from megadiff.data.encode import NO_TOKEN, captions_of
-from megadiff.data.encoder import TOKENS
+from megadiff.data.codecs.base import TOKENS, array_of, member_of
+from megadiff.data.codecs.captions import NO_TOKEN, captions_of
 from megadiff.data.errors import SampleError, picture_fault
-from megadiff.data.order import generator
-from megadiff.data.pack import PICTURES
-from megadiff.data.pictures import open_picture, shown_size
-from megadiff.data.reader import ShardReader
-from megadiff.data.shards import Manifest, Members, Views
+from megadiff.data.generator import generator
+from megadiff.data.pictures import PICTURE_ENDINGS, open_picture, shown_size
+from megadiff.data.shards.reader import ShardReader
+from megadiff.data.shards.shard import Manifest, Members, Views
 from megadiff.data.threads import in_order
 from megadiff.storage import store
 
@@ -88,7 +86,7 @@ def kind_of(ending: str) -> str:
 
 def picture_member(members: Views) -> str | None:
     """The ending of a sample's picture: png rather than seg.png."""
-    pictures = [ending for ending in members if kind_of(ending) in PICTURES]
+    pictures = [ending for ending in members if kind_of(ending) in PICTURE_ENDINGS]
     return min(pictures, key=lambda ending: (ending.count("."), ending), default=None)
 
 

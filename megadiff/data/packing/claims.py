@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megadiff.config.errors import UserError
-from megadiff.data.shards import MANIFEST
+from megadiff.data.shards.shard import MANIFEST
 from megadiff.storage import store
 
 RECIPE, JOB = "recipe.json", ".units/job.json"

@@ -16,8 +16,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megadiff.data.claims import JOB, claim
-from megadiff.data.shards import Manifest, ShardEntry, write_manifest
+from megadiff.data.packing.claims import JOB, claim
+from megadiff.data.shards.shard import Manifest, ShardEntry, write_manifest
 from megadiff.storage import store
 
 UNITS, LEFT_OUT = JOB.rpartition("/")[0], "left_out.jsonl"

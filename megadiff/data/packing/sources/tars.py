@@ -12,18 +12,10 @@ from typing import Any
 
 from megadiff.config.errors import UserError
 from megadiff.data.errors import DataError
-from megadiff.data.pack import (
-    NO_PICTURE,
-    PICTURES,
-    LeftOut,
-    Raw,
-    captions_in,
-    clean,
-    expand,
-    locked,
-    unit_name,
-)
-from megadiff.data.shards import Members, Shard, is_tar, tars_in
+from megadiff.data.packing.source import NO_PICTURE, LeftOut, Raw, captions_in, clean, expand, unit_name
+from megadiff.data.pictures import PICTURE_ENDINGS
+from megadiff.data.shards.shard import Members, Shard, is_tar, tars_in
+from megadiff.files import locked
 from megadiff.storage import store
 
 Captions = Callable[[str, Members], Sequence[Any]]
@@ -113,8 +105,8 @@ def samples_of(shard: Shard, origin: str, captions: Captions) -> Iterator[Raw | 
 
 def picture_in(members: Members) -> str | None:
     """The member that is the picture: .jpg, or else .image.jpg."""
-    exact = [ending for ending in PICTURES if ending in members]
-    return next(iter(exact or [name for name in sorted(members) if name.rpartition(".")[2] in PICTURES]), None)
+    exact = [ending for ending in PICTURE_ENDINGS if ending in members]
+    return next(iter(exact or [name for name in sorted(members) if name.rpartition(".")[2] in PICTURE_ENDINGS]), None)
 
 
 def captions_of(_: str, members: Members) -> Sequence[Any]:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from megadiff.config.schema import Cache
 from megadiff.data.errors import DataError
-from megadiff.data.shards import Shard, ShardEntry
+from megadiff.data.shards.shard import Shard, ShardEntry
+from megadiff.files import sha256
 from megadiff.storage import store
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class ShardCache:
             found = path.stat()
         except FileNotFoundError:
             return False
-        whole = found.st_size == entry.bytes and (found.st_ctime > _started() or _hash(path) == entry.sha256)
+        whole = found.st_size == entry.bytes and (found.st_ctime > _started() or sha256(path) == entry.sha256)
         if not whole:
             path.unlink(missing_ok=True)
         return whole
@@ -71,7 +72,7 @@ class ShardCache:
     def _download(self, address: str, path: Path, entry: ShardEntry) -> None:
         self._make_room(path, entry.bytes)
         store.download(address, path)
-        if _hash(path) != entry.sha256:
+        if sha256(path) != entry.sha256:
             path.unlink(missing_ok=True)
             raise not_listed(address)
 
@@ -122,11 +123,6 @@ def not_listed(address: str) -> DataError:
     return DataError(
         f"shard {store.shown(address)} is not the one that the manifest lists (its hash differs); run `megadiff data index`"
     )
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _started() -> float:

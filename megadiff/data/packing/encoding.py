@@ -23,17 +23,19 @@ from torch import Tensor
 from megadiff.config.errors import ConfigError, UserError
 from megadiff.config.schema import GridSpace, PixelField
 from megadiff.data.buckets import Bucket
-from megadiff.data.codec import Array
-from megadiff.data.encode import CLEANING, NO_TOKEN, PixelCodec, captions_of, load_tokenizer
+from megadiff.data.codecs.base import FEATURES, LATENTS, TOKENS, Array
+from megadiff.data.codecs.captions import CLEANING, NO_TOKEN, captions_of, load_tokenizer
+from megadiff.data.codecs.latents import PICTURE_CHANNELS, downscaling_of, load_autoencoder, own_device
+from megadiff.data.codecs.pictures import PixelCodec
 from megadiff.data.errors import SampleError
-from megadiff.data.latents import PICTURE_CHANNELS, downscaling_of, load_autoencoder, own_device
-from megadiff.data.pack import NOT_ENCODED, PICTURES, Transformed
-from megadiff.data.reader import ShardReader
-from megadiff.data.shards import Manifest, Members, Shard, Views, read_manifest, write_shard
-from megadiff.data.units import Done, run_units
+from megadiff.data.packing.pack import Transformed
+from megadiff.data.packing.source import NOT_ENCODED
+from megadiff.data.packing.units import Done, run_units
+from megadiff.data.pictures import PICTURE_ENDINGS
+from megadiff.data.shards.reader import ShardReader
+from megadiff.data.shards.shard import Manifest, Members, Shard, Views, read_manifest, write_shard
 from megadiff.storage import store
 
-LATENTS, TOKENS, FEATURES = "latents.npy", "tokens.npy", "features.npy"
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet's, which the vision models that features come from were trained on."""
 
@@ -248,7 +250,7 @@ def _samples(shard: Shard) -> dict[str, Views]:
 
 def _pixels(members: Views, size: Bucket) -> Array:
     """A sample's picture, uint8 [H, W, 3]."""
-    member = next((ending for ending in PICTURES if ending in members), None)
+    member = next((ending for ending in PICTURE_ENDINGS if ending in members), None)
     if member is None:
         raise SampleError(f"it has no picture (it has {', '.join(sorted(members)) or 'nothing'})")
     space = GridSpace(channels=PICTURE_CHANNELS, height=size.height, width=size.width)

@@ -11,20 +11,12 @@ from typing import Any, TypeVar
 import numpy as np
 from tokenizers import Tokenizer
 
-from megadiff.data.codec import array_of
-from megadiff.data.encode import normalise
-from megadiff.data.encoder import TOKENS
+from megadiff.data.codecs.base import TOKENS, array_of
+from megadiff.data.codecs.captions import normalise
 from megadiff.data.errors import SampleError
-from megadiff.data.inspect import (
-    choose_shards,
-    kind_of,
-    picture_member,
-    picture_size,
-    texts_of,
-    tokens_of,
-)
-from megadiff.data.reader import ShardReader
-from megadiff.data.shards import Manifest, Views, read_manifest
+from megadiff.data.inspection.show import choose_shards, kind_of, picture_member, picture_size, texts_of, tokens_of
+from megadiff.data.shards.reader import ShardReader
+from megadiff.data.shards.shard import Manifest, Views, read_manifest
 from megadiff.data.threads import in_order
 from megadiff.storage import store
 

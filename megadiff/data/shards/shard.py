@@ -25,7 +25,7 @@ import webdataset
 
 from megadiff.config.errors import UserError
 from megadiff.data.errors import DataError
-from megadiff.data.tar import KindError, index
+from megadiff.data.shards.tar import KindError, index
 from megadiff.storage import store
 
 FORMAT, VERSION = "megadiff-shards", 1

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from megadiff.config.errors import UserError
-from megadiff.data.clip import VOCABULARY
-from megadiff.data.codec import Array
-from megadiff.data.encoder import LATENTS, TOKENS, filled_up, npy_bytes
+from megadiff.data.codecs.base import LATENTS, TOKENS, Array
+from megadiff.data.codecs.clip import VOCABULARY
 from megadiff.data.errors import DataError
-from megadiff.data.pack import NO_CAPTION, NO_PICTURE, UNREADABLE, Encoded, LeaveOut, is_encoded
-from megadiff.data.shards import Members
+from megadiff.data.packing.encoding import filled_up, npy_bytes
+from megadiff.data.packing.source import NO_CAPTION, NO_PICTURE, UNREADABLE, Encoded, LeaveOut, is_encoded
+from megadiff.data.shards.shard import Members
 from megadiff.storage import store
 
 INDEX = "all_indexes.npy"

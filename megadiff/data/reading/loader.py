@@ -20,14 +20,14 @@ from megadiff import rng
 from megadiff.config.errors import ConfigError
 from megadiff.config.schema import Data, GridSpace, Model
 from megadiff.data.buckets import Bucket
-from megadiff.data.cache import ShardCache
-from megadiff.data.codec import Array, Loadable, array_of
-from megadiff.data.encode import build_codecs, check_manifest
+from megadiff.data.codecs.base import Array, Loadable, array_of
+from megadiff.data.codecs.build import build_codecs, check_manifest
 from megadiff.data.errors import DataError, SampleError
-from megadiff.data.mixture import Mixture, Step
-from megadiff.data.order import Order
-from megadiff.data.reader import ShardReader
-from megadiff.data.shards import Manifest, Shard, Views, read_manifest
+from megadiff.data.reading.mixture import Mixture, Step
+from megadiff.data.reading.order import Order
+from megadiff.data.shards.cache import ShardCache
+from megadiff.data.shards.reader import ShardReader
+from megadiff.data.shards.shard import Manifest, Shard, Views, read_manifest
 from megadiff.storage import store
 from megadiff.types import Batch
 

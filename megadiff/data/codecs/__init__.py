@@ -1,0 +1,1 @@
+"""Members of a sample to clean states and back, one kind of field a file."""

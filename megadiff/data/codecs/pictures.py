@@ -1,0 +1,91 @@
+"""Pictures: members to pixels in [-1, 1] and back."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from megadiff.config.errors import ConfigError
+from megadiff.config.schema import (
+    GridSpace,
+    PixelField,
+)
+from megadiff.data.buckets import Bucket, fit
+from megadiff.data.codecs.base import Array, Codec, member_of
+from megadiff.data.errors import SampleError, picture_fault
+from megadiff.data.pictures import UNREADABLE, flat, open_picture, plain
+from megadiff.data.shards.shard import Views
+
+
+class PixelCodec(Codec):
+    """Pictures: RGB on white, scaled and centre-cropped to the grid, values in [-1, 1]."""
+
+    space: GridSpace
+
+    def __init__(self, field: PixelField, space: GridSpace) -> None:
+        """Raises ConfigError if the grid has neither one nor three channels."""
+        if space.channels not in (1, 3):
+            raise ConfigError(f"a pixel field needs a grid of 1 or 3 channels, not {space.channels}")
+        self.member, self.space = field.member, space
+
+    def read(self, members: Views, key: int) -> Image.Image:
+        return self._read(members)
+
+    def _read(self, members: Views, enough: tuple[int, int] | None = None) -> Image.Image:
+        """The picture, or one scaled down, though no smaller than (width, height), where its format makes that cheap."""
+        data = member_of(members, self.member)
+        try:
+            return open_picture(data, enough)
+        except UNREADABLE as error:
+            raise SampleError(f"its .{self.member} member is no readable picture: {picture_fault(error)}") from None
+
+    def encode(self, value: Image.Image, bucket: Bucket | None = None) -> Tensor:
+        """A picture to float32 [C, H, W], of the bucket's size where one is given."""
+        return self.finish(torch.from_numpy(self._pixels(plain(value), bucket)[None]), _NO_KEYS)[0]
+
+    def load(self, members: Views, key: int, bucket: Bucket | None = None) -> Array:
+        """uint8 [H, W, C]."""
+        height, width = bucket or (self.space.height, self.space.width)
+        return self._pixels(self._read(members, (_DRAFT * width, _DRAFT * height)), bucket)
+
+    def blank(self, bucket: Bucket | None = None) -> Array:
+        height, width = bucket or (self.space.height, self.space.width)
+        return np.full((height, width, self.space.channels), 128, dtype=np.uint8)
+
+    def finish(self, stacked: Tensor, keys: Tensor) -> Tensor:
+        """uint8 [B, H, W, C] to float32 [B, C, H, W]."""
+        return (stacked.float() / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
+
+    def _pixels(self, picture: Image.Image, bucket: Bucket | None) -> Array:
+        height, width = bucket or (self.space.height, self.space.width)
+        shown = flat(picture, "RGB" if self.space.channels == 3 else "L")
+        return np.array(fit(shown, height, width)).reshape(height, width, self.space.channels)
+
+    def decode(self, state: Tensor) -> Image.Image:
+        """float [C, H, W] to a picture; values outside [-1, 1] are clipped."""
+        pixels = ((state.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+        return Image.fromarray(pixels if self.space.channels == 3 else pixels[..., 0])
+
+
+_NO_KEYS = torch.empty(0, dtype=torch.int64)
+NO_TOKEN = -1
+"""Fills up the shorter captions of an array of token ids."""
+_DRAFT = 2
+"""A JPEG may be decoded at a half, a quarter or an eighth of its size if that is still so many times what is wanted."""
+
+
+def unknown_region(mask: Image.Image, space: GridSpace) -> Tensor:
+    """A mask (white: unknown) to bool [C, H, W]; a place of the grid with any unknown pixel in it is unknown."""
+    grey = Image.alpha_composite(Image.new("RGBA", mask.size, "black"), mask.convert("RGBA")).convert("L")
+    picture = grey.point(lambda value: 255 if value >= 128 else 0).convert(
+        "F"
+    )  # in 8 bits one pixel of many would round to none
+    factor = max(space.width / picture.width, space.height / picture.height)
+    size = (max(space.width, round(picture.width * factor)), max(space.height, round(picture.height * factor)))
+    scaled = picture.resize(size, Image.Resampling.BOX)
+    left, top = (scaled.width - space.width) // 2, (scaled.height - space.height) // 2
+    cropped = scaled.crop((left, top, left + space.width, top + space.height))
+    unknown = torch.from_numpy(np.asarray(cropped) > 0)
+    return unknown.expand(space.channels, -1, -1)

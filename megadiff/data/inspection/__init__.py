@@ -1,0 +1,1 @@
+"""Are they whole, what is in them, how do they look."""

@@ -1,0 +1,1 @@
+"""Raw sources to shards, and shards to encoded ones; never imported by reading."""

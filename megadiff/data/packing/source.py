@@ -1,0 +1,133 @@
+"""What every kind of source gives: raw samples in units of work, or why one is left out."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from megadiff.config.errors import UserError
+from megadiff.data.shards.shard import Members
+from megadiff.storage import store
+
+NO_CAPTION, NO_PICTURE, UNREADABLE, TOO_SMALL = "no caption", "no picture", "unreadable picture", "too small"
+UNREACHABLE, NOT_ENCODED = "unreachable picture", "cannot be encoded"
+"""Why a sample is left out."""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A sample that is not written: where it is from, one of the reasons above, and the fault in words."""
+
+    source: str
+    reason: str
+    detail: str = ""
+
+
+class LeaveOut(Exception):
+    """Raised while a sample's picture is read: (reason, detail)."""
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A sample as a source has it.
+
+    Attributes:
+        origin: stable, and unique over the whole source; the key is made from it.
+        source: the path, address or key, for people.
+        captions: as found; they are cleaned later.
+        read: its picture's bytes. Raises LeaveOut.
+    """
+
+    origin: str
+    source: str
+    captions: Sequence[Any]
+    read: Callable[[], bytes]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A sample that is written as it is; origin and source as above, `read` gives its members. Raises LeaveOut."""
+
+    origin: str
+    source: str
+    read: Callable[[], Members]
+
+
+class Source(Protocol):
+    """One kind of raw data, cut into units."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of the units: stable, each once, of letters, digits, - and _."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What the units' samples depend on."""
+
+    @property
+    def threads(self) -> int:
+        """How many pictures are read at once; above 1 where reading is waiting."""
+
+    def samples(self, unit: int) -> Iterator[Raw | Encoded | LeftOut]:
+        """A unit's samples, always in the same order. Raises DataError, StorageError."""
+
+
+def key_of(origin: str) -> str:
+    """A key from an origin: its letters for people, a hash of the whole; ASCII, without dots and slashes."""
+    return f"{slug(origin.rpartition('/')[2].partition('.')[0])}-{hashed(origin, 10)}"
+
+
+def unit_name(origin: str) -> str:
+    """A unit's name from what it is read from."""
+    return f"{slug(origin.rpartition('/')[2].partition('.')[0])}-{hashed(origin, 5)}"
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_]+", "_", text)[:40].strip("_") or "x"
+
+
+def clean(captions: Iterable[Any]) -> list[str]:
+    """Texts without white space around them; what is empty, no text, or half of a surrogate pair goes."""
+    texts = [caption.strip() for caption in captions if isinstance(caption, str)]
+    return [text for text in texts if text and not re.search("[\ud800-\udfff]", text)]
+
+
+def captions_in(tree: Any) -> list[Any]:
+    """The captions of parsed JSON: a text, a list of texts, or an object with `captions` or `caption`."""
+    if isinstance(tree, Mapping):
+        found = tree.get("captions")
+        return captions_in(found if found else tree.get("caption"))
+    if isinstance(tree, str):
+        return [tree]
+    return list(tree) if isinstance(tree, Sequence) else []
+
+
+def expand(address: str) -> list[str]:
+    """An address with {00000..00012} or {a,b} in it as the addresses that it stands for."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", address)
+    if found is None:
+        return [address]
+    if found[3] is not None:
+        choices = found[3].split(",")
+    else:
+        first, last = int(found[1]), int(found[2])
+        if first > last:
+            raise UserError(f"{found[0]} in {address} counts down; write {{{found[2]}..{found[1]}}}")
+        choices = [str(number).zfill(len(found[1])) for number in range(first, last + 1)]
+    return [whole for choice in choices for whole in expand(address[: found.start()] + choice + address[found.end() :])]
+
+
+def is_encoded(folder: str) -> bool:
+    """Whether a folder looks like one that the paper's scripts have made."""
+    return store.is_local(folder) and all((store.local_path(folder) / name).is_dir() for name in ("images", "tokens"))
+
+
+def hashed(text: str, size: int) -> str:
+    """Hexadecimal, two digits a byte; depends on the text alone."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=size).hexdigest()

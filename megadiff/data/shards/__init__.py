@@ -1,0 +1,1 @@
+"""Tar shards: their form, their manifests, reading and keeping them. Knows no codec."""
