@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.ranks import finish, free_port, run_megadiff, start_python
+from tests.ranks import LAUNCH_S, finish, free_port, run_megadiff, start_python
 
 pytestmark = pytest.mark.distributed
 
@@ -38,7 +38,8 @@ def megadiff(*arguments: str, world: int = 1) -> subprocess.CompletedProcess[str
 def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     folder = tmp_path_factory.mktemp("quickstart") / "run"
     overrides = [f"folder={folder}", *FEW]
-    return folder, megadiff("launch", "configs/run/quickstart.yaml", "--deepspeed", "ds_configs/zero3.json", *overrides)
+    command = ("launch", "configs/run/quickstart.yaml", "--deepspeed", "ds_configs/zero3.json", *overrides)
+    return folder, run_megadiff(*command, timeout_s=2 * LAUNCH_S)  # three launches of ranks, and the samples
 
 
 def test_three_stages_end_in_a_sheet_a_gap_and_a_log(launched: tuple[Path, subprocess.CompletedProcess[str]]) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from megadiff import rng
 from megadiff.config.schema import Model, Sampling
+from megadiff.diffusion.build import build_processes
 from megadiff.diffusion.gaussian import Gaussian
-from megadiff.diffusion.process import build_processes
 from megadiff.diffusion.sampler import Conditions, Sampler
 from megadiff.interfaces.presets import PAPER, PRESETS
 from megadiff.types import Noised
