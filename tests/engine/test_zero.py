@@ -29,6 +29,7 @@ from tests.ranks import ROOT, finish, run_ranks, start_ranks
 pytestmark = pytest.mark.distributed
 
 WORKER = ROOT / "tests" / "engine" / "worker.py"
+STAGES = ("first", "second", "third")
 PARTITION_ALL = {
     "stage3_param_persistence_threshold": 0,
     "stage3_max_live_parameters": 0,
@@ -76,20 +77,14 @@ def assert_idle_weights_stay(folder: Path) -> None:
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All three stages on one rank without ZeRO."""
     folder = tmp_path_factory.mktemp("one_rank")
-    reports = {}
-    for index, stage in enumerate(("first", "second", "third")):
-        reports[stage] = train(folder, 1, 0, stages=("first", "second", "third")[index : index + 1])
-    return {"folder": folder, **reports}
+    return {"folder": folder, **train(folder, 1, 0, stages=STAGES)["by_stage"]}
 
 
 @pytest.fixture(scope="module")
 def zero3(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All three stages on two ranks with ZeRO-3, every parameter partitioned."""
     folder = tmp_path_factory.mktemp("zero3")
-    reports = {}
-    for index, stage in enumerate(("first", "second", "third")):
-        chosen = ("first", "second", "third")[index : index + 1]
-        reports[stage] = train(folder, 2, 3, stages=chosen, zero_options=PARTITION_ALL, watch_gathered=True)
+    reports = train(folder, 2, 3, stages=STAGES, zero_options=PARTITION_ALL, watch_gathered=True)["by_stage"]
     return {"folder": folder, **reports}
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ import torch
 from megadiff.config.deepspeed import load_deepspeed
 from megadiff.config.errors import UserError
 from megadiff.config.load import load_run
+from megadiff.config.schema import Run
 from megadiff.training import loop
 from megadiff.types import Dense, Noised
 
@@ -77,6 +77,12 @@ class Gathered:
         torch.nn.modules.module.register_module_parameter_registration_hook(self._registered)
         torch.nn.modules.module.register_module_forward_hook(lambda *_: self._look())
 
+    def take(self) -> int:
+        """The largest number so far; counts anew from here."""
+        most, self.most = self.most, 0
+        self._alive.clear()
+        return most
+
     def _registered(self, module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
         if parameter is not None:
             self._alive.append(parameter)
@@ -87,44 +93,48 @@ class Gathered:
 
 
 def main(request: dict[str, Any]) -> None:
+    """Train the stages asked for, one after the other; prints what was seen of the last one, and of each by its name."""
     run = load_run("tests/tiny.yaml", [f"folder={request['folder']}", *request.get("overrides", [])])
     tree = load_deepspeed(request["deepspeed"])
     tree.setdefault("zero_optimization", {}).update(request.get("zero_options", {}))
     gathered = Gathered() if request.get("watch_gathered") else None
+    reports = {}
+    for stage in request["stages"]:
+        seen = reports[stage] = trained(run, stage, tree, request.get("kill_at"))
+        if gathered is not None:
+            seen["most_gathered"] = gathered.take()
+        if "error" in seen:
+            break
+    print(json.dumps({**reports[stage], "by_stage": reports}))
+
+
+def trained(run: Run, stage: str, tree: dict[str, Any], kill_at: int | None) -> dict[str, Any]:
     probe = Probe()
     seen: dict[str, Any] = {}
-
-    def look(training: Any) -> None:
-        module = training.engine.backend.module
-        seen["whole"] = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
-        seen["held_between_steps"] = held_elements(module)
-        seen["all_partitioned"] = all(hasattr(p, "ds_tensor") for p in module.parameters())
 
     class Look:
         def due(self, training: Any) -> bool:
             return True
 
         def __call__(self, training: Any) -> None:
-            look(training)
+            module = training.engine.backend.module
+            seen["whole"] = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+            seen["held_between_steps"] = held_elements(module)
+            seen["all_partitioned"] = all(hasattr(p, "ds_tensor") for p in module.parameters())
 
-    callbacks: list[Any] = [Look(), probe]
-    if "kill_at" in request:
-        callbacks.append(KillAt(request["kill_at"]))
+    callbacks: list[Any] = [Look(), probe, *([] if kill_at is None else [KillAt(kill_at)])]
     try:
-        for stage in request["stages"]:
-            loop.train_stage(run, stage, tree, callbacks)
+        loop.train_stage(run, stage, tree, callbacks)
     except UserError as error:
         seen["error"] = str(error)
-    metrics = Path(request["folder"]) / request["stages"][-1] / "metrics.jsonl"
+    metrics = run.paths.stage(stage).metrics
     if metrics.exists():
         rows = [json.loads(line) for line in metrics.read_text().splitlines()]
         seen["loss"] = [row["loss"] for row in rows]
         seen["grad_norm"] = [row["grad_norm"] for row in rows]
         seen["text_losses"] = [row["losses"].get("text") for row in rows]
         seen["steps"] = [row["step"] for row in rows]
-    if gathered is not None:
-        seen["most_gathered"] = gathered.most
-    print(json.dumps({**seen, **probe.seen}))
+    return {**seen, **probe.seen}
 
 
 if __name__ == "__main__":
