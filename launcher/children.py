@@ -25,6 +25,9 @@ LAUNCHER = "MEGADIFF_LAUNCHER"
 GRACE_S = 45.0
 """From asking children to end to killing them: DeepSpeed's launcher gives its ranks 30 s after SIGTERM."""
 
+MOST_PER_CORE = 8
+"""Processes of a verb for each core of this machine: they may wait for an object store, but each takes memory."""
+
 _WATCH_S = 1.0
 _PR_SET_PDEATHSIG = 1
 
@@ -80,18 +83,20 @@ def run(commands: Sequence[Command], signals: Signals, *, keep: Sequence[int] = 
     if signals.received:
         return [1] * len(commands)
     with ExitStack() as stack:
-        processes = [stack.enter_context(_running(command, keep)) for command in commands]
-        signals.processes = processes
+        processes = signals.processes = []
+        for command in commands:
+            if not signals.received:
+                processes.append(stack.enter_context(_running(command, keep)))
         asked = False
         deadline = float("inf")
         while None in (codes := [process.poll() for process in processes]) and time.monotonic() < deadline:
             if not asked and (signals.received or any(codes)):
                 asked, deadline = True, time.monotonic() + GRACE_S
-                for process, command in zip(processes, commands, strict=True):
+                for process, command in zip(processes, commands, strict=False):
                     _terminate(process, relays=command.relays)
             time.sleep(0.1)
         signals.processes = []
-    return [1 if code is None else code for code in codes]
+    return [1 if code is None else code for code in codes] + [1] * (len(commands) - len(codes))
 
 
 def several(processes: int, arguments: Sequence[str]) -> int:
@@ -103,7 +108,10 @@ def several(processes: int, arguments: Sequence[str]) -> int:
     Raises:
         UserError: what a process says of a user's mistake.
     """
-    own = max(len(os.sched_getaffinity(0)) // processes, 1)
+    cores = len(os.sched_getaffinity(0))
+    if processes > MOST_PER_CORE * cores:
+        raise UserError(f"--processes {processes} is too many for {cores} cores; give at most {MOST_PER_CORE * cores}")
+    own = max(cores // processes, 1)
     asked = os.environ.get("OMP_NUM_THREADS", "")
     threads = min(int(asked), own) if asked.isdigit() and int(asked) else own
     with tempfile.TemporaryDirectory() as folder, Signals() as signals:

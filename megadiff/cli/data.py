@@ -177,6 +177,8 @@ def make_diamonds(arguments: argparse.Namespace) -> int:
 
 
 def index(arguments: argparse.Namespace) -> int:
+    if not arguments.folder.removeprefix("file://").strip():
+        raise UserError("the folder of the shards is empty; give a path or an address")
     from tqdm import tqdm
 
     from megadiff.data.shards import shard as shards

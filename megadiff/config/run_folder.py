@@ -130,7 +130,7 @@ class CheckpointsFolder:
 
     def published(self) -> dict[int, Path]:
         """By step the whole checkpoints, oldest first; a user's copies under other names are none of them."""
-        named = {re.fullmatch(rf"{_STEP}(\d{{8,}})", path.name): path for path in self.root.glob(f"{_STEP}*")}
+        named = {re.fullmatch(rf"{_STEP}([0-9]{{8,}})", path.name): path for path in self.root.glob(f"{_STEP}*")}
         whole = {int(match[1]): path for match, path in named.items() if match and (path / MANIFEST).exists()}
         return dict(sorted(whole.items()))
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 
 from megadiff.data.errors import DataError
 
+_LOOKED_AT = 50
 SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "bar": "|"}
 
 
@@ -16,7 +18,7 @@ def records_of(text: str, source: str, separator: str | None = None) -> list[tup
 
     Args:
         source: names the table in errors.
-        separator: None takes a comma, and refuses a table whose first line has another one and no comma.
+        separator: None takes a comma, and refuses a table that seems to have another one.
 
     Raises:
         DataError: it is no CSV.
@@ -43,5 +45,15 @@ def shown(names: Iterable[str]) -> str:
 
 
 def _other_separator(text: str) -> str | None:
-    first = next((line for line in io.StringIO(text) if line.strip()), "")
-    return None if "," in first else next((name for name, mark in SEPARATORS.items() if mark in first.strip("\r\n")), None)
+    """The separator that a table seems to have instead of a comma: it stands in the first line, and cuts all lines alike."""
+    lines = [line for line in itertools.islice(io.StringIO(text), _LOOKED_AT) if line.strip()]
+    first = lines[0] if lines else ""
+    for name, mark in SEPARATORS.items():
+        if mark != "," and mark in first.strip("\r\n") and ("," not in first or _cuts_alike(lines, mark)):
+            return name
+    return None
+
+
+def _cuts_alike(lines: Sequence[str], mark: str) -> bool:
+    counts = {len(cells) for cells in csv.reader(lines, delimiter=mark)}
+    return len(lines) > 1 and len(counts) == 1

@@ -89,17 +89,19 @@ def begin(checkpoints: CheckpointsFolder, step: int) -> None:
     """Make an empty folder to write into; what an interrupted save left is removed. For one process."""
     checkpoints.root.mkdir(parents=True, exist_ok=True)
     for leftover in checkpoints.partials():
-        shutil.rmtree(leftover, ignore_errors=True)
+        _clear(leftover)
     checkpoints.partial(step).mkdir()
 
 
 def abandon(checkpoints: CheckpointsFolder, step: int) -> None:
     """Remove what a failed save has written: on a full disk it would stand in the way of the next one. For one process."""
-    shutil.rmtree(checkpoints.partial(step), ignore_errors=True)
+    _clear(checkpoints.partial(step))
 
 
 def publish(checkpoints: CheckpointsFolder, step: int, manifest: Manifest, rule: Checkpointing) -> Path:
-    """Give a wholly written folder its name, point `latest` at it, retire old ones. For one process.
+    """Give a wholly written folder its name, point `latest` at it, retire older ones. For one process.
+
+    What lies there under the names of later steps is left alone: a copy, or of a run that then went on from an earlier step.
 
     Returns:
         The folder.
@@ -110,28 +112,49 @@ def publish(checkpoints: CheckpointsFolder, step: int, manifest: Manifest, rule:
     sync(partial / MANIFEST)
     sync(partial)
     if final.exists():
-        _remove(final)
-    if final.exists():  # something that is not ours lies there
-        final.rename(final.with_name(f"{final.name}.{time.time_ns()}"))
+        _remove(final, step)
+    _set_aside(final)
     partial.rename(final)
     sync(checkpoints.root)
     pointer = checkpoints.latest.with_name(f".{checkpoints.latest.name}")
+    for path in (pointer, checkpoints.latest):
+        if path.is_dir():
+            _set_aside(path)
     pointer.write_text(final.name, encoding="utf-8")
     sync(pointer)
     pointer.replace(checkpoints.latest)
     sync(checkpoints.root)
     whole = checkpoints.published()
-    for old in retired(whole, rule):
-        _remove(whole[old])
+    for old in retired([each for each in whole if each <= step], rule):
+        _remove(whole[old], old)
     return final
 
 
-def _remove(folder: Path) -> None:
-    """Delete what a save wrote there; what else lies there stays, and nothing that goes wrong matters to the save."""
+def _clear(path: Path) -> None:
+    """Delete what was left under a name that only saves use."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _set_aside(path: Path) -> None:
+    """Give another name to something that is not ours, if there is something."""
+    if path.exists() or path.is_symlink():
+        path.rename(path.with_name(f"{path.name}.{time.time_ns()}"))
+
+
+def _remove(folder: Path, step: int) -> None:
+    """Delete what the save of a step wrote there; links, copies and all else stay, and no fault matters to the new save."""
+    if folder.is_symlink():
+        return
     try:
-        written = [*(entry.name for entry in _read_manifest(folder).files), MANIFEST]
+        manifest = _read_manifest(folder)
+        if manifest.progress.get("optimizer_step") != step:
+            return
         (folder / MANIFEST).rename(folder / f".{MANIFEST}")  # from here on it is no checkpoint, whatever happens
-        for name in (*written[:-1], f".{MANIFEST}"):
+        for name in (*(entry.name for entry in manifest.files), f".{MANIFEST}"):
             (folder / name).unlink(missing_ok=True)
         with suppress(OSError):  # something else lies there
             folder.rmdir()
@@ -140,7 +163,7 @@ def _remove(folder: Path) -> None:
 
 
 def retired(steps: Iterable[int], rule: Checkpointing) -> list[int]:
-    """Which of the existing checkpoints go: all but the newest `keep` and multiples of `keep_every_steps`."""
+    """Which of the checkpoints so far go: all but the newest `keep` and multiples of `keep_every_steps`."""
     newest_first = sorted(steps, reverse=True)
     stays = set(newest_first[: rule.keep])
     if rule.keep_every_steps:
@@ -280,5 +303,5 @@ def _read_manifest(folder: Path) -> Manifest:
         )
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); delete {folder}") from None

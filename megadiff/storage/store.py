@@ -442,7 +442,8 @@ _MISSING, _FORBIDDEN, _ELSEWHERE = ("404", "410"), ("401", "403"), "no LOCATION"
 _FINAL = (*_MISSING, *_FORBIDDEN, _ELSEWHERE, "405", "406", "414", "451", "501")
 """What a server answers the same however often it is asked."""
 _ANSWER = re.compile(
-    r"Error performing [A-Z]+ \S+ in \S+ - (?:Server returned non-2xx status code: (\d{3})|Received redirect without LOCATION)"
+    r"Error performing [A-Z]+ \S+ in [^ ,]+(?:, after \d+ retries,[^-]*)? - "
+    r"(?:Server returned non-2xx status code: (\d{3})|Received redirect without LOCATION)"
 )
 """In the text of an error whose class does not tell it; no name can look so, for what stands in a URL has no blanks."""
 _NO_BUCKET = re.compile("<Code>(NoSuchBucket|ContainerNotFound)</Code>")

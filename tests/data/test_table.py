@@ -155,6 +155,13 @@ def test_one_column_with_a_semicolon_in_its_name_is_taken_as_asked(tmp_path):
     assert kinds_and_notes(tmp_path, "a;b\n1\n2\n", separator=",")[0] == ["number"]
 
 
+def test_a_semicolon_is_seen_beside_decimal_commas_and_is_not_where_it_only_stands_in_cells(tmp_path):
+    for text in ("Preis, EUR;Menge\n1,50;1\n2,75;2\n", "age, years;size\n1;2\n3;4\n"):
+        with pytest.raises(UserError, match="seems to have a semicolon between its cells"):
+            kinds_and_notes(tmp_path, text)
+    assert len(kinds_and_notes(tmp_path, "name,tags;more\nred,a;b\nblue,c\n")[0]) == 2
+
+
 def test_awkward_cells_come_through_whole(tmp_path):
     cells = ['say ""yes""', "two\nlines", "comma, here", "ünï", " spaced "]
     (tmp_path / "a.csv").write_text(

@@ -197,3 +197,36 @@ def test_what_a_failed_save_wrote_is_removed(tmp_path: Path) -> None:
     checkpoint.begin(CheckpointsFolder(tmp_path), 2)
     checkpoint.abandon(CheckpointsFolder(tmp_path), 2)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_save_retires_neither_itself_nor_what_it_did_not_write(tmp_path: Path) -> None:
+    publish(tmp_path, 10, keep=1)
+    shutil.copytree(tmp_path / "step_00000010", tmp_path / "step_00000040")
+    shutil.copytree(tmp_path / "step_00000010", tmp_path / "step_00000015")
+    shutil.copytree(tmp_path / "step_00000010", tmp_path / "step_\u0660\u0660\u0660\u0660\u0660\u0660\u0664\u0660")
+    for step in (20, 30):
+        newest = publish(tmp_path, step, keep=1)
+        assert CheckpointsFolder(tmp_path).newest() == newest
+        assert CheckpointReader(newest).manifest.progress["optimizer_step"] == step
+    assert sorted(CheckpointsFolder(tmp_path).published()) == [15, 30, 40]
+
+
+def test_a_checkpoint_that_was_moved_and_linked_stays(tmp_path: Path) -> None:
+    (publish(tmp_path / "here", 10, keep=1)).rename(tmp_path / "there")
+    (tmp_path / "here" / "step_00000010").symlink_to(tmp_path / "there")
+    publish(tmp_path / "here", 20, keep=1)
+    assert (
+        CheckpointReader(tmp_path / "here" / "step_00000010").damaged(CheckpointReader(tmp_path / "there").manifest.files) == []
+    )
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "{"])
+def test_a_manifest_of_somebody_else_fails_no_save(tmp_path: Path, text: str) -> None:
+    (tmp_path / "step_00000005").mkdir()
+    (tmp_path / "step_00000005" / "manifest.json").write_text(text)
+    for name in ("latest", ".latest"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".partial-step_00000010").write_text("mine")
+    newest = publish(tmp_path, 10, keep=1)
+    assert CheckpointsFolder(tmp_path).newest() == newest
+    assert (tmp_path / "step_00000005" / "manifest.json").read_text() == text

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megadiff.config.errors import UserError
 from megadiff.launcher import children
 from megadiff.launcher.children import Command, Signals
 from tests.ranks import finish, start_python, wait_until
@@ -103,3 +104,20 @@ def test_a_verb_of_several_processes_ends_with_its_signal(tmp_path: Path) -> Non
     ended = finish(started)
     assert (ended.returncode, ended.stderr) == (143, "megadiff: interrupted\n")
     assert wait_for_end([int(place.read_text()) for place in places], 5)
+
+
+def test_a_signal_is_heard_while_processes_are_started(tmp_path: Path) -> None:
+    script = (
+        "import sys\nfrom megadiff.launcher.children import Command, Signals, run\n"
+        "with Signals() as signals:\n"
+        "    print(len(run([Command(['sleep', '100'], {}) for _ in range(100_000)], signals)), signals.received)"
+    )
+    started = start_python("-c", script)
+    time.sleep(2)
+    started.terminate()
+    assert finish(started, 60).stdout.split() == ["100000", str(int(signal.SIGTERM))]
+
+
+def test_more_processes_than_a_machine_can_hold_are_refused() -> None:
+    with pytest.raises(UserError, match=r"--processes 100000 is too many for .* cores; give at most"):
+        children.several(100_000, ["data", "pack"])
