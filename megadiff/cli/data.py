@@ -7,6 +7,7 @@ import sys
 
 from megadiff.cli import data_encode, data_inspect, data_pack
 from megadiff.cli.arguments import Verbs, add_verb, positive
+from megadiff.config.errors import UserError
 
 EMOJI_SETS = ("noto", "noto-v1", "fluent-emoji-flat", "fluent-emoji-3d")
 
