@@ -22,12 +22,12 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["megadiff", "megadiff.*"]),
+    package_data={"megadiff": ["py.typed"]},
     entry_points={"console_scripts": ["megadiff = megadiff.cli.main:main"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; sys_platform == 'linux'",
         "deepspeed>=0.19.8,<0.20",
-        "ninja>=1.11",  # DeepSpeed compiles its operators with it
         "megatron-core>=0.16.1,<0.17",
         "webdataset>=1.0.2,<2",
         "obstore>=0.12",
