@@ -25,7 +25,8 @@ def test_a_wheel_holds_every_module_under_megadiff_and_nothing_beside_it(tmp_pat
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
         scripts = archive.read(next(name for name in archive.namelist() if name.endswith("entry_points.txt"))).decode()
-    expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "megadiff").rglob("*.py")}
+    modules = (ROOT / "megadiff").rglob("*.py")
+    expected = {"megadiff/py.typed", *(path.relative_to(ROOT).as_posix() for path in modules)}
     for room in ("kernels", "launcher"):
         expected |= {f"megadiff/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / room).rglob("*.py")}
     assert held == expected
