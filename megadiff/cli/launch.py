@@ -10,7 +10,7 @@ from megadiff.cli.arguments import Verbs, add_run, add_verb, positive
 from megadiff.config.deepspeed import load_deepspeed
 from megadiff.config.errors import UserError
 from megadiff.config.load import load_run
-from megadiff.launcher import folder, local
+from megadiff.launcher import folder, job, local
 from megadiff.launcher.children import several
 from megadiff.launcher.devices import find_devices
 
@@ -56,13 +56,13 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.parser.error("give RUN.yaml and --deepspeed DS.json, or -- and another verb")
     if arguments.processes is not None:
         arguments.parser.error("--processes is of a verb after --; a run takes launch.processes=N")
-    plan = local.plan_launch(load_run(arguments.run_file, arguments.overrides), load_deepspeed(arguments.deepspeed))
+    plan = job.plan_launch(load_run(arguments.run_file, arguments.overrides), load_deepspeed(arguments.deepspeed))
     if not arguments.dry_run:
         return local.launch(plan, allow_changes=arguments.allow_changes, say=_say)
     if not arguments.allow_changes:
         folder.check_unchanged(plan.run)
-    print(local.describe(plan))
-    for missing in local.missing_files(plan.run):
+    print(job.describe(plan))
+    for missing in job.missing_files(plan.run):
         print(f"megadiff: note: not there yet: {missing}", file=sys.stderr)
     return 0
 

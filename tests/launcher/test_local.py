@@ -17,7 +17,7 @@ import pytest
 from megadiff.config.errors import UserError
 from megadiff.config.load import load_run
 from megadiff.config.schema import Run, Stage
-from megadiff.launcher import devices, folder, local
+from megadiff.launcher import devices, folder, job, local
 from megadiff.launcher.devices import Devices
 from tests.minimal import ZERO3, minimal_run, write_json
 from tests.ranks import finish, run_megadiff, start_python
@@ -42,8 +42,8 @@ sys.exit(2)
 """
 
 
-def plan_of(run: Run) -> local.Plan:
-    return local.plan_launch(run, ZERO3, CPU)
+def plan_of(run: Run) -> job.Plan:
+    return job.plan_launch(run, ZERO3, CPU)
 
 
 @pytest.fixture
@@ -53,12 +53,12 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     def replace(*scripts: str) -> list[str]:
         started: list[str] = []
 
-        def command(plan: local.Plan, stage: Stage, port: int | str) -> list[str]:
+        def command(plan: job.Plan, stage: Stage, port: int | str) -> list[str]:
             script = scripts[min(len(started), len(scripts) - 1)]
             started.append(stage.name)
             return [sys.executable, "-c", script, str(Path(plan.run.folder) / stage.name)]
 
-        monkeypatch.setattr(local.Plan, "command", command)
+        monkeypatch.setattr(job.Plan, "command", command)
         return started
 
     return replace
@@ -66,7 +66,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
 
 def test_the_commands_are_these(tmp_path: Path) -> None:
     run = minimal_run(tmp_path, showcase={"count": 2}).model_copy(update={"folder": "runs/minimal"})
-    text = local.describe(plan_of(run)).replace(sys.executable, "python")
+    text = job.describe(plan_of(run)).replace(sys.executable, "python")
     launcher = (
         "DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python -m deepspeed.launcher.runner --hostfile /dev/null --num_accelerators 2 "
         "--master_port PORT --no_local_rank --log_level critical --module megadiff train runs/minimal/run.yaml"
@@ -92,7 +92,7 @@ def test_deepspeeds_runner_knows_the_flags(tmp_path: Path) -> None:
 
 
 def test_gpus_chosen_by_cuda_visible_devices_are_the_ones_used(tmp_path: Path) -> None:
-    plan = local.Plan(minimal_run(tmp_path), ZERO3, Devices("cuda", 3, (4, 6, 7)), 2, CPU)
+    plan = job.Plan(minimal_run(tmp_path), ZERO3, Devices("cuda", 3, (4, 6, 7)), 2, CPU)
     command = plan.command(plan.run.stages[0], 1)
     assert command[command.index("--include") + 1] == "localhost:4,6"
     assert "--num_accelerators" not in command
@@ -115,7 +115,7 @@ def test_a_second_launch_starts_only_what_is_not_done(tmp_path: Path, ranks: Cal
     started = ranks(FINISH)
     assert local.launch(plan_of(run)) == 0
     assert started == ["second"]
-    assert "(done already)" in local.describe(plan_of(run))
+    assert "(done already)" in job.describe(plan_of(run))
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_missing_data_is_said_before_anything_is_written(tmp_path: Path) -> None
 def test_addresses_are_not_looked_for_on_the_disk(tmp_path: Path) -> None:
     run = minimal_run(tmp_path)
     data = run.data.model_copy(update={"train": "s3://bucket/train.json"})
-    assert local.missing_files(run.model_copy(update={"data": data})) == []
+    assert job.missing_files(run.model_copy(update={"data": data})) == []
 
 
 def test_a_folder_with_another_configuration_is_refused_with_the_keys(tmp_path: Path, ranks: Callable[..., list[str]]) -> None:
@@ -298,11 +298,11 @@ def test_a_signal_ends_the_watcher_of_the_ranks_and_the_launch(tmp_path: Path, n
     run = minimal_run(tmp_path)
     (tmp_path / "watched.py").write_text(WATCHED)
     script = (
-        "import sys; from megadiff.launcher import local; from megadiff.config.load import load_run\n"
-        "local.Plan.command = lambda plan, stage, port: "
+        "import sys; from megadiff.launcher import job, local; from megadiff.config.load import load_run\n"
+        "job.Plan.command = lambda plan, stage, port: "
         f"[sys.executable, {str(tmp_path / 'watched.py')!r}, plan.run.folder + '/' + stage.name]\n"
         f"run = load_run({str(tmp_path / 'minimal.yaml')!r})\n"
-        f"sys.exit(local.launch(local.plan_launch(run, {ZERO3!r}, {CPU!r})))"
+        f"sys.exit(local.launch(job.plan_launch(run, {ZERO3!r}, {CPU!r})))"
     )
     launcher = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     ready = Path(run.folder) / "first" / "ready"

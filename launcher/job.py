@@ -1,0 +1,98 @@
+"""What a launch will do: its stages, devices, environment and exact commands. Pure: nothing is started or written."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megadiff.config.alignment import check_local_manifests
+from megadiff.config.deepspeed import resolve_run
+from megadiff.config.schema import Run, Stage
+from megadiff.launcher.devices import Devices, find_devices, processes_for, threads_for
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a launch will do.
+
+    Attributes:
+        environment: what is added to the environment of every rank; OMP_NUM_THREADS is always in it.
+    """
+
+    run: Run
+    deepspeed: Mapping[str, Any]
+    devices: Devices
+    processes: int
+    environment: dict[str, str]
+
+    def command(self, stage: Stage, port: int | str) -> list[str]:
+        """The command that trains one stage on all processes."""
+        chosen = self.devices.chosen
+        # Without --include DeepSpeed's launcher overrides CUDA_VISIBLE_DEVICES and takes the first GPUs of the machine.
+        ranks = ["--num_accelerators", str(self.processes)]
+        if chosen is not None:
+            ranks = ["--include", "localhost:" + ",".join(map(str, chosen[: self.processes]))]
+        paths = self.run.paths
+        return [
+            *(sys.executable, "-m", "deepspeed.launcher.runner"),
+            *("--hostfile", os.devnull),  # the default, /job/hostfile, may exist and would start ssh
+            *ranks,
+            *("--master_port", str(port), "--no_local_rank", "--log_level", "critical", "--module"),
+            *("megadiff", "train", str(paths.run), "--stage", stage.name, "--deepspeed", str(paths.deepspeed)),
+        ]
+
+    def showcase_environment(self) -> dict[str, str]:
+        """Samples are drawn by one process, which takes the threads of all ranks."""
+        return {**self.environment, "OMP_NUM_THREADS": str(int(self.environment["OMP_NUM_THREADS"]) * self.processes)}
+
+    def showcase(self) -> list[str]:
+        """The command that makes the sheet of samples after the last stage."""
+        return [sys.executable, "-m", "megadiff", "showcase", str(self.run.paths.run)]
+
+
+def plan_launch(run: Run, deepspeed: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> Plan:
+    """Check everything that can be checked without torch and without reading shards.
+
+    Raises:
+        UserError: the DeepSpeed JSON, the batch, the devices or the manifests' buckets do not fit the run.
+    """
+    check_local_manifests(run)
+    devices = find_devices(environment)
+    processes = processes_for(run.launch, devices)
+    resolve_run(deepspeed, run, data_ranks=processes, accelerator=devices.accelerated)
+    added = {"OMP_NUM_THREADS": str(threads_for(run.launch, processes, environment))}
+    if not devices.accelerated:
+        added = {"DS_ACCELERATOR": "cpu", **added}
+    return Plan(run, deepspeed, devices, processes, added)
+
+
+def missing_files(run: Run) -> list[str]:
+    """Local files that the run names and that are not there, as `key: path`."""
+    train = run.data.train
+    named: dict[str, str | None] = {"data.held_out": run.data.held_out}
+    named |= {"data.train": train} if isinstance(train, str) else {f"data.train.{name}": at for name, at in train.items()}
+    for name, source in run.data.fields.items():
+        named |= {f"data.fields.{name}.{key}": getattr(source, key) for key in source.FILES}
+    return [f"{key}: {path}" for key, path in named.items() if path and "://" not in path and not Path(path).exists()]
+
+
+def describe(plan: Plan) -> str:
+    """The exact commands, as a shell would take them."""
+    lines = []
+    for number, stage in enumerate(plan.run.stages, 1):
+        state = " (done already)" if plan.run.paths.stage(stage.name).done.exists() else ""
+        lines += [f"# stage {number} of {len(plan.run.stages)}, {stage.name}: {stage.steps:,} steps{state}"]
+        if not state:
+            lines += [f"{_shell(plan.environment)} {shlex.join(plan.command(stage, 'PORT'))}"]
+    if plan.run.showcase:
+        lines += ["# samples", f"{_shell(plan.showcase_environment())} {shlex.join(plan.showcase())}"]
+    return "\n".join(lines)
+
+
+def _shell(environment: Mapping[str, str]) -> str:
+    return " ".join(f"{key}={shlex.quote(value)}" for key, value in environment.items())
