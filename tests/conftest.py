@@ -15,6 +15,9 @@ _RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MAST
 _LAUNCHERS = ("MEGADIFF_ERROR_FILE", "MEGADIFF_LAUNCHER")
 _CREDENTIALS = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "GOOGLE_APPLICATION_CREDENTIALS")
 
+_DEAREST = ("test_zero.py", "test_quickstart.py", "test_raw_to_training.py", "test_pack.py")
+"""Files that take minutes: they come first, so that no worker is left alone with one at the end."""
+
 # Before torch is imported anywhere: threads are read then.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", AWS_EC2_METADATA_DISABLED="true", PYTHONFAULTHANDLER="1")
@@ -31,8 +34,10 @@ def _in_ci() -> bool:
     return os.environ.get("CI", "").lower() in ("1", "true")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give every test its time limit and, for pytest-xdist, its group: a file's tests share set-ups, all of S3's a server."""
+    items.sort(key=lambda item: _DEAREST.index(item.path.name) if item.path.name in _DEAREST else len(_DEAREST))
     for item in items:
         item.add_marker(pytest.mark.xdist_group("s3" if item.get_closest_marker("s3") else item.path.name))
         if item.get_closest_marker("timeout") is None:

@@ -97,8 +97,8 @@ def test_what_killed_downloads_left_makes_room_and_what_is_under_way_does_not(
 KILLED = """
 import sys
 from megadiff.config.schema import Cache
-from megadiff.data.cache import ShardCache
-from megadiff.data.shards import read_manifest
+from megadiff.data.shards.cache import ShardCache
+from megadiff.data.shards.shard import read_manifest
 from megadiff.storage import store
 store.CHUNK_BYTES = 1024
 entry = read_manifest(sys.argv[2]).shards[0]
