@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,8 @@ def join(folder: RunFolder) -> int:
         UserError: the folder cannot be written.
     """
     descriptor = _open(folder.ranks_lock)
-    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    with suppress(OSError):  # see _lock
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
     return descriptor
 
 
@@ -152,6 +153,8 @@ def _lock(descriptor: int, kind: int) -> bool:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError:
+        pass  # Some network file systems know no locks (Lustre without its option flock); then nobody is kept out.
     return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -264,6 +265,17 @@ def test_a_launch_waits_for_what_a_killed_one_left_behind(tmp_path: Path) -> Non
     with folder.locked(run):
         assert holds_the_lock.poll() is not None
     finish(rank)
+
+
+def test_a_file_system_without_locks_keeps_nobody_from_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(folder.fcntl, "flock", unknown)
+    run = minimal_run(tmp_path)
+    os.close(folder.join(run.paths))
+    with folder.locked(run):
+        pass
 
 
 def test_ranks_that_stay_keep_a_launch_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
