@@ -34,12 +34,10 @@ def _in_ci() -> bool:
     return os.environ.get("CI", "").lower() in ("1", "true")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give every test its time limit and, for pytest-xdist, its group: a file's tests share set-ups, all of S3's a server."""
+    """The dearest files first, and a time limit for every test."""
     items.sort(key=lambda item: _DEAREST.index(item.path.name) if item.path.name in _DEAREST else len(_DEAREST))
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("s3" if item.get_closest_marker("s3") else item.path.name))
         if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(TIMEOUT_S))
 
