@@ -134,8 +134,6 @@ class TokenLosses(NamedTuple):
     Attributes:
         targets: int64 [B, S], ids below the vocabulary size.
         scored: bool [B, S].
-        weights: float32 [B, S]; a promise: the loss is a constant times the sum of weights x cross entropies, so that the head
-            can make its gradients together with the losses. None: no promise.
         number: how many positions are scored; on the host, so that nobody has to wait for a GPU. None: not known.
         mask_class: of a head with a class for the mask state: [2, B, S], the second softplus(the mask's logit), which is what
             that class adds to the released network's loss.
@@ -143,7 +141,6 @@ class TokenLosses(NamedTuple):
 
     targets: Tensor
     scored: Tensor
-    weights: Tensor | None = None
     number: int | None = None
     mask_class: bool = False
 

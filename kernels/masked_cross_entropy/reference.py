@@ -16,7 +16,6 @@ def masked_cross_entropy(
     bias: Tensor | None,
     targets: Tensor,
     scored: Tensor,
-    weights: Tensor | None = None,
     count: int | None = None,
 ) -> Tensor:
     """Cross entropy per position; logits exist for the scored positions only, never as [B, S, V].
@@ -30,14 +29,11 @@ def masked_cross_entropy(
         bias: [V] or None.
         targets: int64 [B, S] or [R0]; below V where scored, anything elsewhere.
         scored: bool like `targets`.
-        weights: float32 like `targets`: the caller's promise that at the scored positions the gradient of the result is c x
-            `weights`, for one number c. It changes no value.
         count: how many positions are scored, where the host knows; without it the device must tell.
 
     Returns:
         float32 like `targets`, zero where not scored.
     """
-    del weights  # for a kernel that makes gradients in its forward
     rows = chosen_rows(scored, count)
     logits = row_logits(hidden, weight, bias, rows)
     losses = F.cross_entropy(logits, targets.flatten()[rows], reduction="none")

@@ -60,12 +60,11 @@ class Masked:
 
     # ------------------------------------------------------------------------------------------------------- training
 
-    def readout(self, noised: NoisedState, times: Tensor, weights: Tensor) -> TokenLosses:
+    def readout(self, noised: NoisedState, scored: Tensor) -> TokenLosses:
         """Every position of the plain loss, else the masked ones. Waits for the device, to tell their number."""
         rows = torch.ones_like(noised.state, dtype=torch.bool) if self.config.loss == "plain" else noised.state == self.mask_id
-        scored = rows & (weights > 0)[:, None]
-        of_position = self._weights(noised, times, exact=False) * weights[:, None]
-        return TokenLosses(noised.target, scored, of_position, int(scored.sum()), self.config.mask_class)
+        asked = rows & scored[:, None]
+        return TokenLosses(noised.target, asked, int(asked.sum()), self.config.mask_class)
 
     def counts(self, noised: NoisedState, *, exact: bool = False) -> Tensor:
         return self._positions(noised.target, exact=exact).sum(1)

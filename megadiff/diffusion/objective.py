@@ -58,7 +58,7 @@ class Objective:
         weights = {name: batch.weight * drawn.free[name] for name in self.scored}
         scored_samples = {name: weight > 0 for name, weight in weights.items()}
         noised = noised_of(self.processes, {name: s.state for name, s in states.items()}, drawn.times, scored_samples)
-        readout = {name: self.processes[name].readout(states[name], drawn.times[name], weights[name]) for name in self.scored}
+        readout = {name: self.processes[name].readout(states[name], scored_samples[name]) for name in self.scored}
         scored = {name: states[name] for name in self.scored}
         counts = {name: (self.processes[name].counts(scored[name]) * weights[name]).sum() for name in self.scored}
         if self.stage.alignment is not None:
@@ -176,9 +176,9 @@ def conditional_losses(
         at = ((stratum + rng.uniform(own, "evaluation time")) / times).clamp_min(SMALLEST_TIME)
         noised = processes[target].noise(clean[target], at, own)
         states = {name: clean[name] if name in given else absent.get(name, noised.state) for name in processes}
-        ones = torch.ones_like(at)
-        readout = {target: processes[target].readout(noised, at, ones)}
-        prediction = denoiser(noised_of(processes, states, {**held, target: at}, {target: ones > 0}), readout)
+        everywhere = torch.ones_like(at, dtype=torch.bool)
+        readout = {target: processes[target].readout(noised, everywhere)}
+        prediction = denoiser(noised_of(processes, states, {**held, target: at}, {target: everywhere}), readout)
         found = processes[target].losses(prediction[target], noised, at, exact=True)
         losses += (found.sums.double() / found.counts.double()) / times
     return losses

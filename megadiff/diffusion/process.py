@@ -54,8 +54,8 @@ class Process(Protocol):
     def lengths(self, state: Tensor, times: Tensor) -> Tensor | None:
         """int32 [B], how many leading positions there are where the modality is only a condition; None if always all."""
 
-    def readout(self, noised: NoisedState, times: Tensor, weights: Tensor) -> Readout:
-        """What the training loss needs from the network; `weights` float32 [B]: of the samples, 0 is not scored."""
+    def readout(self, noised: NoisedState, scored: Tensor) -> Readout:
+        """What the training loss needs from the network; `scored` is bool [B]."""
 
     def counts(self, noised: NoisedState, *, exact: bool = False) -> Tensor:
         """How many elements each sample is scored on, float32 [B]; known before any prediction."""

@@ -101,7 +101,7 @@ class TokenHead(Head):
         hidden = self.normalised(tokens, conditioning)
         match readout:
             case TokenLosses():
-                asked = readout.targets, readout.scored, readout.weights, readout.number
+                asked = readout.targets, readout.scored, readout.number
                 losses = masked_cross_entropy(hidden, self.weight, self.bias, *asked)
                 return torch.stack([losses, self._of_mask_class(hidden, readout.scored)]) if readout.mask_class else losses
             case SampledRows(rows, weights, uniforms, rule):

@@ -231,7 +231,7 @@ def test_unmasking_reverses_masking_so_that_the_rate_falls_to_the_earlier_one(no
 def iid_losses(process: Masked, times: torch.Tensor, clean: torch.Tensor, probabilities: torch.Tensor, *, exact: bool):
     """Losses of the exact predictor of independent tokens, which knows their frequencies."""
     noised = process.noise(clean, times, KEYS)
-    readout = process.readout(noised, times, torch.ones(COUNT))
+    readout = process.readout(noised, torch.ones(COUNT, dtype=torch.bool))
     prediction = torch.where(readout.scored, -probabilities.log()[readout.targets], 0.0)
     return process.losses(prediction, noised, times, exact=exact)
 
@@ -272,7 +272,7 @@ def test_exact_weight_is_1_over_t_whatever_the_cap():
 def test_only_masked_positions_are_scored_and_only_in_scored_samples():
     process = masked()
     noised = process.noise(IID[:50], torch.full((50,), 0.5), KEYS[:50])
-    readout = process.readout(noised, TIMES[:50], (torch.arange(50) % 2 == 0).float())
+    readout = process.readout(noised, torch.arange(50) % 2 == 0)
     assert isinstance(readout, TokenLosses)
     assert torch.equal(readout.scored[::2], noised.state[::2] == process.mask_id)
     assert not readout.scored[1::2].any()
@@ -282,7 +282,7 @@ def test_only_masked_positions_are_scored_and_only_in_scored_samples():
 def test_plain_loss_is_the_mean_cross_entropy_over_every_position():
     process = masked(loss="plain", after_end_weight=0.0, end_id=1)
     noised = process.noise(IID[:50], TIMES[:50], KEYS[:50])
-    readout = process.readout(noised, TIMES[:50], torch.ones(50))
+    readout = process.readout(noised, torch.ones(50, dtype=torch.bool))
     assert readout.scored.all()
     prediction = rng.uniform(KEYS[:50], "losses", (8,))
     losses = process.losses(prediction, noised, TIMES[:50])
