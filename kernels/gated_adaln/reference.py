@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class Modulated(NamedTuple):
+class GatedSum(NamedTuple):
     """The sum tokens + gate * change, and its normalised and modulated form; both shaped and typed like the tokens."""
 
     tokens: Tensor
@@ -42,7 +42,7 @@ def gated_adaln(
     samples: Tensor | None,
     eps: float,
     one_plus: bool,
-) -> Modulated:
+) -> GatedSum:
     """tokens + gate * change, and `adaln` of it.
 
     Args:
@@ -51,7 +51,7 @@ def gated_adaln(
         samples, eps, one_plus: see `adaln`.
     """
     summed = tokens + spread(gate, samples) * change
-    return Modulated(summed, adaln(summed, shift, scale, samples, eps, one_plus))
+    return GatedSum(summed, adaln(summed, shift, scale, samples, eps, one_plus))
 
 
 def spread(vectors: Tensor, samples: Tensor | None) -> Tensor:

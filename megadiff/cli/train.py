@@ -50,10 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
         train_stage(loaded, stage.name, tree, callbacks)
     except (UserError, OSError) as error:  # a full disk above all, and it names the file
-        system = isinstance(error, OSError)
-        logging.getLogger("megadiff").info(
-            "stopped: %s", error, exc_info=system
-        )  # the terminal gets it below or from the launcher
+        # The terminal gets it once, below or from the launcher.
+        logging.getLogger("megadiff").info("stopped: %s", error, exc_info=isinstance(error, OSError))
         if ranks.world == 1:
             raise UserError(str(error)) from error
         errors.say(error)

@@ -148,7 +148,7 @@ def always_absent(stage: Stage, name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Idle:
+class IdleCount:
     """Parameters of a part that no loss of a stage reaches: they stay as they are, neither stepped nor decayed.
 
     Attributes:
@@ -164,7 +164,7 @@ class Idle:
         return self.whole + self.partial
 
 
-def idle(model: Model, stage: Stage) -> dict[str, Idle]:
+def idle(model: Model, stage: Stage) -> dict[str, IdleCount]:
     """What is idle, by part that is not frozen; models/idle.py knows its names.
 
     Towers and heads of modalities that are not scored; of modalities that are not reached what comes after the last joint
@@ -173,25 +173,25 @@ def idle(model: Model, stage: Stage) -> dict[str, Idle]:
     """
     counts = stage_parameters(model, stage)
     joint = [_idle_joint(model, stage, name) for name in model.modalities]
-    parts = {"joint": Idle(sum(count.whole for count in joint), sum(count.partial for count in joint))}
-    parts |= {name: Idle(counts.parts[name]) for name in counts.heads if name not in scored(stage)}
+    parts = {"joint": IdleCount(sum(count.whole for count in joint), sum(count.partial for count in joint))}
+    parts |= {name: IdleCount(counts.parts[name]) for name in counts.heads if name not in scored(stage)}
     return {part: count for part, count in parts.items() if part not in stage.freeze and count.total}
 
 
-def _idle_joint(model: Model, stage: Stage, name: str) -> Idle:
+def _idle_joint(model: Model, stage: Stage, name: str) -> IdleCount:
     """One modality's among the embeddings, the joint blocks and the norm after them."""
     width, inner = model.width_of(name), model.heads * model.head_dim
     norm = 0 if name in scored(stage) else _norm_parameters(model, name)
     if name in reached(model, stage):
-        return Idle(norm, _idle_inputs(model, stage, name))
+        return IdleCount(norm, _idle_inputs(model, stage, name))
     if model.joint_depth == 0:
-        return Idle(norm + _embedding_parameters(model, name))
+        return IdleCount(norm + _embedding_parameters(model, name))
     output = _linear(inner, width, bias=model.attention_bias)
     query_gain = inner if model.qk_norm else 0
     queries = _linear(width, inner, bias=model.attention_bias)
     modulation = _linear(width, (_BLOCK_SLOTS - PROJECTION_SLOTS) * width)
     whole = norm + output + _mlp_parameters(model, name) + query_gain
-    return Idle(whole, queries + modulation + _idle_inputs(model, stage, name))
+    return IdleCount(whole, queries + modulation + _idle_inputs(model, stage, name))
 
 
 def _idle_inputs(model: Model, stage: Stage, name: str) -> int:

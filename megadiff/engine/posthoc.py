@@ -61,7 +61,7 @@ def combine(snapshots: Sequence[Profile], wanted: Profile) -> Combination:
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class TrackedAverage:
     """One average in one checkpoint."""
 
     reader: CheckpointReader
@@ -69,7 +69,7 @@ class Snapshot:
     profile: Profile
 
 
-def snapshots_of(checkpoints: CheckpointsFolder, profiles: Mapping[str, EmaProfile]) -> list[Snapshot]:
+def tracked_averages(checkpoints: CheckpointsFolder, profiles: Mapping[str, EmaProfile]) -> list[TrackedAverage]:
     """Every power-function average of a stage's checkpoints, oldest first.
 
     Raises:
@@ -78,7 +78,7 @@ def snapshots_of(checkpoints: CheckpointsFolder, profiles: Mapping[str, EmaProfi
     power = {name: power_exponent(profile.length) for name, profile in profiles.items() if isinstance(profile, PowerEma)}
     readers = [CheckpointReader(folder) for folder in checkpoints.published().values()]
     found = [
-        Snapshot(reader, f"ema.{name}", Profile(reader.manifest.progress["ema_updates"], exponent))
+        TrackedAverage(reader, f"ema.{name}", Profile(reader.manifest.progress["ema_updates"], exponent))
         for reader in readers
         for name, exponent in power.items()
         if name in reader.manifest.ema and reader.manifest.progress["ema_updates"]
@@ -92,7 +92,7 @@ def snapshots_of(checkpoints: CheckpointsFolder, profiles: Mapping[str, EmaProfi
     return found
 
 
-def reconstruct(snapshots: Sequence[Snapshot], coefficients: Sequence[float], name: str) -> Tensor:
+def reconstruct(snapshots: Sequence[TrackedAverage], coefficients: Sequence[float], name: str) -> Tensor:
     """One parameter's average, float32, whole."""
     newest = snapshots[-1].reader
     if not newest.manifest.parameters[name][1]:

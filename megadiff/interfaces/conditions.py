@@ -30,6 +30,7 @@ from megadiff.data.codecs.base import Codec
 from megadiff.data.codecs.captions import CaptionCodec
 from megadiff.data.codecs.pictures import unknown_region
 from megadiff.data.csv_text import records_of, shown
+from megadiff.data.errors import picture_fault
 from megadiff.data.reading.loader import Shuffled
 from megadiff.diffusion.sampler import Conditions, Known, Sampler
 from megadiff.evaluation.tasks import IMPUTE, Task, find_task, inpainting
@@ -377,7 +378,7 @@ def open_picture(path: str | Image.Image) -> Image.Image:
     try:
         return pictures.plain(path) if isinstance(path, Image.Image) else pictures.open_picture(path)
     except pictures.UNREADABLE as error:
-        raise UserError(f"{path} cannot be read as a picture: {error}") from None
+        raise UserError(f"{path} cannot be read as a picture: {picture_fault(error)}") from None
 
 
 def _check_count(count: int) -> None:

@@ -21,7 +21,7 @@ from megadiff.data.codecs.build import build_codecs
 from megadiff.data.codecs.latents import LatentCodec
 from megadiff.engine.checkpoint import CheckpointError, CheckpointReader
 from megadiff.engine.ema import power_exponent
-from megadiff.engine.posthoc import Combination, Profile, combine, reconstruct, snapshots_of
+from megadiff.engine.posthoc import Combination, Profile, combine, reconstruct, tracked_averages
 from megadiff.files import sha256
 from megadiff.interfaces import export
 from megadiff.interfaces.card import model_card
@@ -220,7 +220,7 @@ def export_average(source: str, out: str, length: float, stage_name: str | None)
     run = load_run(folder / RUN)
     newest = _newest(folder) if stage_name is None else newest_checkpoint(RunFolder(folder), [run.stage(stage_name).name])
     reader = CheckpointReader(newest)
-    snapshots = snapshots_of(CheckpointsFolder(newest.parent), run.stage(reader.manifest.stage).ema)
+    snapshots = tracked_averages(CheckpointsFolder(newest.parent), run.stage(reader.manifest.stage).ema)
     for path in {snapshot.reader.folder for snapshot in snapshots}:
         _checked(path)
     wanted = Profile(snapshots[-1].profile.updates, power_exponent(length))

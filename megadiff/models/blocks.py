@@ -49,24 +49,24 @@ class BlockPart(nn.Module):
         self.output = Linear(inner, width, bias=config.attention_bias)
         self.mlp = Mlp(width, mlp_hidden(config, name), config.mlp)
 
-    def project(self, tokens: Tensor, conditioning: Tensor, layout: Layout) -> tuple[Modulated, Projected]:
+    def project(self, tokens: Tensor, conditioning: Tensor, placing: Placing) -> tuple[Modulated, Projected]:
         """Before attention: the block's modulation, and what attention reads."""
         vectors = Modulated(*self.modulation(conditioning))
         normal = adaln(
-            tokens, vectors.attention_shift, vectors.attention_scale, layout.samples, BLOCK_NORM_EPS, self.one_plus_scale
+            tokens, vectors.attention_shift, vectors.attention_scale, placing.samples, BLOCK_NORM_EPS, self.one_plus_scale
         )
-        return vectors, self.projection(normal, layout.span, layout.grid)
+        return vectors, self.projection(normal, placing.span, placing.grid)
 
-    def finish(self, tokens: Tensor, attended: Tensor, vectors: Modulated, layout: Layout) -> Tensor:
+    def finish(self, tokens: Tensor, attended: Tensor, vectors: Modulated, placing: Placing) -> Tensor:
         """After attention: its gated residual, then the MLP's."""
         change: Tensor = self.output(attended.flatten(-2))
         gates = vectors.attention_gate, vectors.mlp_shift, vectors.mlp_scale
-        tokens, normal = gated_adaln(tokens, change, *gates, layout.samples, BLOCK_NORM_EPS, self.one_plus_scale)
+        tokens, normal = gated_adaln(tokens, change, *gates, placing.samples, BLOCK_NORM_EPS, self.one_plus_scale)
         change = self.mlp(normal)
-        return tokens + spread(vectors.mlp_gate, layout.samples) * change
+        return tokens + spread(vectors.mlp_gate, placing.samples) * change
 
 
-class Layout(NamedTuple):
+class Placing(NamedTuple):
     """How a modality's tokens lie: for attention, by sample (int64 [R]; None: dense), and as rows and columns of patches."""
 
     span: Span
@@ -74,14 +74,14 @@ class Layout(NamedTuple):
     grid: tuple[int, int] | None
 
 
-def layout_of(stream: Stream, name: str) -> Layout:
-    """A modality's layout in a stream."""
+def placing_of(stream: Stream, name: str) -> Placing:
+    """How a modality's tokens lie in a stream."""
     rows = stream.rows.get(name)
     lengths = stream.ragged[name].lengths if name in stream.ragged else None
     longest = stream.tokens[name].shape[1] if rows is None else stream.ragged[name].longest
     starts = None if rows is None else rows.starts
     span = Span(len(stream.conditioning[name]), longest, starts, lengths, stream.visible[name])
-    return Layout(span, None if rows is None else rows.samples, stream.grids.get(name))
+    return Placing(span, None if rows is None else rows.samples, stream.grids.get(name))
 
 
 class Block(nn.Module):
@@ -93,14 +93,14 @@ class Block(nn.Module):
 
     def forward(self, stream: Stream) -> Stream:
         parts: dict[str, BlockPart] = dict(self.parts.items())  # type: ignore[arg-type]
-        layouts = {name: layout_of(stream, name) for name in parts}
+        placings = {name: placing_of(stream, name) for name in parts}
         projected = {
-            name: part.project(stream.tokens[name], stream.conditioning[name], layouts[name]) for name, part in parts.items()
+            name: part.project(stream.tokens[name], stream.conditioning[name], placings[name]) for name, part in parts.items()
         }
         attended = joint_attention([read for _, read in projected.values()])
         tokens = dict(stream.tokens)
         for (name, part), rows in zip(parts.items(), attended, strict=True):
-            tokens[name] = part.finish(tokens[name], rows, projected[name][0], layouts[name])
+            tokens[name] = part.finish(tokens[name], rows, projected[name][0], placings[name])
         return stream._replace(tokens=tokens)
 
 

@@ -83,9 +83,9 @@ class Monitor:
             metrics.parent.mkdir(parents=True, exist_ok=True)
             _drop_after(metrics, first_step)
             self._open_events(purge_step=first_step + 1 if first_step else None)
+            self._metrics = LineFile(metrics)
         except OSError as error:
             raise UserError(f"the records of stage {stage} cannot be written: {error}") from None
-        self._metrics = LineFile(metrics)
         self._bar = tqdm(
             total=total_steps, initial=first_step, desc=stage, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
         )
@@ -114,7 +114,7 @@ class Monitor:
         elapsed = max(time.perf_counter() - self._since, 1e-9)
         rate = len(self._results) * self.global_samples / elapsed
         averaged = average(self._results)
-        with self._spared():
+        with self._spared(events=True):
             self._write(step, averaged, rate, self._waited / elapsed, unreadable)
         self._show(step, averaged, rate)
         self._since, self._waited = time.perf_counter(), 0.0
@@ -129,12 +129,12 @@ class Monitor:
 
     def picture(self, tag: str, image: Image.Image, step: int) -> None:
         if self.active:
-            with self._spared():
+            with self._spared(events=True):
                 self._writer.add_image(tag, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def text(self, tag: str, text: str, step: int) -> None:
         if self.active:
-            with self._spared():
+            with self._spared(events=True):
                 self._writer.add_text(tag, text, step)
 
     def say(self, message: str) -> None:
@@ -145,16 +145,21 @@ class Monitor:
     def close(self) -> None:
         if self.active:
             self._bar.close()
-            with self._spared():
+            self._metrics.close()
+            with self._spared(events=True):
                 self._writer.close()
 
     @contextmanager
-    def _spared(self) -> Iterator[None]:
-        """Training goes on where its records cannot be written, a full disk above all; that is said once."""
+    def _spared(self, *, events: bool = False) -> Iterator[None]:
+        """Training goes on where its records cannot be written, a full disk above all; that is said once.
+
+        Args:
+            events: it is TensorBoard's that are written; their writer never writes again once it has failed.
+        """
         try:
             yield
         except OSError as error:
-            self._events_lost = True  # a writer that has failed never writes again
+            self._events_lost |= events
             if not self._complained:
                 self._complained = True
                 self.say(f"training goes on, but its records cannot be written: {error}")
@@ -257,16 +262,17 @@ class LineFile:
     """A file that grows by whole lines only, also on a disk that is full at times."""
 
     def __init__(self, path: Path) -> None:
+        """Raises OSError if it cannot be opened."""
         self.path = path
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def append(self, line: str) -> None:
         """Raises OSError if the line cannot be written; nothing of it is left then."""
         data = (line + "\n").encode()
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            size = os.fstat(descriptor).st_size
-            if os.write(descriptor, data) != len(data):
-                os.ftruncate(descriptor, size)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-        finally:
-            os.close(descriptor)
+        size = os.fstat(self._descriptor).st_size
+        if os.write(self._descriptor, data) != len(data):
+            os.ftruncate(self._descriptor, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+
+    def close(self) -> None:
+        os.close(self._descriptor)

@@ -13,7 +13,7 @@ from megadiff.config.schema import Checkpointing, ConstantEma, PowerEma
 from megadiff.engine import checkpoint
 from megadiff.engine.checkpoint import CheckpointError, Manifest, tensor_key
 from megadiff.engine.ema import decay, power_exponent
-from megadiff.engine.posthoc import Profile, combine, inner_product, reconstruct, snapshots_of
+from megadiff.engine.posthoc import Profile, combine, inner_product, reconstruct, tracked_averages
 
 UPDATES = 2000
 PROFILES = {"short": PowerEma(length=0.05), "long": PowerEma(length=0.10)}
@@ -77,11 +77,11 @@ def publish(folder: Path, step: int, values: dict[str, torch.Tensor]) -> None:
     checkpoint.publish(CheckpointsFolder(folder), step, manifest, Checkpointing(keep=100))
 
 
-def test_snapshots_of_a_stage_are_combined_parameter_by_parameter(tmp_path):
+def test_tracked_averages_a_stage_are_combined_parameter_by_parameter(tmp_path):
     kept = {name: averages(profile, every=250) for name, profile in PROFILES.items()}
     for step in kept["short"]:
         publish(tmp_path, step, {name: kept[name][step].float() for name in PROFILES})
-    snapshots = snapshots_of(CheckpointsFolder(tmp_path), {**PROFILES, "plain": ConstantEma()})
+    snapshots = tracked_averages(CheckpointsFolder(tmp_path), {**PROFILES, "plain": ConstantEma()})
     assert len(snapshots) == 2 * UPDATES // 250
     found = combine([snapshot.profile for snapshot in snapshots], Profile(UPDATES, power_exponent(0.08)))
     truth = averages(PowerEma(length=0.08), every=UPDATES)[UPDATES]
@@ -92,4 +92,4 @@ def test_snapshots_of_a_stage_are_combined_parameter_by_parameter(tmp_path):
 def test_without_power_profiles_the_way_out_is_told(tmp_path):
     publish(tmp_path, 10, {"main": torch.zeros(3)})
     with pytest.raises(CheckpointError, match="profiles of kind power"):
-        snapshots_of(CheckpointsFolder(tmp_path), {"main": ConstantEma()})
+        tracked_averages(CheckpointsFolder(tmp_path), {"main": ConstantEma()})

@@ -107,10 +107,10 @@ def test_the_count_of_what_is_idle_is_that_of_the_built_model(name, which):
     model, chosen = MODELS[name], STAGES[which]
     free = {key: value for key, value in trained_model(model, chosen).named_parameters() if part_of(key) not in chosen.freeze}
     whole, partial = idle_parameters(model, chosen, free)
-    counts: dict[str, derived.Idle] = {}
+    counts: dict[str, derived.IdleCount] = {}
     for key, parameter in free.items():
-        before = counts.get(part_of(key), derived.Idle())
+        before = counts.get(part_of(key), derived.IdleCount())
         some = parameter[partial[key]].numel() if key in partial else 0
-        counts[part_of(key)] = derived.Idle(before.whole + parameter.numel() * (key in whole), before.partial + some)
+        counts[part_of(key)] = derived.IdleCount(before.whole + parameter.numel() * (key in whole), before.partial + some)
     assert derived.idle(model, chosen) == {part: count for part, count in counts.items() if count.total}
     assert derived.trainable(model, chosen) == sum(map(torch.numel, free.values())) - sum(c.total for c in counts.values())

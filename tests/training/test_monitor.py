@@ -128,9 +128,12 @@ def test_a_line_that_does_not_fit_leaves_nothing_behind(tmp_path: Path, monkeypa
         with pytest.raises(OSError, match="No space left"):
             lines.append("second")
     lines.append("third")
+    lines.close()
     assert (tmp_path / "lines").read_text() == "first\nthird\n"
+    full = LineFile(Path("/dev/full"))
     with pytest.raises(OSError, match="No space left"):
-        LineFile(Path("/dev/full")).append("fourth")
+        full.append("fourth")
+    full.close()
 
 
 def test_records_that_cannot_be_begun_are_one_sentence(tmp_path: Path) -> None:
