@@ -25,9 +25,8 @@ def add(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from megadiff.interfaces import export, paper
+    from megadiff.interfaces import paper
 
-    with export.new_folder(Path(arguments.out)):
-        paper.export_paper(arguments.run_folder, Path(arguments.out), arguments.weights)
+    paper.export_paper(arguments.run_folder, Path(arguments.out), arguments.weights)
     print(f"export: {arguments.out}")
     return 0

@@ -52,14 +52,13 @@ def add(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from megadiff.interfaces import export, paper
+    from megadiff.interfaces import paper
     from megadiff.interfaces.weights import checkpoint_of
 
     out = Path(arguments.out)
-    with export.new_folder(out):
-        predicted = paper.import_paper(
-            arguments.weights, out, tokenizer=arguments.vocabulary, autoencoder=arguments.autoencoder, use=arguments.use
-        )
+    predicted = paper.import_paper(
+        arguments.weights, out, tokenizer=arguments.vocabulary, autoencoder=arguments.autoencoder, use=arguments.use
+    )
     step = checkpoint_of(arguments.out).manifest.progress["optimizer_step"]
     goes_on = f"; training goes on at step {step:,}" if step else ""
     print(f"run: {out} (predicts {' and '.join(predicted)}{goes_on})")

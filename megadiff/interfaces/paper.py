@@ -33,6 +33,7 @@ from megadiff.config.schema import (
 from megadiff.data.codecs.clip import build_clip_tokenizer
 from megadiff.engine import checkpoint
 from megadiff.engine.checkpoint import Manifest, tensor_key
+from megadiff.interfaces.export import new_folder
 from megadiff.interfaces.snapshot import WARMUP_STEPS, TrainingState, training_state
 from megadiff.interfaces.weights import load, local_path
 from megadiff.models import official
@@ -78,33 +79,31 @@ def import_paper(
         UserError: the weights are not the released network's, a snapshot's optimizer does not fit them, the vocabulary does not
             fit, or `out` is not empty.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is there already; name a new folder for the run")
-    path = local_path(weights)
-    snapshot: Mapping[str, Any] = {} if path.is_dir() else _load_snapshot(path)
-    tensors, given = _read_folder(path, use) if path.is_dir() else _read_snapshot(path, snapshot, use or "ema")
-    training = _training(path, snapshot) if use is None else None
-    model = official.model_from_config({**official.config_from_tensors(tensors), **given})
-    stored = _stored(tensors, training, model)
-    words = build_clip_tokenizer(Path(tokenizer) if tokenizer else _installed_vocabulary())
-    vocabulary = official.vocabulary(model)
-    if words.get_vocab_size() != vocabulary:
-        raise UserError(
-            f"the vocabulary has {words.get_vocab_size()} ids, and the released weights {vocabulary}; give CLIP's own"
-        )
-    predicted = official.predicted_of(tensors)
-    headless = [name for name, modality in model.modalities.items() if modality.tower_depth and name not in predicted]
-    if headless or not predicted:
-        raise UserError(f"{weights} has no {' and no '.join(headless or (TEXT, IMAGE))} head; the file is not whole")
-    run = _run(model, predicted, out, None if autoencoder is None else str(Path(autoencoder).absolute()), training)
-    _check_frozen(stored, run.stages[0])
-    out.mkdir(parents=True, exist_ok=True)
-    words.save(str(out / TOKENIZER))
-    _write_checkpoint(run, stored, training)
-    if training is None or training.optimizer_step >= run.stages[0].steps:
-        run.paths.stage(run.stages[0].name).done.touch()
-    run.paths.run.write_text(dump_run(run), encoding="utf-8")
-    return predicted
+    with new_folder(out):
+        path = local_path(weights)
+        snapshot: Mapping[str, Any] = {} if path.is_dir() else _load_snapshot(path)
+        tensors, given = _read_folder(path, use) if path.is_dir() else _read_snapshot(path, snapshot, use or "ema")
+        training = _training(path, snapshot) if use is None else None
+        model = official.model_from_config({**official.config_from_tensors(tensors), **given})
+        stored = _stored(tensors, training, model)
+        words = build_clip_tokenizer(Path(tokenizer) if tokenizer else _installed_vocabulary())
+        vocabulary = official.vocabulary(model)
+        if words.get_vocab_size() != vocabulary:
+            raise UserError(
+                f"the vocabulary has {words.get_vocab_size()} ids, and the released weights {vocabulary}; give CLIP's own"
+            )
+        predicted = official.predicted_of(tensors)
+        headless = [name for name, modality in model.modalities.items() if modality.tower_depth and name not in predicted]
+        if headless or not predicted:
+            raise UserError(f"{weights} has no {' and no '.join(headless or (TEXT, IMAGE))} head; the file is not whole")
+        run = _run(model, predicted, out, None if autoencoder is None else str(Path(autoencoder).absolute()), training)
+        _check_frozen(stored, run.stages[0])
+        words.save(str(out / TOKENIZER))
+        _write_checkpoint(run, stored, training)
+        if training is None or training.optimizer_step >= run.stages[0].steps:
+            run.paths.stage(run.stages[0].name).done.touch()
+        run.paths.run.write_text(dump_run(run), encoding="utf-8")
+        return predicted
 
 
 def export_paper(source: str, out: Path, weights: Literal["ema", "raw"] = "ema") -> None:
@@ -113,15 +112,13 @@ def export_paper(source: str, out: Path, weights: Literal["ema", "raw"] = "ema")
     Raises:
         UserError: nothing loadable is there, its network is not of the released kind, or `out` is not empty.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is there already; name a new folder for the export")
-    loaded = load(source, weights)
-    config = official.config_from_model(loaded.model, loaded.predicted)
-    ours = {name: parameter.detach() for name, parameter in loaded.module.named_parameters()}
-    tensors = official.to_official(ours, loaded.model)
-    out.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / WEIGHTS, metadata={"format": "pt"})
-    (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with new_folder(out):
+        loaded = load(source, weights)
+        config = official.config_from_model(loaded.model, loaded.predicted)
+        ours = {name: parameter.detach() for name, parameter in loaded.module.named_parameters()}
+        tensors = official.to_official(ours, loaded.model)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / WEIGHTS, metadata={"format": "pt"})
+        (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

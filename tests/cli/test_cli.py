@@ -375,21 +375,6 @@ def test_output_to_a_full_disk_is_one_sentence(run_file: str) -> None:
     assert "No space left on device" in done.stderr
 
 
-@pytest.mark.parametrize("verb", ["import-paper", "export-paper"])
-def test_weights_that_cannot_be_written_whole_leave_nothing(
-    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from megadiff.interfaces import paper
-
-    def write(_: object, out: Path, *__: object, **___: object) -> None:
-        (out / "part").touch()
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(paper, verb.replace("-", "_"), write)
-    assert "out cannot be written: No space left on device" in mistake(capsys, verb, "weights", str(tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
-
-
 # ---------------------------------------------------------------------------------------------------------- no memory
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from megadiff.config.load import load_run
 from megadiff.config.schema import Sampling
 from megadiff.data.shards.shard import read_manifest
 from megadiff.engine.checkpoint import CheckpointReader
+from megadiff.interfaces import paper
 from megadiff.interfaces.generate import generate
 from megadiff.interfaces.paper import export_paper, import_paper
 from megadiff.interfaces.request import GenerateRequest
@@ -243,6 +246,21 @@ def test_without_a_vocabulary_the_ways_to_one_are_told(folder, tmp_path, monkeyp
 
 def test_a_full_folder_is_not_written_to(folder, run, words):
     assert "is there already" in refused(folder, run, tokenizer=words)
+
+
+@pytest.mark.parametrize(("verb", "writer"), [("import-paper", "_write_checkpoint"), ("export-paper", "save_file")])
+def test_weights_that_cannot_be_written_whole_leave_nothing(verb, writer, folder, run, words, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+
+    def write(*_: object, **__: object) -> None:
+        (out / "part").touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(paper, writer, write)
+    given = [str(folder), str(out), "--vocabulary", str(words)] if verb == "import-paper" else [str(run), str(out)]
+    assert cli.main([verb, *given]) == 2
+    assert "out cannot be written: No space left on device" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_a_network_of_another_kind_is_not_exported(exported, tmp_path):
