@@ -7,7 +7,6 @@ Legend: B samples, C channels, H height, W width of a grid, S tokens.
 
 from __future__ import annotations
 
-import io
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megadiff.config.schema import GridSpace, TokenSpace
+from megadiff.data import npy
 from megadiff.data.buckets import Bucket
 from megadiff.data.errors import SampleError
 from megadiff.data.shards.shard import Views
@@ -105,10 +105,7 @@ def _view_of(members: Views, member: str) -> bytes | memoryview:
     return members[member]
 
 
-_SHORTEST_HEADER = 64
 _INT32 = np.dtype("=i4")
-_NPY_HEADERS: dict[bytes, tuple[np.dtype[Any], tuple[int, ...]]] = {}
-"""What the headers of arrays seen so far say: the samples of a data set have few different ones, and parsing is slow."""
 
 
 def arrays_of(samples: Sequence[Views], member: str) -> Array | None:
@@ -117,25 +114,25 @@ def arrays_of(samples: Sequence[Views], member: str) -> Array | None:
     One copy of the bytes, and next to nothing per sample besides: several times faster than `array_of` and stacking.
     """
     views = [members.get(member) for members in samples]
-    if not views or views[0] is None or len(views[0]) < _SHORTEST_HEADER:
+    if not views or views[0] is None or len(views[0]) < npy.SHORTEST_HEADER:
         return None
-    begins = 10 + int.from_bytes(views[0][8:10], "little")
+    begins = npy.header_length(views[0])
     header, length = bytes(views[0][:begins]), len(views[0])
     if not all(view is not None and len(view) == length and view[:begins] == header for view in views):
         return None
     try:
-        dtype, shape = _NPY_HEADERS.get(header) or _header(header, member)
+        dtype, shape = npy.header_of(header)
         joined = bytearray().join([view[begins:] for view in views if view is not None])
         return np.frombuffer(joined, dtype).reshape(len(views), *shape)
-    except (SampleError, ValueError):
+    except ValueError:
         return None
 
 
 def row_of(members: Views, member: str, number: int) -> list[int] | None:
     """Row `number` modulo the rows of an int32 array; None where it is no such array. For short rows faster than `array_of`."""
     data = _view_of(members, member)
-    begins = 10 + int.from_bytes(data[8:10], "little")
-    dtype, shape = _NPY_HEADERS.get(bytes(data[:begins]), (None, ()))
+    begins = npy.header_length(data)
+    dtype, shape = npy.known_header(bytes(data[:begins])) or (None, ())
     if dtype != _INT32 or len(shape) != 2 or not shape[0] or len(data) - begins != 4 * shape[0] * shape[1]:
         return None
     start = number % shape[0] * shape[1]
@@ -146,26 +143,12 @@ def row_of(members: Views, member: str, number: int) -> list[int] | None:
 def array_of(members: Views, member: str) -> Array:
     """A NumPy array in a member. Raises SampleError if it is missing or damaged."""
     data = _view_of(members, member)
-    begins = 10 + int.from_bytes(data[8:10], "little")
-    header = bytes(data[:begins])
-    known = _NPY_HEADERS.get(header)
-    if known is None:
-        known = _NPY_HEADERS[header] = _header(header, member)
-    dtype, shape = known
+    begins = npy.header_length(data)
+    try:
+        dtype, shape = npy.header_of(bytes(data[:begins]))
+    except ValueError as error:
+        raise SampleError(f"its .{member} member is no NumPy array: {error}") from None
     try:
         return np.frombuffer(data, dtype, offset=begins).reshape(shape)
     except ValueError as error:
         raise SampleError(f"its .{member} member is no whole NumPy array: {error}") from None
-
-
-def _header(data: bytes, member: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
-    file = io.BytesIO(data)
-    try:
-        if np.lib.format.read_magic(file) != (1, 0):
-            raise ValueError("its format is not 1.0")
-        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
-        if by_columns or dtype.hasobject:
-            raise ValueError("it is stored by columns or holds objects")
-    except (ValueError, OSError, EOFError, SyntaxError) as error:
-        raise SampleError(f"its .{member} member is no NumPy array: {error}") from None
-    return dtype, shape

@@ -8,7 +8,6 @@ arXiv 2410.06940).
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from megadiff.config.errors import ConfigError, UserError
 from megadiff.config.schema import GridSpace, PixelField
+from megadiff.data import npy
 from megadiff.data.buckets import Bucket
 from megadiff.data.codecs.base import FEATURES, LATENTS, TOKENS, Array
 from megadiff.data.codecs.captions import CLEANING, NO_TOKEN, captions_of, load_tokenizer
@@ -126,7 +126,7 @@ class Encoder:
         if self.tokenizer:
             for key, members in samples.items():
                 try:
-                    made[key][TOKENS] = npy_bytes(self._tokens(members))
+                    made[key][TOKENS] = npy.dump(self._tokens(members))
                 except SampleError as error:
                     faults[key] = str(error)
         if self.autoencoder or self.vision:
@@ -261,7 +261,7 @@ def _put(made: Sequence[Members], ending: str, values: Tensor) -> None:
     for members, value in zip(made, values.to(torch.float16).cpu().numpy(), strict=True):
         if not np.isfinite(value).all():
             raise UserError(f"{ending} holds numbers that float16 cannot; with --precision bf16, try fp32")
-        members[ending] = npy_bytes(value)
+        members[ending] = npy.dump(value)
 
 
 def filled_up(captions: Sequence[Sequence[int]]) -> Array:
@@ -270,13 +270,6 @@ def filled_up(captions: Sequence[Sequence[int]]) -> Array:
     for row, ids in zip(filled, captions, strict=True):
         row[: len(ids)] = ids
     return filled
-
-
-def npy_bytes(array: Array) -> bytes:
-    """An array as a member holds it."""
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
 
 
 def _fingerprint(folder: str | None) -> str:

@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from megadiff.config.errors import UserError
+from megadiff.data import npy
 from megadiff.data.codecs.base import LATENTS, TOKENS, Array
 from megadiff.data.codecs.clip import VOCABULARY
 from megadiff.data.errors import DataError
-from megadiff.data.packing.encoding import filled_up, npy_bytes
+from megadiff.data.packing.encoding import filled_up
 from megadiff.data.packing.source import NO_CAPTION, NO_PICTURE, UNREADABLE, Encoded, LeaveOut, is_encoded
 from megadiff.data.shards.shard import Members
 from megadiff.storage import store
@@ -61,7 +62,7 @@ class EncodedSource:
         """A sample's members. Raises LeaveOut."""
         captions = _captions(_array(self.captions / path, NO_CAPTION))
         latents = _latents(_array(self.images / path, NO_PICTURE))
-        return {LATENTS: npy_bytes(latents), TOKENS: npy_bytes(captions)}
+        return {LATENTS: npy.dump(latents), TOKENS: npy.dump(captions)}
 
 
 def _indexed(path: Path) -> list[int]:
@@ -69,8 +70,8 @@ def _indexed(path: Path) -> list[int]:
     if not path.exists():
         return []
     try:
-        index = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        index = npy.load(path)
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} is no NumPy array of whole numbers ({error}); delete it to take every picture") from None
     if index.size and (index.ndim != 1 or index.dtype.kind not in "iu" or index.min() < 0):
         raise DataError(f"{path} holds {index.dtype} {list(index.shape)}, and not numbers; delete it to take every picture")
@@ -90,10 +91,10 @@ def _listed(images: Path) -> list[int]:
 def _array(path: Path, missing: str) -> Array:
     """Raises LeaveOut if the file is missing (for the reason `missing`) or damaged."""
     try:
-        array: Array = np.load(path, allow_pickle=False)
+        array: Array = npy.load(path)
     except FileNotFoundError:
         raise LeaveOut(missing, f"{path.parent.parent.name}/{path.parent.name}/{path.name} does not exist") from None
-    except (ValueError, EOFError) as error:
+    except ValueError as error:
         raise LeaveOut(NO_CAPTION if missing == NO_CAPTION else UNREADABLE, f"no NumPy array: {error}") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None

@@ -1,0 +1,84 @@
+"""Arrays in NumPy's file format, read by many threads at once.
+
+Source: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Header = tuple[np.dtype[Any], tuple[int, ...]]
+
+SHORTEST_HEADER = 64
+_PLAIN = re.compile(
+    rb"\{'descr': '([<>|](?:[iu][1248]|f[248]|c8|c16|b1))', 'fortran_order': False, "
+    rb"'shape': \(((?:\d+, ?)*(?:\d+)?)\), \} *\n"
+)
+_known: dict[bytes, Header] = {}
+"""What the headers seen so far say: the samples of a data set have few different ones."""
+_parsing = threading.Lock()
+"""Held while NumPy parses a header: it calls `ast.parse`, whose counter of depth Python 3.11 and 3.12 keep once for all
+threads, so that two threads in it at once may raise SystemError (AST constructor recursion depth mismatch)."""
+
+
+def header_length(data: bytes | memoryview) -> int:
+    """The bytes before the numbers."""
+    return 10 + int.from_bytes(data[8:10], "little")
+
+
+def known_header(header: bytes) -> Header | None:
+    """What `header_of` said of these bytes before, if it did."""
+    return _known.get(header)
+
+
+def header_of(header: bytes) -> Header:
+    """Type and shape of an array stored by rows, from the bytes before its numbers.
+
+    Raises ValueError if it is not of version 1.0, damaged, stored by columns, or one of objects.
+    """
+    known = _known.get(header)
+    if known is None:
+        known = _known[header] = _parsed(header)
+    return known
+
+
+def _parsed(header: bytes) -> Header:
+    file = io.BytesIO(header)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("its format is not 1.0")
+    plain = _PLAIN.fullmatch(header, 10)
+    if plain:
+        return np.dtype(plain[1].decode()), tuple(int(size) for size in plain[2].split(b",") if size.strip())
+    with _parsing:
+        try:
+            shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+        except (EOFError, SyntaxError) as error:
+            raise ValueError(str(error)) from None
+    if by_columns or dtype.hasobject:
+        raise ValueError("it is stored by columns or holds objects")
+    return dtype, shape
+
+
+def load(path: Path) -> NDArray[Any]:
+    """The array in a file. Raises ValueError if it holds none, OSError if it cannot be read."""
+    file = io.BytesIO(path.read_bytes())
+    with _parsing:
+        try:
+            array: NDArray[Any] = np.load(file, allow_pickle=False)
+        except (EOFError, SyntaxError) as error:
+            raise ValueError(str(error)) from None
+    return array
+
+
+def dump(array: NDArray[Any]) -> bytes:
+    """An array as a file holds it."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
