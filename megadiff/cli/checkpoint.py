@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from megadiff.cli.arguments import Verbs, add_verb
 
 if TYPE_CHECKING:
-    from megadiff.engine.checkpoint import CheckpointReader
+    from megadiff.weights.checkpoint import CheckpointReader
 
 EXAMPLES = """\
   megadiff checkpoint inspect runs/quickstart
@@ -70,7 +70,7 @@ def _add_kind(parser: argparse.ArgumentParser) -> None:
 
 
 def run_inspect(arguments: argparse.Namespace) -> int:
-    from megadiff.engine.checkpoint_tools import parts
+    from megadiff.weights.checkpoint_tools import parts
 
     reader = _open(arguments.checkpoint)
     manifest = reader.manifest
@@ -98,7 +98,7 @@ def run_inspect(arguments: argparse.Namespace) -> int:
     if arguments.parameters:
         print("\n| parameter | shape | trained | files |\n|---|---|---|---|")
         for name, (shape, trained) in manifest.parameters.items():
-            held = sum(name in entry.ranges for entry in manifest.files)
+            held = sum(name in entry.extents for entry in manifest.files)
             print(f"| {name} | {' x '.join(map(str, shape))} | {'yes' if trained else 'no'} | {held} |")
     return 0
 
@@ -107,7 +107,7 @@ def run_verify(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from megadiff.config.errors import UserError
-    from megadiff.engine.checkpoint_tools import faults
+    from megadiff.weights.checkpoint_tools import faults
 
     reader = _open(arguments.checkpoint)
     with tqdm(total=len(reader.manifest.files), unit="file", disable=None) as bar:
@@ -120,7 +120,7 @@ def run_verify(arguments: argparse.Namespace) -> int:
 
 
 def run_diff(arguments: argparse.Namespace) -> int:
-    from megadiff.engine.checkpoint_tools import differences
+    from megadiff.weights.checkpoint_tools import differences
 
     one, other = _open(arguments.one), _open(arguments.other)
     for reader in (one, other):
@@ -142,7 +142,7 @@ def run_consolidate(arguments: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from megadiff.engine.checkpoint_tools import consolidate
+    from megadiff.weights.checkpoint_tools import consolidate
 
     reader = _open(arguments.checkpoint)
     _check_kind(reader, arguments.kind)
@@ -153,14 +153,14 @@ def run_consolidate(arguments: argparse.Namespace) -> int:
 
 
 def _open(address: str) -> CheckpointReader:
-    from megadiff.interfaces.weights import checkpoint_of
+    from megadiff.weights.loading import checkpoint_of
 
     return checkpoint_of(address)
 
 
 def _check_kind(reader: CheckpointReader, kind: str) -> None:
     from megadiff.config.errors import UserError
-    from megadiff.engine.checkpoint import MOMENTS
+    from megadiff.weights.checkpoint import MOMENTS
 
     known = ["weight", *(f"ema.{profile}" for profile in reader.manifest.ema), *MOMENTS]
     if kind not in known:

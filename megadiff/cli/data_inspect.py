@@ -200,7 +200,8 @@ def _size(size: float) -> str:
 def stats(arguments: argparse.Namespace) -> int:
     from megadiff.data.codecs.captions import load_tokenizer
     from megadiff.data.inspection import stats as counting
-    from megadiff.evaluation.data_pictures import png_bytes, stats_picture
+    from megadiff.data.inspection.pictures import stats_picture
+    from megadiff.report.sheet import png_bytes
     from megadiff.storage import store
 
     tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None
@@ -275,27 +276,27 @@ def show(arguments: argparse.Namespace) -> int:
         raise UserError("--scale goes with --autoencoder FOLDER")
     from megadiff.data.codecs.base import LATENTS, TOKENS
     from megadiff.data.codecs.captions import load_tokenizer
+    from megadiff.data.inspection import pictures
     from megadiff.data.inspection.show import draw_samples
     from megadiff.data.shards.shard import read_manifest
-    from megadiff.evaluation import data_pictures
-    from megadiff.evaluation.report import Section, contact_sheet
+    from megadiff.report.sheet import Section, contact_sheet, png_bytes
     from megadiff.storage import store
 
     manifest = read_manifest(arguments.shards)
     if arguments.tokenizer:
         _check_tokenizer(arguments.tokenizer, manifest.facts)
     tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None
-    decode = data_pictures.decoder(arguments.autoencoder, arguments.scale or 1.0) if arguments.autoencoder else None
+    decode = pictures.decoder(arguments.autoencoder, arguments.scale or 1.0) if arguments.autoencoder else None
     samples = draw_samples(arguments.shards, manifest, arguments.count, arguments.seed)
     for flag, ending in (("autoencoder", LATENTS), ("tokenizer", TOKENS)):
-        if getattr(arguments, flag) and data_pictures.missing_members(samples, ending):
+        if getattr(arguments, flag) and pictures.missing_members(samples, ending):
             raise UserError(f"--{flag} has no effect: no sample that was drawn has a {ending} member")
-    cells = [data_pictures.sample_cell(sample, decode, tokenizer) for sample in samples]
+    cells = [pictures.sample_cell(sample, decode, tokenizer) for sample in samples]
     title = f"{store.shown(arguments.shards)}: {len(samples):,} of {manifest.samples:,} samples, seed {arguments.seed}"
     sheet = contact_sheet(
         [Section(title, cells)], columns=arguments.columns, cell_px=168, gap_px=16, text_px=13, caption_lines=4
     )
-    store.write_bytes(arguments.out, data_pictures.png_bytes(sheet))
+    store.write_bytes(arguments.out, png_bytes(sheet))
     print(f"sheet: {store.shown(arguments.out)} ({len(samples):,} of {manifest.samples:,} samples)")
     return 0
 

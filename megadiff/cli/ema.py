@@ -32,7 +32,7 @@ def add(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from megadiff.interfaces.weights import export_average
+    from megadiff.weights.loading import export_average
 
     found = export_average(arguments.run_folder, arguments.out, arguments.length, arguments.stage)
     used = f"{len(found.coefficients)} averages"

@@ -23,7 +23,7 @@ def add(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from megadiff.interfaces.weights import export_run
+    from megadiff.weights.loading import export_run
 
     export_run(arguments.run_folder, arguments.out, arguments.weights)
     print(f"export: {arguments.out}")

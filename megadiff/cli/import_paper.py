@@ -53,7 +53,7 @@ def add(verbs: Verbs) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from megadiff.interfaces import paper
-    from megadiff.interfaces.weights import checkpoint_of
+    from megadiff.weights.loading import checkpoint_of
 
     out = Path(arguments.out)
     predicted = paper.import_paper(

@@ -157,8 +157,8 @@ def run(arguments: argparse.Namespace) -> int:
     sampling, repeat_prompt = how_to_sample(arguments)
     if arguments.processes > 1 and "RANK" not in os.environ:
         return several(arguments.processes, sys.argv[1:])
-    from megadiff.interfaces.generate import generate
-    from megadiff.interfaces.request import GenerateRequest
+    from megadiff.generation.generate import generate
+    from megadiff.generation.request import GenerateRequest
 
     own = {"run", "parser", "preset", "processes", "guidance_interval", "repeat_prompt", *(flag[0] for flag in SAMPLING)}
     flags = {key: value for key, value in vars(arguments).items() if key not in own}
@@ -176,7 +176,7 @@ def how_to_sample(arguments: argparse.Namespace) -> tuple[Sampling, bool]:
     Raises:
         UserError: a value is out of its range.
     """
-    from megadiff.interfaces.presets import INPAINT_RESAMPLE, PRESETS
+    from megadiff.generation.presets import INPAINT_RESAMPLE, PRESETS
 
     if arguments.preset is not None and arguments.preset not in PRESETS:
         raise UserError(f"--preset {arguments.preset} is unknown; known: {', '.join(PRESETS)}")

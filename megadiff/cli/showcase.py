@@ -23,6 +23,6 @@ def add(verbs: Verbs) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     loaded = load_run(arguments.run_file, arguments.overrides)
-    from megadiff.interfaces.showcase import make_showcase
+    from megadiff.evaluation.showcase import make_showcase
 
     return make_showcase(loaded)

@@ -9,14 +9,14 @@ from typing import Any
 
 from megadiff.config.run_folder import CheckpointsFolder
 from megadiff.config.schema import Initialise, Stage
-from megadiff.engine import checkpoint, saving, statistics
+from megadiff.engine import saving, statistics
 from megadiff.engine.api import Backend, Objective, StepResult
-from megadiff.engine.checkpoint import CheckpointError, CheckpointReader
 from megadiff.engine.ema import Ema
 from megadiff.engine.optimizer import hold_still, learning_rate
 from megadiff.models.idle import Idle
 from megadiff.models.mmdit import part_of
 from megadiff.types import ALIGNMENT, Batch, Denoiser
+from megadiff.weights.checkpoint import CheckpointError, CheckpointReader, check_names
 
 RAW = "raw"
 """In place of an EMA profile's name: the plain weights."""
@@ -105,7 +105,7 @@ class Engine:
         """
         reader = saving.open_checkpoint(folder, self.layout)
         saving.check_same_profiles(reader, self.ema.profiles)
-        checkpoint.check_names(reader, self.pieces.shapes, parts=self.parts)
+        check_names(reader, self.pieces.shapes, parts=self.parts)
         self._check_same_trained(reader)
         saving.load_weights(reader, "weight", set(self.parts), self.pieces)
         saving.load_state(reader, self.pieces, self.ema)
@@ -120,7 +120,7 @@ class Engine:
         """
         reader = saving.open_checkpoint(folder, self.layout)
         known = {**{name: part_of(name) for name in reader.manifest.parameters}, **self.parts}
-        names = set(checkpoint.check_names(reader, self.pieces.shapes, new=rule.new, dropped=rule.dropped, parts=known))
+        names = set(check_names(reader, self.pieces.shapes, new=rule.new, dropped=rule.dropped, parts=known))
         saving.load_weights(reader, reader.weight_kind(rule.weights, rule.ema), names, self.pieces)
         self.ema.reset()
         return [name for name in self.parts if name not in names]

@@ -63,7 +63,8 @@ def hold_still(optimizer: torch.optim.Optimizer, pieces: Sequence[Piece], region
 
 
 def _within(piece: Piece, region: Region) -> Tensor:
-    """Which numbers of a piece lie in a region of its parameter, bool [stop - start]."""
+    """Which numbers of a piece lie in a region of its parameter, bool [extent.size]."""
     mask = torch.zeros(piece.shape, dtype=torch.bool)
     mask[region] = True
-    return mask.flatten()[piece.start : piece.stop].to(piece.flat.device)
+    parts = [mask.flatten()[start : start + length] for start, _, length in piece.extent.runs(piece.shape).tolist()]
+    return torch.cat(parts).to(piece.flat.device)

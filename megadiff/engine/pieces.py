@@ -1,4 +1,4 @@
-"""This rank's part of every parameter, whatever backend holds it: flat ranges by the model's names."""
+"""This rank's part of every parameter, whatever backend holds it: extents by the model's names."""
 
 from __future__ import annotations
 
@@ -8,71 +8,67 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megadiff.engine.checkpoint import MOMENTS
+from megadiff.weights.boxes import Extent
+from megadiff.weights.checkpoint import MOMENTS
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A flat range [start, stop) of a trained parameter, of which this rank holds the fp32 master and Adam's moments.
+    """Part of a trained parameter, of which this rank holds the fp32 master and Adam's moments.
 
     Attributes:
         shape: of the whole parameter.
+        extent: which part.
         flat: the tensor that the optimizer steps.
-        offset: where the range begins within it.
+        offset: where the part begins within it.
         owned: False on ranks whose copy repeats another rank's (ZeRO-0): they hold it but do not save it.
     """
 
     name: str
     shape: Shape
-    start: int
-    stop: int
+    extent: Extent
     flat: Tensor
     offset: int
     owned: bool
 
     @property
     def master(self) -> Tensor:
-        """Float32 view [stop - start]."""
+        """Float32 view [extent.size]."""
         return self._view(self.flat.detach())
 
     def moment(self, optimizer: torch.optim.Optimizer, kind: str) -> Tensor:
-        """Float32 view [stop - start] of one of MOMENTS; created as zeros if the optimizer has not stepped yet."""
+        """Float32 view [extent.size] of one of MOMENTS; created as zeros if the optimizer has not stepped yet."""
         return self._view(optimizer_state(optimizer, self.flat)[kind])
 
     def _view(self, tensor: Tensor) -> Tensor:
-        return tensor.reshape(-1)[self.offset : self.offset + self.stop - self.start]
+        return tensor.reshape(-1)[self.offset : self.offset + self.extent.size]
 
 
 @dataclass
 class FrozenPiece:
-    """A frozen parameter: what this rank's forward reads, and the fp32 range that it saves.
+    """A frozen parameter: what this rank's forward reads, and the part of that in fp32 that it saves.
 
     Attributes:
-        local: flat view of this rank's copy (the whole parameter, or its ZeRO-3 partition), in the model's dtype.
-        local_start: where `local` begins within the whole parameter.
-        start, stop: the range that this rank saves, within `local`'s.
-        master: float32 [stop - start]; kept because the model's copy may have been rounded to bf16.
+        local: flat view of this rank's copy (the whole parameter, its ZeRO-3 partition, its shard), in the model's dtype.
+        local_extent: what of the whole parameter `local` is.
+        extent: what this rank saves: a range within `local_extent`, of the same boxes.
+        master: float32 [extent.size]; kept because the model's copy may have been rounded to bf16.
     """
 
     name: str
     shape: Shape
     local: Tensor
-    local_start: int
-    start: int
-    stop: int
+    local_extent: Extent
+    extent: Extent
     master: Tensor
-
-    @property
-    def local_stop(self) -> int:
-        return self.local_start + self.local.numel()
 
     def write(self, values: Tensor) -> None:
         """Take new float32 values for the whole of `local`."""
         self.local.copy_(values.to(self.local.device))
-        begin = self.start - self.local_start
-        self.master = values[begin : begin + self.stop - self.start].to(self.master.device, torch.float32).clone()
+        begin = self.extent.start - self.local_extent.start
+        self.master = values[begin : begin + self.extent.size].to(self.master.device, torch.float32).clone()
 
 
 @dataclass

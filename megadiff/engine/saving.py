@@ -15,10 +15,11 @@ from megadiff.config.layout import Layout
 from megadiff.config.run_folder import CheckpointsFolder
 from megadiff.config.schema import Checkpointing
 from megadiff.distributed.reduce import gather_objects, raise_together
-from megadiff.engine import checkpoint
-from megadiff.engine.checkpoint import MOMENTS, CheckpointError, CheckpointReader, FileEntry, Manifest, tensor_key
 from megadiff.engine.ema import Ema
 from megadiff.engine.pieces import Pieces, Shape
+from megadiff.weights import checkpoint
+from megadiff.weights.boxes import Extent
+from megadiff.weights.checkpoint import MOMENTS, CheckpointError, CheckpointManifest, CheckpointReader, FileEntry, tensor_key
 
 
 def save(
@@ -49,7 +50,7 @@ def save(
         parameters = {name: told for part in gather_objects(_parameters(pieces)) for name, told in part.items()}
         with all_or_none(checkpoints.root):
             if layout.leads:
-                manifest = Manifest(stage, parameters, tuple(ema.profiles), dict(progress), config, tuple(files))
+                manifest = CheckpointManifest(stage, parameters, tuple(ema.profiles), dict(progress), config, tuple(files))
                 checkpoint.publish(checkpoints, step, manifest, rule)
     except CheckpointError:
         if layout.leads:
@@ -82,10 +83,10 @@ def load_weights(reader: CheckpointReader, kind: str, names: set[str], pieces: P
     with torch.no_grad():
         for piece in pieces.trained:
             if piece.name in names:
-                piece.master.copy_(reader.read(kind, piece.name, piece.start, piece.stop))
+                piece.master.copy_(reader.read(kind, piece.name, piece.extent))
         for frozen in pieces.frozen:
             if frozen.name in names:
-                frozen.write(reader.read(kind, frozen.name, frozen.local_start, frozen.local_stop))
+                frozen.write(reader.read(kind, frozen.name, frozen.local_extent))
     pieces.publish()
 
 
@@ -94,9 +95,9 @@ def load_state(reader: CheckpointReader, pieces: Pieces, ema: Ema) -> None:
     with torch.no_grad():
         for index, piece in enumerate(pieces.trained):
             for kind in MOMENTS:
-                piece.moment(pieces.optimizer, kind).copy_(reader.read(kind, piece.name, piece.start, piece.stop))
+                piece.moment(pieces.optimizer, kind).copy_(reader.read(kind, piece.name, piece.extent))
             for profile, averages in ema.averages.items():
-                averages[index].copy_(reader.read(f"ema.{profile}", piece.name, piece.start, piece.stop))
+                averages[index].copy_(reader.read(f"ema.{profile}", piece.name, piece.extent))
     pieces.set_adam_steps(reader.manifest.progress["adam_steps"])
     ema.updates = reader.manifest.progress["ema_updates"]
 
@@ -126,24 +127,24 @@ def all_or_none(place: Path) -> Iterator[None]:
     raise_together(error)
 
 
-def _tensors(pieces: Pieces, ema: Ema) -> tuple[dict[str, Tensor], dict[str, tuple[int, int]]]:
-    """What this rank saves, and the range of each parameter that it has."""
+def _tensors(pieces: Pieces, ema: Ema) -> tuple[dict[str, Tensor], dict[str, Extent]]:
+    """What this rank saves, and what of each parameter that is."""
     tensors: dict[str, Tensor] = {}
-    ranges: dict[str, tuple[int, int]] = {}
+    extents: dict[str, Extent] = {}
     for index, piece in enumerate(pieces.trained):
         if not piece.owned:
             continue
-        ranges[piece.name] = (piece.start, piece.stop)
+        extents[piece.name] = piece.extent
         tensors[tensor_key("weight", piece.name)] = piece.master.cpu()
         for kind in MOMENTS:
             tensors[tensor_key(kind, piece.name)] = piece.moment(pieces.optimizer, kind).cpu()
         for profile, averages in ema.averages.items():
             tensors[tensor_key(f"ema.{profile}", piece.name)] = averages[index].cpu()
     for frozen in pieces.frozen:
-        if frozen.stop > frozen.start:
-            ranges[frozen.name] = (frozen.start, frozen.stop)
+        if frozen.extent.size:
+            extents[frozen.name] = frozen.extent
             tensors[tensor_key("weight", frozen.name)] = frozen.master
-    return tensors, ranges
+    return tensors, extents
 
 
 def _parameters(pieces: Pieces) -> dict[str, tuple[Shape, bool]]:

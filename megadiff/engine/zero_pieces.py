@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from megadiff.engine.pieces import FrozenPiece, Piece, Pieces
+from megadiff.weights.boxes import Extent, whole
 
 
 def zero_pieces(engine: Any, world: int, rank: int) -> Pieces:
@@ -51,20 +52,21 @@ def _zero3_piece(name: str, parameter: Any, wrapper: Any, rank: int) -> Iterable
     group, offset, _ = wrapper.grad_position[wrapper.get_param_id(parameter)]
     flat = wrapper.fp32_partitioned_groups_flat[group]
     if stop > start:
-        yield Piece(name, tuple(parameter.ds_shape), start, stop, flat, offset, owned=True)
+        yield Piece(name, tuple(parameter.ds_shape), Extent(start, stop), flat, offset, owned=True)
 
 
 def _zero3_frozen(name: str, parameter: Any, rank: int) -> FrozenPiece:
     start, stop = _partition_range(parameter, rank)
     local = parameter.ds_tensor.detach()[: stop - start]
-    return FrozenPiece(name, tuple(parameter.ds_shape), local, start, start, stop, local.float().cpu().clone())
+    part = Extent(start, stop)
+    return FrozenPiece(name, tuple(parameter.ds_shape), local, part, part, local.float().cpu().clone())
 
 
 def _publish_zero3(wrapper: Any, pieces: Sequence[Piece], parameters: dict[str, nn.Parameter]) -> None:
     # Small parameters stay gathered between steps and would hide a changed partition: partition all, write, gather again.
     wrapper.checkpoint_event_prologue()
     for piece in pieces:
-        parameters[piece.name].ds_tensor[: piece.stop - piece.start].copy_(piece.master)  # type: ignore[attr-defined]
+        parameters[piece.name].ds_tensor[: piece.extent.size].copy_(piece.master)  # type: ignore[attr-defined]
     wrapper.checkpoint_event_epilogue()
 
 
@@ -73,15 +75,17 @@ def _linked_piece(name: str, parameter: Any, flats: Sequence[Tensor]) -> Iterabl
     if link is not None:
         low, high = link.lp_fragment_address, link.hp_fragment_address
         flat = flats[link.param_group_index]
-        yield Piece(name, tuple(parameter.shape), low.start, low.start + low.numel, flat, high.start, owned=True)
+        part = Extent(low.start, low.start + low.numel)
+        yield Piece(name, tuple(parameter.shape), part, flat, high.start, owned=True)
 
 
 def _whole_piece(name: str, parameter: nn.Parameter, *, owned: bool) -> Piece:
-    return Piece(name, tuple(parameter.shape), 0, parameter.numel(), parameter, 0, owned)
+    return Piece(name, tuple(parameter.shape), whole(parameter.shape), parameter, 0, owned)
 
 
 def _whole_frozen(name: str, parameter: nn.Parameter, world: int, rank: int) -> FrozenPiece:
     size = parameter.numel()
     start, stop = size * rank // world, size * (rank + 1) // world
     local = parameter.detach().view(-1)
-    return FrozenPiece(name, tuple(parameter.shape), local, 0, start, stop, local[start:stop].float().cpu().clone())
+    saved = local[start:stop].float().cpu().clone()
+    return FrozenPiece(name, tuple(parameter.shape), local, whole(parameter.shape), Extent(start, stop), saved)

@@ -17,8 +17,8 @@ from megadiff.data.codecs.build import build_codecs
 from megadiff.data.reading.loader import read_held_out
 from megadiff.diffusion.sampler import Conditions
 from megadiff.distributed.reduce import gather_objects
-from megadiff.evaluation.report import Cell, Section, contact_sheet
-from megadiff.evaluation.tasks import Task, cell_of, draw, tasks_of
+from megadiff.generation.tasks import Task, cell_of, draw, tasks_of
+from megadiff.report.sheet import Cell, Section, contact_sheet
 
 SEED = 0
 TITLES = {"ema": "averaged weights", "raw": "plain weights"}

@@ -1,4 +1,4 @@
-"""The released weights of "Diffuse Everything" as a run of ours, and a run of ours in their format (models/official.py)."""
+"""The released weights of "Diffuse Everything" as a run of ours, and a run of ours in their format (weights/official.py)."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from megadiff.config.schema import (
     StageModality,
 )
 from megadiff.data.codecs.clip import build_clip_tokenizer
-from megadiff.engine import checkpoint
-from megadiff.engine.checkpoint import Manifest, tensor_key
-from megadiff.interfaces.export import new_folder
 from megadiff.interfaces.snapshot import WARMUP_STEPS, TrainingState, training_state
-from megadiff.interfaces.weights import load, local_path
-from megadiff.models import official
 from megadiff.models.mmdit import part_of
-from megadiff.models.official import IMAGE, POSITIONS, TEXT
+from megadiff.weights import checkpoint, official, official_config
+from megadiff.weights.boxes import whole
+from megadiff.weights.checkpoint import CheckpointManifest, tensor_key
+from megadiff.weights.export import new_folder
+from megadiff.weights.loading import load, local_path
+from megadiff.weights.official_config import IMAGE, POSITIONS, TEXT
 
 STAGE, EMA = "released", "main"
 CONFIG, WEIGHTS, NETWORK = "config.json", "model.safetensors", "mmdit.yaml"
@@ -84,10 +84,10 @@ def import_paper(
         snapshot: Mapping[str, Any] = {} if path.is_dir() else _load_snapshot(path)
         tensors, given = _read_folder(path, use) if path.is_dir() else _read_snapshot(path, snapshot, use or "ema")
         training = _training(path, snapshot) if use is None else None
-        model = official.model_from_config({**official.config_from_tensors(tensors), **given})
+        model = official_config.model_from_config({**official_config.config_from_tensors(tensors), **given})
         stored = _stored(tensors, training, model)
         words = build_clip_tokenizer(Path(tokenizer) if tokenizer else _installed_vocabulary())
-        vocabulary = official.vocabulary(model)
+        vocabulary = official_config.vocabulary(model)
         if words.get_vocab_size() != vocabulary:
             raise UserError(
                 f"the vocabulary has {words.get_vocab_size()} ids, and the released weights {vocabulary}; give CLIP's own"
@@ -114,7 +114,7 @@ def export_paper(source: str, out: Path, weights: Literal["ema", "raw"] = "ema")
     """
     with new_folder(out):
         loaded = load(source, weights)
-        config = official.config_from_model(loaded.model, loaded.predicted)
+        config = official_config.config_from_model(loaded.model, loaded.predicted)
         ours = {name: parameter.detach() for name, parameter in loaded.module.named_parameters()}
         tensors = official.to_official(ours, loaded.model)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / WEIGHTS, metadata={"format": "pt"})
@@ -196,7 +196,7 @@ def _config_beside(folder: Path) -> dict[str, Any]:
                 raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
             if not isinstance(tree, dict):
                 raise UserError(f"{path} must hold names and values")
-            return official.known_values(tree)
+            return official_config.known_values(tree)
     return {}
 
 
@@ -277,9 +277,9 @@ def _write_checkpoint(run: Run, stored: Mapping[str, Mapping[str, Tensor]], trai
         for name, tensor in tensors.items()
         if kind == "weight" or trained[name]
     }
-    ranges = {name: (0, tensor.numel()) for name, tensor in stored["weight"].items()}
-    entry = checkpoint.write_rank_file(checkpoints.partial(step), 0, flat, ranges)
-    manifest = Manifest(
+    extents = {name: whole(tensor.shape) for name, tensor in stored["weight"].items()}
+    entry = checkpoint.write_rank_file(checkpoints.partial(step), 0, flat, extents)
+    manifest = CheckpointManifest(
         stage=stage.name,
         parameters={name: (tuple(tensor.shape), trained[name]) for name, tensor in stored["weight"].items()},
         ema=tuple(stage.ema),

@@ -18,13 +18,14 @@ from torch import Tensor
 from megadiff.config.errors import UserError
 from megadiff.config.schema import LatentField, PixelField, Sampling
 from megadiff.diffusion.sampler import Sampler, States, Times
-from megadiff.evaluation.tasks import INPAINT, JOINT, Task, find_task
-from megadiff.interfaces import export
-from megadiff.interfaces.conditions import Planner
-from megadiff.interfaces.presets import INPAINT_RESAMPLE
-from megadiff.interfaces.request import GenerateRequest
-from megadiff.interfaces.weights import HUB, Loaded, load
+from megadiff.generation.loading import codecs_of, load
+from megadiff.generation.planner import Planner
+from megadiff.generation.presets import INPAINT_RESAMPLE
+from megadiff.generation.request import GenerateRequest
+from megadiff.generation.tasks import INPAINT, JOINT, Task, find_task
 from megadiff.models.mmdit import MMDiT
+from megadiff.weights import export
+from megadiff.weights.loading import HUB, Loaded
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -136,7 +137,7 @@ class MegadiffPipeline(DiffusionPipeline):  # type: ignore[misc]
             batch=2**31,  # one chunk: the caller chooses how many samples go together
         )
         keys = _keys(generator, max(len(prompts), len(images), 1) * num_images_per_prompt)
-        (chunk,) = Planner(request, self.loaded, self.loaded.codecs(), keys).chunks()
+        (chunk,) = Planner(request, self.loaded, codecs_of(self.loaded), keys).chunks()
         _, conditions = chunk.load()
         states = Sampler(self.loaded.model, request.sampling).sample(
             self.denoiser,
@@ -179,7 +180,7 @@ class MegadiffPipeline(DiffusionPipeline):  # type: ignore[misc]
         made = {name: states[name] for name in task.generated}
         if output_type == "latent":
             return MegadiffOutput(images=None, texts=None, states=made)
-        codecs = self.loaded.codecs()
+        codecs = codecs_of(self.loaded)
         shown = {name: [codecs[name].decode(state.cpu()) for state in made[name]] for name in made}
         pictures = next((values for name, values in shown.items() if self._is_picture(name)), None)
         texts = next((values for name, values in shown.items() if not self._is_picture(name)), None)

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from megadiff.config.errors import UserError
 from megadiff.config.schema import Optimizer
-from megadiff.engine.checkpoint import MOMENTS
-from megadiff.models import official
-from megadiff.models.official import IMAGE, TEXT
+from megadiff.weights import official
+from megadiff.weights.checkpoint import MOMENTS
+from megadiff.weights.official_config import IMAGE, TEXT
 
 JOINT = "joint"
 WARMUP_STEPS = 2500

@@ -7,9 +7,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megadiff.config.run_folder import RunFolder
 from megadiff.config.schema import Run, Stage
-from megadiff.engine.checkpoint import CheckpointError
+from megadiff.weights.checkpoint import CheckpointError
 
 if TYPE_CHECKING:
     from megadiff.engine.engine import Engine
@@ -21,18 +20,6 @@ def stage_seed(run: Run, stage: Stage) -> int:
     """Every stage has its own order of samples and noise, a function of the run's seed and the stage's name."""
     digest = hashlib.blake2b(f"{run.seed}/{stage.name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 2
-
-
-def newest_checkpoint(folder: RunFolder, stage_names: list[str]) -> Path:
-    """The newest checkpoint of the last stage that has one.
-
-    Raises:
-        CheckpointError: no stage has any.
-    """
-    for name in reversed(stage_names):
-        if newest := folder.stage(name).checkpoints.newest():
-            return newest
-    raise CheckpointError(f"{folder.root} has no checkpoint yet in any stage ({', '.join(stage_names)}); train it first")
 
 
 def initialise(engine: Engine, run: Run, stage: Stage) -> None:

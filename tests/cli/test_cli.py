@@ -243,8 +243,8 @@ def test_flags_of_sample_that_do_not_go_together_are_named(
 
 
 def test_the_flags_of_sample_are_the_fields_of_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megadiff.interfaces import generate
-    from megadiff.interfaces.request import GenerateRequest
+    from megadiff.generation import generate
+    from megadiff.generation.request import GenerateRequest
 
     seen: list[GenerateRequest] = []
     monkeypatch.setattr(generate, "generate", seen.append)

@@ -15,10 +15,10 @@ from PIL import Image
 
 from megadiff.cli import main as cli
 from megadiff.data.codecs.captions import load_tokenizer
+from megadiff.data.inspection.pictures import channels_picture, decoder, sample_cell, stats_picture
 from megadiff.data.inspection.show import Drawn
 from megadiff.data.inspection.stats import Seen, Stats, measure
 from megadiff.data.shards.shard import Manifest, Members, read_manifest, write_manifest
-from megadiff.evaluation.data_pictures import channels_picture, decoder, sample_cell, stats_picture
 from tests.data.small import TOKENIZER, TRAIN, make_autoencoder, sample, write_source
 
 RED = (255, 0, 0)
@@ -259,6 +259,14 @@ def test_a_cell_has_the_first_caption_and_the_key() -> None:
 def test_a_cell_of_a_row_shows_its_columns() -> None:
     cell = sample_cell(drawn({"json": b'{"size": 3, "colour": "red"}'}))
     assert (cell.picture, cell.caption) == (None, "size: 3, colour: red")
+
+
+def test_a_cell_shows_a_transparent_picture_on_white() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGBA", (4, 4), (0, 0, 255, 0)).save(buffer, "PNG")
+    picture = sample_cell(drawn({"png": buffer.getvalue()})).picture
+    assert picture is not None
+    assert picture.getcolors() == [(16, (255, 255, 255))]
 
 
 def test_a_cell_turns_its_picture_as_a_viewer_does() -> None:

@@ -21,7 +21,7 @@ from megadiff.data.errors import SampleError
 from megadiff.data.inspection.show import load_picture
 from megadiff.data.packing.pack import Packing, Prepared, prepare
 from megadiff.data.packing.source import Raw
-from megadiff.interfaces.conditions import open_picture
+from megadiff.generation.inputs import open_picture
 
 SIZE = 4
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)

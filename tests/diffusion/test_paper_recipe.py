@@ -14,7 +14,7 @@ from megadiff.config.schema import Model, Sampling
 from megadiff.diffusion.build import build_processes
 from megadiff.diffusion.gaussian import Gaussian
 from megadiff.diffusion.sampler import Conditions, Sampler
-from megadiff.interfaces.presets import PAPER, PRESETS
+from megadiff.generation.presets import PAPER, PRESETS
 from megadiff.types import Noised
 
 Noise = Callable[[Tensor, Tensor], Tensor]

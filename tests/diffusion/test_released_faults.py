@@ -31,12 +31,13 @@ from megadiff.diffusion.gaussian import Gaussian
 from megadiff.diffusion.guidance import Guided
 from megadiff.diffusion.sampler import Conditions, Known, Sampler
 from megadiff.diffusion.solvers import CONTINUOUS, Step, build_solver
-from megadiff.interfaces import generate as generating
-from megadiff.interfaces.conditions import Planner
-from megadiff.interfaces.request import GenerateRequest
-from megadiff.interfaces.weights import Loaded
+from megadiff.generation import generate as generating
+from megadiff.generation.loading import codecs_of
+from megadiff.generation.planner import Planner
+from megadiff.generation.request import GenerateRequest
 from megadiff.kernels.sample_rows import draw_rows
 from megadiff.types import DrawRule, Noised, Prediction, Readout, RowLogits, SampledRows
+from megadiff.weights.loading import Loaded
 from tests.diffusion.ideal import SHARES, IdealDenoiser, cells, draw_pairs, drawn_from
 from tests.diffusion.small import model_of
 
@@ -247,8 +248,8 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> Loaded:
 @pytest.mark.parametrize("prompt", ["a", "cat", "a red heart on a green apple"])
 def test_a_repeated_prompt_stands_there_ten_times_and_no_more(untrained, prompt):
     request = GenerateRequest(checkpoint="", task="text-to-image", out="", prompt=(prompt,), repeat_prompt=True)
-    codec = untrained.codecs()["text"]
-    (chunk,) = Planner(request, untrained, untrained.codecs()).chunks()
+    codec = codecs_of(untrained)["text"]
+    (chunk,) = Planner(request, untrained, codecs_of(untrained)).chunks()
     ids = codec.ids(" ".join([prompt] * 10))
     assert len(ids) == 10 or prompt != "a"
     assert chunk.load()[1].given["text"][0].tolist() == [*ids[:15], 1, *[0] * (15 - len(ids))]
@@ -267,7 +268,7 @@ def test_s5_a_limit_of_the_context_is_the_smaller_of_two_lengths(untrained, repe
             limit_context_len=limit,
             repeat_prompt=repeat,
         )
-        (chunk,) = Planner(request, untrained, untrained.codecs()).chunks()
+        (chunk,) = Planner(request, untrained, codecs_of(untrained)).chunks()
         return chunk.load()[1].given["text"][0].tolist()
 
     whole, (end, pad) = text(None), (1, 0)

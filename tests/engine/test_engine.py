@@ -15,11 +15,12 @@ from megadiff.config.layout import Layout
 from megadiff.config.run_folder import CheckpointsFolder
 from megadiff.config.schema import Batching, ConstantEma, Initialise, Optimizer, Stage
 from megadiff.engine.api import Outcome, Prepared, Score
-from megadiff.engine.checkpoint import CheckpointError
 from megadiff.engine.engine import RAW, Engine
 from megadiff.engine.pieces import FrozenPiece, Piece, Pieces
 from megadiff.models.idle import Idle
 from megadiff.types import Batch, Denoiser, LossTerms
+from megadiff.weights.boxes import whole
+from megadiff.weights.checkpoint import CheckpointError
 from tests.diffusion.small import batch_of, part_of
 
 STAGE = Stage(
@@ -50,11 +51,11 @@ class FakeBackend:
         self.module, self.applied = Network(), True
         self.optimizer = torch.optim.SGD([self.module.embed], lr=0.0)
         self.rates: list[float] = []
-        flat = self.module.embed
+        flat, still = self.module.embed, self.module.still
         self.pieces = Pieces(
             self.optimizer,
-            [Piece("embed", (2,), 0, 2, flat, 0, owned=True)],
-            [FrozenPiece("still", (1,), self.module.still.view(-1), 0, 0, 1, self.module.still.detach().clone())],
+            [Piece("embed", (2,), whole((2,)), flat, 0, owned=True)],
+            [FrozenPiece("still", (1,), still.view(-1), whole((1,)), whole((1,)), still.detach().clone())],
             {"embed": (2,), "still": (1,)},
             lambda: None,
         )

@@ -9,6 +9,7 @@ from megadiff.config.schema import ConstantEma, Optimizer, PowerEma
 from megadiff.engine.ema import decay, power_exponent
 from megadiff.engine.optimizer import build_optimizer, hold_still, learning_rate
 from megadiff.engine.pieces import Piece
+from megadiff.weights.boxes import Extent
 
 
 def test_the_warm_up_is_linear_and_reaches_the_peak() -> None:
@@ -39,7 +40,7 @@ def test_numbers_that_are_held_still_are_neither_stepped_nor_decayed(start: int,
     parameter = torch.nn.Parameter(torch.arange(1.0, 13).view(4, 3))
     flat = torch.nn.Parameter(torch.cat([torch.zeros(2), parameter.detach().flatten()[start:stop]]))
     optimizer = torch.optim.AdamW([flat], lr=0.1, weight_decay=0.5)
-    shards = [Piece("weight", (4, 3), start, stop, flat, offset=2, owned=True)]
+    shards = [Piece("weight", (4, 3), Extent(start, stop), flat, offset=2, owned=True)]
     hold_still(optimizer, shards, {"weight": (slice(1, 3),), "another": (slice(None),)})
     for _ in range(3):
         flat.grad = torch.ones_like(flat)
@@ -47,6 +48,18 @@ def test_numbers_that_are_held_still_are_neither_stepped_nor_decayed(start: int,
     moved = torch.ones(4, 3, dtype=torch.bool)
     moved[1:3] = False
     assert torch.equal(shards[0].master != parameter.flatten()[start:stop], moved.flatten()[start:stop])
+
+
+def test_numbers_that_are_held_still_are_found_in_a_shard_of_columns() -> None:
+    parameter = torch.nn.Parameter(torch.arange(1.0, 13).view(4, 3))
+    flat = torch.nn.Parameter(parameter.detach()[:, 1:].flatten()[1:])
+    optimizer = torch.optim.AdamW([flat], lr=0.1, weight_decay=0.5)
+    shards = [Piece("weight", (4, 3), Extent(1, 8, (((0, 4), (1, 3)),)), flat, offset=0, owned=True)]
+    hold_still(optimizer, shards, {"weight": (slice(1, 3),)})
+    before = flat.detach().clone()
+    flat.grad = torch.ones_like(flat)
+    optimizer.step()
+    assert (flat != before).tolist() == [True, False, False, False, False, True, True]
 
 
 def test_a_constant_average_is_dominated_by_recent_weights_while_it_warms_up() -> None:

@@ -6,7 +6,6 @@ import io
 import json
 import shutil
 import signal
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,11 @@ from safetensors.torch import load_file
 
 from megadiff.config.load import load_run
 from megadiff.config.run_folder import CheckpointsFolder
-from megadiff.engine.checkpoint import MOMENTS, CheckpointReader, write_rank_file
-from megadiff.interfaces.weights import load
 from megadiff.models.idle import idle_parameters
 from megadiff.models.mmdit import build_model
 from megadiff.training.stages import stage_seed
+from megadiff.weights.checkpoint import MOMENTS, CheckpointReader, write_rank_file
+from megadiff.weights.loading import load
 from tests.data.small import sample, write_source
 from tests.engine.worker import probe_input
 from tests.ranks import ROOT, finish, run_ranks, start_ranks
@@ -164,8 +163,10 @@ def test_a_checkpoint_in_which_idle_weights_were_trained_is_gone_on_from(one_ran
         weight = tensors[f"weight:{name}"].mul_(0.9)
         tensors |= {f"{kind}:{name}": torch.zeros_like(weight) for kind in MOMENTS}
         tensors |= {f"ema.{profile}:{name}": weight / 0.95 for profile in manifest["ema"]}
-    entry = write_rank_file(newest, 0, tensors, manifest["files"][0]["ranges"])
-    (newest / "manifest.json").write_text(json.dumps({**manifest, "files": [asdict(entry)]}))
+    ranges = manifest["files"][0]["extents"]
+    entry = write_rank_file(newest, 0, tensors, {})
+    file = {"name": entry.name, "bytes": entry.bytes, "sha256": entry.sha256, "ranges": ranges}
+    (newest / "manifest.json").write_text(json.dumps({**manifest, "version": 1, "files": [file]}))
     resumed = train(tmp_path, 1, 0, overrides=["stages.*.steps=5"])
     assert resumed["steps"] == [1, 2, 3, 4, 5]
     reader = CheckpointReader(CheckpointsFolder(tmp_path / "first/checkpoints").newest())  # type: ignore[arg-type]

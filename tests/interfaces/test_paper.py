@@ -17,16 +17,17 @@ from megadiff.config.errors import UserError
 from megadiff.config.load import load_run
 from megadiff.config.schema import Sampling
 from megadiff.data.shards.shard import read_manifest
-from megadiff.engine.checkpoint import CheckpointReader
+from megadiff.generation.generate import generate
+from megadiff.generation.loading import codecs_of
+from megadiff.generation.request import GenerateRequest
 from megadiff.interfaces import paper
-from megadiff.interfaces.generate import generate
 from megadiff.interfaces.paper import export_paper, import_paper
-from megadiff.interfaces.request import GenerateRequest
-from megadiff.interfaces.weights import export_run, load
 from megadiff.storage.store import StorageError
 from megadiff.types import Dense, Noised
+from megadiff.weights.checkpoint import CheckpointReader
+from megadiff.weights.loading import export_run, load
 from tests.data.clip_reference import merges, vocabulary
-from tests.models.test_official import PROJECTING, SMALL, UNEQUAL, released_state
+from tests.weights.test_official import PROJECTING, SMALL, UNEQUAL, released_state
 
 SIZE = len(vocabulary())
 CONFIG = {**SMALL, "vocab_size": SIZE + 1}
@@ -140,7 +141,7 @@ def test_a_run_that_was_moved_brings_its_tokenizer_along(snapshot, words, tmp_pa
     (tmp_path / "first").rename(tmp_path / "moved")
     loaded = load(str(tmp_path / "moved"))
     assert loaded.data.fields["text"].tokenizer == str(tmp_path / "moved/tokenizer.json")
-    assert loaded.codecs()["text"].encode("a") is not None
+    assert codecs_of(loaded)["text"].encode("a") is not None
 
 
 def test_the_run_has_the_settings_of_the_released_code(run):

@@ -14,12 +14,13 @@ from megadiff.cli import main as cli
 from megadiff.config.errors import UserError
 from megadiff.config.load import load_run
 from megadiff.config.run_folder import CheckpointsFolder
-from megadiff.engine.checkpoint import MOMENTS, CheckpointReader
 from megadiff.interfaces.paper import export_paper, import_paper
-from megadiff.interfaces.weights import load
-from megadiff.models.official import from_official, model_from_config
+from megadiff.weights.checkpoint import MOMENTS, CheckpointReader
+from megadiff.weights.loading import load
+from megadiff.weights.official import from_official
+from megadiff.weights.official_config import model_from_config
 from tests.interfaces.test_paper import CONFIG, same_network, words
-from tests.models.test_official import PROJECTING, UNEQUAL, released_state
+from tests.weights.test_official import PROJECTING, UNEQUAL, released_state
 
 __all__ = ["words"]  # a fixture
 ADAM_STEPS, ITERATIONS = 3, 7

@@ -10,8 +10,9 @@ import torch
 from megadiff.config.schema import Model
 from megadiff.diffusion.build import build_processes
 from megadiff.models.mmdit import build_model
-from megadiff.models.official import from_official, model_from_config
 from megadiff.types import Dense, Noised
+from megadiff.weights.official import from_official
+from megadiff.weights.official_config import model_from_config
 from tests.models.released import Config, forward, random_state
 
 CONFIG = Config(

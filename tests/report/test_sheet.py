@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFont
 
-from megadiff.evaluation.report import Cell, Section, _font, contact_sheet, wrap
+from megadiff.report.sheet import Cell, Section, _font, contact_sheet, wrap
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -33,12 +33,6 @@ def test_a_small_picture_is_enlarged_by_a_whole_factor_without_smoothing() -> No
 def test_a_large_picture_is_shrunk_to_the_cell_and_keeps_its_shape(size: tuple[int, int]) -> None:
     sheet = contact_sheet([Section("", [Cell(Image.new("RGB", size, RED))])])
     assert count(sheet, RED) == 96 * 48
-
-
-def test_what_is_transparent_stands_on_white() -> None:
-    sheet = contact_sheet([Section("", [Cell(Image.new("RGBA", (96, 96), (0, 0, 255, 0)))])])
-    assert count(sheet, BLUE) == 0
-    assert count(sheet, (0, 0, 0)) == 0
 
 
 def test_cells_stand_in_rows_and_sections_below_each_other() -> None:

@@ -11,11 +11,11 @@ import pytest
 from megadiff.config.errors import UserError
 from megadiff.config.schema import Batching, ConstantEma, Data, Model, Run, Sampling, Showcase, Stage
 from megadiff.data.recipes import table
-from megadiff.interfaces import showcase
-from megadiff.interfaces.generate import generate
-from megadiff.interfaces.request import GenerateRequest
-from megadiff.interfaces.weights import load
-from tests.interfaces.conftest import write_export
+from megadiff.evaluation import showcase
+from megadiff.generation.generate import generate
+from megadiff.generation.request import GenerateRequest
+from megadiff.weights.loading import load
+from tests.exports import write_export
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import math
 import shutil
 from pathlib import Path
 
@@ -10,8 +13,9 @@ import torch
 
 from megadiff.config.run_folder import CheckpointsFolder
 from megadiff.config.schema import Checkpointing
-from megadiff.engine import checkpoint
-from megadiff.engine.checkpoint import CheckpointError, CheckpointReader, Manifest, check_names, tensor_key
+from megadiff.weights import checkpoint
+from megadiff.weights.boxes import Box, Extent
+from megadiff.weights.checkpoint import CheckpointError, CheckpointManifest, CheckpointReader, check_names, tensor_key
 
 WHOLE = torch.arange(12, dtype=torch.float32)
 
@@ -23,13 +27,13 @@ def publish(checkpoints: Path, step: int, *, cut: int = 5, keep: int = 3) -> Pat
     files = []
     for rank, (start, stop) in enumerate(((0, cut), (cut, 12))):
         tensors = {tensor_key("weight", "a"): WHOLE[start:stop] + step, tensor_key("ema.main", "a"): WHOLE[start:stop] * 2}
-        ranges = {"a": (start, stop)}
+        extents = {"a": Extent(start, stop)}
         if rank == 1:
             tensors[tensor_key("weight", "frozen")] = torch.tensor([7.0, 8.0])
-            ranges["frozen"] = (0, 2)
-        files.append(checkpoint.write_rank_file(folder, rank, tensors, ranges))
+            extents["frozen"] = Extent(0, 2)
+        files.append(checkpoint.write_rank_file(folder, rank, tensors, extents))
     parameters = {"a": ((3, 4), True), "frozen": ((2,), False)}
-    manifest = Manifest("first", parameters, ("main",), {"optimizer_step": step}, "config", tuple(files))
+    manifest = CheckpointManifest("first", parameters, ("main",), {"optimizer_step": step}, "config", tuple(files))
     return checkpoint.publish(CheckpointsFolder(checkpoints), step, manifest, Checkpointing(keep=keep))
 
 
@@ -37,8 +41,60 @@ def publish(checkpoints: Path, step: int, *, cut: int = 5, keep: int = 3) -> Pat
 @pytest.mark.parametrize(("start", "stop"), [(0, 12), (3, 9), (4, 5), (11, 12), (6, 6)])
 def test_any_range_is_read_across_any_cut(tmp_path: Path, cut: int, start: int, stop: int) -> None:
     reader = CheckpointReader(publish(tmp_path, 1, cut=cut))
-    assert torch.equal(reader.read("weight", "a", start, stop), WHOLE[start:stop] + 1)
+    assert torch.equal(reader.read("weight", "a", Extent(start, stop)), WHOLE[start:stop] + 1)
     assert torch.equal(reader.read_whole("ema.main", "a"), (WHOLE * 2).reshape(3, 4))
+
+
+def split(cuts: list[tuple[Box, ...]], flat_ranks: int) -> list[Extent]:
+    """What each rank holds where tensor parallelism has cut a parameter and ZeRO each part of it."""
+    extents = []
+    for boxes in cuts:
+        size = sum(math.prod(stop - start for start, stop in box) for box in boxes)
+        bounds = [size * rank // flat_ranks for rank in range(flat_ranks + 1)]
+        extents += [Extent(start, stop, boxes) for start, stop in itertools.pairwise(bounds)]
+    return extents
+
+
+SPLITS = {
+    "whole": [Extent(0, 48)],
+    "flat": [Extent(0, 17), Extent(17, 48)],
+    "rows": split([(((0, 6), (0, 4)),), (((6, 12), (0, 4)),)], 1),
+    "columns, then flat": split([(((0, 12), (0, 3)),), (((0, 12), (3, 4)),)], 3),
+    "fused": split([tuple(((base + 2 * half, base + 2 * half + 2), (0, 4)) for base in (0, 4, 8)) for half in (0, 1)], 2),
+}
+
+
+@pytest.mark.parametrize("written", SPLITS)
+@pytest.mark.parametrize("wanted", SPLITS)
+def test_any_split_of_a_parameter_is_read_out_of_any_other(tmp_path: Path, written: str, wanted: str) -> None:
+    whole = torch.arange(48.0).view(12, 4)
+
+    def held(extent: Extent) -> torch.Tensor:
+        parts = [whole] if extent.boxes is None else [whole[tuple(slice(*side) for side in box)] for box in extent.boxes]
+        return torch.cat([part.flatten() for part in parts])[extent.start : extent.stop]
+
+    checkpoints = CheckpointsFolder(tmp_path)
+    checkpoint.begin(checkpoints, 1)
+    files = [
+        checkpoint.write_rank_file(checkpoints.partial(1), rank, {tensor_key("weight", "qkv"): held(part)}, {"qkv": part})
+        for rank, part in enumerate(SPLITS[written])
+    ]
+    manifest = CheckpointManifest("first", {"qkv": ((12, 4), False)}, (), {"optimizer_step": 1}, "", tuple(files))
+    reader = CheckpointReader(checkpoint.publish(checkpoints, 1, manifest, Checkpointing()))
+    assert reader.manifest == manifest
+    for part in SPLITS[wanted]:
+        assert torch.equal(reader.read("weight", "qkv", part), held(part))
+
+
+def test_a_manifest_of_version_1_is_read(tmp_path: Path) -> None:
+    folder = publish(tmp_path, 1)
+    tree = json.loads((folder / "manifest.json").read_text())
+    assert tree["version"] == 2
+    tree["version"] = 1
+    for entry in tree["files"]:
+        entry["ranges"] = entry.pop("extents")
+    (folder / "manifest.json").write_text(json.dumps(tree))
+    assert torch.equal(CheckpointReader(folder).read_whole("weight", "a").flatten(), WHOLE + 1)
 
 
 def test_the_average_of_a_frozen_parameter_is_its_weight(tmp_path: Path) -> None:
@@ -83,7 +139,7 @@ def test_a_crash_between_writing_and_placing_the_pointer_does_not_stop_later_sav
 def test_a_frozen_parameter_has_no_moments_to_load(tmp_path: Path) -> None:
     reader = CheckpointReader(publish(tmp_path, 1))
     with pytest.raises(CheckpointError, match="frozen was frozen there and has no exp_avg_sq"):
-        reader.read("exp_avg_sq", "frozen", 0, 2)
+        reader.read("exp_avg_sq", "frozen", Extent(0, 2))
 
 
 def test_old_checkpoints_are_retired_by_the_rule(tmp_path: Path) -> None:
@@ -128,7 +184,7 @@ def test_a_damaged_manifest_is_one_sentence(tmp_path: Path, text: str) -> None:
 def test_a_range_that_no_file_holds_is_an_error(tmp_path: Path) -> None:
     reader = CheckpointReader(publish(tmp_path, 1))
     with pytest.raises(CheckpointError, match="covers 12 of 14 elements"):
-        reader.read("weight", "a", 0, 14)
+        reader.read("weight", "a", Extent(0, 14))
 
 
 def test_names_that_do_not_fit_are_listed_and_refused_unless_declared(tmp_path: Path) -> None:
@@ -189,7 +245,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_does_not_fail_the_save(
 def test_a_step_that_is_saved_again_takes_the_place_of_the_first(tmp_path: Path) -> None:
     (publish(tmp_path, 1, cut=5) / "mine.txt").write_text("mine")
     reader = CheckpointReader(publish(tmp_path, 1, cut=7))
-    assert reader.manifest.files[0].ranges == {"a": (0, 7)}
+    assert reader.manifest.files[0].extents == {"a": Extent(0, 7)}
     assert [path.read_text() for path in tmp_path.glob("step_00000001.*/*")] == ["mine"]
 
 

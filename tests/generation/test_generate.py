@@ -19,14 +19,17 @@ from pydantic import ValidationError
 from megadiff.config.errors import UserError
 from megadiff.config.schema import Data, Run, Sampling
 from megadiff.data.shards.shard import Shard, read_manifest
-from megadiff.evaluation.tasks import draw
-from megadiff.interfaces import generate as module
-from megadiff.interfaces import weights
-from megadiff.interfaces.conditions import Planner, keys_of, read_prompts
-from megadiff.interfaces.generate import generate
-from megadiff.interfaces.request import GenerateRequest
-from megadiff.interfaces.weights import load
+from megadiff.generation import generate as module
+from megadiff.generation import loading
+from megadiff.generation.generate import generate
+from megadiff.generation.inputs import read_prompts
+from megadiff.generation.loading import codecs_of
+from megadiff.generation.planner import Planner, keys_of
+from megadiff.generation.request import GenerateRequest
+from megadiff.generation.tasks import draw
 from megadiff.launcher.local import free_port
+from megadiff.weights import loading as weights_loading
+from megadiff.weights.loading import load
 
 ROOT = Path(__file__).parents[2]
 HELD_OUT = str(ROOT / "examples/emoji32/held_out")
@@ -186,7 +189,7 @@ def test_a_generated_caption_ends_within_the_limit(exported, task, order):
     def texts(**limit: int) -> torch.Tensor:
         sampling = Sampling(steps=3, order=order)
         request = GenerateRequest("", task, "", image=given, n=2, sampling=sampling, **limit)
-        (chunk,) = Planner(request, loaded, loaded.codecs()).chunks()
+        (chunk,) = Planner(request, loaded, codecs_of(loaded)).chunks()
         items, conditions = chunk.load()
         with torch.no_grad():
             return draw(loaded.module, loaded.model, sampling, chunk.task, keys_of(items, 0), conditions, batch=2)["text"]
@@ -216,7 +219,7 @@ def test_captions_of_a_data_set_are_repeated_as_asked(exported, tmp_path):
 
 
 def test_16_bit_pictures_are_read_as_in_training(tmp_path):
-    from megadiff.interfaces.conditions import open_picture
+    from megadiff.generation.inputs import open_picture
 
     Image.fromarray(np.full((4, 4), 40000, dtype=np.uint16)).save(tmp_path / "deep.png")
     assert open_picture(str(tmp_path / "deep.png")).convert("RGB").getpixel((0, 0))[0] == 156
@@ -342,7 +345,7 @@ def test_variations_are_the_nearer_the_smaller_the_strength(exported, tmp_path):
 
 
 def test_autoguidance_goes_away_from_the_weaker_network(exported, tiny, tmp_path, monkeypatch):
-    from tests.interfaces.conftest import write_export
+    from tests.exports import write_export
 
     monkeypatch.chdir(ROOT)
     weaker = write_export(tiny, tmp_path / "weaker", seed=5)
@@ -402,7 +405,7 @@ def test_what_a_run_names_is_found_from_any_folder(tiny, tmp_path, monkeypatch, 
     (tmp_path / where).touch()
     (tmp_path / "elsewhere").mkdir(exist_ok=True)
     monkeypatch.chdir(tmp_path / "elsewhere")
-    found = weights._with_own_files(naming(tiny, "data/t.json"), checkpoint)
+    found = weights_loading._with_own_files(naming(tiny, "data/t.json"), checkpoint)
     assert Path(found.fields["text"].tokenizer).samefile(tmp_path / where)
 
 
@@ -411,13 +414,13 @@ def test_the_files_of_a_run_go_before_those_of_the_folder_that_one_happens_to_be
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "t.json").touch()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    found = weights._with_own_files(naming(tiny, "t.json"), tmp_path / "project/runs/r/joint/checkpoints/step_00000001")
+    found = weights_loading._with_own_files(naming(tiny, "t.json"), tmp_path / "project/runs/r/joint/checkpoints/step_00000001")
     assert found.fields["text"].tokenizer == str(tmp_path / "project/t.json")
 
 
 def test_what_a_run_names_and_is_nowhere_is_one_sentence_without_flags_that_are_not_there(tiny, tmp_path):
     with pytest.raises(UserError, match=r"needs the tokenizer of text, data/none.json, which lies neither .* nor in \S+/r or"):
-        weights._with_own_files(naming(tiny, "data/none.json"), tmp_path / "r/joint/checkpoints/step_00000001")
+        weights_loading._with_own_files(naming(tiny, "data/none.json"), tmp_path / "r/joint/checkpoints/step_00000001")
 
 
 def naming(run: Run, tokenizer: str) -> Data:
@@ -476,7 +479,7 @@ def test_prompts_that_cannot_be_taken_are_one_sentence(tmp_path, text, sentence)
     ],
 )
 def test_numbers_that_nothing_could_hold_are_one_sentence(exported, tmp_path, monkeypatch, fields, sentence):
-    monkeypatch.setattr(weights, "_memory", lambda: 8 * 2**30)
+    monkeypatch.setattr(loading, "_memory", lambda: 8 * 2**30)
     with pytest.raises(UserError) as error:
         ask(exported, tmp_path / "out", **fields)
     assert sentence in str(error.value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -22,7 +21,8 @@ from megadiff.data.codecs.pictures import PixelCodec
 from megadiff.data.errors import SampleError
 from megadiff.data.inspection.show import Drawn, load_picture, picture_member, row_of, texts_of, tokens_of
 from megadiff.data.inspection.stats import Stats, aspect_ratios, lengths_of
-from megadiff.evaluation.report import Cell
+from megadiff.data.pictures import flat, plain
+from megadiff.report.sheet import Cell
 
 Decode = Callable[[Array], Image.Image]
 """Latents [C, H, W] to a picture."""
@@ -71,7 +71,7 @@ def sample_cell(sample: Drawn, decode: Decode | None = None, tokenizer: Tokenize
         caption = _caption(sample, tokenizer)
     except SampleError as error:
         notes.append(str(error))
-    return Cell(picture, caption, "\n".join(notes))
+    return Cell(None if picture is None else flat(plain(picture)), caption, "\n".join(notes))
 
 
 def _picture(sample: Drawn, decode: Decode | None) -> tuple[Image.Image | None, str]:
@@ -228,12 +228,6 @@ def _draw_members(axis: Any, stats: Stats) -> None:
     axis.barh([name for name, _ in members], [count for _, count in members], color=COLOUR)
     axis.invert_yaxis()
     axis.set_title("samples that have a member", fontsize=10)
-
-
-def png_bytes(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def missing_members(samples: Sequence[Drawn], ending: str) -> bool:

@@ -1,10 +1,9 @@
-"""A network and its codecs, ready to sample from: out of a run, a checkpoint, an export, or a Hugging Face repository."""
+"""A network to sample from, or its tensors to export: out of a run, a checkpoint, an export, or a Hugging Face repository."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,21 +13,15 @@ from megadiff.config import derived
 from megadiff.config.errors import UserError
 from megadiff.config.load import load_run, validate
 from megadiff.config.run_folder import MANIFEST, RUN, CheckpointsFolder, RunFolder
-from megadiff.config.schema import Data, GridSpace, LatentField, Model, PixelField
-from megadiff.data.buckets import Bucket
-from megadiff.data.codecs.base import Codec
-from megadiff.data.codecs.build import build_codecs
-from megadiff.data.codecs.latents import LatentCodec
-from megadiff.engine.checkpoint import CheckpointError, CheckpointReader
-from megadiff.engine.ema import power_exponent
-from megadiff.engine.posthoc import Combination, Profile, combine, reconstruct, tracked_averages
+from megadiff.config.schema import Data, Model
 from megadiff.files import sha256
-from megadiff.interfaces import export
-from megadiff.interfaces.card import model_card
 from megadiff.models.mmdit import MMDiT, build_model, part_of
 from megadiff.storage import store
-from megadiff.training.stages import newest_checkpoint
 from megadiff.types import ALIGNMENT
+from megadiff.weights import export
+from megadiff.weights.card import model_card
+from megadiff.weights.checkpoint import CheckpointError, CheckpointReader, newest_checkpoint
+from megadiff.weights.posthoc import Combination, Profile, combine, power_exponent, reconstruct, tracked_averages
 
 HUB = "hf:"
 AUTOENCODER = "autoencoder"
@@ -55,81 +48,18 @@ class Loaded:
     fingerprint: str
     card: str
 
-    def codecs(self) -> dict[str, Codec]:
-        return build_codecs(self.data, self.model)
 
-
-def load(
-    address: str,
-    weights: str = "ema",
-    device: torch.device | str = "cpu",
-    *,
-    autoencoder: str | None = None,
-    size: str | None = None,
-) -> Loaded:
+def load(address: str, weights: str = "ema", device: torch.device | str = "cpu") -> Loaded:
     """Load weights for sampling.
 
     Args:
         address: a run's folder (its newest checkpoint), a checkpoint's folder, an export's folder, or hf:ORG/NAME (an export
             in a Hugging Face repository).
         weights: `ema` or `raw`; an export holds one of the two and is taken as it is.
-        autoencoder: takes the place of the one that its latent fields name.
-        size: HEIGHTxWIDTH in pixels of pictures, other than the one that the model names.
 
     Raises:
         UserError: nothing loadable is there.
     """
-    loaded = _load(address, weights, device)
-    if autoencoder is not None:
-        loaded = replace(loaded, data=_with_autoencoder(loaded.data, autoencoder))
-    return loaded if size is None else replace(loaded, model=_of_size(loaded, Bucket.parse(size)))
-
-
-def _of_size(loaded: Loaded, size: Bucket) -> Model:
-    """The model with its pictures' grids of another size, which only learned positions would stand against."""
-    modalities = dict(loaded.model.modalities)
-    for name, modality in loaded.model.modalities.items():
-        field, space = loaded.data.fields[name], modality.space
-        if not isinstance(field, PixelField | LatentField) or not isinstance(space, GridSpace):
-            continue
-        if modality.positions == "learned":
-            raise UserError(f"--size: the positions of {name} are learned for {space.height} x {space.width}; leave it out")
-        codec = loaded.codecs()[name]
-        factor = codec.downscaling if isinstance(codec, LatentCodec) else 1
-        step = factor * space.patch
-        if size.height % step or size.width % step:
-            raise UserError(f"--size {size} must be made of multiples of {step} pixels for {name}")
-        grid = space.model_copy(update={"height": size.height // factor, "width": size.width // factor})
-        modalities[name] = modality.model_copy(update={"space": grid})
-        needed, there = _least_bytes(grid, loaded.model.width), _memory()
-        if needed > there:
-            much = f"{needed / 2**30:,.0f} GiB for one picture, and there are {there / 2**30:,.0f}"
-            raise UserError(f"--size {size} takes at least {much}; take a smaller one")
-    return loaded.model.model_copy(update={"modalities": modalities})
-
-
-def _least_bytes(space: GridSpace, width: int) -> int:
-    """What one sample takes at least, in float32: its state, a prediction, and one attention's input, q, k and v."""
-    places = space.height * space.width
-    return 4 * (2 * space.channels * places + 4 * width * (places // space.patch**2))
-
-
-def _memory() -> int:
-    """Bytes of the device that samples are drawn on."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.get_device_properties(0).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _with_autoencoder(data: Data, folder: str) -> Data:
-    fields = {
-        name: field.model_copy(update={"autoencoder": folder}) if isinstance(field, LatentField) else field
-        for name, field in data.fields.items()
-    }
-    return data.model_copy(update={"fields": fields})
-
-
-def _load(address: str, weights: str, device: torch.device | str) -> Loaded:
     folder = local_path(address)
     if not folder.is_dir():
         raise UserError(f"{address} is no folder; give a run, a checkpoint, an export, or hf:ORG/NAME")

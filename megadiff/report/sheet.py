@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -12,14 +13,12 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from megadiff.data.pictures import flat, plain
-
 BACKGROUND, INK, FRAME, SMALL_INK = (255, 255, 255), (24, 24, 27), (228, 228, 231), (113, 113, 122)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A picture with its caption, and a note in small print whose lines are cut; None where there is only text."""
+    """A picture (RGB) with its caption, and a note in small print whose lines are cut; None where there is only text."""
 
     picture: Image.Image | None
     caption: str = ""
@@ -160,8 +159,7 @@ def _fitting(word: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, widt
 
 
 def _fitted(picture: Image.Image, side: int) -> Image.Image:
-    """RGB on white, its longer edge at most `side`: enlarged by a whole factor, or shrunk."""
-    picture = flat(plain(picture))
+    """Its longer edge at most `side`: enlarged by a whole factor, or shrunk."""
     longest = max(picture.size)
     if longest <= side:
         factor = side // longest
@@ -179,3 +177,10 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
         if path.exists():
             return ImageFont.truetype(str(path), size)
     return ImageFont.load_default(size=size)
+
+
+def png_bytes(picture: Image.Image) -> bytes:
+    """A PNG file's contents."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -11,7 +11,7 @@ import pytest
 from safetensors import SafetensorError
 
 from megadiff.config.errors import UserError
-from megadiff.interfaces import export
+from megadiff.weights import export
 
 FULL = "No space left on device"
 

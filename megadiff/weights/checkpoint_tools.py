@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megadiff.engine.checkpoint import MOMENTS, CheckpointError, CheckpointReader
 from megadiff.models.mmdit import part_of
+from megadiff.weights.boxes import Extent
+from megadiff.weights.checkpoint import MOMENTS, CheckpointError, CheckpointReader
 
 PIECE = 16 * 2**20
 """Elements that are read at once: 64 MiB of float32."""
@@ -58,9 +59,9 @@ def faults(reader: CheckpointReader, checked: Callable[[], object]) -> list[str]
             found.append(f"{entry.name} is damaged (its hash differs)")
         checked()
     for name, (shape, _) in reader.manifest.parameters.items():
-        ranges = sorted(entry.ranges[name] for entry in reader.manifest.files if name in entry.ranges)
+        runs = [entry.extents[name].runs(shape).tolist() for entry in reader.manifest.files if name in entry.extents]
         covered = 0
-        for start, stop in ranges:
+        for start, stop in sorted((start, start + length) for part in runs for start, _, length in part):
             if start != covered:
                 found.append(f"{name}: elements {covered} to {start} are {'missing' if start > covered else 'held twice'}")
             covered = max(covered, stop)
@@ -102,7 +103,7 @@ def differences(one: CheckpointReader, other: CheckpointReader, kind: str) -> It
             continue
         squares, own, largest = 0.0, 0.0, 0.0
         for start, stop in pieces(math.prod(shape)):
-            left, right = (reader.read(kind, name, start, stop).double() for reader in (one, other))
+            left, right = (reader.read(kind, name, Extent(start, stop)).double() for reader in (one, other))
             apart = left - right
             squares, own = squares + float(apart.square().sum()), own + float(left.square().sum())
             largest = max(largest, float(apart.abs().max()))
@@ -141,7 +142,7 @@ def consolidate(reader: CheckpointReader, kind: str, out: Path, wrote: Callable[
             file.write(struct.pack("<Q", len(text)) + text)
             for name, shape in held.items():
                 for start, stop in pieces(math.prod(shape)):
-                    file.write(reader.read(kind, name, start, stop).numpy().tobytes())
+                    file.write(reader.read(kind, name, Extent(start, stop)).numpy().tobytes())
                 wrote()
             file.flush()
             os.fsync(file.fileno())

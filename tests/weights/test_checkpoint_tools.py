@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from megadiff.cli import main as cli
 from megadiff.config.run_folder import CheckpointsFolder
 from megadiff.config.schema import Checkpointing
-from megadiff.engine import checkpoint, checkpoint_tools
-from megadiff.engine.checkpoint import CheckpointError, CheckpointReader, FileEntry, Manifest, tensor_key
-from megadiff.engine.checkpoint_tools import consolidate, differences, faults
+from megadiff.weights import checkpoint, checkpoint_tools
+from megadiff.weights.boxes import Extent
+from megadiff.weights.checkpoint import CheckpointError, CheckpointManifest, CheckpointReader, FileEntry, tensor_key
+from megadiff.weights.checkpoint_tools import consolidate, differences, faults
 
 WEIGHT, FROZEN = torch.arange(12.0), torch.tensor([7.0, 8.0])
 
@@ -26,14 +27,14 @@ def publish(folder: Path, weight: torch.Tensor = WEIGHT, cuts: tuple[tuple[int, 
     for rank, (start, stop) in enumerate(cuts):
         kinds = {"weight": weight, "ema.main": 2 * weight, "exp_avg": 3 * weight, "exp_avg_sq": weight**2}
         tensors = {tensor_key(kind, "heads.picture.weight"): values[start:stop] for kind, values in kinds.items()}
-        ranges = {"heads.picture.weight": (start, stop)}
+        extents = {"heads.picture.weight": Extent(start, stop)}
         if rank == 0:
             tensors[tensor_key("weight", "embed.gain")] = FROZEN
-            ranges["embed.gain"] = (0, 2)
-        files.append(checkpoint.write_rank_file(CheckpointsFolder(folder).partial(1), rank, tensors, ranges))
+            extents["embed.gain"] = Extent(0, 2)
+        files.append(checkpoint.write_rank_file(CheckpointsFolder(folder).partial(1), rank, tensors, extents))
     parameters = {"heads.picture.weight": ((3, 4), True), "embed.gain": ((2,), False)}
     progress = {"optimizer_step": 1, "samples": 64}
-    manifest = Manifest("first", parameters, ("main",), progress, "config", tuple(files))
+    manifest = CheckpointManifest("first", parameters, ("main",), progress, "config", tuple(files))
     return checkpoint.publish(CheckpointsFolder(folder), 1, manifest, Checkpointing())
 
 

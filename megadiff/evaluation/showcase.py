@@ -14,13 +14,13 @@ from megadiff.config.schema import CaptionField, ClassField, NumberField, Run, S
 from megadiff.data.codecs.base import Codec
 from megadiff.data.reading.loader import HeldOut, read_held_out
 from megadiff.diffusion.sampler import Conditions
-from megadiff.evaluation.data_pictures import png_bytes
 from megadiff.evaluation.gap import conditioning_gap
-from megadiff.evaluation.report import Section, contact_sheet
 from megadiff.evaluation.table import Table, compare, picture, table_of
-from megadiff.evaluation.tasks import JOINT, Task, cell_of, draw, find_task, progress_bar, tasks_of
-from megadiff.interfaces.weights import Loaded, load
+from megadiff.generation.loading import codecs_of, load
+from megadiff.generation.tasks import JOINT, Task, cell_of, draw, find_task, progress_bar, tasks_of
+from megadiff.report.sheet import Section, contact_sheet, png_bytes
 from megadiff.storage import store
+from megadiff.weights.loading import Loaded
 
 ROWS_AT_ONCE = 2000
 
@@ -60,7 +60,7 @@ def make_showcase(run: Run) -> int:
 def _table(run: Run, rule: Showcase, loaded: Loaded, device: torch.device) -> int:
     """Compare rows drawn from nothing with the training data's; 0."""
     joint = find_task(JOINT, list(run.model.modalities), loaded.predicted)
-    codecs = loaded.codecs()
+    codecs = codecs_of(loaded)
     keys = rng.sample_keys(run.seed, torch.arange(rule.rows)).to(device)
     with progress_bar("rows") as report, torch.no_grad():
         drawn = draw(loaded.module, loaded.model, rule.sampling, joint, keys, Conditions(), batch=ROWS_AT_ONCE, progress=report)
@@ -85,7 +85,7 @@ def _rows(states: Mapping[str, Tensor], codecs: Mapping[str, Codec]) -> Table:
 
 
 def _section(loaded: Loaded, task: Task, rule: Showcase, held: HeldOut, seed: int, device: torch.device) -> Section:
-    codecs = loaded.codecs()
+    codecs = codecs_of(loaded)
     given = {name: _condition(name, loaded, rule, held, codecs[name]) for name in task.given}
     count = min([rule.count, *(len(state) for state in given.values())])
     keys = rng.sample_keys(seed, torch.arange(count)).to(device)

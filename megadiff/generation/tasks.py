@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from megadiff.config.errors import UserError
 from megadiff.config.schema import Model, Sampling
+from megadiff.data.pictures import flat, plain
 from megadiff.diffusion.sampler import Conditions, Sampler
-from megadiff.evaluation.report import Cell
+from megadiff.report.sheet import Cell
 from megadiff.types import Denoiser
 
 JOINT, INPAINT, IMPUTE = "joint", "inpaint", "impute"
@@ -104,7 +105,7 @@ def cell_of(task: Task, values: Mapping[str, Any]) -> Cell:
         for name, value in values.items()
         if not isinstance(value, Image.Image)
     ]
-    return Cell(pictures[0] if pictures else None, " ".join(texts))
+    return Cell(flat(plain(pictures[0])) if pictures else None, " ".join(texts))
 
 
 @contextmanager

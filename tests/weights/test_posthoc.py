@@ -10,10 +10,11 @@ import torch
 
 from megadiff.config.run_folder import CheckpointsFolder
 from megadiff.config.schema import Checkpointing, ConstantEma, PowerEma
-from megadiff.engine import checkpoint
-from megadiff.engine.checkpoint import CheckpointError, Manifest, tensor_key
 from megadiff.engine.ema import decay, power_exponent
-from megadiff.engine.posthoc import Profile, combine, inner_product, reconstruct, tracked_averages
+from megadiff.weights import checkpoint
+from megadiff.weights.boxes import Extent
+from megadiff.weights.checkpoint import CheckpointError, CheckpointManifest, tensor_key
+from megadiff.weights.posthoc import Profile, combine, inner_product, reconstruct, tracked_averages
 
 UPDATES = 2000
 PROFILES = {"short": PowerEma(length=0.05), "long": PowerEma(length=0.10)}
@@ -70,10 +71,11 @@ def publish(folder: Path, step: int, values: dict[str, torch.Tensor]) -> None:
     checkpoint.begin(CheckpointsFolder(folder), step)
     tensors = {tensor_key(f"ema.{name}", "w"): value for name, value in values.items()}
     tensors |= {tensor_key("weight", "w"): torch.zeros(3), tensor_key("weight", "frozen"): torch.tensor([5.0])}
-    entry = checkpoint.write_rank_file(CheckpointsFolder(folder).partial(step), 0, tensors, {"w": (0, 3), "frozen": (0, 1)})
+    extents = {"w": Extent(0, 3), "frozen": Extent(0, 1)}
+    entry = checkpoint.write_rank_file(CheckpointsFolder(folder).partial(step), 0, tensors, extents)
     parameters = {"w": ((3,), True), "frozen": ((1,), False)}
     progress = {"optimizer_step": step, "ema_updates": step}
-    manifest = Manifest("only", parameters, tuple(values), progress, "", (entry,))
+    manifest = CheckpointManifest("only", parameters, tuple(values), progress, "", (entry,))
     checkpoint.publish(CheckpointsFolder(folder), step, manifest, Checkpointing(keep=100))
 
 

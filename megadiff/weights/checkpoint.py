@@ -1,7 +1,7 @@
 """Checkpoints keyed by parameter name: any layout of ranks writes them, any other reads them.
 
-A checkpoint is a folder: one safetensors file of flat fp32 ranges per rank (weight, exp_avg, exp_avg_sq and one average per
-EMA profile for trained parameters; weight for frozen ones), and manifest.json with the ranges, sizes and hashes. It is
+A checkpoint is a folder: one safetensors file of flat fp32 tensors per rank (weight, exp_avg, exp_avg_sq and one average per
+EMA profile for trained parameters; weight for frozen ones), and manifest.json with their extents, sizes and hashes. It is
 written under a hidden name and renamed when whole; then `latest` is replaced to name it. There is no state of a random
 generator in it: all random numbers of a run are functions of its seed and of the progress stored here (megadiff.rng).
 """
@@ -25,12 +25,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megadiff.config.errors import UserError
-from megadiff.config.run_folder import MANIFEST, CheckpointsFolder
+from megadiff.config.run_folder import MANIFEST, CheckpointsFolder, RunFolder
 from megadiff.config.schema import Checkpointing
 from megadiff.files import sha256, sync
+from megadiff.weights.boxes import Extent, overlaps, whole
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-FORMAT, VERSION = "megadiff-checkpoint", 1
+FORMAT, VERSION, READ_VERSIONS = "megadiff-checkpoint", 2, (1, 2)
+"""Version 1 knew flat ranges of whole parameters only."""
 
 log = logging.getLogger(__name__)
 
@@ -41,16 +43,16 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One rank's file: `ranges` maps a parameter's name to the flat range [start, stop) that it holds."""
+    """One rank's file: `extents` says by a parameter's name what it holds of it."""
 
     name: str
     bytes: int
     sha256: str
-    ranges: dict[str, tuple[int, int]]
+    extents: dict[str, Extent]
 
 
 @dataclass(frozen=True)
-class Manifest:
+class CheckpointManifest:
     """What a checkpoint holds.
 
     Attributes:
@@ -71,13 +73,13 @@ class Manifest:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def write_rank_file(folder: Path, rank: int, tensors: Mapping[str, Tensor], ranges: Mapping[str, tuple[int, int]]) -> FileEntry:
+def write_rank_file(folder: Path, rank: int, tensors: Mapping[str, Tensor], extents: Mapping[str, Extent]) -> FileEntry:
     """Write one rank's tensors (keys `kind:parameter`, see `tensor_key`) and see them on the disk."""
     name = f"rank_{rank:05d}.safetensors"
     path = folder / name
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
     sync(path)
-    return FileEntry(name, path.stat().st_size, sha256(path), dict(ranges))
+    return FileEntry(name, path.stat().st_size, sha256(path), dict(extents))
 
 
 def tensor_key(kind: str, parameter: str) -> str:
@@ -98,7 +100,7 @@ def abandon(checkpoints: CheckpointsFolder, step: int) -> None:
     _clear(checkpoints.partial(step))
 
 
-def publish(checkpoints: CheckpointsFolder, step: int, manifest: Manifest, rule: Checkpointing) -> Path:
+def publish(checkpoints: CheckpointsFolder, step: int, manifest: CheckpointManifest, rule: Checkpointing) -> Path:
     """Give a wholly written folder its name, point `latest` at it, retire older ones. For one process.
 
     What lies there under the names of later steps is left alone: a copy, or of a run that then went on from an earlier step.
@@ -107,7 +109,7 @@ def publish(checkpoints: CheckpointsFolder, step: int, manifest: Manifest, rule:
         The folder.
     """
     partial, final = checkpoints.partial(step), checkpoints.step(step)
-    tree = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
+    tree = {"format": FORMAT, "version": VERSION, **asdict(manifest), "files": [_told(entry) for entry in manifest.files]}
     (partial / MANIFEST).write_text(json.dumps(tree), encoding="utf-8")
     sync(partial / MANIFEST)
     sync(partial)
@@ -193,38 +195,37 @@ class CheckpointReader:
         """Names of those files whose hash is wrong (reads them whole)."""
         return [entry.name for entry in files if sha256(self.folder / entry.name) != entry.sha256]
 
-    def read(self, kind: str, parameter: str, start: int, stop: int) -> Tensor:
-        """Float32 [stop - start]: a flat range of one parameter.
+    def read(self, kind: str, parameter: str, extent: Extent) -> Tensor:
+        """Float32 [extent.size]: part of one parameter, whatever parts it was written in.
 
         The `ema.*` of a parameter that was frozen is its weight; moments it has none.
 
         Raises:
-            CheckpointError: part of the range is in no file.
+            CheckpointError: some of it is in no file.
         """
-        _, trained = self.manifest.parameters[parameter]
+        shape, trained = self.manifest.parameters[parameter]
         if not trained and kind in MOMENTS:
             raise CheckpointError(f"{self.folder}: {parameter} was frozen there and has no {kind}")
         kind = kind if trained else "weight"
-        out = torch.empty(stop - start, dtype=torch.float32)
+        out = torch.empty(extent.size, dtype=torch.float32)
         filled = 0
         for entry in self.manifest.files:
-            begin, end = entry.ranges.get(parameter, (0, 0))
-            low, high = max(begin, start), min(end, stop)
-            if low < high:
-                piece = self._handle(entry.name).get_slice(tensor_key(kind, parameter))[low - begin : high - begin]
-                out[low - start : high - start] = piece
-                filled += high - low
-        if filled != stop - start:
-            raise CheckpointError(f"{self.folder}: {kind} of {parameter} covers {filled} of {stop - start} elements")
+            shared = list(overlaps(entry.extents[parameter], extent, shape)) if parameter in entry.extents else []
+            if not shared:
+                continue
+            first, last = min(here for here, _, _ in shared), max(here + length for here, _, length in shared)
+            stored = self._handle(entry.name).get_slice(tensor_key(kind, parameter))[first:last]
+            for here, there, length in shared:
+                out[there : there + length] = stored[here - first : here - first + length]
+                filled += length
+        if filled != extent.size:
+            raise CheckpointError(f"{self.folder}: {kind} of {parameter} covers {filled} of {extent.size} elements")
         return out
 
     def read_whole(self, kind: str, parameter: str) -> Tensor:
         """The whole parameter in its shape, float32."""
         shape, _ = self.manifest.parameters[parameter]
-        size = 1
-        for length in shape:
-            size *= length
-        return self.read(kind, parameter, 0, size).reshape(shape)
+        return self.read(kind, parameter, whole(shape)).reshape(shape)
 
     def weight_kind(self, weights: str, profile: str | None = None) -> str:
         """The tensor kind of `raw` or `ema` weights."""
@@ -242,6 +243,18 @@ class CheckpointReader:
             except SafetensorError as error:
                 raise CheckpointError(f"{self.folder / name} is damaged ({error}); delete {self.folder}") from None
         return self._handles[name]
+
+
+def newest_checkpoint(folder: RunFolder, stage_names: list[str]) -> Path:
+    """The newest checkpoint of the last stage that has one.
+
+    Raises:
+        CheckpointError: no stage has any.
+    """
+    for name in reversed(stage_names):
+        if newest := folder.stage(name).checkpoints.newest():
+            return newest
+    raise CheckpointError(f"{folder.root} has no checkpoint yet in any stage ({', '.join(stage_names)}); train it first")
 
 
 def check_names(
@@ -284,22 +297,33 @@ def _matches(name: str, parts: Mapping[str, str], patterns: Collection[str]) -> 
     return parts.get(name) in patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _read_manifest(folder: Path) -> Manifest:
+def _told(entry: FileEntry) -> dict[str, Any]:
+    """A file's entry as the manifest holds it: an extent is [start, stop] or [start, stop, boxes]."""
+    extents = {name: [each.start, each.stop, *([each.boxes] if each.boxes else [])] for name, each in entry.extents.items()}
+    return {"name": entry.name, "bytes": entry.bytes, "sha256": entry.sha256, "extents": extents}
+
+
+def _file_entry(told: Mapping[str, Any]) -> FileEntry:
+    extents = {}
+    for name, (start, stop, *boxes) in told.get("extents", told.get("ranges")).items():
+        cut = tuple(tuple((low, high) for low, high in box) for box in boxes[0]) if boxes else None
+        extents[name] = Extent(start, stop, cut)
+    return FileEntry(told["name"], told["bytes"], told["sha256"], extents)
+
+
+def _read_manifest(folder: Path) -> CheckpointManifest:
     path = folder / MANIFEST
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        if tree["format"] != FORMAT or tree["version"] != VERSION:
+        if tree["format"] != FORMAT or tree["version"] not in READ_VERSIONS:
             raise CheckpointError(f"{path} is a {tree['format']} of version {tree['version']}; this program reads {VERSION}")
-        return Manifest(
+        return CheckpointManifest(
             stage=tree["stage"],
             parameters={name: (tuple(shape), bool(trained)) for name, (shape, trained) in tree["parameters"].items()},
             ema=tuple(tree["ema"]),
             progress=tree["progress"],
             config=tree["config"],
-            files=tuple(
-                FileEntry(f["name"], f["bytes"], f["sha256"], {k: (a, b) for k, (a, b) in f["ranges"].items()})
-                for f in tree["files"]
-            ),
+            files=tuple(_file_entry(told) for told in tree["files"]),
         )
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}") from None

@@ -13,15 +13,9 @@ from safetensors.torch import load_model, save_file
 from megadiff.config.errors import UserError
 from megadiff.config.schema import Model
 from megadiff.models.mmdit import build_model
-from megadiff.models.official import (
-    config_from_model,
-    config_from_tensors,
-    from_official,
-    model_from_config,
-    predicted_of,
-    to_official,
-)
 from megadiff.types import Dense, Noised
+from megadiff.weights.official import from_official, predicted_of, to_official
+from megadiff.weights.official_config import config_from_model, config_from_tensors, model_from_config
 from tests.ranks import ROOT
 
 PAPER = {

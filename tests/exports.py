@@ -1,4 +1,4 @@
-"""An export of a small untrained network, made once."""
+"""Fixtures for every room: an export of a small untrained network, made once."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 from megadiff.config.load import load_run
 from megadiff.config.schema import Run
-from megadiff.interfaces import export
 from megadiff.models.mmdit import build_model
+from megadiff.weights import export
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")

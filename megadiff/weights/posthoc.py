@@ -17,8 +17,17 @@ from torch import Tensor
 
 from megadiff.config.run_folder import CheckpointsFolder
 from megadiff.config.schema import EmaProfile, PowerEma
-from megadiff.engine.checkpoint import CheckpointError, CheckpointReader
-from megadiff.engine.ema import power_exponent
+from megadiff.weights.checkpoint import CheckpointError, CheckpointReader
+
+
+def power_exponent(length: float) -> float:
+    """The gamma whose power-function profile has relative standard deviation `length`.
+
+    Source: Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models", CVPR 2024, eq. 126 and
+    algorithm 2: gamma is the largest real root of g^3 + 7 g^2 + (16 - s^-2) g + (12 - s^-2) with s = length.
+    """
+    inverse_square = length**-2.0
+    return float(np.roots([1, 7, 16 - inverse_square, 12 - inverse_square]).real.max())
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,148 @@
+"""`megadiff sample`: draw what was asked for, chunk by chunk, on any number of processes; what is finished is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megadiff.config.errors import UserError
+from megadiff.config.schema import LatentField
+from megadiff.data.shards.shard import MANIFEST
+from megadiff.distributed.ranks import Ranks
+from megadiff.generation.loading import codecs_of, load
+from megadiff.generation.planner import Chunk, Item, Planner, keys_of
+from megadiff.generation.request import GenerateRequest
+from megadiff.generation.tasks import draw
+from megadiff.generation.writing import RECORDS, SampleWriter, join_records, open_folder
+from megadiff.storage import store
+from megadiff.weights.loading import Loaded
+
+SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_LOOKS = 10.0, 0.2
+
+
+def generate(request: GenerateRequest) -> Path:
+    """Draw samples into `request.out`; returns the path of the records.
+
+    With RANK and WORLD_SIZE set (torchrun) the chunks are shared out, and rank 0 joins the records once all are there. Chunks
+    that an earlier, interrupted call has finished are not drawn again.
+
+    Raises:
+        UserError: the checkpoint, the task, a condition or the output folder is at fault.
+    """
+    ranks = Ranks.from_environment()
+    device = _device(ranks)
+    loaded = load(request.checkpoint, request.weights, device, autoencoder=request.autoencoder, size=request.size)
+    guide = None if request.guide is None else _guide(request.guide, request.weights, loaded, device, request.size)
+    _check_autoencoders(loaded, request)
+    codecs = codecs_of(loaded)
+    chunks = Planner(request, loaded, codecs).chunks()
+    out = Path(request.out)
+    identity = {**request.record(), "weights_hash": loaded.fingerprint, "guide_hash": guide and guide.fingerprint}
+    identity["contents"] = _contents(request)
+    open_folder(out, identity)
+    writer = SampleWriter(out, codecs, request.format)
+    mine = [number for number in range(ranks.rank, len(chunks), ranks.world) if not writer.has(number)]
+    with _progress(request.task, len(mine), active=ranks.rank == 0) as report, torch.no_grad():
+        for done, number in enumerate(mine):
+            items, drawn = _draw(chunks[number], request, loaded, guide, device, _offset(report, done))
+            writer.write(number, chunks[number].task, items, drawn)
+    if ranks.rank == 0:
+        # Other processes may not be done; their launcher ends all if one fails.
+        while not all(writer.has(number) for number in range(len(chunks))):
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        join_records(writer, chunks, loaded, identity)
+    return out / RECORDS
+
+
+def _device(ranks: Ranks) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
+
+
+def _check_autoencoders(loaded: Loaded, request: GenerateRequest) -> None:
+    """Before anything is drawn. Raises UserError if latents could not be shown, or `autoencoder` has nothing to decode."""
+    fields = loaded.data.fields
+    latents = [name for name, field in fields.items() if isinstance(field, LatentField)]
+    if blind := [name for name in latents if getattr(fields[name], "autoencoder", None) is None]:
+        raise UserError(f"{', '.join(blind)} is latents: give --autoencoder FOLDER, a diffusers AutoencoderKL, to show them")
+    if request.autoencoder is not None and not latents:
+        raise UserError("--autoencoder is for models of latents, and this model has none; leave it out")
+
+
+def _contents(request: GenerateRequest) -> dict[str, str]:
+    """Hashes of the files that samples depend on: a path may name other contents tomorrow."""
+    named = [request.prompts, request.table, request.mask_image, *request.image]
+    paths = [str(path) for path in named if path is not None]
+    if request.data is not None:
+        paths.append(request.data if request.data.endswith(".json") else store.join(request.data, MANIFEST))
+    return {path: hashlib.sha256(store.read_bytes(path)).hexdigest() for path in paths}
+
+
+def _guide(address: str, weights: str, loaded: Loaded, device: torch.device, size: str | None) -> Loaded:
+    """The weaker network for autoguidance. Raises UserError if it models something else."""
+    guide = load(address, weights, device, size=size)
+    same = {name: modality.space for name, modality in guide.model.modalities.items()}
+    if same != {name: modality.space for name, modality in loaded.model.modalities.items()}:
+        raise UserError(
+            f"--guide {address} has other modalities than the checkpoint; take an earlier checkpoint of the same run"
+        )
+    return guide
+
+
+def _draw(
+    chunk: Chunk,
+    request: GenerateRequest,
+    loaded: Loaded,
+    guide: Loaded | None,
+    device: torch.device,
+    report: Callable[[int, int], None],
+) -> tuple[list[Item], dict[str, Tensor]]:
+    items, conditions = chunk.load()
+    if not items or not chunk.task.generated:
+        return items, {}
+    drawn = draw(
+        loaded.module,
+        loaded.model,
+        request.sampling,
+        chunk.task,
+        keys_of(items, request.seed).to(device),
+        conditions.to(device),
+        batch=len(items),
+        guide=None if guide is None else guide.module,
+        progress=report,
+    )
+    return items, {name: state.cpu() for name, state in drawn.items()}
+
+
+@contextmanager
+def _progress(title: str, chunks: int, *, active: bool) -> Iterator[Callable[[float], None]]:
+    """A bar on a terminal, a line now and then in a log; told how many chunks are done."""
+    on_terminal = sys.stderr.isatty()
+    began = last = time.perf_counter()
+    with tqdm(total=max(chunks, 1), desc=title, unit="chunk", dynamic_ncols=True, disable=not (active and on_terminal)) as bar:
+
+        def report(done: float) -> None:
+            nonlocal last
+            bar.update(done - bar.n)
+            now = time.perf_counter()
+            if not active or on_terminal or (now - last < SECONDS_BETWEEN_LINES and done < chunks):
+                return
+            last = now
+            left = timedelta(seconds=round((now - began) * (chunks - done) / max(done, 1e-9)))
+            print(f"{title}: {done:.1f} of {chunks} chunks, {left} left", file=sys.stderr, flush=True)
+
+        yield report
+
+
+def _offset(report: Callable[[float], None], chunk: int) -> Callable[[int, int], None]:
+    return lambda done, total: report(chunk + done / total)

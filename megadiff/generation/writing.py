@@ -1,0 +1,155 @@
+"""The folder of samples: a request that it belongs to, chunks that are whole or absent, and what they are joined to.
+
+Layout: `request.json`, `.parts/` (one file of records per finished chunk), the pictures (or one tar shard per chunk), and, once
+all chunks are there, `samples.jsonl`, `sheet.png`, for tables `samples.csv`, for tars `manifest.json`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from megadiff.config.errors import UserError
+from megadiff.config.schema import ClassField, NumberField
+from megadiff.data.codecs.base import Codec
+from megadiff.data.pictures import flat
+from megadiff.data.shards.shard import Manifest, Members, Shard, ShardEntry, write_manifest, write_shard
+from megadiff.generation.planner import Chunk, Item
+from megadiff.generation.tasks import Task, cell_of
+from megadiff.report.sheet import Section, contact_sheet, png_bytes
+from megadiff.storage import store
+from megadiff.weights.loading import Loaded
+
+SHEET_CELLS = 32
+RECORDS, SHEET, TABLE, REQUEST, PARTS = "samples.jsonl", "sheet.png", "samples.csv", "request.json", ".parts"
+
+
+def open_folder(out: Path, identity: Mapping[str, Any]) -> None:
+    """Make the folder, or go on in one that holds part of the same request. Several processes may do so at once."""
+    path = out / REQUEST
+    try:
+        (out / PARTS).mkdir(parents=True, exist_ok=True)
+        strangers = [entry.name for entry in out.iterdir() if entry.name != PARTS and REQUEST not in entry.name]
+        if not path.exists():  # looked for after the listing: another process writes it before anything else
+            if strangers:
+                raise UserError(f"--out {out} holds other files ({min(strangers)}); name a new folder")
+            store.write_bytes(str(path), json.dumps(identity, indent=1, ensure_ascii=False).encode())
+        before = dict(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}; name another folder") from None
+    except (ValueError, TypeError, RecursionError):
+        raise UserError(f"{path} is damaged; name a new folder") from None
+    differing = [key for key in identity if before.get(key) != identity[key]]
+    if differing:
+        was, now = (json.dumps(tree.get(differing[0]), ensure_ascii=False) for tree in (before, identity))
+        raise UserError(f"--out {out} holds samples of another request ({differing[0]}: {was}, now {now}); name a new folder")
+
+
+@dataclass(frozen=True)
+class SampleWriter:
+    """Stores chunks; a chunk's records come last, so that a chunk that has them is whole."""
+
+    out: Path
+    codecs: Mapping[str, Codec]
+    format: str
+
+    def has(self, number: int) -> bool:
+        return self._records_path(number).exists()
+
+    def write(self, number: int, task: Task, items: Sequence[Item], drawn: Mapping[str, Tensor]) -> None:
+        lines: list[dict[str, Any]] = []
+        shard: dict[str, Members] = {}
+        for index, item in enumerate(items):
+            files: Members = {}
+            given = {name: _stored(value, item.name, f"{name}.given.png", files) for name, value in item.condition.items()}
+            values = {name: self.codecs[name].decode(state[index]) for name, state in drawn.items()}
+            generated = {name: _stored(value, item.name, f"{name}.png", files) for name, value in values.items()}
+            record = {"number": item.number, "name": item.name, "task": task.name, "given": given, "generated": generated}
+            lines.append(record)
+            shard[item.name] = {**files, "json": json.dumps(record, ensure_ascii=False).encode()}
+        entry = None
+        if self.format == "tar" and shard:
+            entry = vars(write_shard(str(self.out), self.shard_name(number), shard))
+        elif self.format == "folder":
+            for name, members in shard.items():
+                for ending, data in members.items():
+                    if ending != "json":
+                        store.write_bytes(str(self.out / f"{name}.{ending}"), data)
+        chunk = json.dumps({"shard": entry, "records": lines}, ensure_ascii=False)
+        store.write_bytes(str(self._records_path(number)), chunk.encode())
+
+    def read(self, number: int) -> tuple[ShardEntry | None, list[dict[str, Any]]]:
+        tree = json.loads(self._records_path(number).read_text(encoding="utf-8"))
+        return None if tree["shard"] is None else ShardEntry(**tree["shard"]), tree["records"]
+
+    def value(self, number: int, name: str, stored: Mapping[str, Any]) -> Any:
+        """What a record of a chunk stands for: the picture, text or number."""
+        if "picture" not in stored:
+            return next(iter(stored.values()))
+        if self.format == "folder":
+            return Image.open(self.out / stored["picture"])
+        path = self.out / self.shard_name(number)
+        shard = Shard(str(path), path)
+        offset = next(offset for offset in range(len(shard)) if shard.key(offset) == name)
+        return Image.open(io.BytesIO(shard.members(offset)[stored["picture"].removeprefix(f"{name}.")]))
+
+    def shard_name(self, number: int) -> str:
+        return f"samples-{number:06d}.tar"
+
+    def _records_path(self, number: int) -> Path:
+        return self.out / PARTS / f"{number:06d}.json"
+
+
+def _stored(value: Any, name: str, ending: str, files: Members) -> dict[str, Any]:
+    """A value as a record holds it; pictures go to `files`."""
+    if not isinstance(value, Image.Image):
+        return {"value": value} if isinstance(value, int | float) else {"text": str(value)}
+    files[ending] = png_bytes(flat(value))
+    return {"picture": f"{name}.{ending}"}
+
+
+def join_records(writer: SampleWriter, chunks: Sequence[Chunk], loaded: Loaded, identity: Mapping[str, Any]) -> None:
+    parts = [writer.read(number) for number in range(len(chunks))]
+    records = [(chunk, record) for chunk, (_, found) in enumerate(parts) for record in found]
+    records.sort(key=lambda pair: int(pair[1]["number"]))
+    if not records:
+        raise UserError("not one sample could be read from --data; see the warnings above")
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for _, record in records)
+    store.write_bytes(str(writer.out / RECORDS), text.encode())
+    if writer.format == "tar":
+        facts = {"request": dict(identity), "source": loaded.source}
+        write_manifest(str(writer.out), Manifest(tuple(entry for entry, _ in parts if entry is not None), facts))
+    fields = loaded.data.fields
+    if all(isinstance(field, NumberField | ClassField) for field in fields.values()):
+        columns = {name: getattr(field, "column", name) for name, field in fields.items()}
+        _write_table(writer.out / TABLE, [record for _, record in records], columns)
+    else:
+        _write_sheet(writer, chunks[0].task, records, loaded)
+
+
+def _write_table(path: Path, records: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
+    buffer = io.StringIO()
+    rows = csv.writer(buffer, lineterminator="\n")
+    rows.writerow(columns.values())
+    for record in records:
+        cells = {**record["given"], **record["generated"]}
+        rows.writerow([next(iter(cells[name].values())) if name in cells else "" for name in columns])
+    store.write_bytes(str(path), buffer.getvalue().encode())
+
+
+def _write_sheet(writer: SampleWriter, task: Task, records: Sequence[tuple[int, Mapping[str, Any]]], loaded: Loaded) -> None:
+    cells = []
+    for number, record in records[:SHEET_CELLS]:
+        values = {**record["given"], **record["generated"]}
+        shown = {name: writer.value(number, record["name"], stored) for name, stored in values.items()}
+        cells.append(cell_of(task, shown))
+    sheet = contact_sheet([Section(f"{task.name}, {loaded.source}", cells)])
+    store.write_bytes(str(writer.out / SHEET), png_bytes(sheet))

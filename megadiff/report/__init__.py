@@ -1,0 +1,1 @@
+"""Pictures for people: sheets and plots; a leaf."""

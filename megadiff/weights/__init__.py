@@ -1,0 +1,1 @@
+"""Names and numbers on disk: checkpoints, exports, the released network; never deepspeed."""

@@ -1,0 +1,61 @@
+"""Extents: whatever is cut out of a parameter, and however, is found again."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megadiff.weights.boxes import Box, Extent, overlaps, whole
+
+
+def numbers_of(extent: Extent, values: np.ndarray) -> np.ndarray:
+    """What an extent holds, by slicing: the definition."""
+    boxes = [values] if extent.boxes is None else [values[tuple(slice(*side) for side in box)] for box in extent.boxes]
+    return np.concatenate([part.reshape(-1) for part in boxes])[extent.start : extent.stop]
+
+
+@st.composite
+def boxes(draw: st.DrawFn, shape: tuple[int, ...]) -> Box:
+    sides = [sorted(draw(st.tuples(st.integers(0, size), st.integers(0, size)))) for size in shape]
+    return tuple((start, stop) for start, stop in sides)
+
+
+@st.composite
+def extents(draw: st.DrawFn, shape: tuple[int, ...], most: int = 3) -> Extent:
+    cut = draw(st.none() | st.lists(boxes(shape), min_size=1, max_size=most).map(tuple))
+    count = numbers_of(Extent(0, 10**9, cut), np.zeros(shape)).size
+    start, stop = sorted(draw(st.tuples(st.integers(0, count), st.integers(0, count))))
+    return Extent(start, stop, cut)
+
+
+@given(st.data())
+def test_runs_name_the_numbers_that_slicing_gives(data: st.DataObject) -> None:
+    shape = tuple(data.draw(st.lists(st.integers(1, 4), max_size=3)))
+    values = np.arange(int(np.prod(shape))).reshape(shape)
+    extent = data.draw(extents(shape))
+    found = np.full(extent.size, -1)
+    for begin, here, length in extent.runs(shape).tolist():
+        found[here : here + length] = np.arange(begin, begin + length)
+    assert found.tolist() == numbers_of(extent, values).tolist()
+
+
+@given(st.data())
+def test_overlaps_are_what_both_hold(data: st.DataObject) -> None:
+    shape = tuple(data.draw(st.lists(st.integers(1, 4), max_size=3)))
+    values = np.arange(int(np.prod(shape))).reshape(shape)
+    # Boxes of one extent do not share numbers where they come from a split of a parameter.
+    one, other = (data.draw(extents(shape, most=1)) for _ in range(2))
+    left, right = numbers_of(one, values), numbers_of(other, values)
+    shared = []
+    for here, there, length in overlaps(one, other, shape):
+        assert left[here : here + length].tolist() == right[there : there + length].tolist()
+        shared += left[here : here + length].tolist()
+    assert sorted(shared) == sorted(set(left) & set(right))
+
+
+def test_a_row_shard_is_one_run_and_a_column_shard_one_a_row() -> None:
+    rows, columns = Extent(0, 6, (((2, 4), (0, 3)),)), Extent(0, 4, (((0, 4), (1, 2)),))
+    assert rows.runs((4, 3)).tolist() == [[6, 0, 6]]
+    assert columns.runs((4, 3)).tolist() == [[1, 0, 1], [4, 1, 1], [7, 2, 1], [10, 3, 1]]
+    assert whole((4, 3)).runs((4, 3)).tolist() == [[0, 0, 12]]
