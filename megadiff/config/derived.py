@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megadiff.config.errors import ConfigError
+from megadiff.config import checks
 from megadiff.config.schema import Alignment, GridSpace, Model, Run, Stage, StageModality, TokenSpace
 
 TIME_FEATURES = 256
@@ -280,7 +280,7 @@ def flops_per_sample(model: Model, stage: Stage) -> int:
     1 for the plain loss, 1/2 for the NELBO (times are uniform), less the samples in which the modality is only a condition.
     Recomputation under activation checkpointing is not counted, nor are norms, softmax, activations and lookups.
     """
-    shares = {name: _scored_share(model, name, modality) for name, modality in stage.modalities.items() if _is_read(modality)}
+    shares = {name: _scored_share(model, name, modality) for name, modality in stage.modalities.items() if modality.has_loss}
     trained = {part for part in ("joint", *scored(stage)) if part not in stage.freeze}
     return round(_flops(model, shares, trained)) + _alignment_flops(model, stage)
 
@@ -302,10 +302,6 @@ def _alignment_flops(model: Model, stage: Stage) -> int:
     own, inputs = "alignment" not in stage.freeze, "joint" not in stage.freeze
     layers = _alignment_layers(model, stage.alignment)
     return sum(_matmul(count, *shape, own, inputs or (own and index > 0)) for index, shape in enumerate(layers))
-
-
-def _is_read(modality: StageModality) -> bool:
-    return modality.predicted and modality.loss_weight > 0
 
 
 def _scored_share(model: Model, name: str, modality: StageModality) -> float:
@@ -382,13 +378,9 @@ def accumulation(stage: Stage, data_ranks: int) -> int:
         ConfigError: it does not come out whole.
     """
     batch = stage.batch
-    at_once = batch.micro_batch * data_ranks
-    if batch.global_samples % at_once:
-        raise ConfigError(
-            f"stage {stage.name}: batch.global_samples ({batch.global_samples}) must be a multiple of micro_batch "
-            f"({batch.micro_batch}) x data ranks ({data_ranks}) = {at_once}; nearest: {_nearest(batch.global_samples, at_once)}"
-        )
-    return batch.global_samples // at_once
+    faults = checks.batch_over_ranks(batch.global_samples, batch.micro_batch, data_ranks)
+    checks.require(f"stage {stage.name}: {fault}" for fault in faults)
+    return batch.global_samples // (batch.micro_batch * data_ranks)
 
 
 def lanes_per_rank(run: Run, data_ranks: int) -> int:
@@ -397,17 +389,8 @@ def lanes_per_rank(run: Run, data_ranks: int) -> int:
     Raises:
         ConfigError: the lanes do not divide over the ranks.
     """
-    lanes = run.data.lanes
-    if lanes % data_ranks:
-        raise ConfigError(
-            f"data.lanes ({lanes}) must be a multiple of the data ranks ({data_ranks}); nearest: {_nearest(lanes, data_ranks)}"
-        )
-    return lanes // data_ranks
-
-
-def _nearest(value: int, step: int) -> str:
-    below = value // step * step
-    return f"{below} or {below + step}" if below else f"{step}"
+    checks.require(checks.lanes_over_ranks(run.data.lanes, data_ranks))
+    return run.data.lanes // data_ranks
 
 
 # -------------------------------------------------------------------------------------------------------------- memory

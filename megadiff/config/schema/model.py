@@ -144,10 +144,21 @@ class Modality(Section):
         return self
 
 
-RESERVED_NAMES = frozenset(
-    {"joint", "alignment", "training", "keys", "values", "items", "pop", "clear", "update", "forward", "type"}
-)
-"""`joint` is a part and a task, `alignment` a part; the others are attributes of torch's module containers."""
+# fmt: off
+RESERVED_NAMES = frozenset({
+    "joint", "alignment", "hidden_projections",
+    "add_module", "apply", "bfloat16", "buffers", "call_super_init", "children", "clear", "compile", "cpu", "cuda",
+    "double", "dump_patches", "eval", "extra_repr", "float", "forward", "get_buffer", "get_extra_state", "get_parameter",
+    "get_submodule", "half", "ipu", "items", "keys", "load_state_dict", "modules", "mtia", "named_buffers",
+    "named_children", "named_modules", "named_parameters", "parameters", "pop", "register_backward_hook", "register_buffer",
+    "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook",
+    "register_load_state_dict_post_hook", "register_load_state_dict_pre_hook", "register_module", "register_parameter",
+    "register_state_dict_post_hook", "register_state_dict_pre_hook", "requires_grad_", "set_extra_state", "set_submodule",
+    "share_memory", "state_dict", "to", "to_empty", "train", "training", "type", "update", "values", "xpu", "zero_grad",
+})
+# fmt: on
+"""Of no modality: the first three are parts of the model (`joint` is a task as well), the others attributes of torch's
+ModuleDict, so that no module in one can have such a name; a test compares them with the installed torch."""
 
 
 class Model(Section):

@@ -82,8 +82,7 @@ class PeriodicSamples(Section):
     def _ranks_stay_together(self) -> PeriodicSamples:
         if self.sampling.order == "threshold":
             raise ValueError("the threshold order ends when its samples do, and the ranks of a run must make equal calls")
-        if self.sampling.autoguidance != 1:
-            raise ValueError("autoguidance needs a second network, which training has not; leave it out")
+        _has_one_network(self.sampling, "training")
         return self
 
 
@@ -105,6 +104,10 @@ class Showcase(Section):
 
     @model_validator(mode="after")
     def _one_network(self) -> Showcase:
-        if self.sampling.autoguidance != 1:
-            raise ValueError("autoguidance needs a second network, which a showcase has not; leave it out")
+        _has_one_network(self.sampling, "a showcase")
         return self
+
+
+def _has_one_network(sampling: Sampling, what: str) -> None:
+    if sampling.autoguidance != 1:
+        raise ValueError(f"autoguidance needs a second network, which {what} has not; leave it out")

@@ -43,9 +43,14 @@ class StageModality(Section):
     conditioning: Conditioning = Conditioning()
 
     @property
+    def has_loss(self) -> bool:
+        """Whether its tower and head are run."""
+        return self.predicted and self.loss_weight > 0
+
+    @property
     def scored(self) -> bool:
         """Whether its prediction is learnt from: it has a loss, and is not a mere condition in every sample."""
-        return self.predicted and self.loss_weight > 0 and self.conditioning.clean + self.conditioning.absent < 1 - 1e-9
+        return self.has_loss and self.conditioning.clean + self.conditioning.absent < 1 - 1e-9
 
 
 class Batching(Section):
