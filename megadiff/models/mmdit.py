@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from megadiff.config.derived import HIDDEN
 from megadiff.config.errors import ConfigError, UserError
+from megadiff.config.parameters import HIDDEN
 from megadiff.config.schema import Alignment, Model
 from megadiff.models.alignment import Aligner
 from megadiff.models.blocks import Block, StreamNorm

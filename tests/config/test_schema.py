@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from megadiff.config.schema import RESERVED_NAMES
+from tests.config.small import small
 from tests.minimal import TREE, fault
 
 
@@ -51,3 +52,8 @@ def test_a_name_that_no_module_or_part_can_have_is_refused(tmp_path: Path, name:
     assert name in RESERVED_NAMES
     modalities = {**TREE["model"]["modalities"], name: TREE["model"]["modalities"]["text"]}
     assert f"{name} cannot be the name of a modality; choose another" in fault(tmp_path, model__modalities=modalities)
+
+
+def test_hidden_projections_are_of_the_models_modalities():
+    with pytest.raises(ValueError, match="hidden_projections names sound; the modalities are text, image"):
+        small(hidden_projections={"sound": 5})
