@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
+from megadiff.config.errors import ConfigError
 from megadiff.config.load import load_run
 from megadiff.config.schema import Run
 
@@ -90,3 +92,17 @@ def minimal_run(folder: Path, **changes: Any) -> Run:
     content = tree(folder=str(folder / "run"), data__train=str(folder / "train.json"), **changes)
     content["data"]["fields"]["text"]["tokenizer"] = str(folder / "tokenizer.json")
     return load_run(write_yaml(folder / "minimal.yaml", content))
+
+
+def load(folder: Path, *overrides: str, **changes: Any) -> Run:
+    """TREE, changed, as a run file is loaded."""
+    return load_run(write_yaml(folder / "run.yaml", tree(**changes)), overrides)
+
+
+def fault(folder: Path, *overrides: str, **changes: Any) -> str:
+    """The one line that says what is wrong with TREE, changed."""
+    with pytest.raises(ConfigError) as caught:
+        load(folder, *overrides, **changes)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message

@@ -8,8 +8,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from megadiff.config.derived import token_count
 from megadiff.config.errors import ConfigError
+from megadiff.config.parameters import token_count
 from megadiff.config.schema import Data, GridSpace, LatentField, Model, Run
 
 _MANIFEST = "manifest.json"

@@ -46,7 +46,7 @@ class Objective:
     def __init__(self, model: Model, stage: Stage, seed: int) -> None:
         self.processes = build_processes(model)
         self.stage, self.seed = stage, seed
-        self.scored = [name for name in self.processes if _is_scored(stage, name)]
+        self.scored = [name for name in self.processes if stage.modalities[name].has_loss]
         self.losses = [*self.scored, *([ALIGNMENT] if stage.alignment is not None else [])]
 
     def prepare(self, batch: Batch) -> Prepared:
@@ -182,8 +182,3 @@ def conditional_losses(
         found = processes[target].losses(prediction[target], noised, at, exact=True)
         losses += (found.sums.double() / found.counts.double()) / times
     return losses
-
-
-def _is_scored(stage: Stage, name: str) -> bool:
-    modality = stage.modalities[name]
-    return modality.predicted and modality.loss_weight > 0

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megadiff import rng
+from megadiff.config import checks
 from megadiff.config.errors import UserError
 from megadiff.config.schema import Model, Sampling
 from megadiff.diffusion.build import build_processes
@@ -80,12 +81,10 @@ class Sampler:
     """Draws any modalities given any others, wholly or in part."""
 
     def __init__(self, model: Model, sampling: Sampling) -> None:
-        """Raises UserError if a modality's process cannot go in the order that `sampling` wants."""
+        """Raises ConfigError if a modality's process cannot go in the order that `sampling` wants."""
+        checks.require(checks.order_faults(model, sampling))
         self.sampling = sampling
         self.processes = build_processes(model)
-        nobody = torch.zeros(0, dtype=torch.int64)
-        for process in self.processes.values():
-            build_solver(process, sampling, nobody, nobody.float())
 
     def sample(
         self,

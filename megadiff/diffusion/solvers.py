@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megadiff import rng
-from megadiff.config.errors import UserError
 from megadiff.config.schema import Sampling
 from megadiff.diffusion.categorical import SMALLEST_SHARE
 from megadiff.diffusion.gaussian import SMALLEST_SHARE as SMALLEST_NOISE
@@ -450,23 +449,17 @@ CONTINUOUS: dict[str, Callable[[Gaussian], Solver]] = {
 
 
 def build_solver(process: Process, sampling: Sampling, keys: Tensor, start: Tensor, fixed: Tensor | None = None) -> Solver:
-    """The solver of a process, for one run.
+    """The solver of a process, for one run, in an order that the process can go (checks.order_faults).
 
     Args:
         keys: int64 [B], of the samples.
         start: the time from which it runs, float32 [B].
         fixed: positions that are known, bool [B, S].
-
-    Raises:
-        UserError: the process cannot go in the order that `sampling` wants.
     """
     match process:
         case Gaussian():
             return CONTINUOUS[sampling.solver](process)
         case Uniform():
-            if sampling.order not in ("ancestral", "tau_leaping") or sampling.remask != "none":
-                wanted = sampling.order if sampling.remask == "none" else f"remask {sampling.remask}"
-                raise UserError(f"{process.name} has no mask state, which {wanted} needs; take ancestral or tau_leaping")
             return Exchange(process, sampling)
         case Masked():
             return _of_masked(process, sampling, keys, start, fixed)

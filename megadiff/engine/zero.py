@@ -11,8 +11,8 @@ import deepspeed
 import torch
 
 from megadiff.config.deepspeed import resolve, zero_stage
-from megadiff.config.derived import is_trained
 from megadiff.config.layout import Layout
+from megadiff.config.parameters import is_trained
 from megadiff.config.schema import Model, Stage
 from megadiff.distributed.ranks import Ranks
 from megadiff.engine.api import Outcome, Prepared, Score

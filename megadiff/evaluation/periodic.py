@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from megadiff import rng
-from megadiff.config import derived
+from megadiff.config import parameters
 from megadiff.config.layout import Layout
 from megadiff.config.schema import PeriodicSamples as Rule
 from megadiff.config.schema import Run, Stage
@@ -31,7 +31,7 @@ class PeriodicSamples:
         """Raises UserError if the held-out data cannot be read."""
         self.rule, self.model, self.layout = rule, run.model, layout
         self.codecs = build_codecs(run.data, run.model)
-        self.tasks = tasks_of(list(run.model.modalities), derived.predicted(stage))
+        self.tasks = tasks_of(list(run.model.modalities), parameters.predicted(stage))
         # Every rank draws equally many: under ZeRO-3 each call of the model is a collective.
         self.share = -(-rule.count // layout.data_ranks)
         source = run.data.reference

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megadiff.config import checks
 from megadiff.config.errors import UserError
 from megadiff.config.schema import LatentField
 from megadiff.data.shards.shard import MANIFEST
@@ -72,10 +73,8 @@ def _device(ranks: Ranks) -> torch.device:
 def _check_autoencoders(loaded: Loaded, request: GenerateRequest) -> None:
     """Before anything is drawn. Raises UserError if latents could not be shown, or `autoencoder` has nothing to decode."""
     fields = loaded.data.fields
-    latents = [name for name, field in fields.items() if isinstance(field, LatentField)]
-    if blind := [name for name in latents if getattr(fields[name], "autoencoder", None) is None]:
-        raise UserError(f"{', '.join(blind)} is latents: give --autoencoder FOLDER, a diffusers AutoencoderKL, to show them")
-    if request.autoencoder is not None and not latents:
+    checks.require(checks.autoencoder_faults(fields))
+    if request.autoencoder is not None and not any(isinstance(field, LatentField) for field in fields.values()):
         raise UserError("--autoencoder is for models of latents, and this model has none; leave it out")
 
 

@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megadiff.config.derived import is_trained
 from megadiff.config.errors import UserError
 from megadiff.config.load import dump_run
+from megadiff.config.parameters import is_trained
 from megadiff.config.schema import (
     Batching,
     CaptionField,

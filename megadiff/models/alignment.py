@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megadiff.config.derived import ALIGNMENT_HIDDEN
+from megadiff.config.parameters import ALIGNMENT_HIDDEN
 from megadiff.config.schema import Alignment
 from megadiff.models.layers import Linear
 from megadiff.types import Aligned, Stream

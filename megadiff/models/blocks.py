@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from megadiff.config.derived import mlp_hidden
+from megadiff.config.parameters import mlp_hidden
 from megadiff.config.schema import Model
 from megadiff.kernels.gated_adaln import adaln, gated_adaln, spread
 from megadiff.kernels.joint_attention import joint_attention

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megadiff.config.derived import TIME_FEATURES, token_count
+from megadiff.config.parameters import TIME_FEATURES, token_count
 from megadiff.config.schema import GridSpace, Modality, Model, TokenSpace
 from megadiff.models.layers import INITIAL_DEVIATION, Linear, Table
 from megadiff.types import Noised, Ragged, Rows, Stream

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megadiff.config.derived import head_outputs
+from megadiff.config.parameters import head_outputs
 from megadiff.config.schema import GridSpace, MaskedProcess, Model
 from megadiff.kernels.gated_adaln import adaln
 from megadiff.kernels.masked_cross_entropy import masked_cross_entropy, row_logits

@@ -1,6 +1,6 @@
 """What no loss of a stage reaches. It stays as it is, neither stepped nor decayed, for a stage that needs it later.
 
-config/derived.py counts the same; a test holds both equal to what gets no gradient in the built model.
+config/parameters.py counts the same; a test holds both equal to what gets no gradient in the built model.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from megadiff.config.derived import PROJECTION_SLOTS, TIME_FEATURES, always_absent, always_clean, reached, scored
+from megadiff.config.parameters import PROJECTION_SLOTS, TIME_FEATURES, always_absent, always_clean, reached, scored
 from megadiff.config.schema import MaskedProcess, Model, Stage, TokenSpace
 
 Region = tuple[slice, ...]

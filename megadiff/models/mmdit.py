@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from megadiff.config.derived import HIDDEN
 from megadiff.config.errors import ConfigError, UserError
+from megadiff.config.parameters import HIDDEN
 from megadiff.config.schema import Alignment, Model
 from megadiff.models.alignment import Aligner
 from megadiff.models.blocks import Block, StreamNorm
@@ -108,14 +108,11 @@ def build_model(config: Model, predicted: Collection[str], alignment: Alignment 
         alignment: adds its projection.
 
     Raises:
-        ConfigError: a modality is unknown or has a name that cannot be used for a module.
+        ConfigError: a modality is unknown.
     """
     unknown = [name for name in predicted if name not in config.modalities]
     if unknown:
         raise ConfigError(f"predicted names {', '.join(unknown)}; the model's modalities are {', '.join(config.modalities)}")
-    reserved = [name for name in config.modalities if name == JOINT or hasattr(nn.ModuleDict, name) or name == "training"]
-    if reserved:
-        raise ConfigError(f"model.modalities: {', '.join(reserved)} cannot be the name of a modality; choose another")
     return MMDiT(config, predicted, alignment)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megadiff.config import derived
+from megadiff.config import parameters
 from megadiff.config.schema import GridSpace, Model, Run, Stage
 
 TEMPLATE = """\
@@ -43,12 +43,12 @@ def model_card(run: Run, stage: Stage, *, step: int, weights: str) -> str:
         step: how many optimizer steps of the stage the weights have seen.
         weights: what they are, for people.
     """
-    predicted = derived.predicted(stage)
+    predicted = parameters.predicted(stage)
     names = list(run.model.modalities)
     return TEMPLATE.format(
         name=run.name,
         modalities=" and ".join(names) if len(names) < 3 else f"{len(names)} modalities",
-        parameters=derived.parameters(run.model, predicted).total,
+        parameters=parameters.model_parameters(run.model, predicted).total,
         weights=weights,
         rows="\n".join(_row(run.model, name, name in predicted) for name in names),
         task="joint"

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from megadiff.config import derived
+from megadiff.config import parameters
 from megadiff.config.errors import UserError
 from megadiff.config.load import load_run, validate
 from megadiff.config.run_folder import MANIFEST, RUN, CheckpointsFolder, RunFolder
@@ -101,7 +101,7 @@ def _exported(reader: CheckpointReader, read: Callable[[str], torch.Tensor], sho
     needed = [name for name in reader.manifest.parameters if part_of(name) != ALIGNMENT]  # that part is for training only
     card = model_card(run, stage, step=reader.manifest.progress["optimizer_step"], weights=shown)
     tensors = {name: read(name) for name in needed}
-    return export.Exported(run.model, _with_own_files(run.data, reader.folder), derived.predicted(stage), tensors, card)
+    return export.Exported(run.model, _with_own_files(run.data, reader.folder), parameters.predicted(stage), tensors, card)
 
 
 def _with_own_files(data: Data, checkpoint: Path) -> Data:

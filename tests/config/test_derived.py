@@ -1,147 +1,20 @@
-"""Derived numbers: equal to what the built model holds and does."""
+"""Derived numbers: equal to what the built model does."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megadiff.config import derived
+from megadiff.config import derived, parameters
 from megadiff.config.errors import ConfigError
-from megadiff.config.schema import Model, Run, Stage
+from megadiff.config.schema import Model
 from megadiff.models.mmdit import build_model, part_of
 from megadiff.types import Dense, Noised, TokenLosses
-
-CONFIGS = Path(__file__).parents[2] / "configs" / "model"
-
-
-def model_file(name: str) -> Model:
-    return Model.model_validate(yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["model"])
-
-
-def small(*, depths=(1, 2), positions=("rope", "rope"), widths=(None, None), **changes) -> Model:
-    modalities = {
-        "text": {
-            "space": {"kind": "tokens", "vocabulary": 37, "length": 7},
-            "process": {"kind": "masked", "loss": "plain"},
-            "tower_depth": depths[0],
-            "positions": positions[0],
-            "width": widths[0],
-        },
-        "image": {
-            "space": {"kind": "grid", "channels": 3, "height": 8, "width": 4, "patch": 2},
-            "process": {"kind": "gaussian"},
-            "tower_depth": depths[1],
-            "positions": positions[1],
-            "width": widths[1],
-        },
-    }
-    sizes = {"width": 20, "heads": 2, "head_dim": 12, "joint_depth": 3}
-    return Model.model_validate({"modalities": modalities, **sizes, **changes})
-
-
-MODELS = {
-    "paper": model_file("paper"),
-    "emoji32": model_file("emoji32"),
-    "rope and swiglu": small(),
-    "learned, sincos and gelu": small(positions=("learned", "sincos"), mlp="gelu", mlp_ratio=3.3),
-    "learned grid, biases, no norm of q and k": small(positions=("learned", "learned"), attention_bias=True, qk_norm=False),
-    "trunk norm without towers": small(depths=(0, 0), trunk_norm=True),
-    "trunk norm with towers": small(trunk_norm=True),
-    "no joint blocks": small(joint_depth=0),
-    "unequal widths": small(positions=("learned", "sincos"), widths=(None, 28), mlp="gelu", trunk_norm=True),
-    "unequal widths and swiglu": small(widths=(16, 24)),
-}
-
-
-def stage(**changes) -> Stage:
-    tree = {
-        "name": "all",
-        "steps": 10,
-        "modalities": {"text": {}, "image": {}},
-        "batch": {"global_samples": 64, "micro_batch": 4},
-        "ema": {"main": {"kind": "constant"}},
-    }
-    return Stage.model_validate({**tree, **changes})
-
-
-def run(model: Model, **changes) -> Run:
-    fields = {"text": {"kind": "caption", "tokenizer": "t.json"}, "image": {"kind": "pixels"}}
-    data = {"train": "here", "fields": fields, "lanes": 8, **changes}
-    return Run.model_validate({"name": "r", "folder": "runs/r", "model": model, "data": data, "stages": [stage()]})
-
-
-# ---------------------------------------------------------------------------------------------------------- parameters
-
-
-def test_the_paper_model_has_578_33_million_parameters():
-    total = derived.parameters(MODELS["paper"], ["text", "image"]).total
-    assert f"{total / 1e6:.2f}" == "578.33"
-
-
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("predicted", [("text", "image"), ("image",), ()])
-def test_parameters_equal_those_of_the_built_model(name, predicted):
-    with torch.device("meta"):
-        model = build_model(MODELS[name], predicted)
-    built: dict[str, int] = {}
-    for key, parameter in model.named_parameters():
-        assert parameter.is_meta
-        kind, owner = key.split(".")[0], key.split(".")[1]
-        entry = {"embed": f"embed.{key.split('.')[2]}", "joint": "joint", "trunk_norm": "joint"}.get(kind, f"{kind}.{owner}")
-        built[entry] = built.get(entry, 0) + parameter.numel()
-    counted = derived.parameters(MODELS[name], predicted)
-    flat = {f"embed.{key}": count for key, count in counted.embeddings.items()}
-    flat |= {"joint": counted.joint}
-    flat |= {f"towers.{key}": count for key, count in counted.towers.items()}
-    flat |= {f"heads.{key}": count for key, count in counted.heads.items()}
-    assert built == {key: count for key, count in flat.items() if count}
-    parts = {part: sum(p.numel() for k, p in model.named_parameters() if part_of(k) == part) for part in counted.parts}
-    assert parts == counted.parts
-    assert counted.total == sum(built.values())
-
-
-def test_trainable_leaves_out_frozen_parts_and_parts_that_do_not_exist():
-    model = MODELS["rope and swiglu"]
-    parts = derived.parameters(model, ["text", "image"]).parts
-    assert derived.trainable(model, stage()) == sum(parts.values())
-    assert derived.trainable(model, stage(freeze=["joint", "image"])) == parts["text"]
-    image_only = stage(modalities={"text": {"predicted": False}, "image": {}}, freeze=["text"])
-    idle = sum(count.total for count in derived.idle(model, image_only).values())
-    assert derived.trainable(model, image_only) == parts["joint"] + parts["image"] - idle
-
-
-def test_in_the_papers_first_stage_as_much_is_idle_as_the_paper_freezes():
-    """The text half of the last joint block: output, MLP, its modulation and both gates, the norm; here also the queries."""
-    image_only = stage(modalities={"text": {"predicted": False}, "image": {}})
-    output, mlp, norm, gates = 512 * 1024, 2 * 4 * 1024**2 + 5 * 1024, 2 * 1024 * 1025, 2 * 1024 * 1025
-    (idle,) = derived.idle(MODELS["paper"], image_only).values()
-    assert idle.total == output + mlp + norm + gates + 1024 + (512 * 1024 + 512)
-    assert derived.idle(MODELS["paper"], stage(freeze=["joint"])) == derived.idle(MODELS["paper"], stage()) == {}
-
-
-@pytest.mark.parametrize("predicted", [("text", "image"), ("image",)])
-def test_hidden_projections_are_counted_and_never_trained(predicted):
-    model = small(hidden_projections={"text": 5, "image": 6}, widths=(None, 24))
-    module = build_model(model, predicted)
-    parts = derived.parameters(model, predicted).parts
-    assert parts["hidden_projections"] == 24 * 24 + 24 + 24 * 6 + 6 + (20 * 20 + 20 + 20 * 5 + 5) * ("text" in predicted)
-    for part, count in parts.items():
-        assert count == sum(p.numel() for name, p in module.named_parameters() if part_of(name) == part)
-    chosen = stage(modalities={name: {"predicted": name in predicted} for name in ("text", "image")})
-    at_rest = sum(count.total for count in derived.idle(model, chosen).values())
-    assert derived.trainable(model, chosen) == sum(parts.values()) - parts["hidden_projections"] - at_rest
-
-
-def test_hidden_projections_are_of_the_models_modalities():
-    with pytest.raises(ValueError, match="hidden_projections names sound; the modalities are text, image"):
-        small(hidden_projections={"sound": 5})
-
+from tests.config.small import MODELS, run, small, stage
 
 # --------------------------------------------------------------------------------------------------------------- FLOPs
 
@@ -246,8 +119,8 @@ def test_lanes_divide_over_the_ranks_or_the_nearest_numbers_are_named():
 
 def test_bytes_are_divided_over_the_ranks_as_far_as_the_zero_stage_says():
     model = MODELS["emoji32"]
-    count = derived.parameters(model, ["text", "image"]).total
-    frozen = derived.parameters(model, ["text", "image"]).parts["joint"]
+    count = parameters.model_parameters(model, ["text", "image"]).total
+    frozen = parameters.model_parameters(model, ["text", "image"]).parts["joint"]
     sizes = {z: derived.bytes_per_rank(model, stage(), 4, zero_stage=z, precision="bf16") for z in range(4)}
     assert sizes[0] == sizes[1]
     assert sizes[1] == {
@@ -286,10 +159,3 @@ def test_the_summary_is_json_and_adds_up():
     assert numbers["tokens_per_sample"] == {"total": 80, "modalities": {"text": 16, "image": 64}}
     assert numbers["flops_per_step"] == 64 * derived.flops_per_sample(whole.model, frozen)
     assert set(numbers["bytes_per_rank"]) == {"precision", "zero0", "zero1", "zero2", "zero3"}
-
-
-def test_swiglu_is_as_wide_as_costs_the_same_rounded_up_to_eight():
-    assert derived.mlp_hidden(small(mlp="gelu"), "text") == 80
-    assert derived.mlp_hidden(small(), "text") == 56
-    assert derived.mlp_hidden(MODELS["emoji32"], "image") == 344
-    assert [derived.mlp_hidden(MODELS["unequal widths"], name) for name in ("text", "image")] == [80, 112]

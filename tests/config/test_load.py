@@ -10,22 +10,10 @@ import pytest
 from megadiff.config.deepspeed import load_deepspeed, resolve_run
 from megadiff.config.errors import ConfigError
 from megadiff.config.load import dump_run, load_run, merge
-from megadiff.config.schema import PowerEma, Run
-from tests.minimal import minimal_run, tree, write_yaml
+from megadiff.config.schema import PowerEma
+from tests.minimal import fault, load, minimal_run, tree, write_yaml
 
 ROOT = Path(__file__).parents[2]
-
-
-def load(folder: Path, *overrides: str, **changes: Any) -> Run:
-    return load_run(write_yaml(folder / "run.yaml", tree(**changes)), overrides)
-
-
-def fault(folder: Path, *overrides: str, **changes: Any) -> str:
-    with pytest.raises(ConfigError) as caught:
-        load(folder, *overrides, **changes)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def test_stage_defaults_lie_under_every_stage(tmp_path: Path) -> None:
@@ -129,25 +117,6 @@ def test_all_faults_are_said_at_once(tmp_path: Path) -> None:
     assert all(part in message for part in ("sead", "model.width is -1", "data.lanes is 'many'"))
 
 
-def test_a_stage_in_which_nothing_is_ever_scored_is_refused(tmp_path: Path) -> None:
-    given = {"conditioning": {"clean": 0.6, "absent": 0.4}}
-    stages = [{"name": "only", "modalities": {"text": {"loss_weight": 0.0}, "image": given}}]
-    assert "every modality with a loss is a condition in all samples" in fault(tmp_path, stages=stages)
-    assert load(tmp_path, stages=[{"name": "only", "modalities": {"image": given}}]).stages[0].modalities["text"].scored
-
-
-def test_parts_that_disagree_are_said_at_once_with_numbers_and_a_way_out(tmp_path: Path) -> None:
-    stages = [
-        {"name": "first", "batch": {"global_samples": 20}, "initialise": {"source": "previous"}},
-        {"name": "first", "freeze": ["joynt"]},
-    ]
-    message = fault(tmp_path, stages=stages)
-    assert "batch.global_samples (20) must be a multiple of data.lanes (8); nearest: 16 or 24" in message
-    assert "initialise.source is `previous`, but this is the first stage" in message
-    assert "freeze names joynt; known parts: joint, text, image" in message
-    assert "stage names must differ" in message
-
-
 def test_a_missing_file_a_broken_one_and_one_that_is_no_mapping_are_said_plainly(tmp_path: Path) -> None:
     for content, said in (
         (None, "does not exist"),
@@ -196,22 +165,6 @@ def test_the_image_frozen_variant_of_stage_2_trains_the_text_tower_alone(tmp_pat
     assert stage.initialise.new == ("text",)
 
 
-@pytest.mark.parametrize(
-    ("override", "reason"),
-    [
-        ("folder=s3://bucket/run", "must be a path on a file system"),
-        ("stages.*.optimizer.betas=[0.9, 1.5]", "betas.1 is 1.5"),
-        ("stages.*.optimizer.learning_rate=.inf", "learning_rate is inf"),
-        ("data.fields.image={kind: caption, tokenizer: t.json}", "is caption, which cannot fill a grid space"),
-        ("model.modalities.image.space.channels=4", "pixels, which fill 1 or 3 channels, and its grid has 4"),
-    ],
-)
-def test_what_only_the_ranks_would_find_is_found_here(override: str, reason: str) -> None:
-    with pytest.raises(ConfigError, match=reason.replace("(", "\\(")) as caught:
-        load_run(ROOT / "configs/run/quickstart.yaml", [override])
-    assert "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize("text", ["base: 5", "stages: 5", "stages: [{name: a, base: [x.yaml]}]", "stage_defaults: 5"])
 def test_a_key_of_another_form_is_one_sentence(tmp_path: Path, text: str) -> None:
     path = tmp_path / "run.yaml"
@@ -219,70 +172,6 @@ def test_a_key_of_another_form_is_one_sentence(tmp_path: Path, text: str) -> Non
     with pytest.raises(ConfigError) as caught:
         load_run(path)
     assert str(path) in str(caught.value)
-
-
-LATENTS = {"kind": "latents"}
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        (
-            {"stage_defaults__samples": {"every_steps": 5}},
-            "stage first: samples shows image, which needs data.fields.image.autoencoder",
-        ),
-        ({"showcase": {}}, "showcase shows image, which needs data.fields.image.autoencoder"),
-    ],
-)
-def test_latents_without_an_autoencoder_cannot_be_shown(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
-    content = tree(data__fields__image=LATENTS, **changes)
-    with pytest.raises(ConfigError, match=sentence):
-        load_run(write_yaml(tmp_path / "run.yaml", content))
-    content["data"]["fields"]["image"] = {**LATENTS, "autoencoder": "vae"}
-    load_run(write_yaml(tmp_path / "run.yaml", content))
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"model__modalities__image__process": {"kind": "gaussian", "schedule": "vp", "shift": 2.0}}, "shift belongs to"),
-        ({"model__modalities__image__process": {"kind": "gaussian", "loss_weight": "min_snr"}}, "use logit_normal times"),
-        ({"model__modalities__text__process": {"kind": "masked", "mask_class": True}}, "mask_class is part of the plain loss"),
-        ({"model__modalities__text__process": {"kind": "gaussian"}}, "a tokens space takes a masked or uniform process"),
-        ({"data__fields__image": {"kind": "number", "column": "a", "columns": "c.json"}}, "which fills a grid of 1 x 1 x 1"),
-        ({"data__fields__text": {"kind": "class", "column": "a", "columns": "c.json"}}, "a token space of length 1"),
-        ({"stage_defaults__alignment": {"modality": "sound", "block": 0, "features": 4}}, "alignment.modality is sound"),
-        (
-            {"stage_defaults__alignment": {"modality": "image", "block": 0, "features": 4}},
-            "name their member under data.features",
-        ),
-        ({"stage_defaults__alignment": {"modality": "image", "block": 9, "features": 4}}, "the joint blocks are 0 to 1"),
-        ({"stage_defaults__samples": {"every_steps": 5, "sampling": {"order": "threshold"}}}, "must make equal calls"),
-        ({"stage_defaults__samples": {"every_steps": 5, "sampling": {"autoguidance": 2}}}, "needs a second network"),
-        ({"showcase": {"sampling": {"remask": "cap", "order": "entropy"}}}, "remask goes with the ancestral order"),
-        ({"showcase": {"sampling": {"order_noise": 1, "order": "threshold"}}}, "order_noise goes with the confidence"),
-        ({"showcase": {"sampling": {"autoguidance": 2}}}, "needs a second network, which a showcase has not"),
-        ({"model__modalities__text__process": {"kind": "masked", "padding": "pad_id"}}, "and the space has no pad_id"),
-        ({"data__features": {"sound": "a.npy"}}, "data.features names sound; the model's modalities are text, image"),
-        (
-            {
-                "model__modalities__text__process": {"kind": "uniform"},
-                "stage_defaults__samples": {"every_steps": 5, "sampling": {"order": "entropy"}},
-            },
-            "stage first: samples: text has no mask state, which entropy needs; take ancestral or tau_leaping",
-        ),
-        (
-            {"model__modalities__text__process": {"kind": "uniform"}, "showcase": {"sampling": {"remask": "cap"}}},
-            "showcase: text has no mask state, which remask: cap needs",
-        ),
-        ({"model__modalities__text__space__start_id": 50}, r"start_id \(50\) must be below vocabulary"),
-    ],
-)
-def test_options_of_processes_fields_and_samplers_that_do_not_fit(
-    tmp_path: Path, changes: dict[str, Any], sentence: str
-) -> None:
-    with pytest.raises(ConfigError, match=sentence):
-        load_run(write_yaml(tmp_path / "run.yaml", tree(**changes)))
 
 
 def test_the_run_file_in_a_runs_folder_is_of_that_folder_wherever_it_was_moved(tmp_path: Path) -> None:

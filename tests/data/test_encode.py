@@ -151,11 +151,6 @@ def test_values_outside_the_range_are_clipped_when_shown() -> None:
     assert pixel_codec().decode(state).getpixel((0, 0)) == (0, 128, 255)
 
 
-def test_a_grid_of_two_channels_is_refused() -> None:
-    with pytest.raises(ConfigError, match="1 or 3 channels, not 2"):
-        pixel_codec(channels=2)
-
-
 @pytest.mark.parametrize("content", [b"", b"no picture", png(np.zeros((9, 9, 3), np.uint8))[:45]], ids=["empty", "text", "cut"])
 def test_a_damaged_picture_is_a_sample_error_that_names_the_member(content: bytes) -> None:
     with pytest.raises(SampleError, match=r"\.png member is no readable picture") as caught:

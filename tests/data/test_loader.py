@@ -296,7 +296,7 @@ def test_a_wrong_number_of_samples_is_one_sentence_with_both_numbers(tmp_path: P
 
 
 def test_a_micro_batch_that_does_not_divide_a_ranks_share_is_refused_with_the_numbers(opened: Any) -> None:
-    with pytest.raises(ConfigError, match=r"micro_batch \(3\) must divide a rank's 8 samples .* \(16 over 2 ranks\)"):
+    with pytest.raises(ConfigError, match=r"global_samples \(16\) must be .* micro_batch \(3\) x data ranks \(2\) = 6"):
         opened(micro_batch=3, data_ranks=2)
 
 

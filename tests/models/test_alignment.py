@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megadiff.config.derived import parameters
+from megadiff.config.parameters import model_parameters
 from megadiff.config.schema import Alignment
 from megadiff.models.mmdit import build_model, part_of
 from megadiff.types import ALIGNMENT, Aligned, Dense
@@ -56,5 +56,5 @@ def test_the_derived_count_of_its_parameters_is_the_models(features):
     rule = Alignment(modality="picture", block=1, features=features)
     model = build_model(CONFIG, ["picture"], rule)
     held = sum(parameter.numel() for name, parameter in model.named_parameters() if part_of(name) == "alignment")
-    assert parameters(CONFIG, ["picture"], rule).alignment == held
-    assert parameters(CONFIG, ["picture"], rule).total == sum(parameter.numel() for parameter in model.parameters())
+    assert model_parameters(CONFIG, ["picture"], rule).alignment == held
+    assert model_parameters(CONFIG, ["picture"], rule).total == sum(parameter.numel() for parameter in model.parameters())

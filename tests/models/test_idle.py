@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megadiff import rng
-from megadiff.config import derived
+from megadiff.config import derived, parameters
 from megadiff.config.schema import Model, Stage
 from megadiff.diffusion.objective import Objective
 from megadiff.models.idle import idle_parameters
@@ -68,7 +68,7 @@ CASES = [
 
 def trained_model(model: Model, chosen: Stage) -> MMDiT:
     """With no parameter at a value that stops gradients, and frozen as the stage says."""
-    module = build_model(model, derived.predicted(chosen), chosen.alignment)
+    module = build_model(model, parameters.predicted(chosen), chosen.alignment)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2).requires_grad_(part_of(name) not in chosen.freeze)
@@ -107,10 +107,10 @@ def test_the_count_of_what_is_idle_is_that_of_the_built_model(name, which):
     model, chosen = MODELS[name], STAGES[which]
     free = {key: value for key, value in trained_model(model, chosen).named_parameters() if part_of(key) not in chosen.freeze}
     whole, partial = idle_parameters(model, chosen, free)
-    counts: dict[str, derived.IdleCount] = {}
+    counts: dict[str, parameters.IdleCount] = {}
     for key, parameter in free.items():
-        before = counts.get(part_of(key), derived.IdleCount())
+        before = counts.get(part_of(key), parameters.IdleCount())
         some = parameter[partial[key]].numel() if key in partial else 0
-        counts[part_of(key)] = derived.IdleCount(before.whole + parameter.numel() * (key in whole), before.partial + some)
-    assert derived.idle(model, chosen) == {part: count for part, count in counts.items() if count.total}
-    assert derived.trainable(model, chosen) == sum(map(torch.numel, free.values())) - sum(c.total for c in counts.values())
+        counts[part_of(key)] = parameters.IdleCount(before.whole + parameter.numel() * (key in whole), before.partial + some)
+    assert parameters.idle(model, chosen) == {part: count for part, count in counts.items() if count.total}
+    assert parameters.trainable(model, chosen) == sum(map(torch.numel, free.values())) - sum(c.total for c in counts.values())

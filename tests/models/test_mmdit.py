@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from megadiff.config.errors import ConfigError, UserError
+from megadiff.config.schema import RESERVED_NAMES, Alignment
 from megadiff.models.mmdit import build_model, decayed_names, part_of
 from megadiff.types import Dense, RowLogits, TokenLosses
 from tests.models.small import small_config, small_model, small_noised
@@ -249,14 +253,24 @@ def test_weight_decay_is_for_linear_maps_only():
     assert not [name for name in decayed_names(model) if "gain" in name]
 
 
-@pytest.mark.parametrize("name", ["joint", "values", "type"])
-def test_a_name_that_cannot_be_a_module_is_refused(name):
-    config = small_config()
-    renamed = config.model_copy(update={"modalities": {name: config.modalities["words"]}})
-    with pytest.raises(ConfigError, match=f"{name} cannot be the name of a modality"):
-        build_model(renamed, [name])
+def test_every_attribute_of_a_container_of_modalities_is_a_reserved_name():
+    model = small_model(VARIANTS["paper"])
+    containers = [module for module in model.modules() if isinstance(module, nn.ModuleDict)]
+    taken = {name for container in containers for name in dir(container) if name not in container}
+    assert len(containers) > 3
+    assert {name for name in taken if re.fullmatch("[a-z][a-z0-9_]*", name)} <= RESERVED_NAMES
+
+
+def test_every_part_that_is_no_modality_is_a_reserved_name():
+    alignment = Alignment(modality="picture", block=0, features=4)
+    config = small_config(hidden_projections={"words": 4})
+    parts = {part_of(name) for name, _ in build_model(config, list(config.modalities), alignment).named_parameters()}
+    assert parts - set(config.modalities) == {"joint", "alignment", "hidden_projections"} <= RESERVED_NAMES
+
+
+def test_a_head_for_an_unknown_modality_is_refused():
     with pytest.raises(ConfigError, match="predicted names sound"):
-        build_model(config, ["sound"])
+        build_model(small_config(), ["sound"])
 
 
 @pytest.mark.parametrize("positions", ["sincos", "rope"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 
+from megadiff.config import checks
 from megadiff.config.alignment import check_features
 from megadiff.config.errors import ConfigError
 from megadiff.config.schema import (
@@ -68,6 +69,7 @@ def build_codecs(data: Data, model: Model) -> dict[str, Codec]:
     codecs: dict[str, Codec] = {}
     for name, modality in model.modalities.items():
         field, space = data.fields[name], modality.space
+        checks.require(checks.field_faults(name, field, space))
         if isinstance(field, PixelField) and isinstance(space, GridSpace):
             codecs[name] = PixelCodec(field, space)
         elif isinstance(field, LatentField) and isinstance(space, GridSpace):
@@ -79,5 +81,5 @@ def build_codecs(data: Data, model: Model) -> dict[str, Codec]:
         elif isinstance(field, ClassField) and isinstance(space, TokenSpace):
             codecs[name] = ClassCodec(field, space)
         else:
-            raise ConfigError(f"data.fields.{name} is {field.kind}, which cannot fill a {space.kind} space")
+            raise TypeError(f"{name}: there is no codec for a {field.kind} field in a {space.kind} space")
     return codecs

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from megadiff import rng
+from megadiff.config import checks
 from megadiff.config.errors import ConfigError
 from megadiff.config.schema import GridSpace, LatentField, PixelField
 from megadiff.data.buckets import Bucket
@@ -125,10 +126,7 @@ class LatentCodec(Codec):
     def _load(self) -> tuple[Any, PixelCodec]:
         where, folder = f"data.fields.{self.name}.autoencoder", self.field.autoencoder
         if folder is None:
-            raise ConfigError(
-                f"{where} is not set, and it takes an autoencoder to read or show pictures; give --autoencoder FOLDER "
-                "(a diffusers AutoencoderKL such as stabilityai/sd-vae-ft-mse)"
-            )
+            raise ConfigError(checks.no_autoencoder(self.name))
         network = load_autoencoder(folder, where)
         channels = int(network.config.latent_channels)
         if channels != self.space.channels:

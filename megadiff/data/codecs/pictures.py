@@ -7,7 +7,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from megadiff.config.errors import ConfigError
 from megadiff.config.schema import (
     GridSpace,
     PixelField,
@@ -25,9 +24,7 @@ class PixelCodec(Codec):
     space: GridSpace
 
     def __init__(self, field: PixelField, space: GridSpace) -> None:
-        """Raises ConfigError if the grid has neither one nor three channels."""
-        if space.channels not in (1, 3):
-            raise ConfigError(f"a pixel field needs a grid of 1 or 3 channels, not {space.channels}")
+        """Grey for a grid of one channel, else of three."""
         self.member, self.space = field.member, space
 
     def read(self, members: Views, key: int) -> Image.Image:

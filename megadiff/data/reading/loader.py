@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megadiff import rng
-from megadiff.config.errors import ConfigError
+from megadiff.config import checks
 from megadiff.config.schema import Data, GridSpace, Model
 from megadiff.data.buckets import Bucket
 from megadiff.data.codecs.base import Array, Loadable, array_of
@@ -140,11 +140,7 @@ class Loader:
         self._codecs = _Codecs(data, model, features)
         self._mixture = Mixture(manifests, data.lanes, data.block_shards, seed, mixture)
         self._slots = self._mixture.slots_of_rank(data_rank, data_ranks, global_samples)
-        if len(self._slots) % micro_batch:
-            raise ConfigError(
-                f"batch.micro_batch ({micro_batch}) must divide a rank's {len(self._slots)} samples of the global batch "
-                f"({global_samples} over {data_ranks} ranks)"
-            )
+        checks.require(checks.batch_over_ranks(global_samples, micro_batch, data_ranks))
         self._decoders = ThreadPoolExecutor(data.workers, thread_name_prefix="decode") if data.workers else None
         self._fetchers = ThreadPoolExecutor(data.downloads, thread_name_prefix="fetch") if data.workers else None
         cache = ShardCache(data.cache) if data.cache else None

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megadiff.config.errors import ConfigError, UserError
+from megadiff.config import checks
 from megadiff.data.errors import DataError
 from megadiff.data.reading.order import Numbers, Order, Visits
 from megadiff.data.shards.shard import Manifest
@@ -132,7 +132,7 @@ class Mixture:
         """The samples at some slots of a global batch; slot = lane x (global_samples / lanes) + place.
 
         Raises:
-            UserError: the lanes do not divide the global batch.
+            ConfigError: the lanes do not divide the global batch.
         """
         per_lane = self._per_lane(global_samples)
         bucket, turn = self._chosen(data_step)
@@ -168,17 +168,15 @@ class Mixture:
         """The contiguous slots (whole lanes) of one data-parallel rank.
 
         Raises:
-            UserError: the ranks do not divide the lanes, or the lanes the global batch.
+            ConfigError: the ranks do not divide the lanes, or the lanes the global batch.
         """
         per_lane = self._per_lane(global_samples)
-        if self.lanes % data_ranks:
-            raise UserError(f"data.lanes ({self.lanes}) must be a multiple of the data-parallel ranks ({data_ranks})")
+        checks.require(checks.lanes_over_ranks(self.lanes, data_ranks))
         share = self.lanes // data_ranks * per_lane
         return range(data_rank * share, (data_rank + 1) * share)
 
     def _per_lane(self, global_samples: int) -> int:
-        if global_samples % self.lanes:
-            raise UserError(f"batch.global_samples ({global_samples}) must be a multiple of data.lanes ({self.lanes})")
+        checks.require(checks.batch_over_lanes(global_samples, self.lanes))
         return global_samples // self.lanes
 
     def _choose(self, data_step: int) -> tuple[int, int]:
@@ -208,14 +206,10 @@ def _sizes(manifest: Manifest) -> Numbers:
 
 
 def _shares(sources: Mapping[str, Manifest], weights: Mapping[str, float]) -> dict[str, Fraction]:
-    if unknown := [name for name in weights if name not in sources]:
-        raise ConfigError(f"mixture names {', '.join(unknown)}; data.train has {', '.join(sources)}")
+    checks.require(checks.mixture_faults(weights, sources))
     if not weights:
         return {name: Fraction(manifest.samples) for name, manifest in sources.items()}
-    shares = {name: Fraction(str(weights.get(name, 0))) for name in sources}
-    if not any(shares.values()):
-        raise ConfigError("every weight of the mixture is 0; give one source at least a share")
-    return shares
+    return {name: Fraction(str(weights.get(name, 0))) for name in sources}
 
 
 def _buckets(sources: Mapping[str, Manifest], shares: Mapping[str, Fraction]) -> tuple[str | None, ...]:

@@ -1,0 +1,263 @@
+"""What the model holds, counted without torch: sizes of its layers, parameters by part, which of them a stage trains. The one
+owner of these formulas; a test holds them equal to the built model's.
+
+Legend: D width of a modality's tokens, I = heads x head_dim (the attention's inner width).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from megadiff.config.schema import Alignment, GridSpace, Model, Stage, TokenSpace
+
+TIME_FEATURES = 256
+"""Sinusoids of a clock."""
+BLOCK_SLOTS = 6
+"""Of a block's modulation: shift, scale and gate of its attention and of its MLP."""
+PROJECTION_SLOTS = 2
+"""The first of a block's modulation slots, which act before its attention."""
+HEAD_SLOTS = 2
+"""Of a head's modulation: shift and scale."""
+ALIGNMENT_HIDDEN = 2
+"""Hidden width of the alignment's projection / D."""
+_SWIGLU_MULTIPLE = 8
+HIDDEN = "hidden_projections"
+"""The part that no stage trains."""
+
+
+# --------------------------------------------------------------------------------------------------------------- sizes
+
+
+def token_count(space: GridSpace | TokenSpace) -> int:
+    """Tokens of one sample of a modality."""
+    if isinstance(space, GridSpace):
+        return (space.height // space.patch) * (space.width // space.patch)
+    return space.length
+
+
+def mlp_hidden(model: Model, name: str) -> int:
+    """Hidden width of a modality's MLPs: ratio x D for gelu; for swiglu 2/3 of it, rounded up to a multiple of 8."""
+    hidden = model.mlp_ratio * model.width_of(name)
+    if model.mlp == "gelu":
+        return math.ceil(hidden - 1e-9)
+    return math.ceil(hidden * 2 / 3 / _SWIGLU_MULTIPLE - 1e-9) * _SWIGLU_MULTIPLE
+
+
+def head_outputs(space: GridSpace | TokenSpace) -> int:
+    """Rows of a head: the numbers of a patch, or the vocabulary (the mask state is no class)."""
+    return patch_numbers(space) if isinstance(space, GridSpace) else space.vocabulary
+
+
+def patch_numbers(space: GridSpace) -> int:
+    """Numbers of a patch, all channels."""
+    return space.channels * space.patch**2
+
+
+# ---------------------------------------------------------------------------------------------------------- parameters
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameter counts.
+
+    Attributes:
+        embeddings: per modality: states, learned positions, time.
+        joint: the joint blocks and the norm after them.
+        towers: per predicted modality.
+        heads: per predicted modality.
+        alignment: its projection, 0 without one.
+        hidden: the hidden projections of predicted modalities, which are never trained.
+    """
+
+    embeddings: dict[str, int]
+    joint: int
+    towers: dict[str, int]
+    heads: dict[str, int]
+    alignment: int = 0
+    hidden: int = 0
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """By the names that `freeze` uses: `joint` is the embeddings and the joint blocks, a modality its tower and head."""
+        joint = sum(self.embeddings.values()) + self.joint
+        others = {name: count for name, count in (("alignment", self.alignment), (HIDDEN, self.hidden)) if count}
+        return {"joint": joint} | {name: self.towers[name] + self.heads[name] for name in self.heads} | others
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def model_parameters(model: Model, predicted: Collection[str], alignment: Alignment | None = None) -> Parameters:
+    """What a model that predicts these modalities holds."""
+    names = [name for name in model.modalities if name in predicted]
+    return Parameters(
+        embeddings={name: _embedding_parameters(model, name) for name in model.modalities},
+        joint=sum(
+            model.joint_depth * _block_parameters(model, name) + _norm_parameters(model, name) for name in model.modalities
+        ),
+        towers={name: _tower_parameters(model, name) for name in names},
+        heads={name: _head_parameters(model, name) for name in names},
+        alignment=0 if alignment is None else sum(_linear(*shape) for shape in alignment_layers(model, alignment)),
+        hidden=sum(_hidden_parameters(model, name) for name in model.hidden_projections if name in names),
+    )
+
+
+def predicted(stage: Stage) -> tuple[str, ...]:
+    """The modalities that have a tower and a head in a stage."""
+    return tuple(name for name, modality in stage.modalities.items() if modality.predicted)
+
+
+def trainable(model: Model, stage: Stage) -> int:
+    """Parameters that a stage trains; the others of `stage_parameters(model, stage)` are frozen or idle."""
+    free = sum(count for part, count in stage_parameters(model, stage).parts.items() if is_trained(part, stage))
+    return free - sum(count.total for count in idle(model, stage).values())
+
+
+def is_trained(part: str, stage: Stage) -> bool:
+    """Whether a stage trains a part of the model, but for what of it is idle."""
+    return part not in (*stage.freeze, HIDDEN)
+
+
+def scored(stage: Stage) -> tuple[str, ...]:
+    """The modalities whose predictions a stage learns from: with a loss weight, and not a mere condition in every sample."""
+    return tuple(name for name, modality in stage.modalities.items() if modality.scored)
+
+
+def reached(model: Model, stage: Stage) -> tuple[str, ...]:
+    """The modalities whose tokens after the last joint block lead to a loss: the scored ones, and one that is aligned there."""
+    rule = stage.alignment
+    aligned = rule.modality if rule is not None and rule.block == model.joint_depth - 1 else None
+    return tuple(name for name in model.modalities if name in scored(stage) or name == aligned)
+
+
+def always_clean(stage: Stage, name: str) -> bool:
+    """Whether a modality is given in every sample: its clock stands at 0, and none of its tokens is masked."""
+    return stage.modalities[name].conditioning.clean >= 1
+
+
+def always_absent(stage: Stage, name: str) -> bool:
+    """Whether a modality is unknown in every sample: its tokens are all masked."""
+    return stage.modalities[name].conditioning.absent >= 1
+
+
+@dataclass(frozen=True)
+class IdleCount:
+    """Parameters of a part that no loss of a stage reaches: they stay as they are, neither stepped nor decayed.
+
+    Attributes:
+        whole: in tensors that are idle as a whole, and have neither gradients nor moments nor averages, as if frozen.
+        partial: the idle numbers of tensors that are trained otherwise.
+    """
+
+    whole: int = 0
+    partial: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.whole + self.partial
+
+
+def idle(model: Model, stage: Stage) -> dict[str, IdleCount]:
+    """What is idle, by part that is not frozen; models/idle.py knows its names.
+
+    Towers and heads of modalities that are not scored; of modalities that are not reached what comes after the last joint
+    attention, and the queries there (without joint blocks: the embedding); what a clock that stands, or states that are always
+    the same, never ask for.
+    """
+    counts = stage_parameters(model, stage)
+    joint = [_idle_joint(model, stage, name) for name in model.modalities]
+    parts = {"joint": IdleCount(sum(count.whole for count in joint), sum(count.partial for count in joint))}
+    parts |= {name: IdleCount(counts.parts[name]) for name in counts.heads if name not in scored(stage)}
+    return {part: count for part, count in parts.items() if part not in stage.freeze and count.total}
+
+
+def _idle_joint(model: Model, stage: Stage, name: str) -> IdleCount:
+    """One modality's among the embeddings, the joint blocks and the norm after them."""
+    width, inner = model.width_of(name), model.heads * model.head_dim
+    norm = 0 if name in scored(stage) else _norm_parameters(model, name)
+    if name in reached(model, stage):
+        return IdleCount(norm, _idle_inputs(model, stage, name))
+    if model.joint_depth == 0:
+        return IdleCount(norm + _embedding_parameters(model, name))
+    output = _linear(inner, width, bias=model.attention_bias)
+    query_gain = inner if model.qk_norm else 0
+    queries = _linear(width, inner, bias=model.attention_bias)
+    modulation = _linear(width, (BLOCK_SLOTS - PROJECTION_SLOTS) * width)
+    whole = norm + output + _mlp_parameters(model, name) + query_gain
+    return IdleCount(whole, queries + modulation + _idle_inputs(model, stage, name))
+
+
+def _idle_inputs(model: Model, stage: Stage, name: str) -> int:
+    """In the embedding of a modality that is always given (of the clock 0 the sines are 0; no mask) or never (only masks)."""
+    masked = model.modalities[name].process.kind == "masked"
+    if always_clean(stage, name):
+        return (TIME_FEATURES // 2 + masked) * model.width_of(name)
+    return head_outputs(model.modalities[name].space) * model.width_of(name) if masked and always_absent(stage, name) else 0
+
+
+def stage_parameters(model: Model, stage: Stage) -> Parameters:
+    """What the model holds in a stage."""
+    return model_parameters(model, predicted(stage), stage.alignment)
+
+
+def _linear(inputs: int, outputs: int, *, bias: bool = True) -> int:
+    return inputs * outputs + (outputs if bias else 0)
+
+
+def _embedding_parameters(model: Model, name: str) -> int:
+    modality, width = model.modalities[name], model.width_of(name)
+    time = _linear(TIME_FEATURES, width) + _linear(width, width)
+    positions = token_count(modality.space) * width if modality.positions == "learned" else 0
+    if isinstance(modality.space, GridSpace):
+        return time + positions + _linear(patch_numbers(modality.space), width)
+    return time + positions + (modality.space.vocabulary + 1) * width
+
+
+def _block_parameters(model: Model, name: str) -> int:
+    """One modality's share of a block."""
+    width, inner = model.width_of(name), model.heads * model.head_dim
+    modulation = _linear(width, BLOCK_SLOTS * width)
+    attention = _linear(width, 3 * inner, bias=model.attention_bias) + _linear(inner, width, bias=model.attention_bias)
+    gains = 2 * inner if model.qk_norm else 0
+    return modulation + attention + gains + _mlp_parameters(model, name)
+
+
+def _mlp_parameters(model: Model, name: str) -> int:
+    width = model.width_of(name)
+    return _linear(width, up_outputs(model, name)) + _linear(mlp_hidden(model, name), width)
+
+
+def up_outputs(model: Model, name: str) -> int:
+    """Outputs of the MLP's first map: swiglu has two halves."""
+    return mlp_hidden(model, name) * (2 if model.mlp == "swiglu" else 1)
+
+
+def _norm_parameters(model: Model, name: str) -> int:
+    return model.width_of(name) if model.trunk_norm else 0
+
+
+def _tower_parameters(model: Model, name: str) -> int:
+    depth = model.modalities[name].tower_depth
+    return depth * _block_parameters(model, name) + (_norm_parameters(model, name) if depth else 0)
+
+
+def _head_parameters(model: Model, name: str) -> int:
+    modality, width = model.modalities[name], model.width_of(name)
+    mask_class = modality.process.kind == "masked" and modality.process.mask_class
+    outputs = head_outputs(modality.space) + (1 if mask_class else 0)
+    return _linear(width, HEAD_SLOTS * width) + _linear(width, outputs)
+
+
+def _hidden_parameters(model: Model, name: str) -> int:
+    width = model.width_of(name)
+    return _linear(width, width) + _linear(width, model.hidden_projections[name])
+
+
+def alignment_layers(model: Model, alignment: Alignment) -> list[tuple[int, int]]:
+    """(inputs, outputs) of the projection's linear maps."""
+    width = model.width_of(alignment.modality)
+    hidden = ALIGNMENT_HIDDEN * width
+    return [(width, hidden), (hidden, hidden), (hidden, alignment.features)]

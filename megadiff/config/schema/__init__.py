@@ -1,0 +1,79 @@
+"""What a run is made of. Torch-free: a login node, the launcher and CI import this.
+
+Every section is frozen and refuses unknown keys. Units stand in the names: _s seconds, _bytes, _px.
+The rest of the package imports from here.
+"""
+
+from __future__ import annotations
+
+from megadiff.config.schema.data import Cache, CaptionField, ClassField, Data, FieldSource, LatentField, NumberField, PixelField
+from megadiff.config.schema.model import (
+    RESERVED_NAMES,
+    CategoricalSchedule,
+    GaussianProcess,
+    GridSpace,
+    MaskedProcess,
+    Modality,
+    Model,
+    Process,
+    Space,
+    TokenSpace,
+    UniformProcess,
+)
+from megadiff.config.schema.run import Launch, Run
+from megadiff.config.schema.sampling import PeriodicSamples, Sampling, Showcase
+from megadiff.config.schema.stage import (
+    Alignment,
+    Batching,
+    Checkpointing,
+    Conditioning,
+    ConstantEma,
+    EmaProfile,
+    Initialise,
+    LogitNormalTimes,
+    Optimizer,
+    PowerEma,
+    Stage,
+    StageModality,
+    UniformTimes,
+)
+
+__all__ = [
+    "Alignment",
+    "Batching",
+    "Cache",
+    "CaptionField",
+    "CategoricalSchedule",
+    "Checkpointing",
+    "ClassField",
+    "Conditioning",
+    "ConstantEma",
+    "Data",
+    "EmaProfile",
+    "FieldSource",
+    "GaussianProcess",
+    "GridSpace",
+    "Initialise",
+    "LatentField",
+    "Launch",
+    "LogitNormalTimes",
+    "MaskedProcess",
+    "Modality",
+    "Model",
+    "NumberField",
+    "Optimizer",
+    "PeriodicSamples",
+    "PixelField",
+    "PowerEma",
+    "Process",
+    "RESERVED_NAMES",
+    "Run",
+    "Sampling",
+    "Showcase",
+    "Space",
+    "Stage",
+    "StageModality",
+    "TokenSpace",
+    "UniformProcess",
+    "UniformTimes",
+]

@@ -1,0 +1,58 @@
+"""A whole run, and how it is launched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from megadiff.config import checks
+from megadiff.config.errors import ConfigError
+from megadiff.config.run_folder import RunFolder
+from megadiff.config.schema.base import LocalPath, Positive, Section
+from megadiff.config.schema.data import Data
+from megadiff.config.schema.model import Model
+from megadiff.config.schema.sampling import Showcase
+from megadiff.config.schema.stage import Stage
+
+
+class Launch(Section):
+    """How `megadiff launch` starts ranks on this machine."""
+
+    processes: Positive | Literal["accelerators"] = "accelerators"
+    """Ranks on this machine; `accelerators`: one per GPU, or one on a machine without."""
+    threads_per_process: Positive | None = None
+    """OMP_NUM_THREADS of each rank; None divides the cores."""
+
+
+class Run(Section):
+    """A whole run: one model, one source of data, a chain of stages."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    folder: LocalPath
+    """A folder that all ranks share. Where checkpoints, logs and samples go."""
+    seed: int = Field(default=0, ge=0, lt=2**62)
+    model: Model
+    data: Data
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
+    launch: Launch = Launch()
+    showcase: Showcase | None = None
+
+    @property
+    def paths(self) -> RunFolder:
+        """Where everything of the run lies."""
+        return RunFolder(Path(self.folder))
+
+    def stage(self, name: str) -> Stage:
+        """Raises ConfigError if the run has no such stage."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise ConfigError(f"the run has no stage {name}; its stages: {', '.join(stage.name for stage in self.stages)}")
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Run:
+        if faults := checks.run_faults(self.model, self.data, self.stages, self.showcase):
+            raise ValueError("; ".join(faults))
+        return self

@@ -1,0 +1,113 @@
+"""Sampling: how samples are drawn, and what is drawn during a run and at its end."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from megadiff.config.schema.base import NotNegative, Positive, Section, Share, Weight
+
+MOST_STEPS = 1_000_000
+"""Of sampling: their times must fit into memory."""
+
+
+class Sampling(Section):
+    """How samples are drawn."""
+
+    steps: Positive = 50
+    grid: Literal["auto", "uniform", "square", "karras", "shifted", "paper"] = "auto"
+    """Where the steps lie between t = 1 and 0: evenly; evenly in sqrt(t); evenly in (sigma / alpha)^(1/7); pushed towards 1 by
+    `grid_shift`; evenly from 1 to 1e-5, and then to 0 (the paper). auto: square where a vp modality is generated, else uniform.
+    """
+    grid_shift: Annotated[float, Field(gt=0)] = 3.0
+    """Of the shifted grid: t = s u / (1 + (s - 1) u)."""
+    solver: Literal["euler", "heun", "heun_time", "dpmpp_2m", "sde_euler", "sde_dpmpp_2m"] = "heun"
+    """For Gaussian modalities. heun steps along sigma / (alpha + sigma); heun_time along t itself (the paper), for grids that
+    come close to 0."""
+    order: Literal["ancestral", "tau_leaping", "first_hitting", "confidence", "entropy", "margin", "threshold"] = "ancestral"
+    """When categorical positions become visible. ancestral: by the exact reverse process; tau_leaping: by rates held fixed over
+    a step (the paper); first_hitting: one at a time at exact times, whatever `steps` (ancestral beside a Gaussian modality);
+    confidence, entropy, margin (of the likeliest to the next): the surest first; threshold: all surer than `threshold`."""
+    order_noise: Annotated[float, Field(ge=0)] = 0.0
+    """Gumbel noise on the score of the confidence, entropy and margin orders, times t."""
+    threshold: Annotated[float, Field(gt=0, le=1)] = 0.9
+    remask: Literal["none", "cap", "conf", "loop"] = "none"
+    """ReMDM (arXiv 2503.00307), with the ancestral order: visible positions are masked again with a capped probability; the
+    less sure ones more often; or while the clock stands still in the middle of the run."""
+    remask_strength: Share = 0.05
+    """The cap on the probability of masking a position again in a step."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Of token draws; 0 takes the likeliest."""
+    top_k: NotNegative = 0
+    """Draw among this many likeliest tokens; 0 is all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw among the likeliest tokens that together have this probability."""
+    min_p: Share = 0.0
+    """Draw among the tokens that have at least this share of the likeliest one's probability."""
+    resample: Positive = 1
+    """How often a step is made, its noise put back between, where a part of a modality is known (RePaint, arXiv 2201.09865)."""
+    guidance: Weight = 1.0
+    """w in w * conditional + (1 - w) * unconditional; 1 is none."""
+    guidance_interval: tuple[Share, Share] = (0.0, 1.0)
+    """Guide only while the time of the guided modality lies in it."""
+    guidance_final_time: Share = 1.0
+    """The unconditional branch noises the condition to max(this, its present time); below 1: noisy guidance."""
+    autoguidance: Weight = 1.0
+    """v in v * this network + (1 - v) * a weaker one (arXiv 2406.02507), where a weaker one is given; 1 is none."""
+
+    @model_validator(mode="after")
+    def _options_go_together(self) -> Sampling:
+        if self.steps > MOST_STEPS:
+            raise ValueError(f"steps ({self.steps}) must be at most {MOST_STEPS:,}")
+        if self.guidance_interval[0] > self.guidance_interval[1]:
+            raise ValueError(f"guidance_interval {self.guidance_interval} must be (lower, upper)")
+        if self.order_noise and self.order not in ("confidence", "entropy", "margin"):
+            raise ValueError(f"order_noise goes with the confidence, entropy and margin orders, not with {self.order}")
+        if self.remask != "none" and self.order != "ancestral":
+            raise ValueError(f"remask goes with the ancestral order, not with {self.order}")
+        return self
+
+
+class PeriodicSamples(Section):
+    """Samples drawn during training and shown in TensorBoard."""
+
+    every_steps: Positive
+    count: Positive = 8
+    weights: Literal["ema", "raw", "both"] = "ema"
+    """Which draw them: the averages of the first EMA profile, the plain weights, or each of the two, one below the other."""
+    sampling: Sampling = Sampling(steps=20)
+
+    @model_validator(mode="after")
+    def _ranks_stay_together(self) -> PeriodicSamples:
+        if self.sampling.order == "threshold":
+            raise ValueError("the threshold order ends when its samples do, and the ranks of a run must make equal calls")
+        _has_one_network(self.sampling, "training")
+        return self
+
+
+class Showcase(Section):
+    """What `megadiff launch` makes once the last stage is done: a sheet of samples and the conditioning gap.
+
+    Where all fields are columns of a table: the error rates of `rows` joint samples against the training data.
+    """
+
+    prompts: tuple[str, ...] = ()
+    """Prompts for the sheet; empty takes held-out captions."""
+    count: Positive = 8
+    """Samples per task on the sheet."""
+    rows: Positive = 10_000
+    """Samples of a table."""
+    sampling: Sampling = Sampling()
+    gap_pairs: Annotated[int, Field(ge=16)] = 256
+    """Held-out pairs over which the conditioning gap is measured."""
+
+    @model_validator(mode="after")
+    def _one_network(self) -> Showcase:
+        _has_one_network(self.sampling, "a showcase")
+        return self
+
+
+def _has_one_network(sampling: Sampling, what: str) -> None:
+    if sampling.autoguidance != 1:
+        raise ValueError(f"autoguidance needs a second network, which {what} has not; leave it out")
