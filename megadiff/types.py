@@ -8,11 +8,15 @@ tensors inside tuples and dicts only (deepspeed.runtime.zero.utils.apply_to_tens
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
+
+from megadiff.config.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -254,3 +258,50 @@ class LossTerms:
     sample_counts: dict[str, Tensor]
     times: dict[str, Tensor]
     exact: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure about a network, with everything that it depends on: two figures compare where these agree.
+
+    Attributes:
+        name: such as "gap/text" or "fid".
+        low, high: the ends of its 95 % interval, where it has one.
+        depends: hashes of weights and data, sampler, seeds, counts, and so on, as JSON holds them.
+    """
+
+    name: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    depends: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Moment(Protocol):
+    """What is done between two steps of training (samples, evaluation) sees of it, alike on all ranks."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+
+    @property
+    def last(self) -> bool:
+        """Whether the stage ends here."""
+
+    @property
+    def layout(self) -> Layout: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def denoiser(self, weights: str | None = None) -> AbstractContextManager[Denoiser]:
+        """The network with its plain weights (`raw`), those of an average by its name, or the first average's. Collective."""
+
+    def scalar(self, tag: str, value: float) -> None:
+        """Record a number; here and below only the rank that leads writes."""
+
+    def picture(self, tag: str, picture: Image.Image) -> None: ...
+
+    def text(self, tag: str, text: str) -> None: ...
+
+    def metric(self, metric: Metric) -> None: ...

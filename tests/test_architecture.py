@@ -16,7 +16,7 @@ PACKAGE = "megadiff"
 DOORS: dict[str, frozenset[str]] = {
     room: frozenset(names.split())
     for room, names in {
-        "types": "",
+        "types": "config",
         "rng": "",
         "files": "",
         "config": "",
@@ -30,7 +30,7 @@ DOORS: dict[str, frozenset[str]] = {
         "diffusion": "types rng config kernels",
         "weights": "types files config storage models",
         "engine": "types config distributed models weights",
-        "training": "files config distributed data diffusion engine weights",
+        "training": "types files config distributed data diffusion engine weights",
         "generation": "types rng config storage distributed data diffusion weights report",
         "evaluation": "types rng config storage distributed data diffusion weights generation report",
         "interfaces": "config data diffusion models weights generation",

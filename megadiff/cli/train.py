@@ -13,7 +13,6 @@ from megadiff.cli import errors
 from megadiff.cli.arguments import Verbs, add_run, add_verb
 from megadiff.config.deepspeed import load_deepspeed
 from megadiff.config.errors import UserError
-from megadiff.config.layout import Layout
 from megadiff.config.load import load_run
 from megadiff.distributed.ranks import Ranks
 from megadiff.launcher import folder
@@ -42,13 +41,10 @@ def run(arguments: argparse.Namespace) -> int:
     folder.join(loaded.paths)
     _log_to(loaded.paths.stage(stage.name).log(ranks.rank), ranks)
     try:
-        from megadiff.evaluation.periodic import PeriodicSamples
-        from megadiff.training.loop import Callback, train_stage
+        from megadiff.evaluation.build import callbacks
+        from megadiff.training.loop import train_stage
 
-        callbacks: list[Callback] = (
-            [PeriodicSamples(loaded, stage, stage.samples, Layout(ranks.rank, ranks.world))] if stage.samples else []
-        )
-        train_stage(loaded, stage.name, tree, callbacks)
+        train_stage(loaded, stage.name, tree, callbacks(loaded, stage))
     except (UserError, OSError) as error:  # a full disk above all, and it names the file
         # The terminal gets it once, below or from the launcher.
         logging.getLogger("megadiff").info("stopped: %s", error, exc_info=isinstance(error, OSError))

@@ -30,16 +30,16 @@ def check_features(
     space, field = model.modalities[modality].space, data.fields[modality]
     if not isinstance(space, GridSpace):
         return
-    step = space.patch
+    rows, columns = space.patch_sides
     if isinstance(field, LatentField):
         factor = encoded.get(field.member, {}).get("factor")
         if not isinstance(factor, int):
             return
-        step *= factor
+        rows, columns = rows * factor, columns * factor
     wanted = token_count(space)
     for bucket in sorted(buckets):
         height, width = (int(edge) for edge in bucket.split("x"))
-        count = height // step * (width // step)
+        count = height // rows * (width // columns)
         if count != wanted:
             raise ConfigError(
                 f"{address} has buckets ({bucket}: {count} features a sample), and alignment takes {wanted} of {modality}, as "

@@ -55,23 +55,14 @@ def data_faults(data: Data, model: Model) -> list[str]:
 
 
 def field_faults(name: str, field: FieldSource, space: Space) -> list[str]:
-    """A field of a kind fills spaces of a kind and shape."""
-    where = f"data.fields.{name}"
-    if space.kind != {"caption": "tokens", "class": "tokens"}.get(field.kind, "grid"):
-        return [f"{where} is {field.kind}, which cannot fill a {space.kind} space"]
-    if space.kind == "grid":
-        if field.kind == "pixels" and space.channels not in (1, 3):
-            return [f"{where} is pixels, which fill 1 or 3 channels, and its grid has {space.channels}"]
-        if field.kind == "number" and (space.channels, space.height, space.width) != (1, 1, 1):
-            return [f"{where} is a number, which fills a grid of 1 x 1 x 1"]
-    elif field.kind == "class" and (space.length != 1 or space.end_id is not None):
-        return [f"{where} is a class, which fills a token space of length 1 without an end_id"]
-    return []
+    """A field fills spaces of some kinds and shapes."""
+    reason = field.misfit(space)
+    return [f"data.fields.{name} is {reason}"] if reason else []
 
 
 def autoencoder_faults(fields: Mapping[str, FieldSource]) -> list[str]:
     """Latents cannot be shown without their autoencoder, nor be made from pictures."""
-    return [no_autoencoder(name) for name, field in fields.items() if field.kind == "latents" and field.autoencoder is None]
+    return [no_autoencoder(name) for name, field in fields.items() if not field.can_be_shown]
 
 
 def no_autoencoder(name: str) -> str:

@@ -33,7 +33,7 @@ HIDDEN = "hidden_projections"
 def token_count(space: GridSpace | TokenSpace) -> int:
     """Tokens of one sample of a modality."""
     if isinstance(space, GridSpace):
-        return (space.height // space.patch) * (space.width // space.patch)
+        return math.prod(space.patches)
     return space.length
 
 
@@ -52,7 +52,7 @@ def head_outputs(space: GridSpace | TokenSpace) -> int:
 
 def patch_numbers(space: GridSpace) -> int:
     """Numbers of a patch, all channels."""
-    return space.channels * space.patch**2
+    return space.channels * math.prod(space.patch_sides)
 
 
 # ---------------------------------------------------------------------------------------------------------- parameters

@@ -1,7 +1,8 @@
 """A run's folder: the one owner of every path in it. Torch-free; nothing here is created or read but by name.
 
-RUN/  run.yaml  deepspeed.json  .lock  .ranks  samples.png  tensorboard/STAGE/
-      STAGE/  DONE  error.txt  metrics.jsonl  logs/rank_N.log  checkpoints/  step_XXXXXXXX/manifest.json  latest
+RUN/  run.yaml  deepspeed.json  .lock  .ranks  samples.png  results.json  tensorboard/STAGE/
+      STAGE/  DONE  error.txt  metrics.jsonl  results.jsonl  pictures/*.png  logs/rank_N.log
+              checkpoints/  step_XXXXXXXX/manifest.json  latest
 """
 
 from __future__ import annotations
@@ -53,6 +54,11 @@ class RunFolder:
         """The sheet of samples that is drawn at the end."""
         return self.root / "samples.png"
 
+    @property
+    def results(self) -> Path:
+        """The figures that are measured at the end, and what they depend on."""
+        return self.root / "results.json"
+
     def stage(self, name: str) -> StageFolder:
         return StageFolder(self, name)
 
@@ -87,6 +93,16 @@ class StageFolder:
     def metrics(self) -> Path:
         """A JSON line per step."""
         return self.root / "metrics.jsonl"
+
+    @property
+    def results(self) -> Path:
+        """A JSON line per figure that was measured while training."""
+        return self.root / "results.jsonl"
+
+    @property
+    def pictures(self) -> Path:
+        """Pictures drawn while training, by tag and step."""
+        return self.root / "pictures"
 
     @property
     def logs(self) -> Path:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from megadiff import rng
 from megadiff.config.schema import Model
 from megadiff.diffusion.objective import conditional_losses
-from megadiff.types import Denoiser
+from megadiff.types import Denoiser, Metric
 
 RESAMPLES = 2000
 
@@ -39,6 +40,11 @@ class Gap:
     @property
     def excludes_zero(self) -> bool:
         return self.low > 0
+
+    def metric(self, depends: Mapping[str, Any]) -> Metric:
+        """As a figure; `depends` says of what network and data."""
+        own = {"pairs": self.pairs, "given": self.given}
+        return Metric(f"conditioning gap/{self.target}", self.mean, self.low, self.high, {**depends, **own})
 
     def __str__(self) -> str:
         verdict = "the condition is used" if self.excludes_zero else "NOT above 0: the condition is not used"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from PIL import Image
@@ -17,8 +16,9 @@ from megadiff.data.codecs.build import build_codecs
 from megadiff.data.reading.loader import read_held_out
 from megadiff.diffusion.sampler import Conditions
 from megadiff.distributed.reduce import gather_objects
-from megadiff.generation.tasks import Task, cell_of, draw, tasks_of
+from megadiff.generation.tasks import Task, draw, shown_cell, tasks_of
 from megadiff.report.sheet import Cell, Section, contact_sheet
+from megadiff.types import Denoiser, Moment
 
 SEED = 0
 TITLES = {"ema": "averaged weights", "raw": "plain weights"}
@@ -27,50 +27,43 @@ TITLES = {"ema": "averaged weights", "raw": "plain weights"}
 class PeriodicSamples:
     """A training callback: one contact sheet per task, the same conditions and keys every time, so that sheets compare."""
 
-    def __init__(self, run: Run, stage: Stage, rule: Rule, layout: Layout) -> None:
+    def __init__(self, run: Run, stage: Stage, rule: Rule) -> None:
         """Raises UserError if the held-out data cannot be read."""
-        self.rule, self.model, self.layout = rule, run.model, layout
+        self.rule, self.model = rule, run.model
         self.codecs = build_codecs(run.data, run.model)
         self.tasks = tasks_of(list(run.model.modalities), parameters.predicted(stage))
-        # Every rank draws equally many: under ZeRO-3 each call of the model is a collective.
-        self.share = -(-rule.count // layout.data_ranks)
-        source = run.data.reference
-        self.held = read_held_out(source, run.data, run.model, self.share * layout.data_ranks).states
+        self.held = read_held_out(run.data.reference, run.data, run.model, rule.count).states
 
-    def due(self, training: Any) -> bool:
-        step: int = training.progress.optimizer_step
-        return step % self.rule.every_steps == 0 or bool(step == training.stage.steps)
+    def due(self, moment: Moment) -> bool:
+        return moment.step % self.rule.every_steps == 0 or moment.last
 
-    def __call__(self, training: Any) -> None:
-        step: int = training.progress.optimizer_step
-        engine = training.engine
+    def __call__(self, moment: Moment) -> None:
         kinds = ("ema", "raw") if self.rule.weights == "both" else (self.rule.weights,)
         drawn: dict[str, dict[str, list[Cell]]] = {task.name: {} for task in self.tasks}
         for kind in kinds:
-            with engine.denoiser(None if kind == "ema" else kind) as denoiser:
+            with moment.denoiser(None if kind == "ema" else kind) as denoiser:
                 for task in self.tasks:
-                    drawn[task.name][kind] = self.cells(denoiser, task, engine.device)
+                    drawn[task.name][kind] = self.cells(denoiser, task, moment.layout, moment.device)
         for name, cells in drawn.items():
-            training.monitor.picture(f"samples/{name}", sheet(name, cells), step)
-            training.monitor.text(f"samples/{name}", listing(cells), step)
+            moment.picture(f"samples/{name}", sheet(name, cells))
+            moment.text(f"samples/{name}", listing(cells))
 
-    def cells(self, denoiser: Any, task: Task, device: torch.device) -> list[Cell]:
+    def cells(self, denoiser: Denoiser, task: Task, layout: Layout, device: torch.device) -> list[Cell]:
         """The task's samples, equal on all ranks. Collective."""
-        replicas = self.layout.data_ranks
-        count = self.share * replicas
-        mine = torch.arange(self.layout.data_rank, count, replicas)
+        # Every replica draws equally many: under ZeRO-3 each call of the model is a collective.
+        replicas = layout.data_ranks
+        share = -(-self.rule.count // replicas)
+        mine = torch.arange(layout.data_rank, share * replicas, replicas)
         keys = rng.sample_keys(SEED, mine).to(device)
         # A source with fewer samples than that gives some of its conditions twice.
         given = {name: self.held[name][mine % len(self.held[name])] for name in task.given}
         moved = {name: state.to(device) for name, state in given.items()}
-        drawn = draw(denoiser, self.model, self.rule.sampling, task, keys, Conditions(given=moved), batch=self.share)
+        drawn = draw(denoiser, self.model, self.rule.sampling, task, keys, Conditions(given=moved), batch=share)
         states = {**given, **{name: state.cpu() for name, state in drawn.items()}}
-        values = [
-            {name: self.codecs[name].decode(state[index]) for name, state in states.items()} for index in range(len(mine))
-        ]
-        own = (self.layout.data_rank, [cell_of(task, value) for value in values]) if self.layout.speaks else None
+        shown = [shown_cell(task, states, index, self.codecs) for index in range(len(mine))]
+        own = (layout.data_rank, shown) if layout.speaks else None
         shared = dict(spoken for spoken in gather_objects(own) if spoken is not None)
-        return [shared[number % replicas][number // replicas] for number in range(count)]
+        return [shared[number % replicas][number // replicas] for number in range(self.rule.count)]
 
 
 def sheet(task: str, cells: Mapping[str, list[Cell]]) -> Image.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from PIL import Image
@@ -10,14 +11,16 @@ from torch import Tensor
 
 from megadiff import rng
 from megadiff.config.errors import UserError
-from megadiff.config.schema import CaptionField, ClassField, NumberField, Run, Showcase
-from megadiff.data.codecs.base import Codec
+from megadiff.config.schema import Run, Showcase
+from megadiff.data.codecs.base import TEXT, Codec
+from megadiff.data.codecs.build import table_columns
 from megadiff.data.reading.loader import HeldOut, read_held_out
 from megadiff.diffusion.sampler import Conditions
 from megadiff.evaluation.gap import conditioning_gap
+from megadiff.evaluation.results import write_results
 from megadiff.evaluation.table import Table, compare, picture, table_of
 from megadiff.generation.loading import codecs_of, load
-from megadiff.generation.tasks import JOINT, Task, cell_of, draw, find_task, progress_bar, tasks_of
+from megadiff.generation.tasks import JOINT, Task, draw, find_task, progress_bar, shown_cell, tasks_of
 from megadiff.report.sheet import Section, contact_sheet, png_bytes
 from megadiff.storage import store
 from megadiff.weights.loading import Loaded
@@ -39,7 +42,7 @@ def make_showcase(run: Run) -> int:
         raise UserError(f"run {run.name} has no showcase section")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load(run.folder, "ema", device)
-    if all(isinstance(field, NumberField | ClassField) for field in run.data.fields.values()):
+    if table_columns(codecs_of(loaded)):
         return _table(run, rule, loaded, device)
     held = read_held_out(run.data.reference, run.data, run.model, rule.gap_pairs)
     if len(held.ids) < rule.gap_pairs:
@@ -49,12 +52,20 @@ def make_showcase(run: Run) -> int:
     _write_sheet(run, contact_sheet(sections))
     fine = True
     states = {name: state.to(device) for name, state in held.states.items()}
+    metrics = []
     for target in loaded.predicted:
         with torch.no_grad():
             gap = conditioning_gap(loaded.module, run.model, states, target=target, seed=run.seed)
         print(f"conditioning gap, {gap}", flush=True)
+        metrics.append(gap.metric(_depends(run, loaded)))
         fine &= gap.excludes_zero
+    write_results(run.paths.results, metrics)
     return 0 if fine else 1
+
+
+def _depends(run: Run, loaded: Loaded) -> dict[str, Any]:
+    """What every figure of the showcase depends on."""
+    return {"weights": loaded.fingerprint, "data": run.data.reference, "seed": run.seed}
 
 
 def _table(run: Run, rule: Showcase, loaded: Loaded, device: torch.device) -> int:
@@ -68,7 +79,10 @@ def _table(run: Run, rule: Showcase, loaded: Loaded, device: torch.device) -> in
     sources = (next(iter(run.data.sources.values())), run.data.reference)
     real, held_out = (_rows(read_held_out(source, run.data, run.model, rule.rows).states, codecs) for source in sources)
     _write_sheet(run, picture(real, made))
-    print(compare(real, made, held_out), flush=True)
+    errors = compare(real, made, held_out)
+    print(errors, flush=True)
+    depends = {**_depends(run, loaded), "rows": rule.rows, "sampling": rule.sampling.model_dump(mode="json")}
+    write_results(run.paths.results, errors.metrics(depends))
     return 0
 
 
@@ -86,7 +100,7 @@ def _rows(states: Mapping[str, Tensor], codecs: Mapping[str, Codec]) -> Table:
 
 def _section(loaded: Loaded, task: Task, rule: Showcase, held: HeldOut, seed: int, device: torch.device) -> Section:
     codecs = codecs_of(loaded)
-    given = {name: _condition(name, loaded, rule, held, codecs[name]) for name in task.given}
+    given = {name: _condition(name, rule, held, codecs[name]) for name in task.given}
     count = min([rule.count, *(len(state) for state in given.values())])
     keys = rng.sample_keys(seed, torch.arange(count)).to(device)
     moved = {name: state[:count].to(device) for name, state in given.items()}
@@ -94,8 +108,7 @@ def _section(loaded: Loaded, task: Task, rule: Showcase, held: HeldOut, seed: in
         conditions = Conditions(given=moved)
         drawn = draw(loaded.module, loaded.model, rule.sampling, task, keys, conditions, batch=count, progress=report)
     states = {name: state.cpu() for name, state in {**moved, **drawn}.items()}
-    values = [{name: codecs[name].decode(state[index]) for name, state in states.items()} for index in range(count)]
-    return Section(_title(task), [cell_of(task, value) for value in values])
+    return Section(_title(task), [shown_cell(task, states, index, codecs) for index in range(count)])
 
 
 def _title(task: Task) -> str:
@@ -106,7 +119,7 @@ def _title(task: Task) -> str:
     )
 
 
-def _condition(name: str, loaded: Loaded, rule: Showcase, held: HeldOut, codec: Codec) -> Tensor:
-    if rule.prompts and isinstance(loaded.data.fields[name], CaptionField):
+def _condition(name: str, rule: Showcase, held: HeldOut, codec: Codec) -> Tensor:
+    if rule.prompts and codec.medium == TEXT:
         return torch.stack([codec.encode(prompt) for prompt in rule.prompts])
     return held.states[name]

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from megadiff.types import Metric
+
 Table = Mapping[str, NDArray[Any]]
 """Columns by name: float64 for numbers, text for categories; all of one length."""
 
@@ -94,6 +96,13 @@ class TableReport:
     trend: dict[tuple[str, str], float]
     floor_shape: dict[str, float]
     floor_trend: dict[tuple[str, str], float]
+
+    def metrics(self, depends: Mapping[str, Any]) -> list[Metric]:
+        """The means as figures; `depends` says of what network and data."""
+        return [
+            Metric("mean shape error", _mean(self.shape), depends=depends),
+            Metric("mean trend error", _mean(self.trend), depends=depends),
+        ]
 
     def __str__(self) -> str:
         width = max(len(name) for name in (*self.shape, "mean shape error"))

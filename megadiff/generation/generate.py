@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from megadiff.config import checks
 from megadiff.config.errors import UserError
-from megadiff.config.schema import LatentField
 from megadiff.data.shards.shard import MANIFEST
 from megadiff.distributed.ranks import Ranks
 from megadiff.generation.loading import codecs_of, load
@@ -25,7 +24,7 @@ from megadiff.generation.request import GenerateRequest
 from megadiff.generation.tasks import draw
 from megadiff.generation.writing import RECORDS, SampleWriter, join_records, open_folder
 from megadiff.storage import store
-from megadiff.weights.loading import Loaded
+from megadiff.weights.loading import AUTOENCODER, Loaded
 
 SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_LOOKS = 10.0, 0.2
 
@@ -74,7 +73,7 @@ def _check_autoencoders(loaded: Loaded, request: GenerateRequest) -> None:
     """Before anything is drawn. Raises UserError if latents could not be shown, or `autoencoder` has nothing to decode."""
     fields = loaded.data.fields
     checks.require(checks.autoencoder_faults(fields))
-    if request.autoencoder is not None and not any(isinstance(field, LatentField) for field in fields.values()):
+    if request.autoencoder is not None and not any(AUTOENCODER in field.FILES for field in fields.values()):
         raise UserError("--autoencoder is for models of latents, and this model has none; leave it out")
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 
 import torch
 
 from megadiff.config.errors import UserError
-from megadiff.config.schema import Data, GridSpace, LatentField, Model, PixelField
+from megadiff.config.schema import Data, GridSpace, Model
 from megadiff.data.buckets import Bucket
-from megadiff.data.codecs.base import Codec
+from megadiff.data.codecs.base import PICTURE, Codec
 from megadiff.data.codecs.build import build_codecs
-from megadiff.data.codecs.latents import LatentCodec
 from megadiff.weights import loading
-from megadiff.weights.loading import Loaded
+from megadiff.weights.loading import AUTOENCODER, Loaded
 
 
 def load(
@@ -47,17 +47,16 @@ def codecs_of(loaded: Loaded) -> dict[str, Codec]:
 
 def _of_size(loaded: Loaded, size: Bucket) -> Model:
     """The model with its pictures' grids of another size, which only learned positions would stand against."""
-    modalities = dict(loaded.model.modalities)
+    modalities, codecs = dict(loaded.model.modalities), codecs_of(loaded)
     for name, modality in loaded.model.modalities.items():
-        field, space = loaded.data.fields[name], modality.space
-        if not isinstance(field, PixelField | LatentField) or not isinstance(space, GridSpace):
+        codec, space = codecs[name], modality.space
+        if codec.medium != PICTURE or not isinstance(space, GridSpace):
             continue
         if modality.positions == "learned":
             raise UserError(f"--size: the positions of {name} are learned for {space.height} x {space.width}; leave it out")
-        codec = codecs_of(loaded)[name]
-        factor = codec.downscaling if isinstance(codec, LatentCodec) else 1
-        step = factor * space.patch
-        if size.height % step or size.width % step:
+        factor = codec.downscaling
+        step = Bucket(*(factor * side for side in space.patch_sides))
+        if size.height % step.height or size.width % step.width:
             raise UserError(f"--size {size} must be made of multiples of {step} pixels for {name}")
         grid = space.model_copy(update={"height": size.height // factor, "width": size.width // factor})
         modalities[name] = modality.model_copy(update={"space": grid})
@@ -71,7 +70,7 @@ def _of_size(loaded: Loaded, size: Bucket) -> Model:
 def _least_bytes(space: GridSpace, width: int) -> int:
     """What one sample takes at least, in float32: its state, a prediction, and one attention's input, q, k and v."""
     places = space.height * space.width
-    return 4 * (2 * space.channels * places + 4 * width * (places // space.patch**2))
+    return 4 * (2 * space.channels * places + 4 * width * (places // math.prod(space.patch_sides)))
 
 
 def _memory() -> int:
@@ -83,7 +82,7 @@ def _memory() -> int:
 
 def _with_autoencoder(data: Data, folder: str) -> Data:
     fields = {
-        name: field.model_copy(update={"autoencoder": folder}) if isinstance(field, LatentField) else field
+        name: field.model_copy(update={AUTOENCODER: folder}) if AUTOENCODER in field.FILES else field
         for name, field in data.fields.items()
     }
     return data.model_copy(update={"fields": fields})

@@ -14,18 +14,10 @@ from torch import Tensor
 from megadiff import rng
 from megadiff.config.errors import UserError
 from megadiff.config.schema import (
-    CaptionField,
-    ClassField,
-    FieldSource,
-    GridSpace,
-    LatentField,
-    NumberField,
-    PixelField,
     TokenSpace,
 )
-from megadiff.data.codecs.base import Codec
-from megadiff.data.codecs.captions import CaptionCodec
-from megadiff.data.codecs.pictures import unknown_region
+from megadiff.data.codecs.base import PICTURE, TEXT, Codec
+from megadiff.data.codecs.build import table_columns
 from megadiff.data.reading.loader import Shuffled
 from megadiff.diffusion.sampler import Conditions, Known, Sampler
 from megadiff.generation.inputs import checked_text, open_picture, read_prompts, read_rows
@@ -167,23 +159,14 @@ class Planner:
         parts: dict[str, Known] = {}
         shown: dict[str, Any] = {}
         if request.image:
-            name = self._only("picture", PixelField, LatentField)
-            picture, space = open_picture(request.image[0]), self.loaded.model.modalities[name].space
-            clean = self.codecs[name].encode(picture)
-            unknown = torch.zeros_like(clean, dtype=torch.bool)
-            if request.mask_image and isinstance(space, GridSpace):
-                mask = open_picture(request.mask_image)
-                if abs(mask.width * picture.height - mask.height * picture.width) > max(*mask.size, *picture.size):
-                    shapes = [f"{image.width} x {image.height}" for image in (mask, picture)]
-                    raise UserError(f"the mask is {shapes[0]} px and the picture {shapes[1]}: their sides must have one ratio")
-                unknown = unknown_region(mask, space)
-            parts[name], shown[name] = Known(clean, ~unknown), picture
+            name = self._only(PICTURE)
+            shown[name] = open_picture(request.image[0])
+            mask = open_picture(request.mask_image) if request.mask_image else None
+            parts[name] = Known(*self.codecs[name].encode_partly(shown[name], mask))
         if request.prompt:
-            name = self._only("text", CaptionField)
-            codec = self.codecs[name]
-            assert isinstance(codec, CaptionCodec)
+            name = self._only(TEXT)
             shown[name] = checked_text(request.prompt[0])
-            parts[name] = Known(*codec.encode_with_blanks(shown[name], request.blank_tokens))
+            parts[name] = Known(*self.codecs[name].encode_partly(shown[name], request.blank_tokens))
         open_parts = {name: part for name, part in parts.items() if not bool(part.where.all())}
         if not open_parts:
             raise UserError("nothing is to be filled in: give --mask-image (white is unknown), or a --text with ___ in it")
@@ -206,10 +189,10 @@ class Planner:
 
     def _imputing(self) -> list[Chunk]:
         """The rows of a CSV; rows that lack the same columns are drawn together."""
-        request, fields = self.request, self.loaded.data.fields
-        if not all(isinstance(field, NumberField | ClassField) for field in fields.values()):
+        request, columns = self.request, table_columns(self.codecs)
+        if not columns:
             raise UserError("impute fills in the rows of a table, and not all of this model's modalities are columns")
-        rows = read_rows(str(request.table), {getattr(field, "column", ""): name for name, field in fields.items()})
+        rows = read_rows(str(request.table), {column: name for name, column in columns.items()})
         by_pattern: dict[tuple[str, ...], list[int]] = defaultdict(list)
         for number, row in enumerate(rows):
             by_pattern[tuple(name for name in self.loaded.model.modalities if name not in row)].append(number)
@@ -232,43 +215,43 @@ class Planner:
 
     def _values(self, name: str) -> list[tuple[str, Any]]:
         """(label, value) pairs that the flags give for a modality."""
-        request, field = self.request, self.loaded.data.fields[name]
-        if isinstance(field, CaptionField):
-            if (request.prompts or request.prompt) and name != self._only("text", CaptionField):
+        request, medium = self.request, self.codecs[name].medium
+        if medium == TEXT:
+            if (request.prompts or request.prompt) and name != self._only(TEXT):
                 return []
             prompts = list(enumerate(request.prompt))
             found = read_prompts(request.prompts) if request.prompts else [(str(index), text) for index, text in prompts]
             return [(label, checked_text(prompt)) for label, prompt in found]
-        if isinstance(field, PixelField | LatentField) and request.image:
-            self._only("picture", PixelField, LatentField)
+        if medium == PICTURE and request.image:
+            self._only(PICTURE)
             return [
                 (Path(source).stem if isinstance(source, str) else str(index), open_picture(source))
                 for index, source in enumerate(request.image)
             ]
         return []
 
-    def _only(self, what: str, *kinds: type[FieldSource]) -> str:
-        names = [name for name, field in self.loaded.data.fields.items() if isinstance(field, kinds)]
+    def _only(self, medium: str) -> str:
+        names = [name for name, codec in self.codecs.items() if codec.medium == medium]
         if len(names) != 1:
             found = f"has several: {', '.join(names)}; give them with --data MANIFEST" if names else "has none"
-            raise UserError(f"a {what} is for a model with one modality of that kind, and this one {found}")
+            raise UserError(f"a {medium} is for a model with one modality of that kind, and this one {found}")
         return names[0]
 
     def _flags(self, names: Iterable[str]) -> str:
-        fields = [self.loaded.data.fields[name] for name in names]
-        flags = ["--prompt TEXT or --prompts FILE.json"] if any(isinstance(field, CaptionField) for field in fields) else []
-        flags += ["--image FILE"] if any(isinstance(field, PixelField | LatentField) for field in fields) else []
+        media = {self.codecs[name].medium for name in names}
+        flags = ["--prompt TEXT or --prompts FILE.json"] if TEXT in media else []
+        flags += ["--image FILE"] if PICTURE in media else []
         return "give " + " or ".join([*flags, "--data MANIFEST"])
 
     def _state(self, name: str, value: Any) -> Tensor:
         codec = self.codecs[name]
-        if self.request.repeat_prompt and isinstance(codec, CaptionCodec):
+        if self.request.repeat_prompt and codec.medium == TEXT:
             value = " ".join([value] * PROMPT_REPEATS)
         return self._limited(name, codec.encode(value))
 
     def _taken(self, name: str, state: Tensor) -> Tensor:
         """A data set's state as a condition."""
-        if self.request.repeat_prompt and isinstance(self.codecs[name], CaptionCodec):
+        if self.request.repeat_prompt and self.codecs[name].medium == TEXT:
             return self._state(name, self.codecs[name].decode(state))
         return self._limited(name, state)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from PIL import Image
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from megadiff.config.errors import UserError
 from megadiff.config.schema import Model, Sampling
+from megadiff.data.codecs.base import Codec
 from megadiff.data.pictures import flat, plain
 from megadiff.diffusion.sampler import Conditions, Sampler
 from megadiff.report.sheet import Cell
@@ -97,15 +97,18 @@ def draw(
     return {name: torch.cat([part[name] for part in parts]) for name in task.generated}
 
 
-def cell_of(task: Task, values: Mapping[str, Any]) -> Cell:
-    """A cell of a contact sheet from the decoded values of a task's modalities; generated texts stand behind an arrow."""
+def cell_of(task: Task, values: Mapping[str, Image.Image | str]) -> Cell:
+    """A cell of a contact sheet from what codecs show of a task's modalities; generated texts stand behind an arrow."""
     pictures = [value for value in values.values() if isinstance(value, Image.Image)]
     texts = [
-        ("→ " if name in task.generated else "") + str(value)
-        for name, value in values.items()
-        if not isinstance(value, Image.Image)
+        ("→ " if name in task.generated else "") + value for name, value in values.items() if not isinstance(value, Image.Image)
     ]
     return Cell(flat(plain(pictures[0])) if pictures else None, " ".join(texts))
+
+
+def shown_cell(task: Task, states: Mapping[str, Tensor], index: int, codecs: Mapping[str, Codec]) -> Cell:
+    """`cell_of` sample `index` of states [N, ...] of a task's modalities."""
+    return cell_of(task, {name: codecs[name].shown(codecs[name].decode(state[index])) for name, state in states.items()})
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from megadiff.config.errors import UserError
-from megadiff.config.schema import ClassField, NumberField
 from megadiff.data.codecs.base import Codec
-from megadiff.data.pictures import flat
+from megadiff.data.codecs.build import table_columns
 from megadiff.data.shards.shard import Manifest, Members, Shard, ShardEntry, write_manifest, write_shard
 from megadiff.generation.planner import Chunk, Item
 from megadiff.generation.tasks import Task, cell_of
@@ -69,12 +69,13 @@ class SampleWriter:
         shard: dict[str, Members] = {}
         for index, item in enumerate(items):
             files: Members = {}
-            given = {name: _stored(value, item.name, f"{name}.given.png", files) for name, value in item.condition.items()}
             values = {name: self.codecs[name].decode(state[index]) for name, state in drawn.items()}
-            generated = {name: _stored(value, item.name, f"{name}.png", files) for name, value in values.items()}
+            given = self._stored(item.condition, item.name, ".given", files)
+            generated = self._stored(values, item.name, "", files)
             record = {"number": item.number, "name": item.name, "task": task.name, "given": given, "generated": generated}
             lines.append(record)
-            shard[item.name] = {**files, "json": json.dumps(record, ensure_ascii=False).encode()}
+            members = {name.removeprefix(f"{item.name}."): data for name, data in files.items()}
+            shard[item.name] = {**members, "json": json.dumps(record, ensure_ascii=False).encode()}
         entry = None
         if self.format == "tar" and shard:
             entry = vars(write_shard(str(self.out), self.shard_name(number), shard))
@@ -90,30 +91,32 @@ class SampleWriter:
         tree = json.loads(self._records_path(number).read_text(encoding="utf-8"))
         return None if tree["shard"] is None else ShardEntry(**tree["shard"]), tree["records"]
 
-    def value(self, number: int, name: str, stored: Mapping[str, Any]) -> Any:
-        """What a record of a chunk stands for: the picture, text or number."""
-        if "picture" not in stored:
-            return next(iter(stored.values()))
+    def shown(self, number: int, sample: str, stored: Mapping[str, Mapping[str, Any]]) -> dict[str, Image.Image | str]:
+        """What the entries of a record of a chunk look like, by modality."""
+        read = partial(self._file, number, sample)
+        return {name: self.codecs[name].shown(self.codecs[name].restored(entry, read)) for name, entry in stored.items()}
+
+    def _file(self, number: int, sample: str, name: str) -> bytes:
+        """A file of a sample, by the name that its record gives."""
         if self.format == "folder":
-            return Image.open(self.out / stored["picture"])
+            return (self.out / name).read_bytes()
         path = self.out / self.shard_name(number)
         shard = Shard(str(path), path)
-        offset = next(offset for offset in range(len(shard)) if shard.key(offset) == name)
-        return Image.open(io.BytesIO(shard.members(offset)[stored["picture"].removeprefix(f"{name}.")]))
+        offset = next(offset for offset in range(len(shard)) if shard.key(offset) == sample)
+        return bytes(shard.members(offset)[name.removeprefix(f"{sample}.")])
+
+    def _stored(self, values: Mapping[str, Any], sample: str, ending: str, files: Members) -> dict[str, dict[str, Any]]:
+        """By modality a value as a record holds it; what it takes files for goes to `files`, by their whole names."""
+        stored = {name: self.codecs[name].stored(value, f"{sample}.{name}{ending}") for name, value in values.items()}
+        for each in stored.values():
+            files.update(each.files)
+        return {name: each.entry for name, each in stored.items()}
 
     def shard_name(self, number: int) -> str:
         return f"samples-{number:06d}.tar"
 
     def _records_path(self, number: int) -> Path:
         return self.out / PARTS / f"{number:06d}.json"
-
-
-def _stored(value: Any, name: str, ending: str, files: Members) -> dict[str, Any]:
-    """A value as a record holds it; pictures go to `files`."""
-    if not isinstance(value, Image.Image):
-        return {"value": value} if isinstance(value, int | float) else {"text": str(value)}
-    files[ending] = png_bytes(flat(value))
-    return {"picture": f"{name}.{ending}"}
 
 
 def join_records(writer: SampleWriter, chunks: Sequence[Chunk], loaded: Loaded, identity: Mapping[str, Any]) -> None:
@@ -127,9 +130,7 @@ def join_records(writer: SampleWriter, chunks: Sequence[Chunk], loaded: Loaded, 
     if writer.format == "tar":
         facts = {"request": dict(identity), "source": loaded.source}
         write_manifest(str(writer.out), Manifest(tuple(entry for entry, _ in parts if entry is not None), facts))
-    fields = loaded.data.fields
-    if all(isinstance(field, NumberField | ClassField) for field in fields.values()):
-        columns = {name: getattr(field, "column", name) for name, field in fields.items()}
+    if columns := table_columns(writer.codecs):
         _write_table(writer.out / TABLE, [record for _, record in records], columns)
     else:
         _write_sheet(writer, chunks[0].task, records, loaded)
@@ -148,8 +149,6 @@ def _write_table(path: Path, records: Sequence[Mapping[str, Any]], columns: Mapp
 def _write_sheet(writer: SampleWriter, task: Task, records: Sequence[tuple[int, Mapping[str, Any]]], loaded: Loaded) -> None:
     cells = []
     for number, record in records[:SHEET_CELLS]:
-        values = {**record["given"], **record["generated"]}
-        shown = {name: writer.value(number, record["name"], stored) for name, stored in values.items()}
-        cells.append(cell_of(task, shown))
+        cells.append(cell_of(task, writer.shown(number, record["name"], {**record["given"], **record["generated"]})))
     sheet = contact_sheet([Section(f"{task.name}, {loaded.source}", cells)])
     store.write_bytes(str(writer.out / SHEET), png_bytes(sheet))

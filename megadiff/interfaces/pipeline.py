@@ -16,7 +16,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from megadiff.config.errors import UserError
-from megadiff.config.schema import LatentField, PixelField, Sampling
+from megadiff.config.schema import Sampling
+from megadiff.data.codecs.base import PICTURE
+from megadiff.data.codecs.build import codec_of
 from megadiff.diffusion.sampler import Sampler, States, Times
 from megadiff.generation.loading import codecs_of, load
 from megadiff.generation.planner import Planner
@@ -166,7 +168,7 @@ class MegadiffPipeline(DiffusionPipeline):  # type: ignore[misc]
         return find_task(name, list(self.loaded.model.modalities), self.loaded.predicted).name
 
     def _is_picture(self, name: str) -> bool:
-        return isinstance(self.loaded.data.fields[name], PixelField | LatentField)
+        return codec_of(self.loaded.data.fields[name]).medium == PICTURE
 
     def _told(self, callback: Callable[..., dict[str, Any] | None]) -> Callable[[int, Times, States], States]:
         def after_step(step: int, clocks: Times, states: States) -> States:

@@ -1,6 +1,6 @@
 """From states and clocks to tokens and conditioning vectors: patches, token ids, positions, times.
 
-Legend: B samples, S tokens, D width, C channels, H height, W width of a grid, p patch side, d channels of a head.
+Legend: B samples, S tokens, D width, C channels, H height, W width of a grid, p x q patch, d channels of a head.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megadiff.config.parameters import TIME_FEATURES, token_count
+from megadiff.config.parameters import TIME_FEATURES, patch_numbers, token_count
 from megadiff.config.schema import GridSpace, Modality, Model, TokenSpace
 from megadiff.models.layers import INITIAL_DEVIATION, Linear, Table
 from megadiff.types import Noised, Ragged, Rows, Stream
@@ -27,17 +27,19 @@ GRID_ROTARY_BASE = 100.0
 # ------------------------------------------------------------------------------------------------------------- patches
 
 
-def patchify(grid: Tensor, patch: int) -> Tensor:
-    """[B, C, H, W] -> [B, (H/p) (W/p), p p C]: patches row by row, inside each (row, column, channel)."""
+def patchify(grid: Tensor, patch: tuple[int, int]) -> Tensor:
+    """[B, C, H, W] -> [B, (H/p) (W/q), p q C]: patches row by row, inside each (row, column, channel)."""
     batch, channels, height, width = grid.shape
-    blocks = grid.reshape(batch, channels, height // patch, patch, width // patch, patch)
-    return blocks.permute(0, 2, 4, 3, 5, 1).reshape(batch, (height // patch) * (width // patch), patch * patch * channels)
+    p, q = patch
+    blocks = grid.reshape(batch, channels, height // p, p, width // q, q)
+    return blocks.permute(0, 2, 4, 3, 5, 1).reshape(batch, (height // p) * (width // q), p * q * channels)
 
 
-def unpatchify(patches: Tensor, channels: int, patch: int, rows: int, columns: int) -> Tensor:
-    """The inverse of `patchify`: [B, rows columns, p p C] -> [B, C, H, W]."""
-    blocks = patches.reshape(len(patches), rows, columns, patch, patch, channels)
-    return blocks.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), channels, rows * patch, columns * patch)
+def unpatchify(patches: Tensor, channels: int, patch: tuple[int, int], rows: int, columns: int) -> Tensor:
+    """The inverse of `patchify`: [B, rows columns, p q C] -> [B, C, H, W]."""
+    p, q = patch
+    blocks = patches.reshape(len(patches), rows, columns, p, q, channels)
+    return blocks.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), channels, rows * p, columns * q)
 
 
 # ----------------------------------------------------------------------------------------------------------- positions
@@ -86,8 +88,8 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self, space: GridSpace, width: int, positions: str) -> None:
         super().__init__()
-        self.patch = space.patch
-        self.projection = Linear(space.channels * space.patch**2, width)
+        self.patch = space.patch_sides
+        self.projection = Linear(patch_numbers(space), width)
         self.positions = nn.Parameter(torch.empty(token_count(space), width)) if positions == "learned" else None
         self.fixed = Table(partial(sincos_positions, width)) if positions == "sincos" else None
         self.reset_parameters()
@@ -106,9 +108,9 @@ class PatchEmbedding(nn.Module):
         return tokens
 
 
-def grid_of(grid: Tensor, patch: int) -> tuple[int, int]:
+def grid_of(grid: Tensor, patch: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns of patches of [B, C, H, W]."""
-    return grid.shape[2] // patch, grid.shape[3] // patch
+    return grid.shape[2] // patch[0], grid.shape[3] // patch[1]
 
 
 class TokenEmbedding(nn.Module):

@@ -66,10 +66,10 @@ class GridHead(Head):
         """[B, S, D], [B, D] -> [B, C, H, W], of so many rows and columns of patches; None takes the space's."""
         if not isinstance(readout, Dense):
             raise self.refuse(readout)
-        rows, columns = grid or (self.space.height // self.space.patch, self.space.width // self.space.patch)
+        rows, columns = grid or self.space.patches
         hidden = self.normalised(tokens, conditioning)
         patches = F.linear(hidden.float(), self.weight.float(), self.bias.float())
-        return unpatchify(patches, self.space.channels, self.space.patch, rows, columns)
+        return unpatchify(patches, self.space.channels, self.space.patch_sides, rows, columns)
 
 
 class TokenHead(Head):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
+from PIL import Image
 
 from megadiff.config import derived
 from megadiff.config.layout import Layout
@@ -22,6 +24,7 @@ from megadiff.engine.zero import zero_engine
 from megadiff.training.health import Health
 from megadiff.training.monitor import Monitor
 from megadiff.training.stages import initialise, stage_seed
+from megadiff.types import Denoiser, Metric, Moment
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +42,7 @@ class Progress:
 
 @dataclass
 class Training:
-    """Everything that a callback may look at."""
+    """A stage as it is being trained; for callbacks a Moment."""
 
     run: Run
     stage: Stage
@@ -48,12 +51,39 @@ class Training:
     monitor: Monitor
     progress: Progress
 
+    @property
+    def step(self) -> int:
+        return self.progress.optimizer_step
+
+    @property
+    def last(self) -> bool:
+        return self.step == self.stage.steps
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.device
+
+    def denoiser(self, weights: str | None = None) -> AbstractContextManager[Denoiser]:
+        return self.engine.denoiser(weights)
+
+    def scalar(self, tag: str, value: float) -> None:
+        self.monitor.scalar(tag, value, self.step)
+
+    def picture(self, tag: str, picture: Image.Image) -> None:
+        self.monitor.picture(tag, picture, self.step)
+
+    def text(self, tag: str, text: str) -> None:
+        self.monitor.text(tag, text, self.step)
+
+    def metric(self, metric: Metric) -> None:
+        self.monitor.metric(metric, self.step)
+
 
 class Callback(Protocol):
     """Something done between steps, at the same steps on every rank."""
 
-    def due(self, training: Training) -> bool: ...
-    def __call__(self, training: Training) -> None: ...
+    def due(self, moment: Moment) -> bool: ...
+    def __call__(self, moment: Moment) -> None: ...
 
 
 def train_stage(run: Run, stage_name: str, deepspeed: Mapping[str, Any], callbacks: Sequence[Callback] = ()) -> None:
@@ -161,11 +191,8 @@ def _features(run: Run, stage: Stage) -> dict[str, tuple[int, int]]:
 
 
 def _monitor(run: Run, stage: Stage, engine: Engine) -> Monitor:
-    paths = run.paths.stage(stage.name)
     return Monitor(
-        tensorboard=paths.tensorboard,
-        metrics=paths.metrics,
-        stage=stage.name,
+        paths=run.paths.stage(stage.name),
         total_steps=stage.steps,
         first_step=engine.optimizer_step,
         log_every=stage.log_every_steps,

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from megadiff.config.errors import UserError
+from megadiff.config.run_folder import StageFolder
 from megadiff.engine.api import StepResult
 from megadiff.files import write_text
+from megadiff.types import Metric
 
 QUARTERS = ("0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00")
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "V100": 125e12}
@@ -54,9 +56,7 @@ class Monitor:
     def __init__(
         self,
         *,
-        tensorboard: Path,
-        metrics: Path,
-        stage: str,
+        paths: StageFolder,
         total_steps: int,
         first_step: int,
         log_every: int,
@@ -67,7 +67,7 @@ class Monitor:
         ranks: int,
         active: bool,
     ) -> None:
-        self.stage, self.total_steps, self.log_every, self.active = stage, total_steps, log_every, active
+        self.paths, self.total_steps, self.log_every, self.active = paths, total_steps, log_every, active
         self.global_samples, self.tokens_per_sample = global_samples, tokens_per_sample
         self.flops_per_sample = flops_per_sample
         self._device = device
@@ -76,19 +76,19 @@ class Monitor:
         self._results: list[StepResult] = []
         if not active:
             return
-        self._tensorboard = tensorboard
         self._complained = self._events_lost = False
         try:
-            tensorboard.mkdir(parents=True, exist_ok=True)
-            metrics.parent.mkdir(parents=True, exist_ok=True)
-            _drop_after(metrics, first_step)
+            for folder in (paths.tensorboard, paths.pictures):
+                folder.mkdir(parents=True, exist_ok=True)
+            for lines in (paths.metrics, paths.results):
+                _drop_after(lines, first_step)
             self._open_events(purge_step=first_step + 1 if first_step else None)
-            self._metrics = LineFile(metrics)
+            self._metrics, self._measured = LineFile(paths.metrics), LineFile(paths.results)
         except OSError as error:
-            raise UserError(f"the records of stage {stage} cannot be written: {error}") from None
-        self._bar = tqdm(
-            total=total_steps, initial=first_step, desc=stage, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
-        )
+            raise UserError(f"the records of stage {paths.name} cannot be written: {error}") from None
+        hidden = not sys.stderr.isatty()
+        bar = {"total": total_steps, "initial": first_step, "desc": paths.name, "unit": "step"}
+        self._bar = tqdm(**bar, dynamic_ncols=True, disable=hidden)
 
     def writes_at(self, step: int) -> bool:
         """Whether the means since the last time are written out at a step: every `log_every` steps, and at the end."""
@@ -127,15 +127,30 @@ class Monitor:
     def resume(self, paused_at: float) -> None:
         self._since += time.perf_counter() - paused_at
 
+    def scalar(self, tag: str, value: float, step: int) -> None:
+        if self.active and math.isfinite(value):
+            with self._spared(events=True):
+                self._writer.add_scalar(tag, value, step)
+
     def picture(self, tag: str, image: Image.Image, step: int) -> None:
+        """To TensorBoard, and as a PNG into the stage's folder."""
         if self.active:
             with self._spared(events=True):
                 self._writer.add_image(tag, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+            with self._spared():
+                image.save(self.paths.pictures / f"{tag.replace('/', '-')}-{step:08d}.png", "PNG", optimize=True)
 
     def text(self, tag: str, text: str, step: int) -> None:
         if self.active:
             with self._spared(events=True):
                 self._writer.add_text(tag, text, step)
+
+    def metric(self, metric: Metric, step: int) -> None:
+        """To TensorBoard, and as a line with what it depends on into the stage's results."""
+        self.scalar(f"7 results/{metric.name}", metric.value, step)
+        if self.active:
+            with self._spared():
+                self._measured.append(json.dumps({"step": step, **asdict(metric)}))
 
     def say(self, message: str) -> None:
         """A line above the progress bar, or in the log."""
@@ -146,6 +161,7 @@ class Monitor:
         if self.active:
             self._bar.close()
             self._metrics.close()
+            self._measured.close()
             with self._spared(events=True):
                 self._writer.close()
 
@@ -165,10 +181,10 @@ class Monitor:
                 self.say(f"training goes on, but its records cannot be written: {error}")
 
     def _open_events(self, purge_step: int | None) -> None:
-        for path in self._tensorboard.iterdir():
+        for path in self.paths.tensorboard.iterdir():
             if path.stat().st_size == 0:  # of a writer that found the disk full
                 path.unlink()
-        self._writer = SummaryWriter(str(self._tensorboard), purge_step=purge_step)
+        self._writer = SummaryWriter(str(self.paths.tensorboard), purge_step=purge_step)
         self._events_lost = False
 
     def _write(self, step: int, result: StepResult, rate: float, waiting: float, unreadable: int) -> None:
@@ -205,7 +221,7 @@ class Monitor:
         left = (self.total_steps - step) * self.global_samples / rate
         clock = timedelta(seconds=round(left))
         self.say(
-            f"{self.stage} {step}/{self.total_steps}: loss {result.total:.4f} ({losses}), "
+            f"{self.paths.name} {step}/{self.total_steps}: loss {result.total:.4f} ({losses}), "
             f"gradient norm {result.grad_norm:.3f}, {rate:.1f} samples/s, {clock} left"
         )
 

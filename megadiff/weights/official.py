@@ -133,7 +133,7 @@ class _Rule:
 
 def _rules(model: Model, predicted: Collection[str]) -> Iterator[_Rule]:
     """Every parameter of ours exactly once, in the order of the network."""
-    patch, channels = grid_of(model).patch, grid_of(model).channels
+    (patch, _), channels = grid_of(model).patch_sides, grid_of(model).channels
     yield _same(f"embed.states.{TEXT}.weight", "text_embedder.weight")
     yield _same(f"embed.states.{TEXT}.positions", "text_pos_embed.weight")
     yield _Rule(
@@ -256,7 +256,7 @@ def _check_positions(given: Tensor, model: Model) -> None:
 def _positions(model: Model, device: torch.device) -> Tensor:
     """[1, S, D]."""
     grid = grid_of(model)
-    return sincos_positions(model.width_of(IMAGE), device, grid.height // grid.patch, grid.width // grid.patch)[None]
+    return sincos_positions(model.width_of(IMAGE), device, *grid.patches)[None]
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

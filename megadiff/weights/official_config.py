@@ -120,6 +120,8 @@ def require_released_kind(model: Model) -> None:
     if list(spaces.items()) != [(TEXT, "tokens"), (IMAGE, "grid")]:
         found = ", ".join(f"{name} ({kind})" for name, kind in spaces.items())
         raise UserError(f"model.modalities is {found}; the released network has text (tokens), image (grid), in this order")
+    if len(set(grid_of(model).patch_sides)) > 1:
+        raise UserError(f"model.modalities.{IMAGE}.space.patch is not square; the released network's patches are")
     released = _leaves(model_from_config(_config(model, (TEXT, IMAGE))).model_dump(mode="json"))
     ours = _leaves(model.model_dump(mode="json"))
     for address in {**ours, **released}:
@@ -196,7 +198,7 @@ def _config(model: Model, predicted: Collection[str]) -> dict[str, Any]:
     others = {} if (model.heads, model.head_dim) == (HEADS, HEAD_DIM) else {"heads": model.heads, "dim_head": model.head_dim}
     return {
         "img_resolution": grid.height,
-        "patch_size": grid.patch,
+        "patch_size": grid.patch_sides[0],
         "img_channels": grid.channels,
         "vocab_size": text.vocabulary + 1,
         "context_len": text.length,

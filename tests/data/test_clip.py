@@ -110,7 +110,7 @@ def test_a_caption_begins_with_the_start_mark_and_is_cut_before_the_end_mark(tok
 
 
 def test_a_text_with_blanks_begins_with_the_start_mark_too(tokenizer_file: Path) -> None:
-    ids, known = codec(tokenizer_file, 6).encode_with_blanks("___ the", 2)
+    ids, known = codec(tokenizer_file, 6).encode_partly("___ the", 2)
     assert ids.tolist() == [SIZE - 2, 0, 0, vocabulary()["the</w>"], SIZE - 1, SIZE - 1]
     assert known.tolist() == [True, False, False, True, True, True]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from megadiff.config.schema import PeriodicSamples as Rule
 from megadiff.config.schema import Run, Sampling
 from megadiff.evaluation.periodic import PeriodicSamples
 from megadiff.models.mmdit import build_model
-from megadiff.types import Denoiser
+from megadiff.types import Denoiser, Metric
 
 ROOT = Path(__file__).parents[2]
 BOTTOM_PX = 12
@@ -33,14 +32,16 @@ def run() -> Iterator[Run]:
         yield load_run(ROOT / "tests/tiny.yaml")
 
 
-class Engine:
-    """Two untrained networks; counts what is asked of each."""
+class Moment:
+    """Two untrained networks, of which it counts what is asked, and what is recorded."""
 
-    device = torch.device("cpu")
+    step, last, layout, device = 1, False, Layout(), torch.device("cpu")
 
     def __init__(self, run: Run) -> None:
         self.networks = {kind: network(run, seed) for seed, kind in enumerate(("ema", "raw"))}
         self.calls = dict.fromkeys(self.networks, 0)
+        self.pictures: dict[str, Image.Image] = {}
+        self.texts: dict[str, str] = {}
 
     @contextmanager
     def denoiser(self, weights: str | None = None) -> Iterator[Denoiser]:
@@ -53,6 +54,18 @@ class Engine:
 
         yield denoise
 
+    def picture(self, tag: str, picture: Image.Image) -> None:
+        self.pictures[tag] = picture
+
+    def text(self, tag: str, text: str) -> None:
+        self.texts[tag] = text
+
+    def scalar(self, tag: str, value: float) -> None:
+        raise AssertionError("samples are no numbers")
+
+    def metric(self, metric: Metric) -> None:
+        raise AssertionError("samples are no figures")
+
 
 def network(run: Run, seed: int) -> nn.Module:
     torch.manual_seed(seed)
@@ -63,38 +76,23 @@ def network(run: Run, seed: int) -> nn.Module:
     return module
 
 
-class Monitor:
-    def __init__(self) -> None:
-        self.pictures: dict[str, Image.Image] = {}
-        self.texts: dict[str, str] = {}
-
-    def picture(self, name: str, picture: Image.Image, step: int) -> None:
-        self.pictures[name] = picture
-
-    def text(self, name: str, text: str, step: int) -> None:
-        self.texts[name] = text
-
-
-def shown(run: Run, weights: str) -> tuple[Monitor, Engine]:
+def shown(run: Run, weights: str) -> Moment:
     rule = Rule.model_validate({"every_steps": 1, "count": 2, "weights": weights, "sampling": Sampling(steps=2)})
-    training = SimpleNamespace(
-        progress=SimpleNamespace(optimizer_step=1), stage=run.stages[-1], engine=Engine(run), monitor=Monitor()
-    )
-    PeriodicSamples(run, run.stages[-1], rule, Layout())(training)
-    return training.monitor, training.engine
+    moment = Moment(run)
+    PeriodicSamples(run, run.stages[-1], rule)(moment)
+    return moment
 
 
-def captions(monitor: Monitor, title: str) -> list[str]:
+def captions(moment: Moment, title: str) -> list[str]:
     """What `image-to-text` says under a title."""
-    lines = monitor.texts["samples/image-to-text"].splitlines()
+    lines = moment.texts["samples/image-to-text"].splitlines()
     return lines[lines.index(title) :][2:4]
 
 
 def test_plain_weights_are_shown_below_the_averaged_ones_under_the_same_keys(run):
-    both, engine = shown(run, "both")
-    ema, raw = shown(run, "ema")[0], shown(run, "raw")[0]
+    both, ema, raw = (shown(run, weights) for weights in ("both", "ema", "raw"))
     assert set(both.pictures) == {"samples/image-to-text", "samples/text-to-image", "samples/joint"}
-    assert engine.calls["ema"] == engine.calls["raw"] > 0
+    assert both.calls["ema"] == both.calls["raw"] > 0
     for title, alone in (("averaged weights:", ema), ("plain weights:", raw)):
         assert captions(both, title) == captions(alone, title)
     assert captions(both, "averaged weights:") != captions(both, "plain weights:")
@@ -107,9 +105,23 @@ def test_plain_weights_are_shown_below_the_averaged_ones_under_the_same_keys(run
 
 @pytest.mark.parametrize(("weights", "idle"), [("ema", "raw"), ("raw", "ema")])
 def test_one_kind_of_weights_draws_alone(run, weights, idle):
-    monitor, engine = shown(run, weights)
-    assert engine.calls[idle] == 0 < engine.calls[weights]
-    assert len(monitor.pictures) == 3
+    moment = shown(run, weights)
+    assert moment.calls[idle] == 0 < moment.calls[weights]
+    assert len(moment.pictures) == 3
+
+
+def test_a_sheet_has_as_many_samples_as_were_asked_for_whatever_the_number_of_ranks(run):
+    rule = Rule.model_validate({"every_steps": 1, "count": 3, "sampling": Sampling(steps=1)})
+    moment, samples = Moment(run), PeriodicSamples(run, run.stages[-1], rule)
+    with moment.denoiser() as denoiser:
+        assert len(samples.cells(denoiser, samples.tasks[-1], Layout(), moment.device)) == 3
+
+
+@pytest.mark.parametrize(("step", "last", "due"), [(4, False, True), (5, False, False), (5, True, True)])
+def test_samples_are_due_every_so_often_and_at_the_end(run, step, last, due):
+    moment = Moment(run)
+    moment.step, moment.last = step, last
+    assert PeriodicSamples(run, run.stages[-1], Rule(every_steps=4)).due(moment) is due
 
 
 def test_the_averaged_weights_are_the_default():

@@ -390,7 +390,7 @@ def test_pictures_of_another_size_where_positions_are_not_learned(exported, tmp_
     ask(exported, tmp_path / "wide", n=2, size="16x48")
     drawn = [path for path in (tmp_path / "wide").rglob("*.png") if path.name != "sheet.png"]
     assert [pixels(path).shape for path in drawn] == [(16, 48, 3)] * 2
-    with pytest.raises(UserError, match="--size 20x32 must be made of multiples of 8 pixels for image"):
+    with pytest.raises(UserError, match="--size 20x32 must be made of multiples of 8x8 pixels for image"):
         ask(exported, tmp_path / "odd", size="20x32")
 
 

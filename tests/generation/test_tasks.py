@@ -17,5 +17,5 @@ def test_a_cell_shows_a_transparent_picture_on_white_and_generated_texts_behind_
 
 
 def test_a_cell_without_a_picture_has_only_text() -> None:
-    cell = cell_of(Task("joint", (), ("a", "b")), {"a": 3, "b": "blue"})
+    cell = cell_of(Task("joint", (), ("a", "b")), {"a": "3", "b": "blue"})
     assert (cell.picture, cell.caption) == (None, "\u2192 3 \u2192 blue")

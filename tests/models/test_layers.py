@@ -28,12 +28,12 @@ CPU = torch.device("cpu")
 
 def test_unpatchify_undoes_patchify():
     grid = torch.randn(2, 3, 8, 12)
-    assert torch.equal(unpatchify(patchify(grid, 2), 3, 2, 4, 6), grid)
+    assert torch.equal(unpatchify(patchify(grid, (2, 2)), 3, (2, 2), 4, 6), grid)
 
 
 def test_patches_run_row_by_row_and_hold_row_column_channel():
     grid = torch.arange(3 * 8 * 12).reshape(1, 3, 8, 12)
-    patches = patchify(grid, 2)
+    patches = patchify(grid, (2, 2))
     assert patches.shape == (1, 24, 12)
     for index, row, column, channel in [(0, 0, 0, 0), (7, 1, 0, 2), (23, 1, 1, 1)]:
         y, x = index // 6 * 2 + row, index % 6 * 2 + column

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
 from megadiff.config.errors import UserError
+from megadiff.config.run_folder import RunFolder
 from megadiff.engine.api import StepResult
 from megadiff.training.health import MOST_SKIPPED_IN_A_ROW, Diverged, Health
 from megadiff.training.monitor import LineFile, Monitor
+from megadiff.types import Metric
 
 
 def result(*, total: float = 1.0, grad_norm: float = 0.5, applied: bool = True) -> StepResult:
@@ -26,9 +29,7 @@ def result(*, total: float = 1.0, grad_norm: float = 0.5, applied: bool = True) 
 
 def monitor(folder: Path, *, first_step: int = 0, active: bool = True) -> Monitor:
     return Monitor(
-        tensorboard=folder / "tensorboard",
-        metrics=folder / "metrics.jsonl",
-        stage="first",
+        paths=RunFolder(folder).stage("first"),
         total_steps=4,
         first_step=first_step,
         log_every=2,
@@ -46,9 +47,9 @@ def test_every_step_is_a_line_and_every_other_one_an_event(tmp_path: Path) -> No
     for step in range(1, 5):
         watched.record(step, result(total=float(step)), data_wait_s=0.0, unreadable=3)
     watched.close()
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "first/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events = EventAccumulator(str(tmp_path / "tensorboard/first"))
     events.Reload()
     tags = events.Tags()["scalars"]
     assert [(event.step, event.value) for event in events.Scalars("1 loss/total")] == [(2, 1.5), (4, 3.5)]
@@ -62,12 +63,12 @@ def test_a_run_that_resumes_drops_the_lines_that_it_repeats(tmp_path: Path) -> N
     for step in range(1, 4):
         watched.record(step, result(), data_wait_s=0.0, unreadable=0)
     watched.close()
-    with (tmp_path / "metrics.jsonl").open("a") as file:
+    with (tmp_path / "first/metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
     again = monitor(tmp_path, first_step=2)
     again.record(3, result(total=9.0), data_wait_s=0.0, unreadable=0)
     again.close()
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "first/metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["loss"]) for row in rows] == [(1, 1.0), (2, 1.0), (3, 9.0)]
 
 
@@ -111,9 +112,9 @@ def test_training_goes_on_where_its_records_cannot_be_written_and_they_go_on_whe
                 patched.setattr(SummaryWriter, "add_scalar", full)
             watched.record(step, result(total=float(step)), data_wait_s=0.0, unreadable=0)
     watched.close()
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "first/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 5, 6, 7, 8]
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events = EventAccumulator(str(tmp_path / "tensorboard/first"))
     events.Reload()
     assert [event.step for event in events.Scalars("1 loss/total")] == [2, 6, 8]
     assert capsys.readouterr().err.count("training goes on, but its records cannot be written") == 1
@@ -140,3 +141,17 @@ def test_records_that_cannot_be_begun_are_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").touch()
     with pytest.raises(UserError, match="the records of stage first cannot be written"):
         monitor(tmp_path)
+
+
+def test_a_picture_is_kept_as_a_png_and_a_figure_as_a_line(tmp_path: Path) -> None:
+    watched = monitor(tmp_path)
+    watched.picture("samples/text-to-image", Image.new("RGB", (4, 4), "red"), 3)
+    watched.metric(Metric("gap/text", 0.5, low=0.4, depends={"seed": 1}), 3)
+    watched.close()
+    with Image.open(tmp_path / "first/pictures/samples-text-to-image-00000003.png") as picture:
+        assert picture.getpixel((0, 0)) == (255, 0, 0)
+    (line,) = (tmp_path / "first/results.jsonl").read_text().splitlines()
+    told = {"step": 3, "name": "gap/text", "value": 0.5, "low": 0.4, "high": None, "depends": {"seed": 1}}
+    assert json.loads(line) == told
+    monitor(tmp_path, first_step=2).close()
+    assert (tmp_path / "first/results.jsonl").read_text() == ""

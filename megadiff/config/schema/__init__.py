@@ -6,7 +6,17 @@ The rest of the package imports from here.
 
 from __future__ import annotations
 
-from megadiff.config.schema.data import Cache, CaptionField, ClassField, Data, FieldSource, LatentField, NumberField, PixelField
+from megadiff.config.schema.data import (
+    Cache,
+    CaptionField,
+    ClassField,
+    Data,
+    DataField,
+    FieldSource,
+    LatentField,
+    NumberField,
+    PixelField,
+)
 from megadiff.config.schema.model import (
     RESERVED_NAMES,
     CategoricalSchedule,
@@ -49,6 +59,7 @@ __all__ = [
     "Conditioning",
     "ConstantEma",
     "Data",
+    "DataField",
     "EmaProfile",
     "FieldSource",
     "GaussianProcess",

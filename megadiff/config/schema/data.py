@@ -2,26 +2,55 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+import importlib
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Discriminator, Field, SerializeAsAny, Tag, ValidationError
 
 from megadiff.config.schema.base import LocalPath, Name, NotNegative, Positive, Section, Share
+from megadiff.config.schema.model import GridSpace, Space, TokenSpace
 
 
-class PixelField(Section):
+class DataField(Section):
+    """Where a modality is read from: a member of each sample. Further kinds are subclasses of this one, anywhere, and are named
+    as `kind: module:Class`."""
+
+    CODEC: ClassVar[str] = ""
+    """module:Class of what reads and shows it, a megadiff.data.codecs.base.Codec; named, since that needs torch."""
+    FILES: ClassVar[tuple[str, ...]] = ()
+    """Its keys that name a file or folder which is needed beside the weights."""
+    kind: str
+    member: str
+
+    def misfit(self, space: Space) -> str:
+        """Why it cannot fill a space; empty if it can."""
+        return ""
+
+    @property
+    def can_be_shown(self) -> bool:
+        """Whether what is needed to show its states to people is named."""
+        return True
+
+
+class PixelField(DataField):
     """A modality read from a picture: resized and centre-cropped to the modality's grid, values in [-1, 1], on white."""
 
-    FILES: ClassVar[tuple[str, ...]] = ()
-    """Of every field: its keys that name a file or folder which is needed beside the weights."""
+    CODEC: ClassVar = "megadiff.data.codecs.pictures:PixelCodec"
     kind: Literal["pixels"] = "pixels"
     member: str = "png"
     """Ending of the tar member."""
 
+    def misfit(self, space: Space) -> str:
+        if not isinstance(space, GridSpace):
+            return _wrong_kind(self, space)
+        return "" if space.channels in (1, 3) else f"pixels, which fill 1 or 3 channels, and its grid has {space.channels}"
 
-class LatentField(Section):
+
+class LatentField(DataField):
     """A modality of an autoencoder's latents: read as such from the shards, or made from a picture by the autoencoder."""
 
+    CODEC: ClassVar = "megadiff.data.codecs.latents:LatentCodec"
     kind: Literal["latents"] = "latents"
     member: str = "latents.npy"
     """Ending of the tar member: a NumPy array, [C, H, W] (a latent) or [2, C, H, W] (mean and deviation, from which one is
@@ -32,10 +61,18 @@ class LatentField(Section):
     scale: Annotated[float, Field(gt=0)] = 0.18215
     """Latents are multiplied by it, so that their deviation is about 1 (Stable Diffusion's autoencoder: 0.18215)."""
 
+    def misfit(self, space: Space) -> str:
+        return "" if isinstance(space, GridSpace) else _wrong_kind(self, space)
 
-class CaptionField(Section):
+    @property
+    def can_be_shown(self) -> bool:
+        return self.autoencoder is not None
+
+
+class CaptionField(DataField):
     """A modality read from captions: one of the sample's captions is drawn per visit and tokenized."""
 
+    CODEC: ClassVar = "megadiff.data.codecs.captions:CaptionCodec"
     kind: Literal["caption"] = "caption"
     member: str = "json"
     """Ending of the tar member: json with a list under `captions`, txt with one caption, or tokens.npy with their token ids
@@ -46,10 +83,14 @@ class CaptionField(Section):
     cleaning: Literal["plain", "clip"] = "plain"
     """plain: HTML entities resolved, white space collapsed; clip: ftfy first and lower case after, as CLIP's tokenizer does."""
 
+    def misfit(self, space: Space) -> str:
+        return "" if isinstance(space, TokenSpace) else _wrong_kind(self, space)
 
-class NumberField(Section):
+
+class NumberField(DataField):
     """A 1 x 1 x 1 modality read from a column of numbers, by its rank among the training data's as a normal quantile."""
 
+    CODEC: ClassVar = "megadiff.data.codecs.columns:NumberCodec"
     kind: Literal["number"] = "number"
     member: str = "json"
     column: str
@@ -57,10 +98,17 @@ class NumberField(Section):
     columns: str
     """Path of the columns.json that `megadiff data table` writes."""
 
+    def misfit(self, space: Space) -> str:
+        if not isinstance(space, GridSpace):
+            return _wrong_kind(self, space)
+        single = (space.channels, space.height, space.width) == (1, 1, 1)
+        return "" if single else "a number, which fills a grid of 1 x 1 x 1"
 
-class ClassField(Section):
+
+class ClassField(DataField):
     """A modality of one token read from a column of categories."""
 
+    CODEC: ClassVar = "megadiff.data.codecs.columns:ClassCodec"
     kind: Literal["class"] = "class"
     member: str = "json"
     column: str
@@ -68,8 +116,58 @@ class ClassField(Section):
     columns: str
     """Path of the columns.json that `megadiff data table` writes."""
 
+    def misfit(self, space: Space) -> str:
+        if not isinstance(space, TokenSpace):
+            return _wrong_kind(self, space)
+        single = space.length == 1 and space.end_id is None
+        return "" if single else "a class, which fills a token space of length 1 without an end_id"
 
-FieldSource = Annotated[PixelField | LatentField | CaptionField | NumberField | ClassField, Field(discriminator="kind")]
+
+def _wrong_kind(field: DataField, space: Space) -> str:
+    return f"{field.kind}, which cannot fill a {space.kind} space"
+
+
+_OTHER = "module:Class"
+_KINDS = ("pixels", "latents", "caption", "number", "class")
+
+
+def _kind_of(value: Any) -> Any:
+    kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
+    return _OTHER if isinstance(kind, str) and ":" in kind else kind
+
+
+def _imported(value: Any) -> Any:
+    """A field of a class that is named as module:Class."""
+    if isinstance(value, DataField):
+        return value
+    kind = str(value["kind"])
+    module, _, name = kind.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"kind {kind} cannot be imported ({error}); PYTHONPATH must name the folder of its module") from None
+    if not (isinstance(found, type) and issubclass(found, DataField) and found.CODEC):
+        raise ValueError(f"kind {kind} is no subclass of megadiff.config.schema.DataField with a CODEC")
+    try:
+        return found.model_validate(value)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+        raise ValueError("; ".join(faults)) from None
+
+
+FieldSource = Annotated[
+    Annotated[PixelField, Tag("pixels")]
+    | Annotated[LatentField, Tag("latents")]
+    | Annotated[CaptionField, Tag("caption")]
+    | Annotated[NumberField, Tag("number")]
+    | Annotated[ClassField, Tag("class")]
+    | Annotated[SerializeAsAny[DataField], BeforeValidator(_imported), Tag(_OTHER)],
+    Discriminator(
+        _kind_of,
+        custom_error_type="unknown_kind",
+        custom_error_message=f"kind must be one of {', '.join(_KINDS)}, or the {_OTHER} of another field",
+    ),
+]
 
 
 class Cache(Section):

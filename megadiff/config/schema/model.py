@@ -12,19 +12,32 @@ from megadiff.config.schema.base import Name, NotNegative, Positive, Section, Sh
 
 
 class GridSpace(Section):
-    """A modality of real numbers on a grid (an image, a latent; 1 x 1 x 1 for a number), cut into square patches."""
+    """A modality of real numbers on a grid (an image, a latent; 1 x 1 x 1 for a number), cut into patches."""
 
     kind: Literal["grid"] = "grid"
     channels: Positive
     height: Positive
     width: Positive
-    patch: Positive = 1
+    patch: Positive | tuple[Positive, Positive] = 1
+    """Side of the patches that become tokens; [height, width] where they are not square."""
 
     @model_validator(mode="after")
     def _patches_fit(self) -> GridSpace:
-        if self.height % self.patch or self.width % self.patch:
+        height, width = self.patch_sides
+        if self.height % height or self.width % width:
             raise ValueError(f"patch ({self.patch}) must divide height ({self.height}) and width ({self.width})")
         return self
+
+    @property
+    def patch_sides(self) -> tuple[int, int]:
+        """Height and width of a patch."""
+        return (self.patch, self.patch) if isinstance(self.patch, int) else self.patch
+
+    @property
+    def patches(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        height, width = self.patch_sides
+        return self.height // height, self.width // width
 
 
 class TokenSpace(Section):

@@ -8,13 +8,15 @@ Legend: B samples, C channels, H height, W width of a grid, S tokens.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
+from megadiff.config.errors import UserError
 from megadiff.config.schema import GridSpace, TokenSpace
 from megadiff.data import npy
 from megadiff.data.buckets import Bucket
@@ -58,10 +60,43 @@ class Loadable(ABC):
         return np.stack([blank if value is None else value for value in values])
 
 
-class Codec(Loadable):
-    """One modality's way in and out."""
+PICTURE, TEXT, COLUMN = "picture", "text", "column"
+"""Media that flags of `megadiff sample` give or that it writes in a form of their own; a codec may have any other."""
 
+
+class Stored(NamedTuple):
+    """A value as the records of samples hold it: an entry of JSON, and files that it names, by the ending of their names."""
+
+    entry: dict[str, Any]
+    files: dict[str, bytes]
+
+
+class Codec(Loadable):
+    """One modality's way in and out.
+
+    A subclass is made as (field, space, name): the schema's DataField that names it, the modality's space and its name.
+
+    Attributes:
+        medium: what its values are: pictures, texts, cells of a table's column, or a word of a codec's own.
+        column: of a table's column its name.
+        downscaling: pixels per place of the grid along an edge, of pictures.
+    """
+
+    medium: ClassVar[str]
     space: GridSpace | TokenSpace
+    column: str | None = None
+
+    @classmethod
+    def check_encoded(cls, field: Any, told: Mapping[str, Any], address: str, where: str) -> None:
+        """Compare what a manifest says of a member's encoding (`told`) with the field at `where` that reads it.
+
+        Raises:
+            ConfigError: they do not fit.
+        """
+
+    @property
+    def downscaling(self) -> int:
+        return 1
 
     @abstractmethod
     def read(self, members: Views, key: int) -> Any:
@@ -75,9 +110,32 @@ class Codec(Loadable):
     def encode(self, value: Any) -> Tensor:
         """A value to a clean state, without the batch axis."""
 
+    def encode_partly(self, value: Any, unknown: Any) -> tuple[Tensor, Tensor]:
+        """(state, where it is known, bool of the state's shape) of a value of which a part is to be filled in.
+
+        Args:
+            unknown: what says which part: of pictures a mask or None, of texts how many tokens a blank takes.
+
+        Raises:
+            UserError: values of this medium cannot be filled in, or this one has no room.
+        """
+        raise UserError(f"a {self.medium} cannot be filled in")
+
     @abstractmethod
     def decode(self, state: Tensor) -> Any:
         """A state to a value."""
+
+    def shown(self, value: Any) -> Image.Image | str:
+        """A value as a sheet shows it: a picture, or a text."""
+        return str(value)
+
+    def stored(self, value: Any, name: str) -> Stored:
+        """A value to what is written of a sample; `name` is how its files' names begin."""
+        return Stored({"value": value} if isinstance(value, int | float) else {"text": str(value)}, {})
+
+    def restored(self, entry: Mapping[str, Any], read: Callable[[str], bytes]) -> Any:
+        """The value that an entry of a record stands for; `read` gives the contents of a file by its name."""
+        return next(iter(entry.values()))
 
     def load(self, members: Views, key: int, bucket: Bucket | None = None) -> Array:
         """What `stack` and `finish` make a state of. Raises SampleError as `read`."""

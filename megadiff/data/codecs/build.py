@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
+import importlib
+from collections.abc import Callable, Iterable, Mapping
 
 from megadiff.config import checks
 from megadiff.config.alignment import check_features
 from megadiff.config.errors import ConfigError
-from megadiff.config.schema import (
-    CaptionField,
-    ClassField,
-    Data,
-    GridSpace,
-    LatentField,
-    Model,
-    NumberField,
-    PixelField,
-    TokenSpace,
-)
+from megadiff.config.schema import Data, DataField, Model
 from megadiff.data.buckets import Bucket
-from megadiff.data.codecs.base import Codec
-from megadiff.data.codecs.captions import CaptionCodec
-from megadiff.data.codecs.columns import ClassCodec, NumberCodec
-from megadiff.data.codecs.latents import LatentCodec
-from megadiff.data.codecs.pictures import PixelCodec
+from megadiff.data.codecs.base import PICTURE, Codec
 from megadiff.data.shards.shard import Manifest
-from megadiff.storage import store
 
 
 def check_manifest(address: str, manifest: Manifest, data: Data, model: Model, features: Iterable[str] = ()) -> None:
@@ -44,20 +29,26 @@ def check_manifest(address: str, manifest: Manifest, data: Data, model: Model, f
         check_features(address, buckets, manifest.facts.get("encoded", {}), data, model, name)
     for name, field in data.fields.items():
         told = manifest.facts.get("encoded", {}).get(field.member, {})
-        where = f"data.fields.{name}"
-        if isinstance(field, LatentField) and told and told["scale"] != field.scale:
-            raise ConfigError(f"{where}.scale is {field.scale:g}, and {address} holds latents for {told['scale']:g}")
-        if isinstance(field, CaptionField) and told:
-            found = hashlib.sha256(store.read_bytes(field.tokenizer)).hexdigest()
-            if found != told["tokenizer"]:
-                raise ConfigError(f"{where}.tokenizer ({field.tokenizer}) is not the one that made the tokens of {address}")
-            if field.cleaning != told["cleaning"]:
-                raise ConfigError(f"{where}.cleaning is {field.cleaning}, and {address} holds tokens of {told['cleaning']}")
+        codec = codec_of(field)
+        if told:
+            codec.check_encoded(field, told, address, f"data.fields.{name}")
         modality = model.modalities.get(name)
-        if buckets and isinstance(field, PixelField | LatentField) and modality and modality.positions == "learned":
+        if buckets and codec.medium == PICTURE and modality and modality.positions == "learned":
             raise ConfigError(
                 f"{address} has buckets, and model.modalities.{name}.positions are learned for one size; take sincos or rope"
             )
+
+
+def codec_of(field: DataField) -> type[Codec]:
+    """The class that a field names. Raises ConfigError if it cannot be imported."""
+    module, _, name = field.CODEC.partition(":")
+    try:
+        codec = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"the codec of {field.kind} fields, {field.CODEC}, cannot be imported: {error}") from None
+    if not (isinstance(codec, type) and issubclass(codec, Codec)):
+        raise ConfigError(f"the codec of {field.kind} fields, {field.CODEC}, is no megadiff.data.codecs.base.Codec")
+    return codec
 
 
 def build_codecs(data: Data, model: Model) -> dict[str, Codec]:
@@ -68,18 +59,14 @@ def build_codecs(data: Data, model: Model) -> dict[str, Codec]:
     """
     codecs: dict[str, Codec] = {}
     for name, modality in model.modalities.items():
-        field, space = data.fields[name], modality.space
-        checks.require(checks.field_faults(name, field, space))
-        if isinstance(field, PixelField) and isinstance(space, GridSpace):
-            codecs[name] = PixelCodec(field, space)
-        elif isinstance(field, LatentField) and isinstance(space, GridSpace):
-            codecs[name] = LatentCodec(field, space, name)
-        elif isinstance(field, CaptionField) and isinstance(space, TokenSpace):
-            codecs[name] = CaptionCodec(field, space)
-        elif isinstance(field, NumberField) and isinstance(space, GridSpace):
-            codecs[name] = NumberCodec(field, space)
-        elif isinstance(field, ClassField) and isinstance(space, TokenSpace):
-            codecs[name] = ClassCodec(field, space)
-        else:
-            raise TypeError(f"{name}: there is no codec for a {field.kind} field in a {space.kind} space")
+        field = data.fields[name]
+        checks.require(checks.field_faults(name, field, modality.space))
+        make: Callable[..., Codec] = codec_of(field)
+        codecs[name] = make(field, modality.space, name)
     return codecs
+
+
+def table_columns(codecs: Mapping[str, Codec]) -> dict[str, str]:
+    """By modality the column that it is read from, where all modalities are a table's; else none."""
+    columns = {name: codec.column for name, codec in codecs.items() if codec.column is not None}
+    return columns if len(columns) == len(codecs) else {}

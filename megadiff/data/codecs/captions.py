@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import json
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,24 +21,22 @@ from megadiff.config.schema import (
 )
 from megadiff.data.buckets import Bucket
 from megadiff.data.codecs import clip
-from megadiff.data.codecs.base import Array, Codec, array_of, member_of, row_of
+from megadiff.data.codecs.base import TEXT, Array, Codec, array_of, member_of, row_of
 from megadiff.data.errors import SampleError
 from megadiff.data.shards.shard import Views
 from megadiff.storage import store
 
-_NO_KEYS = torch.empty(0, dtype=torch.int64)
 NO_TOKEN = -1
 """Fills up the shorter captions of an array of token ids."""
-_DRAFT = 2
-"""A JPEG may be decoded at a half, a quarter or an eighth of its size if that is still so many times what is wanted."""
 
 
 class CaptionCodec(Codec):
     """Captions: the start mark where there is one, tokens, the end mark, padding."""
 
+    medium = TEXT
     space: TokenSpace
 
-    def __init__(self, field: CaptionField, space: TokenSpace) -> None:
+    def __init__(self, field: CaptionField, space: TokenSpace, name: str = "") -> None:
         """Raises ConfigError if the tokenizer is missing or does not fit the space."""
         self.member, self.space = field.member, space
         self.clean = CLEANING[field.cleaning]
@@ -45,6 +46,13 @@ class CaptionCodec(Codec):
             raise ConfigError(f"{found}, and the model's vocabulary is {space.vocabulary}")
         pad = space.pad_id if space.pad_id is not None else space.end_id or 0
         self._empty = np.full(space.length, pad, dtype=np.int64)
+
+    @classmethod
+    def check_encoded(cls, field: CaptionField, told: Mapping[str, Any], address: str, where: str) -> None:
+        if hashlib.sha256(store.read_bytes(field.tokenizer)).hexdigest() != told["tokenizer"]:
+            raise ConfigError(f"{where}.tokenizer ({field.tokenizer}) is not the one that made the tokens of {address}")
+        if field.cleaning != told["cleaning"]:
+            raise ConfigError(f"{where}.cleaning is {field.cleaning}, and {address} holds tokens of {told['cleaning']}")
 
     def read(self, members: Views, key: int) -> str:
         if self.member.endswith("npy"):
@@ -91,10 +99,10 @@ class CaptionCodec(Codec):
             raise SampleError(f"its .{self.member} member has the id {max(ids)}, and the vocabulary is {self.space.vocabulary}")
         return ids
 
-    def encode_with_blanks(self, value: str, blank_tokens: int) -> tuple[Tensor, Tensor]:
+    def encode_partly(self, value: str, unknown: int) -> tuple[Tensor, Tensor]:
         """A text with blanks (___) to int64 [S] ids and bool [S], where they are known.
 
-        A blank takes `blank_tokens` positions. After a text that ends with a blank nothing is known, not even where it ends.
+        A blank takes `unknown` positions. After a text that ends with a blank nothing is known, not even where it ends.
 
         Raises:
             UserError: it is too long.
@@ -104,7 +112,7 @@ class CaptionCodec(Codec):
         closed = bool(pieces[-1].strip())
         marks = [end] if closed and end is not None else []
         parts = [self._piece_ids(piece) for piece in pieces]
-        taken = len(self._start()) + sum(map(len, parts)) + (len(parts) - 1) * blank_tokens + len(marks)
+        taken = len(self._start()) + sum(map(len, parts)) + (len(parts) - 1) * unknown + len(marks)
         if taken > length:
             raise UserError(
                 f"the text takes {taken} tokens with its blanks, and the model's captions have {length}; shorten it"
@@ -112,8 +120,8 @@ class CaptionCodec(Codec):
         ids = [*self._start(), *parts[0]]
         known = [True] * len(ids)
         for part in parts[1:]:
-            ids += [0] * blank_tokens + part
-            known += [False] * blank_tokens + [True] * len(part)
+            ids += [0] * unknown + part
+            known += [False] * unknown + [True] * len(part)
         ids += marks
         known += [True] * len(marks)
         rest = length - len(ids)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from megadiff.config.errors import ConfigError, UserError
 from megadiff.config.schema import ClassField, GridSpace, NumberField, TokenSpace
-from megadiff.data.codecs.base import Codec, member_of
+from megadiff.data.codecs.base import COLUMN, Codec, member_of
 from megadiff.data.errors import DataError, SampleError
 from megadiff.data.shards.shard import Views
 from megadiff.storage import store
@@ -96,7 +96,10 @@ class Ranked(NamedTuple):
 class NumberCodec(Codec):
     """One column of numbers."""
 
-    def __init__(self, field: NumberField, space: GridSpace) -> None:
+    medium = COLUMN
+    column: str
+
+    def __init__(self, field: NumberField, space: GridSpace, name: str = "") -> None:
         """Raises ConfigError if the column is unknown or of another kind."""
         self.member, self.column, self.space = field.member, field.column, space
         column = _column(field.columns, field.column, "number")
@@ -146,7 +149,10 @@ class NumberCodec(Codec):
 class ClassCodec(Codec):
     """One column of categories."""
 
-    def __init__(self, field: ClassField, space: TokenSpace) -> None:
+    medium = COLUMN
+    column: str
+
+    def __init__(self, field: ClassField, space: TokenSpace, name: str = "") -> None:
         """Raises ConfigError if the column is unknown, of another kind, or has another number of classes."""
         self.member, self.column, self.space = field.member, field.column, space
         self.values = [str(value) for value in _column(field.columns, field.column, "class").values]

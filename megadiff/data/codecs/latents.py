@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from megadiff.config import checks
 from megadiff.config.errors import ConfigError
 from megadiff.config.schema import GridSpace, LatentField, PixelField
 from megadiff.data.buckets import Bucket
-from megadiff.data.codecs.base import Array, Codec, array_of, arrays_of
-from megadiff.data.codecs.pictures import PixelCodec
+from megadiff.data.codecs.base import Array, array_of, arrays_of
+from megadiff.data.codecs.pictures import PictureCodec, PixelCodec
 from megadiff.data.errors import SampleError
 from megadiff.data.shards.shard import Views
 from megadiff.distributed.ranks import Ranks
@@ -26,16 +26,18 @@ from megadiff.distributed.ranks import Ranks
 PICTURE_CHANNELS = 3
 
 
-class LatentCodec(Codec):
+class LatentCodec(PictureCodec):
     """Latents [C, H, W] times the field's scale; pictures go through the autoencoder, which is loaded when first needed."""
 
-    space: GridSpace
-
     def __init__(self, field: LatentField, space: GridSpace, name: str = "image") -> None:
-        """`name` is the modality's, for errors."""
         self.field, self.space, self.name = field, space, name
         self._made: tuple[Any, PixelCodec] | None = None
         self._lock = threading.Lock()
+
+    @classmethod
+    def check_encoded(cls, field: LatentField, told: Mapping[str, Any], address: str, where: str) -> None:
+        if told["scale"] != field.scale:
+            raise ConfigError(f"{where}.scale is {field.scale:g}, and {address} holds latents for {told['scale']:g}")
 
     def read(self, members: Views, key: int) -> Tensor | Image.Image:
         """Scaled latents, float32 [C, H, W]; or the picture, where the field's member is one."""

@@ -2,28 +2,63 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from megadiff.config.errors import UserError
 from megadiff.config.schema import (
     GridSpace,
     PixelField,
 )
 from megadiff.data.buckets import Bucket, fit
-from megadiff.data.codecs.base import Array, Codec, member_of
+from megadiff.data.codecs.base import PICTURE, Array, Codec, Stored, member_of
 from megadiff.data.errors import SampleError, picture_fault
 from megadiff.data.pictures import UNREADABLE, flat, open_picture, plain
 from megadiff.data.shards.shard import Views
 
 
-class PixelCodec(Codec):
-    """Pictures: RGB on white, scaled and centre-cropped to the grid, values in [-1, 1]."""
+class PictureCodec(Codec):
+    """What pictures have in common: they are filled in by a mask, shown as they are, and kept as PNGs."""
 
+    medium = PICTURE
     space: GridSpace
 
-    def __init__(self, field: PixelField, space: GridSpace) -> None:
+    def encode_partly(self, value: Image.Image, unknown: Image.Image | None) -> tuple[Tensor, Tensor]:
+        """`unknown` is a mask, white where the picture is to be filled in; None: nowhere.
+
+        Raises:
+            UserError: mask and picture have other ratios of their sides.
+        """
+        clean = self.encode(value)
+        if unknown is None:
+            return clean, torch.ones_like(clean, dtype=torch.bool)
+        if abs(unknown.width * value.height - unknown.height * value.width) > max(*unknown.size, *value.size):
+            shapes = [f"{image.width} x {image.height}" for image in (unknown, value)]
+            raise UserError(f"the mask is {shapes[0]} px and the picture {shapes[1]}: their sides must have one ratio")
+        return clean, ~unknown_region(unknown, self.space)
+
+    def shown(self, value: Image.Image) -> Image.Image:
+        return value
+
+    def stored(self, value: Image.Image, name: str) -> Stored:
+        buffer = io.BytesIO()
+        flat(value).save(buffer, "png")
+        return Stored({"picture": f"{name}.png"}, {f"{name}.png": buffer.getvalue()})
+
+    def restored(self, entry: Mapping[str, Any], read: Callable[[str], bytes]) -> Image.Image:
+        return Image.open(io.BytesIO(read(entry["picture"])))
+
+
+class PixelCodec(PictureCodec):
+    """Pictures: RGB on white, scaled and centre-cropped to the grid, values in [-1, 1]."""
+
+    def __init__(self, field: PixelField, space: GridSpace, name: str = "") -> None:
         """Grey for a grid of one channel, else of three."""
         self.member, self.space = field.member, space
 
@@ -67,8 +102,6 @@ class PixelCodec(Codec):
 
 
 _NO_KEYS = torch.empty(0, dtype=torch.int64)
-NO_TOKEN = -1
-"""Fills up the shorter captions of an array of token ids."""
 _DRAFT = 2
 """A JPEG may be decoded at a half, a quarter or an eighth of its size if that is still so many times what is wanted."""
 

@@ -1,0 +1,46 @@
+"""results.json: figures about a network, with everything that each depends on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from megadiff.config.errors import UserError
+from megadiff.storage import store
+from megadiff.types import Metric
+
+FORMAT, VERSION = "megadiff-results", 1
+
+
+def write_results(path: Path, metrics: Sequence[Metric]) -> None:
+    """Write figures into a file; others that stand in it already, under other names, stay.
+
+    Raises:
+        UserError: the file is there and is damaged.
+    """
+    before = read_results(path) if path.exists() else {}
+    merged = {**before, **{metric.name: metric for metric in metrics}}
+    tree = {"format": FORMAT, "version": VERSION, "metrics": [asdict(metric) for metric in merged.values()]}
+    store.write_bytes(str(path), (json.dumps(tree, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_results(path: Path) -> dict[str, Metric]:
+    """The figures in a file, by name. Raises UserError if it is missing or damaged."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        if (tree["format"], tree["version"]) != (FORMAT, VERSION):
+            raise UserError(f"{path} is a {tree['format']} of version {tree['version']}; this program reads {FORMAT} {VERSION}")
+        metrics = [Metric(**told) for told in tree["metrics"]]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); delete it") from None
+    return {metric.name: metric for metric in metrics}
+
+
+def differing(one: Metric, other: Metric) -> list[str]:
+    """What two figures of one name depend on and do not share: where there is any, they do not compare."""
+    keys = {**one.depends, **other.depends}
+    return [key for key in keys if one.depends.get(key) != other.depends.get(key)]
