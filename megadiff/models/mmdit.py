@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from megadiff.config.derived import HIDDEN
 from megadiff.config.errors import ConfigError, UserError
 from megadiff.config.schema import Alignment, Model
+from megadiff.kernels.dispatch import settle
 from megadiff.models.alignment import Aligner
 from megadiff.models.blocks import Block, StreamNorm
 from megadiff.models.embeddings import Embed
@@ -109,6 +110,7 @@ def build_model(config: Model, predicted: Collection[str], alignment: Alignment 
 
     Raises:
         ConfigError: a modality is unknown or has a name that cannot be used for a module.
+        UserError: MEGADIFF_KERNELS asks for kernels that there are not.
     """
     unknown = [name for name in predicted if name not in config.modalities]
     if unknown:
@@ -116,6 +118,10 @@ def build_model(config: Model, predicted: Collection[str], alignment: Alignment 
     reserved = [name for name in config.modalities if name == JOINT or hasattr(nn.ModuleDict, name) or name == "training"]
     if reserved:
         raise ConfigError(f"model.modalities: {', '.join(reserved)} cannot be the name of a modality; choose another")
+    try:
+        settle()
+    except ValueError as error:
+        raise UserError(str(error)) from None
     return MMDiT(config, predicted, alignment)
 
 

@@ -159,12 +159,12 @@ def counted_flops(model: Model, read: list[str], freeze: tuple[str, ...] = (), *
         "image": torch.randn(batch, spaces["image"].channels, spaces["image"].height, spaces["image"].width),
     }
     noised = Noised(states, {name: torch.rand(batch) for name in spaces}, dict.fromkeys(spaces))
-    all_scored = TokenLosses(states["text"], torch.ones(batch, length, dtype=torch.bool))
+    all_scored = TokenLosses(states["text"], torch.ones(batch, length, dtype=torch.bool), torch.ones(batch, length))
     readout = {name: all_scored if name == "text" else Dense() for name in read}
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         prediction = module(noised, readout)
         if backward:
-            sum(output.sum() for output in prediction.values()).backward()
+            sum((output if name == "image" else output.weighted).sum() for name, output in prediction.items()).backward()
     return counter.get_total_flops() / batch
 
 

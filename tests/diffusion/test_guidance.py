@@ -14,7 +14,7 @@ from megadiff.diffusion import guidance
 from megadiff.diffusion.guidance import Guided
 from megadiff.diffusion.objective import ragged_of
 from megadiff.diffusion.sampler import Conditions, Sampler
-from megadiff.types import Dense, DrawRule, Noised, Prediction, Readout, RowLogits, SampledRows
+from megadiff.types import Dense, DrawRule, Noised, Prediction, Readout, RowKeys, RowLogits, SampledRows
 from tests.diffusion.ideal import GRIDS, TOKENS, IdealDenoiser, draw_pairs
 from tests.diffusion.small import model_of
 
@@ -58,8 +58,8 @@ def rows_of(state: Tensor) -> SampledRows:
 
 
 def draws_at(rows: Tensor) -> SampledRows:
-    uniforms = torch.full((len(rows),), 0.5, dtype=torch.float64)
-    return SampledRows(rows[None], torch.ones(1, len(rows)), uniforms, DrawRule())
+    keys = RowKeys(torch.full_like(rows, 3), "draw", rows)
+    return SampledRows(rows[None], torch.ones(1, len(rows)), keys, DrawRule())
 
 
 def at(times: Mapping[str, float]) -> dict[str, Tensor]:
