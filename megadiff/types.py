@@ -105,6 +105,8 @@ class Stream(NamedTuple):
         grids: rows and columns of patches of the modalities that are grids.
         ragged: how long the samples of some modalities are.
         rows: where the packed ones lie.
+        tapped: [B, S, F], tokens that the alignment layer tapped and projected, on their way to the last layer; None before
+            that layer, and where it does not run.
     """
 
     tokens: dict[str, Tensor]
@@ -113,6 +115,7 @@ class Stream(NamedTuple):
     grids: dict[str, tuple[int, int]]
     ragged: Mapping[str, Ragged] = {}
     rows: Mapping[str, Rows] = {}
+    tapped: Tensor | None = None
 
     def dense(self, name: str) -> Tensor:
         """A modality's tokens [B, S, D], zero where there is none."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megadiff.engine.checkpoint import MOMENTS, CheckpointError, CheckpointReader
-from megadiff.models.mmdit import part_of
+from megadiff.models.names import part_of
 
 PIECE = 16 * 2**20
 """Elements that are read at once: 64 MiB of float32."""

@@ -15,7 +15,7 @@ from megadiff.engine.checkpoint import CheckpointError, CheckpointReader
 from megadiff.engine.ema import Ema
 from megadiff.engine.optimizer import hold_still, learning_rate
 from megadiff.models.idle import Idle
-from megadiff.models.mmdit import part_of
+from megadiff.models.names import part_of
 from megadiff.types import ALIGNMENT, Batch, Denoiser
 
 RAW = "raw"

@@ -37,7 +37,7 @@ from megadiff.interfaces.export import new_folder
 from megadiff.interfaces.snapshot import WARMUP_STEPS, TrainingState, training_state
 from megadiff.interfaces.weights import load, local_path
 from megadiff.models import official
-from megadiff.models.mmdit import part_of
+from megadiff.models.names import part_of
 from megadiff.models.official import IMAGE, POSITIONS, TEXT
 
 STAGE, EMA = "released", "main"

@@ -25,7 +25,8 @@ from megadiff.engine.posthoc import Combination, Profile, combine, reconstruct, 
 from megadiff.files import sha256
 from megadiff.interfaces import export
 from megadiff.interfaces.card import model_card
-from megadiff.models.mmdit import MMDiT, build_model, part_of
+from megadiff.models.mmdit import MMDiT, build_model
+from megadiff.models.names import part_of
 from megadiff.storage import store
 from megadiff.training.stages import newest_checkpoint
 from megadiff.types import ALIGNMENT

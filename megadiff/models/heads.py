@@ -17,9 +17,22 @@ from megadiff.kernels.gated_adaln import adaln
 from megadiff.kernels.head_draw import head_draw
 from megadiff.kernels.head_logits import head_logits
 from megadiff.kernels.head_loss import head_loss
+from megadiff.models.alignment import misalignment
 from megadiff.models.embeddings import unpatchify
 from megadiff.models.layers import Modulation, Rule, initialise_linear
-from megadiff.types import CrossEntropy, Dense, Drawn, Prediction, Readout, RowLogits, SampledRows, Stream, TokenLosses
+from megadiff.types import (
+    ALIGNMENT,
+    Aligned,
+    CrossEntropy,
+    Dense,
+    Drawn,
+    Prediction,
+    Readout,
+    RowLogits,
+    SampledRows,
+    Stream,
+    TokenLosses,
+)
 
 HEAD_NORM_EPS = 1e-6
 
@@ -129,17 +142,24 @@ class TokenHead(Head):
 
 
 class Heads(nn.ModuleDict):
-    """The last layer: a Stream and what to read out of it to a Prediction, in the model's order of modalities."""
+    """The last layer: a Stream and what to read out of it to a Prediction, in the model's order of modalities.
+
+    The alignment loss needs no weights here: what was tapped is compared as it came.
+    """
 
     def __init__(self, config: Model, names: Sequence[str]) -> None:
         super().__init__({name: head_of(config, name) for name in names})
 
     def forward(self, stream: Stream, readout: Mapping[str, Readout]) -> Prediction:
-        return {
+        prediction: Prediction = {
             name: head(stream.dense(name), stream.conditioning[name], readout[name], stream.grids.get(name))
             for name, head in self.items()
             if name in readout
         }
+        aligned = readout.get(ALIGNMENT)
+        if isinstance(aligned, Aligned) and stream.tapped is not None:
+            prediction[ALIGNMENT] = misalignment(stream.tapped, aligned.features)
+        return prediction
 
 
 def head_of(config: Model, name: str) -> Head:

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from megadiff.config import derived
 from megadiff.config.errors import ConfigError
 from megadiff.config.schema import Model, Run, Stage
-from megadiff.models.mmdit import build_model, part_of
+from megadiff.models.mmdit import build_model
+from megadiff.models.names import part_of
 from megadiff.types import Dense, Noised, TokenLosses
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"

@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from megadiff.config.errors import ConfigError, UserError
-from megadiff.models.mmdit import build_model, decayed_names, part_of
+from megadiff.models.mmdit import build_model
+from megadiff.models.names import part_of
 from megadiff.types import CrossEntropy, Dense, RowLogits, TokenLosses
 from tests.models.small import small_config, small_model, small_noised
 
@@ -110,6 +111,13 @@ def test_the_same_modules_run_in_the_same_order_whatever_the_readout_asks_or_its
     first = modules_run(model, {"words": losses(), "picture": Dense()})
     assert modules_run(model, {"picture": Dense(), "words": nothing}) == first
     assert modules_run(model, {"words": RowLogits(torch.tensor([], dtype=torch.int64)), "picture": Dense()}) == first
+
+
+def test_the_four_parts_of_a_model_are_its_layers_in_order():
+    model = small_model(VARIANTS["paper"])
+    towers = [layer for tower in model.towers.values() for layer in tower]
+    assert model.layers() == [model.embed, *model.trunk, *towers, model.heads]
+    assert model.trunk == [*model.joint, model.trunk_norm]
 
 
 def test_layers_run_in_order_give_what_forward_gives():
@@ -257,23 +265,6 @@ def test_only_predicted_modalities_have_a_tower_and_a_head():
 def test_a_grid_refuses_a_readout_for_tokens():
     with pytest.raises(TypeError, match="head of picture cannot give TokenLosses"):
         small_model()(small_noised(), {"picture": losses()})
-
-
-def test_parameters_belong_to_their_parts():
-    assert part_of("towers.words.0.parts.words.mlp.up.weight") == "words"
-    assert part_of("heads.picture.weight") == "picture"
-    assert part_of("embed.states.words.weight") == part_of("joint.0.parts.words.output.weight") == "joint"
-    assert part_of("trunk_norm.norms.words.gain") == "joint"
-
-
-def test_weight_decay_is_for_linear_maps_only():
-    decayed = set(decayed_names(small_model(VARIANTS["plain"])))
-    assert {"heads.words.weight", "embed.states.picture.projection.weight", "joint.0.parts.words.mlp.up.weight"} <= decayed
-    kept = {"embed.states.words.weight", "embed.states.words.positions", "heads.words.bias", "joint.0.parts.words.mlp.up.bias"}
-    assert not decayed & kept
-    model = small_model(VARIANTS["paper"])
-    assert decayed <= {name for name, _ in small_model(VARIANTS["plain"]).named_parameters()}
-    assert not [name for name in decayed_names(model) if "gain" in name]
 
 
 @pytest.mark.parametrize("name", ["joint", "values", "type"])
