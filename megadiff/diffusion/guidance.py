@@ -134,7 +134,7 @@ class Guided:
         mixed: Prediction = {}
         for name, request in asked.items():
             if isinstance(request, SampledRows):
-                logits = found[name].view(*request.rows.shape, -1)
+                logits = found[name].view(*request.rows.shape, found[name].shape[-1])
                 guided = (request.weights[..., None] * logits).sum(0) + away * (logits[0] - weaker[name])
                 mixed[name] = draw_rows(guided, rng.uniform_at(*request.keys), *request.rule)
             else:

@@ -227,11 +227,13 @@ def test_guidance_sharpens_the_conditional_towards_what_the_condition_favours():
     assert fits.double().mean() > 0.95
 
 
-def test_guidance_with_no_row_to_unmask_asks_for_none():
+@pytest.mark.parametrize("weaker", [None, IdealDenoiser(MODEL)], ids=["guidance", "autoguidance"])
+def test_guidance_with_no_row_to_unmask_asks_for_none(weaker):
     times = {"tokens": 0.4, "grid": 0.0}
     states = {"tokens": PAIRS["tokens"], "grid": PAIRS["grid"]}
     readout = {"tokens": draws_at(torch.empty(0, dtype=torch.int64))}
-    mixed = Guided(IdealDenoiser(MODEL), PROCESSES, Sampling(guidance=2.0), KEYS)(states, at(times), readout)
+    sampling = Sampling(guidance=2.0, autoguidance=1.5)
+    mixed = Guided(IdealDenoiser(MODEL), PROCESSES, sampling, KEYS, weaker)(states, at(times), readout)
     assert mixed["tokens"].ids.shape == (0,)
 
 
