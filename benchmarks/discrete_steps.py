@@ -19,7 +19,9 @@ from pathlib import Path
 
 import torch
 
-from megadiff.kernels.sample_rows import sample_rows
+from megadiff import rng
+from megadiff.kernels.head_draw import head_draw
+from megadiff.types import DrawRule, RowKeys
 
 LENGTH, VOCABULARY, WIDTH = 120, 49_408, 1_024
 CASES = {
@@ -47,7 +49,8 @@ def run(case: str, batch: int) -> dict[str, float]:
         positions = torch.randperm(batch * LENGTH)[: max(1, round(share * batch * LENGTH))]
         rows = torch.stack([positions + branch * batch * LENGTH for branch in range(branches)])
         weights = torch.tensor([[3.0], [-2.0]]).expand(-1, rows.shape[1]) if branches == 2 else torch.ones_like(rows).float()
-        sample_rows(hidden, weight, bias, rows, weights, torch.rand(rows.shape[1], dtype=torch.float64))
+        keys = RowKeys(rng.sample_keys(0, rows[0] // LENGTH), "token", rows[0] % LENGTH)
+        head_draw(hidden, weight, bias, rows, weights, keys, DrawRule())
     seconds = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     return {"seconds": seconds, "peak_mib": peak / 1024}

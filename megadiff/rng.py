@@ -23,7 +23,8 @@ _LOW, _LOW31, _HALF = np.uint64(_MASK32), np.uint64(0x7FFFFFFF), np.uint64(32)
 _WIDE, _STEPS = np.array(_MULTIPLIERS, dtype=np.uint64), np.array(_WEYL, dtype=np.uint64)
 
 
-def _purpose_words(purpose: str) -> tuple[int, int]:
+def purpose_words(purpose: str) -> tuple[int, int]:
+    """A purpose as two 32-bit numbers, the middle two words of a block's counter."""
     digest = hashlib.blake2b(purpose.encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
@@ -46,10 +47,9 @@ def _philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Te
     return c0, c1, c2, c3
 
 
-def _words(keys: Tensor, purpose: str, blocks: int) -> Tensor:
-    """int64 [B, blocks, 4], each entry a 32-bit word."""
-    first, second = _purpose_words(purpose)
-    index = torch.arange(blocks, device=keys.device, dtype=torch.int64)[None, :].expand(len(keys), blocks)
+def _words(keys: Tensor, purpose: str, index: Tensor) -> Tensor:
+    """int64 [B, n, 4], each entry a 32-bit word, of the blocks `index`, int64 [B, n]."""
+    first, second = purpose_words(purpose)
     low = (keys & _MASK32)[:, None].expand_as(index)
     high = ((keys >> 32) & _MASK32)[:, None].expand_as(index)
     fill = torch.zeros_like(index)
@@ -59,7 +59,7 @@ def _words(keys: Tensor, purpose: str, blocks: int) -> Tensor:
 def fold(keys: Tensor, value: int | Tensor | str) -> Tensor:
     """New keys [B] from keys [B] and a number (or one number per sample, int64 [B], or a word)."""
     if isinstance(value, str):
-        first, second = _purpose_words(value)
+        first, second = purpose_words(value)
         value = first | ((second & 0x7FFFFFFF) << 32)
     if keys.device.type == "cpu" and type(keys) is Tensor and not torch.compiler.is_compiling():
         return _fold_on_cpu(keys, value)
@@ -100,14 +100,31 @@ def uniform(keys: Tensor, purpose: str, shape: Sequence[int] = (), *, dtype: tor
         dtype: float32 (23 random bits) or float64 (52 random bits: use it to draw from categoricals).
     """
     count = math.prod(shape)
+    per_block = 2 if dtype == torch.float64 else 4
+    index = torch.arange(-(-count // per_block), device=keys.device, dtype=torch.int64).expand(len(keys), -1)
+    words = _words(keys, purpose, index)
     if dtype == torch.float64:
-        words = _words(keys, purpose, (count + 1) // 2)
-        bits = ((words[..., 0::2] >> 6) << 26) | (words[..., 1::2] >> 6)
-        numbers = (bits.to(torch.float64) + 0.5) * 2.0**-52
+        numbers = _from_52_bits(words)
     else:
-        words = _words(keys, purpose, (count + 3) // 4)
         numbers = ((words >> 9).to(torch.float32) + 0.5) * 2.0**-23
     return numbers.flatten(1)[:, :count].reshape(len(keys), *shape)
+
+
+def uniform_at(keys: Tensor, purpose: str, places: Tensor) -> Tensor:
+    """float64 [R]: one of the float64 numbers that `uniform` gives for each key; the others are not made.
+
+    Args:
+        keys: int64 [R]; the same one may stand in several rows.
+        places: int64 [R], where that number is in the flattened shape.
+    """
+    pairs = _from_52_bits(_words(keys, purpose, (places // 2)[:, None]))[:, 0]
+    return pairs.gather(1, (places % 2)[:, None])[:, 0]
+
+
+def _from_52_bits(words: Tensor) -> Tensor:
+    """Pairs of words, int64 [..., 4], as float64 [..., 2] in (0, 1)."""
+    bits = ((words[..., 0::2] >> 6) << 26) | (words[..., 1::2] >> 6)
+    return (bits.to(torch.float64) + 0.5) * 2.0**-52
 
 
 def normal(keys: Tensor, purpose: str, shape: Sequence[int] = ()) -> Tensor:

@@ -109,6 +109,8 @@ class Stream(NamedTuple):
         grids: rows and columns of patches of the modalities that are grids.
         ragged: how long the samples of some modalities are.
         rows: where the packed ones lie.
+        tapped: [B, S, F], tokens that the alignment layer tapped and projected, on their way to the last layer; None before
+            that layer, and where it does not run.
     """
 
     tokens: dict[str, Tensor]
@@ -117,6 +119,7 @@ class Stream(NamedTuple):
     grids: dict[str, tuple[int, int]]
     ragged: Mapping[str, Ragged] = {}
     rows: Mapping[str, Rows] = {}
+    tapped: Tensor | None = None
 
     def dense(self, name: str) -> Tensor:
         """A modality's tokens [B, S, D], zero where there is none."""
@@ -133,20 +136,34 @@ class Dense(NamedTuple):
 
 
 class TokenLosses(NamedTuple):
-    """Readout: cross entropy per token, float32 [B, S], zero where `scored` is False; logits exist for scored rows only.
+    """Readout: cross entropy per token, as a `CrossEntropy`; logits exist for scored rows only.
 
     Attributes:
         targets: int64 [B, S], ids below the vocabulary size.
         scored: bool [B, S].
+        weights: float32 [B, S], what each position's cross entropy is multiplied by in the training loss.
         number: how many positions are scored; on the host, so that nobody has to wait for a GPU. None: not known.
-        mask_class: of a head with a class for the mask state: [2, B, S], the second softplus(the mask's logit), which is what
-            that class adds to the released network's loss.
+        mask_class: of a head with a class for the mask state: what that class adds to the released network's loss, softplus of
+            the mask's logit, is added to the weighted losses, times the weight.
     """
 
     targets: Tensor
     scored: Tensor
+    weights: Tensor
     number: int | None = None
     mask_class: bool = False
+
+
+class CrossEntropy(NamedTuple):
+    """What TokenLosses gives, float32 [B, S] each, zero where not scored.
+
+    Attributes:
+        weighted: the training loss of every position.
+        unweighted: the cross entropy alone, without a gradient.
+    """
+
+    weighted: Tensor
+    unweighted: Tensor
 
 
 class RowLogits(NamedTuple):
@@ -175,6 +192,20 @@ class DrawRule(NamedTuple):
     min_p: float = 0.0
 
 
+class RowKeys(NamedTuple):
+    """Which random number belongs to each of R rows: the arguments of `rng.uniform_at`.
+
+    Attributes:
+        keys: int64 [R], of each row's sample (and step).
+        purpose: a few words.
+        places: int64 [R], which of its sample's numbers is a row's.
+    """
+
+    keys: Tensor
+    purpose: str
+    places: Tensor
+
+
 class SampledRows(NamedTuple):
     """Readout: one token drawn at each of R positions, as a `Drawn`; logits exist for a chunk of rows at a time.
 
@@ -183,13 +214,13 @@ class SampledRows(NamedTuple):
     Attributes:
         rows: int64 [K, R], indices into the flattened [B * S] positions.
         weights: float32 [K, R], each column adding up to 1.
-        uniforms: float64 [R] in (0, 1): the draws, by inverse distribution function.
+        keys: what the rows are drawn with.
         rule: what the draws are made among.
     """
 
     rows: Tensor
     weights: Tensor
-    uniforms: Tensor
+    keys: RowKeys
     rule: DrawRule
 
 
@@ -197,7 +228,7 @@ class Drawn(NamedTuple):
     """What SampledRows gives.
 
     Attributes:
-        ids: int64 [R].
+        ids: int64 [R], the tokens.
         log_probability: float32 [R], of the drawn ids before temperature and truncation.
         entropy: float32 [R] in nats, likewise.
         margin: float32 [R], by how much the likeliest token's probability exceeds the next one's, likewise.
@@ -222,7 +253,7 @@ class Aligned(NamedTuple):
 Readout = Dense | TokenLosses | RowLogits | SampledRows | Aligned
 
 Prediction = dict[str, Any]
-"""Per modality that was read out what its readout describes: a tensor, or a Drawn. `ALIGNMENT` beside modalities."""
+"""Per modality that was read out what its readout describes: a tensor, a CrossEntropy or a Drawn; `ALIGNMENT` beside them."""
 
 ALIGNMENT = "alignment"
 """The name of the alignment loss among readouts and predictions, and of its part among parameters."""

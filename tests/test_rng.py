@@ -37,7 +37,7 @@ def test_philox_gives_the_known_answers_of_its_authors(counter, key, answer):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_uniform_numbers_lie_in_the_open_interval_even_for_extreme_words(dtype, monkeypatch):
     for word in (0, ALL_ONES):
-        monkeypatch.setattr(rng, "_words", lambda keys, purpose, blocks, w=word: torch.full((len(keys), blocks, 4), w))
+        monkeypatch.setattr(rng, "_words", lambda keys, purpose, index, w=word: torch.full((*index.shape, 4), w))
         numbers = rng.uniform(KEYS[:1], "x", (4,), dtype=dtype)
         assert (numbers > 0).all()
         assert (numbers < 1).all()
@@ -116,3 +116,11 @@ def test_keys_differ_for_any_difference_in_seed_epoch_or_sample():
     assert len(keys.unique()) == len(keys)
     assert (keys >= 0).all()
     assert torch.equal(rng.sample_keys(1, 2, index)[17:18], rng.sample_keys(1, 2, index[17:18]))
+
+
+def test_one_number_at_a_place_is_the_one_among_all():
+    keys = rng.sample_keys(1, torch.arange(6))
+    every = rng.uniform(keys, "place", (3, 5), dtype=torch.float64).flatten(1)
+    samples, places = torch.tensor([5, 0, 0, 3, 5]), torch.tensor([14, 0, 7, 1, 2])
+    assert torch.equal(rng.uniform_at(keys[samples], "place", places), every[samples, places])
+    assert rng.uniform_at(keys[:0], "place", places[:0]).shape == (0,)

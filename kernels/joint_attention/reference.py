@@ -68,9 +68,12 @@ def _heads(stream: Projected) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _dense(stream: Projected) -> Tensor:
-    """[B, longest, 3, H, d]; what stands where there is no token does not matter, but is finite."""
+    """[B, longest, 3, H, d]; finite where there is no token, since a weight of zero does not take a NaN away."""
     if stream.span.starts is None:
-        return stream.qkv
+        if stream.span.lengths is None:
+            return stream.qkv
+        _, there = stream.span.rows(stream.qkv.device)
+        return stream.qkv.masked_fill(~there[..., None, None, None], 0.0)
     if not len(stream.qkv):
         return stream.qkv.new_zeros(stream.span.batch, stream.span.longest, *stream.qkv.shape[1:])
     rows, _ = stream.span.rows(stream.qkv.device)

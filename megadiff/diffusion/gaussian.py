@@ -93,7 +93,7 @@ class Gaussian:
 
     # ------------------------------------------------------------------------------------------------------- training
 
-    def readout(self, noised: NoisedState, scored: Tensor) -> Dense:
+    def readout(self, noised: NoisedState, times: Tensor, scored: Tensor) -> Dense:
         return Dense()
 
     def counts(self, noised: NoisedState, *, exact: bool = False) -> Tensor:

@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from megadiff import rng
 from megadiff.config.schema import Sampling
 from megadiff.diffusion.categorical import CLEAN_TIME
 from megadiff.diffusion.objective import assemble, ragged_of
 from megadiff.diffusion.process import Process
-from megadiff.kernels.sample_rows import draw_rows
+from megadiff.kernels.head_draw import draw_rows
 from megadiff.types import Denoiser, Drawn, Noised, Prediction, Ragged, Readout, RowLogits, SampledRows
 
 
@@ -133,9 +134,9 @@ class Guided:
         mixed: Prediction = {}
         for name, request in asked.items():
             if isinstance(request, SampledRows):
-                logits = found[name].view(*request.rows.shape, -1)
+                logits = found[name].view(*request.rows.shape, found[name].shape[-1])
                 guided = (request.weights[..., None] * logits).sum(0) + away * (logits[0] - weaker[name])
-                mixed[name] = Drawn(*draw_rows(guided, request.uniforms, *request.rule))
+                mixed[name] = draw_rows(guided, rng.uniform_at(*request.keys), *request.rule)
             else:
                 guided = self._mixed(found[name], request, branch_of.get(name), weights.get(name))
                 mixed[name] = guided + away * (found[name][: len(self.keys)] - weaker[name])

@@ -14,7 +14,7 @@ from megadiff import rng
 from megadiff.config.schema import MaskedProcess, TokenSpace
 from megadiff.diffusion.categorical import SMALLEST_SHARE, Schedule, after_end, clean_lengths
 from megadiff.diffusion.process import Losses, NoisedState
-from megadiff.types import TokenLosses
+from megadiff.types import CrossEntropy, TokenLosses
 
 
 class Masked:
@@ -60,11 +60,12 @@ class Masked:
 
     # ------------------------------------------------------------------------------------------------------- training
 
-    def readout(self, noised: NoisedState, scored: Tensor) -> TokenLosses:
+    def readout(self, noised: NoisedState, times: Tensor, scored: Tensor) -> TokenLosses:
         """Every position of the plain loss, else the masked ones. Waits for the device, to tell their number."""
         rows = torch.ones_like(noised.state, dtype=torch.bool) if self.config.loss == "plain" else noised.state == self.mask_id
         asked = rows & scored[:, None]
-        return TokenLosses(noised.target, asked, int(asked.sum()), self.config.mask_class)
+        weights = self._weights(noised, times, exact=False)
+        return TokenLosses(noised.target, asked, weights, int(asked.sum()), self.config.mask_class)
 
     def counts(self, noised: NoisedState, *, exact: bool = False) -> Tensor:
         return self._positions(noised.target, exact=exact).sum(1)
@@ -75,17 +76,14 @@ class Masked:
         alike = exact or self.config.loss == "plain"
         return ones if alike else torch.where(after_end(clean, self.space), self.config.after_end_weight, ones)
 
-    def losses(self, prediction: Tensor, noised: NoisedState, times: Tensor, *, exact: bool = False) -> Losses:
+    def losses(self, prediction: CrossEntropy, noised: NoisedState, times: Tensor, *, exact: bool = False) -> Losses:
         """Cross entropies to the NELBO per token, or their plain mean.
 
         The count is that of all positions, not of the masked ones: the weight in time makes up for those that are not.
         `exact`: the true NELBO, with an uncapped weight and every position counting alike.
         """
-        counts = self.counts(noised, exact=exact)
-        entropies, of_mask_class = prediction if self.config.mask_class else (prediction, 0.0)
-        if self.config.loss == "plain" and not exact:
-            entropies = entropies + of_mask_class
-        return Losses((entropies * self._weights(noised, times, exact=exact)).sum(1), counts)
+        losses = prediction.unweighted * self._weights(noised, times, exact=True) if exact else prediction.weighted
+        return Losses(losses.sum(1), self.counts(noised, exact=exact))
 
     def _weights(self, noised: NoisedState, times: Tensor, *, exact: bool) -> Tensor:
         """What each position's cross entropy is multiplied by, float32 [B, S]."""

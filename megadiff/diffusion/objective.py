@@ -58,7 +58,9 @@ class Objective:
         weights = {name: batch.weight * drawn.free[name] for name in self.scored}
         scored_samples = {name: weight > 0 for name, weight in weights.items()}
         noised = noised_of(self.processes, {name: s.state for name, s in states.items()}, drawn.times, scored_samples)
-        readout = {name: self.processes[name].readout(states[name], scored_samples[name]) for name in self.scored}
+        readout = {
+            name: self.processes[name].readout(states[name], drawn.times[name], scored_samples[name]) for name in self.scored
+        }
         scored = {name: states[name] for name in self.scored}
         counts = {name: (self.processes[name].counts(scored[name]) * weights[name]).sum() for name in self.scored}
         if self.stage.alignment is not None:
@@ -77,7 +79,7 @@ class Objective:
         counts: dict[str, Tensor] = {}
         exact: dict[str, tuple[Tensor, Tensor]] = {}
         times = dict(prepared.times)
-        total = torch.zeros((), device=next(iter(prediction.values())).device)
+        total = torch.zeros((), device=next(iter(times.values())).device)
         for name in self.scored:
             process, state, weight = self.processes[name], prepared.states[name], prepared.weights[name]
             losses = process.losses(prediction[name], state, times[name])
@@ -85,7 +87,8 @@ class Objective:
             counts[name] = losses.counts * weight
             total = total + _scaled(sums[name], self.stage.modalities[name].loss_weight * normaliser[name])
             if process.bounded:
-                bound = process.losses(prediction[name].detach(), state, times[name], exact=True)
+                with torch.no_grad():
+                    bound = process.losses(prediction[name], state, times[name], exact=True)
                 exact[name] = ((bound.sums * weight).sum(), (bound.counts * weight).sum())
         if self.stage.alignment is not None:
             weight = prepared.weights[ALIGNMENT]
@@ -177,7 +180,7 @@ def conditional_losses(
         noised = processes[target].noise(clean[target], at, own)
         states = {name: clean[name] if name in given else absent.get(name, noised.state) for name in processes}
         everywhere = torch.ones_like(at, dtype=torch.bool)
-        readout = {target: processes[target].readout(noised, everywhere)}
+        readout = {target: processes[target].readout(noised, at, everywhere)}
         prediction = denoiser(noised_of(processes, states, {**held, target: at}, {target: everywhere}), readout)
         found = processes[target].losses(prediction[target], noised, at, exact=True)
         losses += (found.sums.double() / found.counts.double()) / times

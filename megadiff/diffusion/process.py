@@ -5,7 +5,7 @@ Legend: B samples, S tokens, C channels, H height, W width. Time t = 0 is clean 
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -54,11 +54,11 @@ class Process(Protocol):
     def lengths(self, state: Tensor, times: Tensor) -> Tensor | None:
         """int32 [B], how many leading positions there are where the modality is only a condition; None if always all."""
 
-    def readout(self, noised: NoisedState, scored: Tensor) -> Readout:
+    def readout(self, noised: NoisedState, times: Tensor, scored: Tensor) -> Readout:
         """What the training loss needs from the network; `scored` is bool [B]."""
 
     def counts(self, noised: NoisedState, *, exact: bool = False) -> Tensor:
         """How many elements each sample is scored on, float32 [B]; known before any prediction."""
 
-    def losses(self, prediction: Tensor, noised: NoisedState, times: Tensor, *, exact: bool = False) -> Losses:
+    def losses(self, prediction: Any, noised: NoisedState, times: Tensor, *, exact: bool = False) -> Losses:
         """The loss of what `readout` gave; `exact` takes the true weight in time instead of the training one."""

@@ -24,7 +24,7 @@ from megadiff.diffusion.gaussian import Gaussian
 from megadiff.diffusion.masked import Masked
 from megadiff.diffusion.process import Process
 from megadiff.diffusion.uniform import Uniform
-from megadiff.types import Dense, Drawn, DrawRule, Readout, SampledRows
+from megadiff.types import Dense, Drawn, DrawRule, Readout, RowKeys, SampledRows
 
 LOOP_FROM, LOOP_TO, LOOP_SHARE = 0.55, 0.05, 0.1
 """ReMDM-loop: between these parts of the run the clock stands where this share of the tokens is masked."""
@@ -207,16 +207,14 @@ class Tokens(_Plain):
     def at(self, chosen: Tensor, step: Step) -> SampledRows:
         """Draws at the positions `chosen`, bool [B, S]; of none, it is still a readout: the head runs on every rank."""
         count = self._counts.popleft() if self._counts else None
-        return draws(self.process.name, self.process.shape, self.sampling, chosen, step, count)
+        return draws(self.process.name, self.sampling, chosen, step, count)
 
     def expect(self, counts: Sequence[Tensor]) -> None:
         """How many positions each step will choose: all are asked for at once, and no step has to wait for the device."""
         self._counts = deque(torch.stack(list(counts)).tolist())
 
 
-def draws(
-    name: str, shape: tuple[int, ...], sampling: Sampling, chosen: Tensor, step: Step, count: int | None = None
-) -> SampledRows:
+def draws(name: str, sampling: Sampling, chosen: Tensor, step: Step, count: int | None = None) -> SampledRows:
     """A draw at every chosen position, bool [B, S], from numbers that belong to the sample, the step and the position.
 
     Args:
@@ -224,9 +222,9 @@ def draws(
     """
     flat = chosen.flatten()
     rows = (flat.nonzero() if count is None else torch.nonzero_static(flat, size=count))[:, 0]
-    uniforms = rng.uniform(step.keys, f"{name} token", shape, dtype=torch.float64).flatten()[rows]
+    keys = RowKeys(step.keys[rows // chosen.shape[1]], f"{name} token", rows % chosen.shape[1])
     rule = DrawRule(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
-    return SampledRows(rows[None], torch.ones_like(rows, dtype=torch.float32)[None], uniforms, rule)
+    return SampledRows(rows[None], torch.ones_like(rows, dtype=torch.float32)[None], keys, rule)
 
 
 class Ancestral(Tokens):
@@ -428,7 +426,7 @@ class Exchange(_Plain):
 
     def request(self, state: Tensor, step: Step) -> SampledRows:
         everywhere = torch.ones_like(state, dtype=torch.bool)
-        return draws(self.process.name, self.process.shape, self.sampling, everywhere, step, state.numel())
+        return draws(self.process.name, self.sampling, everywhere, step, state.numel())
 
     def move(self, state: Tensor, step: Step, request: SampledRows, prediction: Drawn) -> Moved:
         clean = prediction.ids.view_as(state)

@@ -61,7 +61,7 @@ class Uniform:
 
     # ------------------------------------------------------------------------------------------------------- training
 
-    def readout(self, noised: NoisedState, scored: Tensor) -> Dense:
+    def readout(self, noised: NoisedState, times: Tensor, scored: Tensor) -> Dense:
         return Dense()
 
     def counts(self, noised: NoisedState, *, exact: bool = False) -> Tensor:

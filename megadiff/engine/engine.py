@@ -14,7 +14,7 @@ from megadiff.engine.api import Backend, Objective, StepResult
 from megadiff.engine.ema import Ema
 from megadiff.engine.optimizer import hold_still, learning_rate
 from megadiff.models.idle import Idle
-from megadiff.models.mmdit import part_of
+from megadiff.models.names import part_of
 from megadiff.types import ALIGNMENT, Batch, Denoiser
 from megadiff.weights.checkpoint import CheckpointError, CheckpointReader, check_names
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megadiff.config.schema import Optimizer
 from megadiff.engine.pieces import Piece
 from megadiff.models.idle import Region
+from megadiff.models.names import named_parameters
 
 
 def learning_rate(config: Optimizer, step: int, total_steps: int) -> float:
@@ -33,7 +34,7 @@ def build_optimizer(module: nn.Module, config: Optimizer, decayed: Iterable[str]
         decayed: names of parameters that are weight-decayed (linear weights) unless `config.decay_all` decays all.
     """
     names = set(decayed)
-    trainable = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    trainable = [(name, parameter) for name, parameter in named_parameters(module) if parameter.requires_grad]
     decay = [parameter for name, parameter in trainable if config.decay_all or name in names]
     rest = [parameter for name, parameter in trainable if not (config.decay_all or name in names)]
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]

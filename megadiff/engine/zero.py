@@ -21,7 +21,8 @@ from megadiff.engine.optimizer import build_optimizer
 from megadiff.engine.start import start_process_group
 from megadiff.engine.zero_pieces import zero_pieces
 from megadiff.models.idle import Idle, idle_parameters
-from megadiff.models.mmdit import build_model, decayed_names, part_of
+from megadiff.models.mmdit import build_model
+from megadiff.models.names import decayed_names, named_parameters, part_of
 from megadiff.types import Denoiser
 
 log = logging.getLogger(__name__)
@@ -52,8 +53,8 @@ class ZeroBackend:
             torch.manual_seed(seed)
             module = build_model(model, predicted, stage.alignment)
         module.activation_checkpointing = stage.activation_checkpointing
-        self.idle: Idle = idle_parameters(model, stage, [name for name, _ in module.named_parameters()])
-        for name, parameter in module.named_parameters():
+        self.idle: Idle = idle_parameters(model, stage, [name for name, _ in named_parameters(module)])
+        for name, parameter in named_parameters(module):
             parameter.requires_grad_(is_trained(part_of(name), stage) and name not in self.idle.whole)
         optimizer = build_optimizer(module, stage.optimizer, decayed_names(module))
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)

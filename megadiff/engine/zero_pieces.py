@@ -12,13 +12,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from megadiff.engine.pieces import FrozenPiece, Piece, Pieces
+from megadiff.models.names import named_parameters
 from megadiff.weights.boxes import Extent, whole
 
 
 def zero_pieces(engine: Any, world: int, rank: int) -> Pieces:
     """The pieces that a DeepSpeed engine holds on data-parallel rank `rank` of `world`."""
     optimizer, wrapper = engine.basic_optimizer, engine.optimizer
-    named = list(engine.module.named_parameters())
+    named = list(named_parameters(engine.module))
     shapes = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in named}
     trainable = [(name, parameter) for name, parameter in named if parameter.requires_grad]
     frozen = [(name, parameter) for name, parameter in named if not parameter.requires_grad]

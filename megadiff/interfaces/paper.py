@@ -32,7 +32,7 @@ from megadiff.config.schema import (
 )
 from megadiff.data.codecs.clip import build_clip_tokenizer
 from megadiff.interfaces.snapshot import WARMUP_STEPS, TrainingState, training_state
-from megadiff.models.mmdit import part_of
+from megadiff.models.names import part_of
 from megadiff.weights import checkpoint, official, official_config
 from megadiff.weights.boxes import whole
 from megadiff.weights.checkpoint import CheckpointManifest, tensor_key

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from megadiff.config.parameters import ALIGNMENT_HIDDEN
 from megadiff.config.schema import Alignment
 from megadiff.models.layers import Linear
-from megadiff.types import Aligned, Stream
+from megadiff.types import Stream
 
 
 class Aligner(nn.Module):
-    """Projects one modality's tokens and compares them with features."""
+    """The layer that taps the stream: one modality's tokens, projected, travel on beside it to the last layer."""
 
     def __init__(self, config: Alignment, width: int) -> None:
         super().__init__()
@@ -25,10 +25,13 @@ class Aligner(nn.Module):
         hidden = ALIGNMENT_HIDDEN * width
         self.layers = nn.ModuleList([Linear(width, hidden), Linear(hidden, hidden), Linear(hidden, config.features)])
 
-    def forward(self, stream: Stream, readout: Aligned) -> Tensor:
-        """1 - cosine similarity, float32 [B], the mean over tokens."""
+    def forward(self, stream: Stream) -> Stream:
         tokens = stream.dense(self.modality)
         for layer in self.layers[:-1]:
             tokens = F.silu(layer(tokens))
-        projected = self.layers[-1](tokens)
-        return 1 - F.cosine_similarity(projected.float(), readout.features.float(), dim=-1).mean(1)
+        return stream._replace(tapped=self.layers[-1](tokens))
+
+
+def misalignment(projected: Tensor, features: Tensor) -> Tensor:
+    """1 - cosine similarity of two [B, S, F], float32 [B], the mean over tokens."""
+    return 1 - F.cosine_similarity(projected.float(), features.float(), dim=-1).mean(1)

@@ -14,11 +14,25 @@ from torch import Tensor, nn
 from megadiff.config.parameters import head_outputs
 from megadiff.config.schema import GridSpace, MaskedProcess, Model
 from megadiff.kernels.gated_adaln import adaln
-from megadiff.kernels.masked_cross_entropy import masked_cross_entropy, row_logits
-from megadiff.kernels.sample_rows import sample_rows
+from megadiff.kernels.head_draw import head_draw
+from megadiff.kernels.head_logits import head_logits
+from megadiff.kernels.head_loss import head_loss
+from megadiff.models.alignment import misalignment
 from megadiff.models.embeddings import unpatchify
 from megadiff.models.layers import Modulation, Rule, initialise_linear
-from megadiff.types import Dense, Drawn, Prediction, Readout, RowLogits, SampledRows, Stream, TokenLosses
+from megadiff.types import (
+    ALIGNMENT,
+    Aligned,
+    CrossEntropy,
+    Dense,
+    Drawn,
+    Prediction,
+    Readout,
+    RowLogits,
+    SampledRows,
+    Stream,
+    TokenLosses,
+)
 
 HEAD_NORM_EPS = 1e-6
 
@@ -96,21 +110,22 @@ class TokenHead(Head):
 
     def forward(
         self, tokens: Tensor, conditioning: Tensor, readout: Readout, grid: tuple[int, int] | None = None
-    ) -> Tensor | Drawn:
+    ) -> Tensor | CrossEntropy | Drawn:
         """[B, S, D], [B, D] -> what the readout describes."""
         hidden = self.normalised(tokens, conditioning)
         match readout:
-            case TokenLosses():
-                asked = readout.targets, readout.scored, readout.number
-                losses = masked_cross_entropy(hidden, self.weight, self.bias, *asked)
-                return torch.stack([losses, self._of_mask_class(hidden, readout.scored)]) if readout.mask_class else losses
-            case SampledRows(rows, weights, uniforms, rule):
-                return Drawn(*sample_rows(hidden, self.weight, self.bias, rows, weights, uniforms, *rule))
-            case RowLogits():
-                return row_logits(hidden, self.weight, self.bias, readout.rows)
+            case TokenLosses(targets, scored, weights, number, mask_class):
+                losses = head_loss(hidden, self.weight, self.bias, targets, scored, weights, number)
+                if not mask_class:
+                    return losses
+                return losses._replace(weighted=losses.weighted + self._of_mask_class(hidden, scored) * weights)
+            case SampledRows(rows, branch_weights, keys, rule):
+                return head_draw(hidden, self.weight, self.bias, rows, branch_weights, keys, rule)
+            case RowLogits(rows):
+                return head_logits(hidden, self.weight, self.bias, rows)
             case Dense():
                 rows = torch.arange(hidden.shape[0] * hidden.shape[1], device=hidden.device)
-                return row_logits(hidden, self.weight, self.bias, rows).view(*hidden.shape[:2], -1)
+                return head_logits(hidden, self.weight, self.bias, rows).view(*hidden.shape[:2], -1)
             case _:
                 raise self.refuse(readout)
 
@@ -127,17 +142,24 @@ class TokenHead(Head):
 
 
 class Heads(nn.ModuleDict):
-    """The last layer: a Stream and what to read out of it to a Prediction, in the model's order of modalities."""
+    """The last layer: a Stream and what to read out of it to a Prediction, in the model's order of modalities.
+
+    The alignment loss needs no weights here: what was tapped is compared as it came.
+    """
 
     def __init__(self, config: Model, names: Sequence[str]) -> None:
         super().__init__({name: head_of(config, name) for name in names})
 
     def forward(self, stream: Stream, readout: Mapping[str, Readout]) -> Prediction:
-        return {
+        prediction: Prediction = {
             name: head(stream.dense(name), stream.conditioning[name], readout[name], stream.grids.get(name))
             for name, head in self.items()
             if name in readout
         }
+        aligned = readout.get(ALIGNMENT)
+        if isinstance(aligned, Aligned) and stream.tapped is not None:
+            prediction[ALIGNMENT] = misalignment(stream.tapped, aligned.features)
+        return prediction
 
 
 def head_of(config: Model, name: str) -> Head:

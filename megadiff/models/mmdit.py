@@ -1,7 +1,8 @@
 """The MMDiT: single-device code that does not know it is parallel.
 
-Parameters are called `embed.*`, `joint.<i>.*`, `trunk_norm.*`, `towers.<modality>.<i>.*`, `heads.<modality>.*`,
-`hidden_projections.<modality>.*`.
+Its four parts are `embed`, `trunk`, `towers` and `heads`. Parameters are called `embed.*`, of the trunk `joint.<i>.*`,
+`alignment.*` and `trunk_norm.*`, then `towers.<modality>.<i>.*`, `heads.<modality>.*`, and `hidden_projections.<modality>.*`
+(names.py).
 """
 
 from __future__ import annotations
@@ -13,22 +14,21 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megadiff.config.errors import ConfigError, UserError
-from megadiff.config.parameters import HIDDEN
 from megadiff.config.schema import Alignment, Model
+from megadiff.kernels.dispatch import settle
 from megadiff.models.alignment import Aligner
 from megadiff.models.blocks import Block, StreamNorm
 from megadiff.models.embeddings import Embed
-from megadiff.models.heads import Head, Heads
-from megadiff.models.layers import HiddenProjection, Linear
+from megadiff.models.heads import Heads
+from megadiff.models.layers import HiddenProjection
+from megadiff.models.names import name_layers
 from megadiff.types import ALIGNMENT, Noised, Prediction, Readout, Stream
-
-JOINT = "joint"
 
 
 class MMDiT(nn.Module):
     """A denoiser of several modalities: embeddings, joint blocks, then a tower and a head per predicted modality.
 
-    With an `alignment`, a projection of one modality's tokens after one joint block beside them.
+    With an `alignment`, a layer that taps one modality's tokens after one joint block.
 
     Attributes:
         activation_checkpointing: recompute blocks in the backward pass instead of keeping their activations.
@@ -49,6 +49,7 @@ class MMDiT(nn.Module):
             {name: HiddenProjection(config.width_of(name), count) for name, count in outputs.items()}
         )
         self.alignment = None if alignment is None else Aligner(alignment, config.width_of(alignment.modality))
+        name_layers(self, self.layers())
 
     def forward(self, noised: Noised, readout: Mapping[str, Readout]) -> Prediction:
         """Predict the modalities named in `readout`; the towers and heads of others are not run.
@@ -59,17 +60,20 @@ class MMDiT(nn.Module):
         Raises:
             UserError: a modality has no head.
         """
-        missing = [name for name in readout if name not in (*self.predicted, ALIGNMENT)]
+        known = [*self.predicted, *([] if self.alignment is None else [ALIGNMENT])]
+        missing = [name for name in readout if name not in known]
         if missing:
-            raise UserError(f"the model has no head for {', '.join(missing)}; it predicts {', '.join(self.predicted)}")
-        embed, *blocks, heads = self.layers(readout)
+            raise UserError(f"the model has no head for {', '.join(missing)}; it predicts {', '.join(known)}")
+        embed, *layers, heads = self.layers(readout)
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
         stream: Stream = embed(noised)
-        aligned: Prediction = {}
-        for index, block in enumerate(blocks):
-            stream = self._run(block, stream)
-            if self.alignment is not None and index == self.alignment.block and ALIGNMENT in readout:
-                aligned[ALIGNMENT] = self.alignment(stream, readout[ALIGNMENT])
-        return {**heads(stream, readout), **aligned}
+        for layer in layers:
+            if recompute and isinstance(layer, Block):  # nothing in a block is random
+                stream = checkpoint(layer, stream, use_reentrant=False, preserve_rng_state=False)
+            else:
+                stream = layer(stream)
+        prediction: Prediction = heads(stream, readout)
+        return prediction
 
     @property
     def device(self) -> torch.device:
@@ -80,24 +84,24 @@ class MMDiT(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
+    @property
+    def trunk(self) -> list[nn.Module]:
+        """The joint blocks, after one of them the alignment, and their norm."""
+        layers: list[nn.Module] = list(self.joint)
+        if self.alignment is not None:
+            layers.insert(self.alignment.block + 1, self.alignment)
+        return layers if self.trunk_norm is None else [*layers, self.trunk_norm]
+
     def layers(self, read: Collection[str] | None = None) -> list[nn.Module]:
-        """The layers that forward runs in order when the modalities `read` (None: all predicted) are read out.
+        """The layers that forward runs in order when `read` is read out: modalities, and `ALIGNMENT`; None: all there are.
 
         The first takes a Noised to a Stream, the last a Stream and the readout to a Prediction, those between a Stream to a
         Stream.
         """
-        wanted = self.predicted if read is None else [name for name in self.predicted if name in read]
-        trunk_norm = [] if self.trunk_norm is None else [self.trunk_norm]
-        towers = [layer for name in wanted for layer in self.towers[name]]  # type: ignore[attr-defined]
-        return [self.embed, *self.joint, *trunk_norm, *towers, self.heads]
-
-    def _run(self, layer: nn.Module, stream: Stream) -> Stream:
-        recompute = self.activation_checkpointing and isinstance(layer, Block) and torch.is_grad_enabled()
-        if recompute:  # nothing in a block is random
-            result: Stream = checkpoint(layer, stream, use_reentrant=False, preserve_rng_state=False)
-        else:
-            result = layer(stream)
-        return result
+        wanted = [*self.predicted, ALIGNMENT] if read is None else read
+        trunk = [layer for layer in self.trunk if layer is not self.alignment or ALIGNMENT in wanted]
+        towers = [layer for name in self.predicted if name in wanted for layer in self.towers[name]]  # type: ignore[attr-defined]
+        return [self.embed, *trunk, *towers, self.heads]
 
 
 def build_model(config: Model, predicted: Collection[str], alignment: Alignment | None = None) -> MMDiT:
@@ -109,27 +113,16 @@ def build_model(config: Model, predicted: Collection[str], alignment: Alignment 
 
     Raises:
         ConfigError: a modality is unknown.
+        UserError: MEGADIFF_KERNELS asks for kernels that there are not.
     """
     unknown = [name for name in predicted if name not in config.modalities]
     if unknown:
         raise ConfigError(f"predicted names {', '.join(unknown)}; the model's modalities are {', '.join(config.modalities)}")
+    try:
+        settle()
+    except ValueError as error:
+        raise UserError(str(error)) from None
     return MMDiT(config, predicted, alignment)
-
-
-def part_of(parameter_name: str) -> str:
-    """What a parameter belongs to, as `freeze` names it: a modality (tower and head), `alignment`, or `joint` (all else).
-
-    `hidden_projections` are a part that no stage trains.
-    """
-    kind, _, rest = parameter_name.partition(".")
-    if kind in (ALIGNMENT, HIDDEN):
-        return kind
-    return rest.partition(".")[0] if kind in ("towers", "heads") else JOINT
-
-
-def decayed_names(module: nn.Module) -> list[str]:
-    """Names of the parameters that weight decay is for: weights of linear maps, not embeddings, gains or biases."""
-    return [f"{name}.weight" for name, child in module.named_modules() if isinstance(child, Linear | Head)]
 
 
 def _tower(config: Model, name: str) -> nn.ModuleList:

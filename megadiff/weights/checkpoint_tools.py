@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megadiff.models.mmdit import part_of
+from megadiff.models.names import part_of
 from megadiff.weights.boxes import Extent
 from megadiff.weights.checkpoint import MOMENTS, CheckpointError, CheckpointReader
 

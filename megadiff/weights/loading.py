@@ -15,7 +15,8 @@ from megadiff.config.load import load_run, validate
 from megadiff.config.run_folder import MANIFEST, RUN, CheckpointsFolder, RunFolder
 from megadiff.config.schema import Data, Model
 from megadiff.files import sha256
-from megadiff.models.mmdit import MMDiT, build_model, part_of
+from megadiff.models.mmdit import MMDiT, build_model
+from megadiff.models.names import part_of
 from megadiff.storage import store
 from megadiff.types import ALIGNMENT
 from megadiff.weights import export

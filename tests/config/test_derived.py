@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from megadiff.config import derived, parameters
 from megadiff.config.errors import ConfigError
 from megadiff.config.schema import Model
-from megadiff.models.mmdit import build_model, part_of
+from megadiff.models.mmdit import build_model
+from megadiff.models.names import part_of
 from megadiff.types import Dense, Noised, TokenLosses
 from tests.config.small import MODELS, run, small, stage
 
@@ -32,12 +33,12 @@ def counted_flops(model: Model, read: list[str], freeze: tuple[str, ...] = (), *
         "image": torch.randn(batch, spaces["image"].channels, spaces["image"].height, spaces["image"].width),
     }
     noised = Noised(states, {name: torch.rand(batch) for name in spaces}, dict.fromkeys(spaces))
-    all_scored = TokenLosses(states["text"], torch.ones(batch, length, dtype=torch.bool))
+    all_scored = TokenLosses(states["text"], torch.ones(batch, length, dtype=torch.bool), torch.ones(batch, length))
     readout = {name: all_scored if name == "text" else Dense() for name in read}
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         prediction = module(noised, readout)
         if backward:
-            sum(output.sum() for output in prediction.values()).backward()
+            sum((output if name == "image" else output.weighted).sum() for name, output in prediction.items()).backward()
     return counter.get_total_flops() / batch
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from megadiff.config import parameters
-from megadiff.models.mmdit import build_model, part_of
+from megadiff.models.mmdit import build_model
+from megadiff.models.names import part_of
 from tests.config.small import MODELS, small, stage
 
 

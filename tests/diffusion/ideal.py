@@ -17,8 +17,8 @@ from megadiff.diffusion.build import build_processes
 from megadiff.diffusion.gaussian import Gaussian
 from megadiff.diffusion.masked import Masked
 from megadiff.diffusion.uniform import Uniform
-from megadiff.kernels.sample_rows import draw_rows
-from megadiff.types import Dense, Drawn, Noised, Prediction, Readout, RowLogits, SampledRows, TokenLosses
+from megadiff.kernels.head_draw import draw_rows
+from megadiff.types import CrossEntropy, Dense, Drawn, Noised, Prediction, Readout, RowLogits, SampledRows, TokenLosses
 
 # Points 0 and 1 share the grid, points 1 and 2 the tokens: neither modality determines the other.
 GRIDS = torch.tensor([[-1.0, -0.6], [-1.0, -0.6], [0.9, 0.8], [1.0, -0.9], [-0.1, 0.9]]).view(5, 1, 1, 2)
@@ -75,7 +75,8 @@ class IdealDenoiser:
                 prediction[name] = drawn_from(self.marginals(posterior), request)
             elif isinstance(request, TokenLosses):
                 found = -self.marginals(posterior).gather(2, request.targets[..., None])[..., 0]
-                prediction[name] = torch.where(request.scored, found, 0.0).float()
+                entropies = torch.where(request.scored, found, 0.0).float()
+                prediction[name] = CrossEntropy(entropies * request.weights, entropies)
         return prediction
 
     def _target(self, posterior: Tensor, noised: Noised) -> Tensor:
@@ -90,7 +91,7 @@ class IdealDenoiser:
 def drawn_from(logits: Tensor, request: SampledRows) -> Drawn:
     """What a head gives that has these logits [B, S, V]."""
     mixed = (request.weights[..., None] * logits.flatten(0, 1)[request.rows]).sum(0)
-    return Drawn(*draw_rows(mixed, request.uniforms, *request.rule))
+    return draw_rows(mixed, rng.uniform_at(*request.keys), *request.rule)
 
 
 def draw_pairs(count: int, seed: int = 0) -> dict[str, Tensor]:

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from megadiff import rng
 from megadiff.config.schema import Batching, ConstantEma, Model, Stage
-from megadiff.types import Batch
+from megadiff.diffusion.masked import Masked
+from megadiff.diffusion.process import NoisedState
+from megadiff.types import Batch, CrossEntropy
 
 
 def model_of(
@@ -73,3 +75,10 @@ def part_of(batch: Batch, rows: Tensor) -> Batch:
         data_step=batch.data_step,
         global_samples=batch.global_samples,
     )
+
+
+def told(process: Masked, noised: NoisedState, times: Tensor, entropies: Tensor) -> CrossEntropy:
+    """What a head tells for the process's readout that has these cross entropies, float32 [B, S]."""
+    readout = process.readout(noised, times, torch.ones(len(times), dtype=torch.bool))
+    entropies = torch.where(readout.scored, entropies, 0.0)
+    return CrossEntropy(entropies * readout.weights, entropies)

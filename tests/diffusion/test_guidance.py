@@ -14,7 +14,7 @@ from megadiff.diffusion import guidance
 from megadiff.diffusion.guidance import Guided
 from megadiff.diffusion.objective import ragged_of
 from megadiff.diffusion.sampler import Conditions, Sampler
-from megadiff.types import Dense, DrawRule, Noised, Prediction, Readout, RowLogits, SampledRows
+from megadiff.types import Dense, DrawRule, Noised, Prediction, Readout, RowKeys, RowLogits, SampledRows
 from tests.diffusion.ideal import GRIDS, TOKENS, IdealDenoiser, draw_pairs
 from tests.diffusion.small import model_of
 
@@ -58,8 +58,8 @@ def rows_of(state: Tensor) -> SampledRows:
 
 
 def draws_at(rows: Tensor) -> SampledRows:
-    uniforms = torch.full((len(rows),), 0.5, dtype=torch.float64)
-    return SampledRows(rows[None], torch.ones(1, len(rows)), uniforms, DrawRule())
+    keys = RowKeys(torch.full_like(rows, 3), "draw", rows)
+    return SampledRows(rows[None], torch.ones(1, len(rows)), keys, DrawRule())
 
 
 def at(times: Mapping[str, float]) -> dict[str, Tensor]:
@@ -227,11 +227,13 @@ def test_guidance_sharpens_the_conditional_towards_what_the_condition_favours():
     assert fits.double().mean() > 0.95
 
 
-def test_guidance_with_no_row_to_unmask_asks_for_none():
+@pytest.mark.parametrize("weaker", [None, IdealDenoiser(MODEL)], ids=["guidance", "autoguidance"])
+def test_guidance_with_no_row_to_unmask_asks_for_none(weaker):
     times = {"tokens": 0.4, "grid": 0.0}
     states = {"tokens": PAIRS["tokens"], "grid": PAIRS["grid"]}
     readout = {"tokens": draws_at(torch.empty(0, dtype=torch.int64))}
-    mixed = Guided(IdealDenoiser(MODEL), PROCESSES, Sampling(guidance=2.0), KEYS)(states, at(times), readout)
+    sampling = Sampling(guidance=2.0, autoguidance=1.5)
+    mixed = Guided(IdealDenoiser(MODEL), PROCESSES, sampling, KEYS, weaker)(states, at(times), readout)
     assert mixed["tokens"].ids.shape == (0,)
 
 

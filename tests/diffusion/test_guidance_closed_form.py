@@ -22,7 +22,7 @@ from megadiff.diffusion.build import build_processes
 from megadiff.diffusion.gaussian import Gaussian
 from megadiff.diffusion.guidance import Guided
 from megadiff.diffusion.sampler import Conditions, Sampler
-from megadiff.types import Dense, Drawn, DrawRule, Noised, Prediction, Readout, RowLogits, SampledRows
+from megadiff.types import Dense, Drawn, DrawRule, Noised, Prediction, Readout, RowKeys, RowLogits, SampledRows
 from tests.diffusion.ideal import drawn_from
 
 MEANS, DEVIATION = torch.tensor([-1.0, 0.8], dtype=torch.float64), 0.3
@@ -325,8 +325,8 @@ def test_temperature_is_that_of_the_guided_words_and_comes_before_top_p():
 def test_what_is_told_of_a_guided_draw_is_that_of_the_guided_distribution():
     """Orders by sureness read it: it is normalised, and before the temperature."""
     count, processes = 4000, build_processes(model_of())
-    uniforms = rng.uniform(KEYS[:count], "word", dtype=torch.float64)
-    rows = SampledRows(torch.arange(count)[None], torch.ones(1, count), uniforms, DrawRule(temperature=0.7))
+    keys = RowKeys(KEYS[:count], "word", torch.zeros(count, dtype=torch.int64))
+    rows = SampledRows(torch.arange(count)[None], torch.ones(1, count), keys, DrawRule(temperature=0.7))
     states, times = states_of(torch.zeros(count), label=1), clocks_of(count, 0.0, 1.0, 1.0)
     found = Guided(Exact(model_of()), processes, Sampling(guidance=2.0), KEYS[:count])(states, times, {"word": rows})["word"]
     expected = guided_words(2.0) / guided_words(2.0).sum()
@@ -401,8 +401,8 @@ def test_numbers_and_words_are_autoguided_together_each_with_its_own_branch():
     model, count = model_of(), 500
     processes, exact, weak = build_processes(model), Exact(model), Exact(model, deviation=0.5, flatness=0.3)
     states, times = states_of(torch.linspace(-2, 2, count), label=0), clocks_of(count, 0.0, 0.5, 0.5)
-    uniforms = rng.uniform(KEYS[:count], "word", dtype=torch.float64)
-    rows = SampledRows(torch.arange(count)[None], torch.ones(1, count), uniforms, DrawRule())
+    keys = RowKeys(KEYS[:count], "word", torch.zeros(count, dtype=torch.int64))
+    rows = SampledRows(torch.arange(count)[None], torch.ones(1, count), keys, DrawRule())
     readout = {"number": Dense(), "word": rows}
     found = Guided(exact, processes, Sampling(guidance=2.0, autoguidance=1.5), KEYS[:count], weak)(states, times, readout)
     assert [len(noised.states["word"]) for noised in exact.seen] == [3 * count]

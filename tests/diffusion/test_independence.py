@@ -14,10 +14,10 @@ from megadiff.diffusion.masked import Masked
 from megadiff.diffusion.objective import conditional_losses
 from megadiff.diffusion.process import Process
 from megadiff.diffusion.solvers import Ancestral, Step, draws
-from megadiff.kernels.sample_rows import draw_rows
-from megadiff.types import Noised, Prediction, Readout
+from megadiff.kernels.head_draw import draw_rows
+from megadiff.types import Noised, Prediction, Readout, RowKeys
 from tests.diffusion.ideal import IdealDenoiser, draw_pairs
-from tests.diffusion.small import model_of
+from tests.diffusion.small import model_of, told
 
 COUNT = 4000
 KEYS = rng.sample_keys(9, torch.arange(COUNT))
@@ -33,9 +33,7 @@ def drawn(process: Process, what: str) -> torch.Tensor:
             "noise": lambda: process.noise(clean, half, KEYS).state,
             "guidance": lambda: process.renoise(clean, 0 * half, half, KEYS),
             "unmask": lambda: _rows(Ancestral(process, Sampling()).request(masks, Step(one, half, KEYS, False)).rows[0]),
-            "token": lambda: draws(process.name, (3,), Sampling(), masks > 0, Step(one, half, KEYS, False)).uniforms.view(
-                -1, 3
-            ),
+            "token": lambda: _numbers(draws(process.name, Sampling(), masks > 0, Step(one, half, KEYS, False)).keys),
         }[what]()
     else:
         clean = torch.zeros(COUNT, 1, 1, 2)
@@ -45,6 +43,10 @@ def drawn(process: Process, what: str) -> torch.Tensor:
             "prior": lambda: process.prior(KEYS),
         }[what]()
     return found.flatten(1)[:, 0].double()
+
+
+def _numbers(keys: RowKeys) -> torch.Tensor:
+    return rng.uniform_at(*keys).view(-1, 3)
 
 
 def _rows(rows: torch.Tensor) -> torch.Tensor:
@@ -84,7 +86,8 @@ def test_visible_positions_do_not_enter_the_true_nelbo_of_a_model_trained_with_t
     """The plain readout scores every position, so that visible ones carry a loss that the NELBO must leave out."""
     process = build_processes(model_of(loss="plain"))["tokens"]
     noised = process.noise(draw_pairs(200)["tokens"], torch.full((200,), 0.5), KEYS[:200])
-    losses = process.losses(torch.ones(200, 3), noised, torch.full((200,), 0.5), exact=True)
+    half = torch.full((200,), 0.5)
+    losses = process.losses(told(process, noised, half, torch.ones(200, 3)), noised, half, exact=True)
     assert losses.sums.tolist() == (2.0 * (noised.state == 5).sum(1)).tolist()
 
 

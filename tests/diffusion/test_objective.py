@@ -69,11 +69,12 @@ def test_counts_before_the_prediction_are_those_after_it():
 def test_the_loss_gives_gradients_to_scored_samples_only_and_the_terms_carry_none():
     objective = Objective(MODEL, stage_of(64, grid={"conditioning": {"clean": 0.5}}), seed=1)
     prepared = objective.prepare(pairs(64))
-    prediction = {name: value.requires_grad_() for name, value in DENOISER(prepared.noised, prepared.readout).items()}
+    prediction = DENOISER(prepared.noised, prepared.readout)
+    leaves = {"tokens": prediction["tokens"].weighted.requires_grad_(), "grid": prediction["grid"].requires_grad_()}
     terms = objective.score(prediction, prepared, ONES)
     assert not any(value.requires_grad for value in (*terms.sums.values(), *terms.sample_sums.values()))
     terms.total.backward()
-    touched = prediction["grid"].grad.flatten(1).abs().sum(1) > 0
+    touched = leaves["grid"].grad.flatten(1).abs().sum(1) > 0
     held = prepared.times["grid"] == 0
     assert held.sum() == 32
     assert not touched[held].any()

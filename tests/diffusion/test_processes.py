@@ -14,7 +14,7 @@ from megadiff.diffusion.categorical import after_end
 from megadiff.diffusion.gaussian import Gaussian, vp_log_alpha
 from megadiff.diffusion.masked import Masked
 from megadiff.types import TokenLosses
-from tests.diffusion.small import model_of
+from tests.diffusion.small import model_of, told
 
 SCHEDULES = ("vp", "rectified_flow")
 TARGETS = ("epsilon", "velocity")
@@ -231,8 +231,7 @@ def test_unmasking_reverses_masking_so_that_the_rate_falls_to_the_earlier_one(no
 def iid_losses(process: Masked, times: torch.Tensor, clean: torch.Tensor, probabilities: torch.Tensor, *, exact: bool):
     """Losses of the exact predictor of independent tokens, which knows their frequencies."""
     noised = process.noise(clean, times, KEYS)
-    readout = process.readout(noised, torch.ones(COUNT, dtype=torch.bool))
-    prediction = torch.where(readout.scored, -probabilities.log()[readout.targets], 0.0)
+    prediction = told(process, noised, times, -probabilities.log()[clean])
     return process.losses(prediction, noised, times, exact=exact)
 
 
@@ -263,8 +262,9 @@ def test_exact_weight_is_1_over_t_whatever_the_cap():
     times = torch.tensor([0.01, 0.25, 0.5, 1.0])
     torch.testing.assert_close(process.schedule.weight(times), torch.tensor([100.0, 4.0, 2.0, 1.0]))
     noised = process.noise(torch.zeros(4, 8, dtype=torch.int64), torch.ones(4), KEYS[:4])
-    exact = process.losses(torch.ones(4, 8), noised, times, exact=True)
-    capped = process.losses(torch.ones(4, 8), noised, times)
+    prediction = told(process, noised, times, torch.ones(4, 8))
+    exact = process.losses(prediction, noised, times, exact=True)
+    capped = process.losses(prediction, noised, times)
     torch.testing.assert_close(exact.sums, torch.tensor([800.0, 32.0, 16.0, 8.0]))
     torch.testing.assert_close(capped.sums, torch.tensor([16.0, 16.0, 16.0, 8.0]))
 
@@ -272,7 +272,7 @@ def test_exact_weight_is_1_over_t_whatever_the_cap():
 def test_only_masked_positions_are_scored_and_only_in_scored_samples():
     process = masked()
     noised = process.noise(IID[:50], torch.full((50,), 0.5), KEYS[:50])
-    readout = process.readout(noised, torch.arange(50) % 2 == 0)
+    readout = process.readout(noised, torch.full((50,), 0.5), torch.arange(50) % 2 == 0)
     assert isinstance(readout, TokenLosses)
     assert torch.equal(readout.scored[::2], noised.state[::2] == process.mask_id)
     assert not readout.scored[1::2].any()
@@ -282,10 +282,10 @@ def test_only_masked_positions_are_scored_and_only_in_scored_samples():
 def test_plain_loss_is_the_mean_cross_entropy_over_every_position():
     process = masked(loss="plain", after_end_weight=0.0, end_id=1)
     noised = process.noise(IID[:50], TIMES[:50], KEYS[:50])
-    readout = process.readout(noised, torch.ones(50, dtype=torch.bool))
+    readout = process.readout(noised, TIMES[:50], torch.ones(50, dtype=torch.bool))
     assert readout.scored.all()
     prediction = rng.uniform(KEYS[:50], "losses", (8,))
-    losses = process.losses(prediction, noised, TIMES[:50])
+    losses = process.losses(told(process, noised, TIMES[:50], prediction), noised, TIMES[:50])
     torch.testing.assert_close(losses.sums, prediction.sum(1))
     assert (losses.counts == 8).all()
 
@@ -296,11 +296,12 @@ def test_positions_after_the_end_mark_count_with_their_own_weight_in_training_an
     assert after_end(clean, process.space).sum(1).tolist() == [6, 0]
     noised = process.noise(clean, torch.ones(2), KEYS[:2])
     ones = torch.ones(2)
-    training = process.losses(torch.ones(2, 8), noised, ones)
+    prediction = told(process, noised, ones, torch.ones(2, 8))
+    training = process.losses(prediction, noised, ones)
     torch.testing.assert_close(training.sums, torch.tensor([2 + 6 * 0.25, 8.0]))
     torch.testing.assert_close(training.counts, torch.tensor([2 + 6 * 0.25, 8.0]))
     torch.testing.assert_close(process.counts(noised), training.counts)
-    exact = process.losses(torch.ones(2, 8), noised, ones, exact=True)
+    exact = process.losses(prediction, noised, ones, exact=True)
     torch.testing.assert_close(exact.sums, torch.tensor([8.0, 8.0]))
     torch.testing.assert_close(exact.counts, torch.tensor([8.0, 8.0]))
 

@@ -35,8 +35,8 @@ from megadiff.generation import generate as generating
 from megadiff.generation.loading import codecs_of
 from megadiff.generation.planner import Planner
 from megadiff.generation.request import GenerateRequest
-from megadiff.kernels.sample_rows import draw_rows
-from megadiff.types import DrawRule, Noised, Prediction, Readout, RowLogits, SampledRows
+from megadiff.kernels.head_draw import draw_rows
+from megadiff.types import DrawRule, Noised, Prediction, Readout, RowKeys, RowLogits, SampledRows
 from megadiff.weights.loading import Loaded
 from tests.diffusion.ideal import SHARES, IdealDenoiser, cells, draw_pairs, drawn_from
 from tests.diffusion.small import model_of
@@ -153,8 +153,8 @@ def test_s2_guided_tokens_are_drawn_from_a_normalised_distribution(guidance, wea
         "grid": PAIRS["grid"][:count],
     }
     rows = (states["tokens"] == MASK).flatten().nonzero()[:, 0]
-    uniforms = rng.uniform(rng.sample_keys(1, rows), "u", dtype=torch.float64)
-    readout = {"tokens": SampledRows(rows[None], torch.ones(1, len(rows)), uniforms, DrawRule())}
+    keys = RowKeys(rng.sample_keys(1, rows), "u", torch.zeros_like(rows))
+    readout = {"tokens": SampledRows(rows[None], torch.ones(1, len(rows)), keys, DrawRule())}
     sampling = Sampling(guidance=guidance, autoguidance=2.0)  # a network is not weaker than itself: no effect
     found = Guided(IdealDenoiser(MODEL), processes, sampling, KEYS[:count], weaker)(states, times, readout)["tokens"]
 
@@ -409,7 +409,7 @@ def test_s10_a_draw_has_float64_resolution_for_ids_of_any_rareness():
     # And the uniforms that the solvers ask with have bits below float32's.
     network = Watched()
     Sampler(MODEL, Sampling(steps=2)).sample(network, KEYS[:200], generate=["tokens"])
-    uniforms = torch.cat([readout["tokens"].uniforms for _, readout in network.seen])
+    uniforms = torch.cat([rng.uniform_at(*readout["tokens"].keys) for _, readout in network.seen])
     assert uniforms.dtype == torch.float64
     assert (uniforms != uniforms.float().double()).double().mean() > 0.99
 

@@ -17,7 +17,7 @@ from megadiff.diffusion.objective import Objective
 from megadiff.diffusion.process import NoisedState
 from megadiff.diffusion.uniform import Uniform
 from tests.diffusion.ideal import IdealDenoiser, draw_pairs
-from tests.diffusion.small import batch_of, model_of, stage_of
+from tests.diffusion.small import batch_of, model_of, stage_of, told
 
 GRID = GridSpace(channels=1, height=1, width=2)
 GAUSSIAN_SCHEDULES = ("vp", "cosine", "rectified_flow")
@@ -140,7 +140,7 @@ def assert_mean(values: Tensor, expected: float) -> None:
 def test_the_masked_bound_of_a_known_categorical_is_its_entropy_in_every_schedule(schedule):
     process = Masked("tokens", MaskedProcess(schedule=schedule), SPACE)
     noised = process.noise(IID, TIMES, KEYS)
-    found = process.losses(-PROBABILITIES.log()[IID], noised, TIMES, exact=True)
+    found = process.losses(told(process, noised, TIMES, -PROBABILITIES.log()[IID]), noised, TIMES, exact=True)
     assert_mean(found.sums / found.counts, ENTROPY)
 
 
@@ -220,11 +220,12 @@ def test_the_plain_loss_with_a_mask_class_is_the_released_cross_entropy():
     scores = torch.cat([logs, mask_logit[..., None]], dim=-1).flatten(0, 1)
     released = torch.nn.functional.cross_entropy(scores, IID[:3].flatten(), reduction="none").view(3, 8).sum(1)
     entropies = -logs.gather(2, IID[:3][..., None])[..., 0]
-    prediction = torch.stack([entropies, torch.nn.functional.softplus(mask_logit)])
     noised = process.noise(IID[:3], TIMES[:3], KEYS[:3])
+    alone = told(process, noised, TIMES[:3], entropies)
+    prediction = alone._replace(weighted=alone.weighted + torch.nn.functional.softplus(mask_logit))
     torch.testing.assert_close(process.losses(prediction, noised, TIMES[:3]).sums, released)
     without = Masked("tokens", MaskedProcess(loss="plain"), SPACE)
-    bounds = [p.losses(x, noised, TIMES[:3], exact=True).sums for p, x in ((process, prediction), (without, entropies))]
+    bounds = [p.losses(x, noised, TIMES[:3], exact=True).sums for p, x in ((process, prediction), (without, alone))]
     torch.testing.assert_close(*bounds)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megadiff.config.schema import GaussianProcess, GridSpace, MaskedProcess, Modality, Model, TokenSpace
 from megadiff.evaluation.gap import bootstrap_interval, conditioning_gap
-from megadiff.types import Noised, Prediction, Readout, TokenLosses
+from megadiff.types import CrossEntropy, Noised, Prediction, Readout, TokenLosses
 
 MODEL = Model(
     modalities={
@@ -43,7 +43,8 @@ class Reader:
                 told = noised.states["number"][:, 0, 0, 0].round().long()
                 right = (told == request.targets[:, 0]) if self.looks else torch.zeros(len(told), dtype=torch.bool)
                 losses = torch.where(right, 0.1, 1.5)[:, None]
-                out[name] = torch.where(request.scored, losses, 0.0)
+                losses = torch.where(request.scored, losses, 0.0)
+                out[name] = CrossEntropy(losses * request.weights, losses)
             else:
                 state, time = noised.states["number"], noised.clocks["number"][:, None, None, None]
                 known = noised.states["word"].float()[:, :, None, None]

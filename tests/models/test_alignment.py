@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megadiff.config.errors import UserError
 from megadiff.config.parameters import model_parameters
 from megadiff.config.schema import Alignment
-from megadiff.models.mmdit import build_model, part_of
+from megadiff.models.mmdit import build_model
+from megadiff.models.names import part_of
 from megadiff.types import ALIGNMENT, Aligned, Dense
 from tests.models.small import small_config, small_noised
 
@@ -27,7 +29,7 @@ def aligned_model(rule: Alignment = RULE):
 def test_the_loss_is_one_minus_the_cosine_of_projected_tokens_and_features():
     model, noised, features = aligned_model(), small_noised(), torch.randn(3, 6, 7)
     found = model(noised, {ALIGNMENT: Aligned(features)})[ALIGNMENT]
-    tokens = model.joint[0](model.embed(noised)).tokens["picture"]
+    tokens = model.joint[0](model.embed(noised)).dense("picture")
     first, second, third = model.alignment.layers
     projected = third(torch.nn.functional.silu(second(torch.nn.functional.silu(first(tokens)))))
     cosine = (projected * features).sum(-1) / (projected.norm(dim=-1) * features.norm(dim=-1))
@@ -49,6 +51,24 @@ def test_predictions_do_not_depend_on_it_and_it_is_a_part_of_its_own():
     torch.testing.assert_close(both["picture"], model(noised, {"picture": Dense()})["picture"])
     parts = {part_of(name) for name, _ in model.named_parameters()}
     assert parts == {"joint", "words", "picture", "alignment"}
+
+
+def test_it_is_a_layer_after_its_block_and_what_it_taps_travels_to_the_last_one():
+    model, noised, features = aligned_model(), small_noised(), torch.randn(3, 6, 7)
+    embed, *between, heads = model.layers()
+    assert between.index(model.alignment) == between.index(model.joint[RULE.block]) + 1
+    assert model.alignment not in model.layers(["picture", "words"])
+    stream = embed(noised)
+    for layer in between:
+        stream = layer(stream)
+    readout = {"picture": Dense(), ALIGNMENT: Aligned(features)}
+    for name, output in model(noised, readout).items():
+        assert torch.equal(heads(stream, readout)[name], output)
+
+
+def test_a_model_without_it_has_nothing_to_compare():
+    with pytest.raises(UserError, match="no head for alignment"):
+        build_model(CONFIG, ["picture"])(small_noised(), {ALIGNMENT: Aligned(torch.randn(3, 6, 7))})
 
 
 @pytest.mark.parametrize("features", [1, 7])

@@ -10,7 +10,8 @@ from megadiff.config import derived, parameters
 from megadiff.config.schema import Model, Stage
 from megadiff.diffusion.objective import Objective
 from megadiff.models.idle import idle_parameters
-from megadiff.models.mmdit import MMDiT, build_model, part_of
+from megadiff.models.mmdit import MMDiT, build_model
+from megadiff.models.names import part_of
 from megadiff.types import Batch
 from tests.models.small import small_config
 

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from megadiff.config.errors import ConfigError, UserError
 from megadiff.config.schema import RESERVED_NAMES, Alignment
-from megadiff.models.mmdit import build_model, decayed_names, part_of
-from megadiff.types import Dense, RowLogits, TokenLosses
+from megadiff.models.mmdit import build_model
+from megadiff.models.names import part_of
+from megadiff.types import CrossEntropy, Dense, RowLogits, TokenLosses
 from tests.models.small import small_config, small_model, small_noised
 
 BOTH = {"words": Dense(), "picture": Dense()}
@@ -30,7 +31,7 @@ VARIANTS = {
 def losses(count=3):
     scored = torch.rand(count, 5) < 0.5
     scored[0, 0] = True
-    return TokenLosses(torch.randint(11, (count, 5)), scored)
+    return TokenLosses(torch.randint(11, (count, 5)), scored, torch.rand(count, 5))
 
 
 def modules_run(model, readout):
@@ -43,10 +44,15 @@ def modules_run(model, readout):
     return run
 
 
+def numbers_of(output):
+    return output.weighted if isinstance(output, CrossEntropy) else output
+
+
 def gradients(model, noised, readout):
     model.zero_grad()
     torch.manual_seed(1)
-    sum((output * torch.randn_like(output)).sum() for output in model(noised, readout).values()).backward()
+    outputs = [numbers_of(output) for output in model(noised, readout).values()]
+    sum((output * torch.randn_like(output)).sum() for output in outputs).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
@@ -58,18 +64,40 @@ def test_every_readout_has_its_shape_and_is_float32(variant):
     for readout, shape in words.items():
         prediction = model(noised, {"words": readout, "picture": Dense()})
         assert list(prediction) == ["words", "picture"]
-        assert prediction["words"].shape == shape
+        assert numbers_of(prediction["words"]).shape == shape
         assert prediction["picture"].shape == (3, 3, 4, 6)
-        assert {output.dtype for output in prediction.values()} == {torch.float32}
+        assert {numbers_of(output).dtype for output in prediction.values()} == {torch.float32}
 
 
 def test_token_losses_are_the_cross_entropy_of_dense_logits_and_row_logits_their_rows():
     model, noised, wanted = small_model(), small_noised(), losses()
     dense = model(noised, {"words": Dense()})["words"]
     entropy = F.cross_entropy(dense.flatten(0, 1), wanted.targets.flatten(), reduction="none").view(3, 5)
-    assert torch.allclose(model(noised, {"words": wanted})["words"], entropy * wanted.scored, atol=1e-5)
+    told = model(noised, {"words": wanted})["words"]
+    assert torch.allclose(told.unweighted, entropy * wanted.scored, atol=1e-5)
+    assert torch.equal(told.weighted, told.unweighted * wanted.weights)
     rows = torch.tensor([14, 0, 7])
     assert torch.allclose(model(noised, {"words": RowLogits(rows)})["words"], dense.flatten(0, 1)[rows], atol=1e-6)
+
+
+def test_the_class_for_the_mask_state_adds_to_the_weighted_losses_alone():
+    plain = small_config().modalities["words"].process.model_copy(update={"loss": "plain", "mask_class": True})
+    config = small_config()
+    words = config.modalities["words"].model_copy(update={"process": plain})
+    model = small_model(config.model_copy(update={"modalities": {**config.modalities, "words": words}}))
+    noised, wanted = small_noised(), losses()
+    without, told = (model(noised, {"words": wanted._replace(mask_class=flag)})["words"] for flag in (False, True))
+    assert torch.equal(told.unweighted, without.unweighted)
+    hidden = model.heads["words"].normalised
+    stream = noised
+    for layer in model.layers(["words"])[:-1]:
+        stream = layer(stream)
+    head = model.heads["words"]
+    mask_logit = F.linear(hidden(stream.tokens["words"], stream.conditioning["words"]), head.mask_weight, head.mask_bias)[
+        ..., 0
+    ]
+    extra = F.softplus(mask_logit) * wanted.scored * wanted.weights
+    torch.testing.assert_close(told.weighted, without.weighted + extra)
 
 
 def test_a_modality_that_is_not_read_out_runs_neither_tower_nor_head():
@@ -83,10 +111,17 @@ def test_a_modality_that_is_not_read_out_runs_neither_tower_nor_head():
 
 def test_the_same_modules_run_in_the_same_order_whatever_the_readout_asks_or_its_order():
     model = small_model()
-    nothing = TokenLosses(torch.zeros(3, 5, dtype=torch.int64), torch.zeros(3, 5, dtype=torch.bool))
+    nothing = TokenLosses(torch.zeros(3, 5, dtype=torch.int64), torch.zeros(3, 5, dtype=torch.bool), torch.ones(3, 5))
     first = modules_run(model, {"words": losses(), "picture": Dense()})
     assert modules_run(model, {"picture": Dense(), "words": nothing}) == first
     assert modules_run(model, {"words": RowLogits(torch.tensor([], dtype=torch.int64)), "picture": Dense()}) == first
+
+
+def test_the_four_parts_of_a_model_are_its_layers_in_order():
+    model = small_model(VARIANTS["paper"])
+    towers = [layer for tower in model.towers.values() for layer in tower]
+    assert model.layers() == [model.embed, *model.trunk, *towers, model.heads]
+    assert model.trunk == [*model.joint, model.trunk_norm]
 
 
 def test_layers_run_in_order_give_what_forward_gives():
@@ -144,7 +179,7 @@ def test_gradients_reach_every_parameter(variant):
 
 
 def test_a_readout_without_rows_still_gives_the_head_zero_gradients():
-    nothing = TokenLosses(torch.zeros(3, 5, dtype=torch.int64), torch.zeros(3, 5, dtype=torch.bool))
+    nothing = TokenLosses(torch.zeros(3, 5, dtype=torch.int64), torch.zeros(3, 5, dtype=torch.bool), torch.ones(3, 5))
     grads = gradients(small_model(), small_noised(), {"words": nothing, "picture": Dense()})
     own = {name: gradient for name, gradient in grads.items() if part_of(name) == "words"}
     assert own
@@ -160,7 +195,7 @@ def test_activation_checkpointing_changes_neither_values_nor_gradients(variant):
     model.joint[0].register_forward_pre_hook(lambda *_: runs.append(1))
     recomputed = gradients(model, noised, readout)
     assert len(runs) == 2
-    assert all(torch.equal(output, outputs[name]) for name, output in model(noised, readout).items())
+    assert all(torch.equal(numbers_of(output), numbers_of(outputs[name])) for name, output in model(noised, readout).items())
     assert all(torch.equal(gradient, plain[name]) for name, gradient in recomputed.items())
 
 
@@ -234,23 +269,6 @@ def test_only_predicted_modalities_have_a_tower_and_a_head():
 def test_a_grid_refuses_a_readout_for_tokens():
     with pytest.raises(TypeError, match="head of picture cannot give TokenLosses"):
         small_model()(small_noised(), {"picture": losses()})
-
-
-def test_parameters_belong_to_their_parts():
-    assert part_of("towers.words.0.parts.words.mlp.up.weight") == "words"
-    assert part_of("heads.picture.weight") == "picture"
-    assert part_of("embed.states.words.weight") == part_of("joint.0.parts.words.output.weight") == "joint"
-    assert part_of("trunk_norm.norms.words.gain") == "joint"
-
-
-def test_weight_decay_is_for_linear_maps_only():
-    decayed = set(decayed_names(small_model(VARIANTS["plain"])))
-    assert {"heads.words.weight", "embed.states.picture.projection.weight", "joint.0.parts.words.mlp.up.weight"} <= decayed
-    kept = {"embed.states.words.weight", "embed.states.words.positions", "heads.words.bias", "joint.0.parts.words.mlp.up.bias"}
-    assert not decayed & kept
-    model = small_model(VARIANTS["paper"])
-    assert decayed <= {name for name, _ in small_model(VARIANTS["plain"]).named_parameters()}
-    assert not [name for name in decayed_names(model) if "gain" in name]
 
 
 def test_every_attribute_of_a_container_of_modalities_is_a_reserved_name():

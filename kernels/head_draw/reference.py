@@ -5,45 +5,21 @@ Legend: B samples, S positions, D width, V vocabulary, R rows, K branches of gui
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from megadiff import rng
+from megadiff.types import Drawn, DrawRule, RowKeys
 
 ROWS_AT_ONCE = 512
 TILE = 128
 """Probabilities are added up in tiles of this many tokens, then over tiles: part of what is drawn, so not to be tuned."""
 
 
-class Draws(NamedTuple):
-    """Drawn ids int64 [R]; the rest is of the untempered, untruncated distribution, float32 [R].
-
-    Attributes:
-        ids: the tokens.
-        log_probability: theirs.
-        entropy: in nats.
-        margin: probability of the likeliest token minus that of the next.
-    """
-
-    ids: Tensor
-    log_probability: Tensor
-    entropy: Tensor
-    margin: Tensor
-
-
-def sample_rows(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: Tensor,
-    weights: Tensor,
-    uniforms: Tensor,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-) -> Draws:
+def head_draw(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, weights: Tensor, keys: RowKeys, rule: DrawRule
+) -> Drawn:
     """One token per row from softmax(sum over branches of weight x logits).
 
     The head is linear and a row's weights add up to 1, so branches are mixed before it: one product per row, however many
@@ -55,8 +31,8 @@ def sample_rows(
         bias: [V] or None.
         rows: int64 [K, R], indices into the flattened [B * S] positions.
         weights: float32 [K, R], columns adding up to 1.
-        uniforms: float64 [R].
-        temperature, top_k, top_p, min_p: see `draw_rows`.
+        keys: which random number belongs to each row.
+        rule: what the draws are made among, see `draw_rows`.
     """
     flat = hidden.flatten(0, 1)
     head = weight.float(), None if bias is None else bias.float()
@@ -65,9 +41,9 @@ def sample_rows(
         part = slice(start, start + ROWS_AT_ONCE)
         branches = flat[rows[:, part].flatten()].float().view(*rows[:, part].shape, hidden.shape[-1])
         mixed = branches[0] if len(branches) == 1 else (branches * weights[:, part, None]).sum(0)
-        logits = F.linear(mixed, *head)
-        parts.append(draw_rows(logits, uniforms[part], temperature, top_k, top_p, min_p))
-    return Draws(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        uniforms = rng.uniform_at(keys.keys[part], keys.purpose, keys.places[part])
+        parts.append(draw_rows(F.linear(mixed, *head), uniforms, *rule))
+    return Drawn(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def draw_rows(
@@ -77,12 +53,15 @@ def draw_rows(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
-) -> Draws:
+) -> Drawn:
     """One token per row of float32 logits [R, V], by inverse distribution function, its sums in float64.
 
     Gumbel noise in float32 lowers the temperature (Zheng et al., arXiv 2409.02908); one float64 uniform per row does not.
 
+    What is told of the draws is of the untempered, untruncated distribution.
+
     Args:
+        uniforms: float64 [R] in (0, 1).
         temperature: logits are divided by it; 0 takes the likeliest token.
         top_k: only the likeliest `top_k` tokens can be drawn (more where equal); 0 is all.
         top_p: of those, only the likeliest tokens that together reach this probability can be drawn (more where equal).
@@ -95,7 +74,7 @@ def draw_rows(
     ids = logs.argmax(-1) if temperature == 0 else _inverse(_shares(logs, temperature, *truncation), uniforms)
     best = shares.topk(min(2, shares.shape[1])).values
     margin = best[:, 0] - best[:, 1:].sum(-1)
-    return Draws(ids, logs.gather(1, ids[:, None])[:, 0], entropy, margin)
+    return Drawn(ids, logs.gather(1, ids[:, None])[:, 0], entropy, margin)
 
 
 def _shares(logs: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:

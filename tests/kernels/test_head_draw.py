@@ -8,11 +8,18 @@ import pytest
 import torch
 
 from megadiff import rng
-from megadiff.kernels.sample_rows import draw_rows, sample_rows
-from megadiff.kernels.sample_rows.reference import ROWS_AT_ONCE, TILE
+from megadiff.kernels.head_draw import draw_rows, head_draw
+from megadiff.kernels.head_draw.reference import ROWS_AT_ONCE, TILE
+from megadiff.types import DrawRule, RowKeys
+from tests.kernels.harness import DTYPES, TOLERANCES, assert_agrees, implementations, numbers, poison
 
 COUNT = 20_000
 UNIFORMS = rng.uniform(rng.sample_keys(5, torch.arange(COUNT)), "draw", dtype=torch.float64)
+
+
+def keys_of(count: int) -> RowKeys:
+    """Those that UNIFORMS were drawn with."""
+    return RowKeys(rng.sample_keys(5, torch.arange(count)), "draw", torch.zeros(count, dtype=torch.int64))
 
 
 def assert_shares(ids: torch.Tensor, expected: torch.Tensor) -> None:
@@ -86,7 +93,7 @@ BIAS = torch.randn(40, generator=torch.Generator().manual_seed(4))
 def test_rows_are_drawn_from_the_head_at_those_rows_whatever_the_chunk():
     rows = torch.arange(0, 1200, 2)
     assert len(rows) > ROWS_AT_ONCE
-    drawn = sample_rows(HIDDEN, WEIGHT, BIAS, rows[None], torch.ones(1, len(rows)), UNIFORMS[: len(rows)])
+    drawn = head_draw(HIDDEN, WEIGHT, BIAS, rows[None], torch.ones(1, len(rows)), keys_of(len(rows)), DrawRule())
     logits = HIDDEN.flatten(0, 1)[rows] @ WEIGHT.T + BIAS
     wanted = draw_rows(logits, UNIFORMS[: len(rows)])
     assert torch.equal(drawn.ids, wanted.ids)
@@ -97,7 +104,7 @@ def test_branches_are_mixed_as_logits_are():
     """The head is linear and weights add up to 1: mixing hidden states mixes log-probabilities, up to their normaliser."""
     rows = torch.stack([torch.arange(50), torch.arange(600, 650)])
     weights = torch.stack([torch.linspace(0, 5, 50), 1 - torch.linspace(0, 5, 50)])
-    drawn = sample_rows(HIDDEN, WEIGHT, BIAS, rows, weights, UNIFORMS[:50])
+    drawn = head_draw(HIDDEN, WEIGHT, BIAS, rows, weights, keys_of(50), DrawRule())
     logs = (HIDDEN.flatten(0, 1)[rows] @ WEIGHT.T + BIAS).log_softmax(-1)
     mixed = (weights[..., None] * logs).sum(0)
     wanted = draw_rows(mixed, UNIFORMS[:50])
@@ -106,6 +113,47 @@ def test_branches_are_mixed_as_logits_are():
 
 
 def test_no_row_gives_no_draw():
-    drawn = sample_rows(HIDDEN, WEIGHT, None, torch.empty(2, 0, dtype=torch.int64), torch.empty(2, 0), UNIFORMS[:0])
+    rows = torch.empty(2, 0, dtype=torch.int64)
+    drawn = head_draw(HIDDEN, WEIGHT, None, rows, torch.empty(2, 0), keys_of(0), DrawRule())
     assert [len(column) for column in drawn] == [0, 0, 0, 0]
     assert drawn.ids.dtype == torch.int64
+
+
+def naive_draw(hidden, weight, bias, rows, weights, keys, rule):
+    """Row by row, with the number that belongs to it among all numbers of its key, over the whole distribution function."""
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    drawn = []
+    for index, places in enumerate(rows.T.tolist()):
+        logits = sum(weights[k, index] * (weight @ flat[place] + bias) for k, place in enumerate(places))
+        shares = logits.softmax(0)
+        pointed = shares
+        if rule.temperature != 1:
+            pointed = (logits / rule.temperature).softmax(0)
+        if rule.top_k:
+            pointed = torch.where(pointed >= pointed.sort(descending=True).values[rule.top_k - 1], pointed, 0.0)
+        place = int(keys.places[index])
+        uniform = rng.uniform(keys.keys[index : index + 1], keys.purpose, (place + 1,), dtype=torch.float64)[0, place]
+        token = int((pointed.cumsum(0) <= uniform * pointed.sum()).sum())
+        best = shares.sort(descending=True).values
+        drawn.append((torch.tensor(token), shares[token].log(), torch.special.entr(shares).sum(), best[0] - best[1]))
+    return [torch.stack(column) for column in zip(*drawn, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rule", [DrawRule(), DrawRule(temperature=0.6, top_k=3)], ids=str)
+@pytest.mark.parametrize(("branches", "vocabulary"), [(1, 5), (1, 2 * TILE + 3), (2, 41), (3, TILE)])
+@pytest.mark.parametrize("run", implementations("head_draw"))
+@torch.no_grad()
+def test_head_draw_draws_what_a_naive_loop_draws_with_the_same_keys(run, branches, vocabulary, rule, dtype):
+    batch, length, width, count = 3 * branches, 7, 9, 17
+    rows = torch.randperm(3 * length)[:count] + torch.arange(branches)[:, None] * 3 * length
+    unread = torch.ones(batch * length, dtype=torch.bool)
+    unread[rows.flatten()] = False
+    hidden = poison(numbers(batch, length, width, dtype=dtype, grad=False), unread.view(batch, length))
+    weight, bias = numbers(vocabulary, width, dtype=dtype, grad=False), numbers(vocabulary, dtype=dtype, grad=False)
+    weights = torch.rand(branches, count)
+    weights[0] = 1 - weights[1:].sum(0)
+    keys = RowKeys(rng.sample_keys(3, rows[0] // length), "words token", rows[0] % length)
+    # Inputs are rounded to bfloat16 alike for both, and nothing after them is.
+    tolerance = 20 * TOLERANCES[torch.float32]
+    assert_agrees(run, naive_draw, hidden, weight, bias, rows, weights, keys, rule, tolerance=tolerance)

@@ -1,0 +1,9 @@
+"""Token draws at chosen positions, out of hidden states, without the logits of all positions."""
+
+from megadiff.kernels.dispatch import dispatched
+from megadiff.kernels.head_draw import reference
+from megadiff.kernels.head_draw.reference import draw_rows
+
+__all__ = ["draw_rows", "head_draw"]
+
+head_draw = dispatched(reference.head_draw)

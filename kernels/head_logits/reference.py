@@ -1,0 +1,22 @@
+"""The truth for logits at chosen positions: plain torch, float32.
+
+Legend: D width, V vocabulary, R rows.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
+    """float32 logits [R, V] of chosen positions.
+
+    Args:
+        hidden: [..., D].
+        weight: [V, D].
+        bias: [V] or None.
+        rows: int64 [R], indices into the flattened positions.
+    """
+    chosen = hidden.flatten(0, -2).index_select(0, rows)
+    return F.linear(chosen.float(), weight.float(), None if bias is None else bias.float())
