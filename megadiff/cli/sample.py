@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from megadiff.cli.arguments import Verbs, add_verb, positive
 from megadiff.cli.errors import enough_memory
 from megadiff.config.errors import UserError
 from megadiff.config.schema import Sampling
+from megadiff.generation.presets import INPAINT_RESAMPLE, PRESETS
 from megadiff.launcher.children import several
 
 EXAMPLES = """\
@@ -24,43 +26,6 @@ EXAMPLES = """\
   megadiff sample --checkpoint runs/quickstart --task text-to-image --prompt "a cat" --image cat.png --strength 0.6 --out varied
   megadiff sample --checkpoint runs/diamonds --task impute --table rows.csv --out imputed
 """
-
-SAMPLING = (
-    ("steps", positive, "N", "sampling steps (default: 50)"),
-    ("grid", str, "NAME", "where steps lie: auto, uniform, square, karras, shifted, paper (default: auto)"),
-    ("grid_shift", float, "S", "of the shifted grid: t = S u / (1 + (S - 1) u) (default: 3)"),
-    (
-        "solver",
-        str,
-        "NAME",
-        "of pictures and numbers: heun, heun_time, euler, dpmpp_2m, sde_euler, sde_dpmpp_2m (default: heun)",
-    ),
-    (
-        "order",
-        str,
-        "NAME",
-        "of tokens: ancestral, tau_leaping, first_hitting (one at a time, whatever --steps), confidence, entropy, margin, "
-        "threshold (default: ancestral)",
-    ),
-    ("order_noise", float, "X", "Gumbel noise on the confidence, entropy and margin orders (default: 0)"),
-    ("threshold", float, "P", "of the threshold order: unmask what is surer than P (default: 0.9)"),
-    ("remask", str, "NAME", "mask tokens again: none, cap, conf, loop (default: none)"),
-    ("remask_strength", float, "P", "largest probability of that in a step (default: 0.05)"),
-    ("temperature", float, "T", "of token draws; 0 takes the likeliest (default: 1)"),
-    ("top_k", int, "K", "draw among the K likeliest tokens (default: 0, all)"),
-    ("top_p", float, "P", "draw among the likeliest tokens that together have probability P (default: 1)"),
-    ("min_p", float, "P", "draw among the tokens with at least P times the likeliest one's probability (default: 0, all)"),
-    ("resample", positive, "N", "inpaint: make every step N times, its noise put back between (default: 4 for inpaint)"),
-    ("guidance", float, "W", "W in W x conditional + (1 - W) x unconditional (default: 1, none)"),
-    (
-        "guidance_final_time",
-        float,
-        "S",
-        "below 1: noisy guidance, the unconditional branch sees the condition noised to time S (default: 1)",
-    ),
-    ("autoguidance", float, "V", "V in V x this network + (1 - V) x the one of --guide (default: 1, none)"),
-)
-"""Flags that are fields of `Sampling`: name, type, metavar, help."""
 
 NEEDS = {
     "grid_shift": ("grid", ("shifted",)),
@@ -83,11 +48,8 @@ def add(verbs: Verbs) -> None:
     _add_condition(parser.add_argument_group("condition"))
     how = parser.add_argument_group("how")
     how.add_argument("--preset", metavar="NAME", help="the paper's recipes: paper-t2i, paper-joint; other flags win over it")
-    for name, kind, metavar, text in SAMPLING:
-        how.add_argument(f"--{name.replace('_', '-')}", metavar=metavar, type=kind, help=text)
-    how.add_argument(
-        "--guidance-interval", metavar=("A", "B"), type=float, nargs=2, help="guide only at times A..B (default: 0 1)"
-    )
+    for name, field in Sampling.model_fields.items():
+        _add_field(how, name, field)
     how.add_argument(
         "--guide", metavar="RUN|EXPORT", help="a weaker network, such as an earlier checkpoint, for --autoguidance"
     )
@@ -97,6 +59,21 @@ def add(verbs: Verbs) -> None:
     )
     how.add_argument("--processes", metavar="N", type=positive, default=1, help="processes on this machine (default: 1)")
     parser.set_defaults(run=run)
+
+
+def _add_field(group: Any, name: str, field: FieldInfo) -> None:
+    """A flag that sets a field of `Sampling`; the schema says whether its value can be."""
+    text, default = field.description or "", field.default
+    how: dict[str, Any] = {"metavar": {int: "N", float: "X"}.get(type(default), "NAME"), "type": type(default)}
+    if get_origin(field.annotation) is Literal:
+        text = f"{', '.join(get_args(field.annotation))}. {text}"
+    elif isinstance(default, tuple):
+        how = {"metavar": ("A", "B"), "type": type(default[0]), "nargs": len(default)}
+        default = " ".join(f"{value:g}" for value in default)
+    if name == "resample":
+        default = f"{default}, for inpaint {INPAINT_RESAMPLE}"
+    text = f"{text[:1].lower()}{text[1:]}".removesuffix(".").replace("%", "%%")
+    group.add_argument(f"--{name.replace('_', '-')}", **how, help=f"{text} (default: {default})")
 
 
 def _add_what(group: Any) -> None:
@@ -160,7 +137,7 @@ def run(arguments: argparse.Namespace) -> int:
     from megadiff.generation.generate import generate
     from megadiff.generation.request import GenerateRequest
 
-    own = {"run", "parser", "preset", "processes", "guidance_interval", "repeat_prompt", *(flag[0] for flag in SAMPLING)}
+    own = {"run", "parser", "preset", "processes", "repeat_prompt", *Sampling.model_fields}
     flags = {key: value for key, value in vars(arguments).items() if key not in own}
     given = {key: value for key, value in flags.items() if value is not None}
     fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
@@ -176,13 +153,11 @@ def how_to_sample(arguments: argparse.Namespace) -> tuple[Sampling, bool]:
     Raises:
         UserError: a value is out of its range.
     """
-    from megadiff.generation.presets import INPAINT_RESAMPLE, PRESETS
-
     if arguments.preset is not None and arguments.preset not in PRESETS:
         raise UserError(f"--preset {arguments.preset} is unknown; known: {', '.join(PRESETS)}")
     fields: dict[str, Any] = {"resample": INPAINT_RESAMPLE} if arguments.task == "inpaint" else {}
     fields |= PRESETS.get(arguments.preset, {})
-    names = [*(flag[0] for flag in SAMPLING), "guidance_interval", "repeat_prompt"]
+    names = [*Sampling.model_fields, "repeat_prompt"]
     fields |= {name: value for name in names if (value := getattr(arguments, name)) is not None}
     repeat_prompt = bool(fields.pop("repeat_prompt", False))
     try:

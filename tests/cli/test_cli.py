@@ -18,7 +18,9 @@ from megadiff.cli import check_config
 from megadiff.cli import main as cli
 from megadiff.cli.errors import enough_memory
 from megadiff.config.errors import UserError
+from megadiff.config.schema import Sampling
 from tests.minimal import ZERO3, minimal_run, tree, write_json, write_yaml
+from tests.ranks import run_megadiff
 
 ROOT = Path(__file__).parents[2]
 
@@ -417,3 +419,12 @@ def test_the_examples_of_check_config_are_sound(monkeypatch: pytest.MonkeyPatch,
     for line in check_config.EXAMPLES.splitlines():
         assert cli.main(line.split()[1:]) == 0, line
     assert capsys.readouterr().err == ""
+
+
+def test_every_field_of_sampling_is_a_flag_with_its_text() -> None:
+    shown = " ".join(run_megadiff("sample", "--help").stdout.split())
+    for name, field in Sampling.model_fields.items():
+        assert field.description, f"{name} has no text"
+        first_words = " ".join(field.description.split())[1:30]
+        assert f"--{name.replace('_', '-')} " in shown
+        assert first_words in shown

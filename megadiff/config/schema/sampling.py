@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from megadiff.config.schema.base import NotNegative, Positive, Section, Share, Weight
 
@@ -13,32 +13,36 @@ MOST_STEPS = 1_000_000
 
 
 class Sampling(Section):
-    """How samples are drawn."""
+    """How samples are drawn. The flags of `megadiff sample` are made from these fields, and their help from the texts below."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
     steps: Positive = 50
+    """Sampling steps."""
     grid: Literal["auto", "uniform", "square", "karras", "shifted", "paper"] = "auto"
-    """Where the steps lie between t = 1 and 0: evenly; evenly in sqrt(t); evenly in (sigma / alpha)^(1/7); pushed towards 1 by
-    `grid_shift`; evenly from 1 to 1e-5, and then to 0 (the paper). auto: square where a vp modality is generated, else uniform.
-    """
+    """Where the steps lie between t = 1 and 0. uniform: evenly; square: evenly in sqrt(t); karras: evenly in (sigma /
+    alpha)^(1/7); shifted: pushed towards 1 by grid_shift; paper: evenly from 1 to 1e-5, and then to 0; auto: square where a vp
+    modality is generated, else uniform."""
     grid_shift: Annotated[float, Field(gt=0)] = 3.0
-    """Of the shifted grid: t = s u / (1 + (s - 1) u)."""
+    """s of the shifted grid: t = s u / (1 + (s - 1) u)."""
     solver: Literal["euler", "heun", "heun_time", "dpmpp_2m", "sde_euler", "sde_dpmpp_2m"] = "heun"
-    """For Gaussian modalities. heun steps along sigma / (alpha + sigma); heun_time along t itself (the paper), for grids that
-    come close to 0."""
+    """The solver of Gaussian modalities (pictures, numbers). heun steps along sigma / (alpha + sigma); heun_time along t itself
+    (the paper), for grids that come close to 0."""
     order: Literal["ancestral", "tau_leaping", "first_hitting", "confidence", "entropy", "margin", "threshold"] = "ancestral"
-    """When categorical positions become visible. ancestral: by the exact reverse process; tau_leaping: by rates held fixed over
-    a step (the paper); first_hitting: one at a time at exact times, whatever `steps` (ancestral beside a Gaussian modality);
-    confidence, entropy, margin (of the likeliest to the next): the surest first; threshold: all surer than `threshold`."""
+    """When categorical positions (tokens, classes) become visible. ancestral: by the exact reverse process; tau_leaping: by
+    rates held fixed over a step (the paper); first_hitting: one at a time at exact times, whatever the number of steps (ancestral
+    beside a Gaussian modality); confidence, entropy, margin (of the likeliest to the next): the surest first; threshold: all
+    surer than the threshold."""
     order_noise: Annotated[float, Field(ge=0)] = 0.0
-    """Gumbel noise on the score of the confidence, entropy and margin orders, times t."""
+    """The Gumbel noise on the score of the confidence, entropy and margin orders, times t."""
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """The probability above which the threshold order makes a position visible."""
     remask: Literal["none", "cap", "conf", "loop"] = "none"
     """ReMDM (arXiv 2503.00307), with the ancestral order: visible positions are masked again with a capped probability; the
     less sure ones more often; or while the clock stands still in the middle of the run."""
     remask_strength: Share = 0.05
     """The cap on the probability of masking a position again in a step."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
-    """Of token draws; 0 takes the likeliest."""
+    """The temperature of token draws; 0 takes the likeliest token."""
     top_k: NotNegative = 0
     """Draw among this many likeliest tokens; 0 is all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -46,15 +50,16 @@ class Sampling(Section):
     min_p: Share = 0.0
     """Draw among the tokens that have at least this share of the likeliest one's probability."""
     resample: Positive = 1
-    """How often a step is made, its noise put back between, where a part of a modality is known (RePaint, arXiv 2201.09865)."""
+    """How often each step is made, with its noise put back between, where part of a modality is known (RePaint, arXiv
+    2201.09865)."""
     guidance: Weight = 1.0
-    """w in w * conditional + (1 - w) * unconditional; 1 is none."""
+    """w in w x conditional + (1 - w) x unconditional; 1 is none."""
     guidance_interval: tuple[Share, Share] = (0.0, 1.0)
-    """Guide only while the time of the guided modality lies in it."""
+    """Guide only while the time of the guided modality lies in this interval."""
     guidance_final_time: Share = 1.0
-    """The unconditional branch noises the condition to max(this, its present time); below 1: noisy guidance."""
+    """The unconditional branch noises the condition to max(this, its present time); below 1 it is noisy guidance."""
     autoguidance: Weight = 1.0
-    """v in v * this network + (1 - v) * a weaker one (arXiv 2406.02507), where a weaker one is given; 1 is none."""
+    """v in v x this network + (1 - v) x a weaker one (arXiv 2406.02507); 1 is none."""
 
     @model_validator(mode="after")
     def _options_go_together(self) -> Sampling:
