@@ -425,6 +425,6 @@ def test_every_field_of_sampling_is_a_flag_with_its_text() -> None:
     shown = " ".join(run_megadiff("sample", "--help").stdout.split())
     for name, field in Sampling.model_fields.items():
         assert field.description, f"{name} has no text"
-        first_words = " ".join(field.description.split())[1:30]
+        first_words = " ".join(field.description.split())[1:30].removesuffix(".")
         assert f"--{name.replace('_', '-')} " in shown
         assert first_words in shown

@@ -29,9 +29,9 @@ class Sampling(Section):
     (the paper), for grids that come close to 0."""
     order: Literal["ancestral", "tau_leaping", "first_hitting", "confidence", "entropy", "margin", "threshold"] = "ancestral"
     """When categorical positions (tokens, classes) become visible. ancestral: by the exact reverse process; tau_leaping: by
-    rates held fixed over a step (the paper); first_hitting: one at a time at exact times, whatever the number of steps (ancestral
-    beside a Gaussian modality); confidence, entropy, margin (of the likeliest to the next): the surest first; threshold: all
-    surer than the threshold."""
+    rates held fixed over a step (the paper); first_hitting: one at a time at exact times, whatever the number of steps
+    (ancestral beside a Gaussian modality); confidence, entropy, margin (of the likeliest to the next): the surest first;
+    threshold: all surer than the threshold."""
     order_noise: Annotated[float, Field(ge=0)] = 0.0
     """The Gumbel noise on the score of the confidence, entropy and margin orders, times t."""
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.9
