@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,13 +39,11 @@ class Command:
     Attributes:
         environment: what is added to this process's.
         quiet: its standard output is thrown away.
-        relays: it knows no SIGTERM (DeepSpeed's runner); the process that it waits for is asked to end.
     """
 
     arguments: Sequence[str]
     environment: Mapping[str, str]
     quiet: bool = False
-    relays: bool = False
 
 
 class Signals:
@@ -92,8 +90,8 @@ def run(commands: Sequence[Command], signals: Signals, *, keep: Sequence[int] = 
         while None in (codes := [process.poll() for process in processes]) and time.monotonic() < deadline:
             if not asked and (signals.received or any(codes)):
                 asked, deadline = True, time.monotonic() + GRACE_S
-                for process, command in zip(processes, commands, strict=False):
-                    _terminate(process, relays=command.relays)
+                for process in processes:
+                    _send(process, signal.SIGTERM)
             time.sleep(0.1)
         signals.processes = []
     return [1 if code is None else code for code in codes] + [1] * (len(commands) - len(codes))
@@ -184,21 +182,11 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _terminate(process: subprocess.Popen[bytes], *, relays: bool) -> None:
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    with suppress(OSError):
-        waited_for = children.read_text(encoding="ascii").split() if relays else []
-        for child in waited_for:
-            _send(os.kill, int(child))
-        if waited_for:
-            return
-    _send(os.killpg, process.pid)
-
-
-def _send(how: Callable[[int, int], None], target: int, number: int = signal.SIGTERM) -> None:
-    with suppress(ProcessLookupError, PermissionError):
-        how(target, number)
-
-
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    _send(os.killpg, process.pid, signal.SIGKILL)
+    _send(process, signal.SIGKILL)
+
+
+def _send(process: subprocess.Popen[bytes], number: int) -> None:
+    """A signal to a child and all that it has started."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)

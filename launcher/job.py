@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import shlex
 import sys
@@ -31,17 +33,17 @@ class Plan:
     environment: dict[str, str]
 
     def command(self, stage: Stage, port: int | str) -> list[str]:
-        """The command that trains one stage on all processes."""
-        chosen = self.devices.chosen
-        # Without --include DeepSpeed's launcher overrides CUDA_VISIBLE_DEVICES and takes the first GPUs of the machine.
-        ranks = ["--num_accelerators", str(self.processes)]
-        if chosen is not None:
-            ranks = ["--include", "localhost:" + ",".join(map(str, chosen[: self.processes]))]
+        """The command that trains one stage on all processes.
+
+        It is DeepSpeed's launcher for one machine. Its runner (`deepspeed`) would only import torch once more to give this
+        same command, look for a hostfile, and hear no SIGTERM.
+        """
+        # The launcher sets CUDA_VISIBLE_DEVICES to these, whatever it was.
+        indices = (self.devices.chosen or range(self.processes))[: self.processes]
+        ranks = base64.urlsafe_b64encode(json.dumps({"localhost": list(indices)}).encode()).decode()
         paths = self.run.paths
         return [
-            *(sys.executable, "-m", "deepspeed.launcher.runner"),
-            *("--hostfile", os.devnull),  # the default, /job/hostfile, may exist and would start ssh
-            *ranks,
+            *(sys.executable, "-m", "deepspeed.launcher.launch", "--world_info", ranks),
             *("--master_port", str(port), "--no_local_rank", "--log_level", "critical", "--module"),
             *("megadiff", "train", str(paths.run), "--stage", stage.name, "--deepspeed", str(paths.deepspeed)),
         ]

@@ -90,7 +90,7 @@ def _train(plan: Plan, stage: Stage, lock: int, signals: Signals) -> int:
     paths = plan.run.paths.stage(stage.name)
     paths.root.mkdir(parents=True, exist_ok=True)
     paths.error.unlink(missing_ok=True)
-    ranks = Command(plan.command(stage, free_port()), {**plan.environment, ERROR_FILE: str(paths.error)}, relays=True)
+    ranks = Command(plan.command(stage, free_port()), {**plan.environment, ERROR_FILE: str(paths.error)})
     (code,) = children.run([ranks], signals, keep=[lock])
     if signals.received:
         _complain(f"interrupted in stage {stage.name}; the same command goes on from its newest checkpoint")
@@ -99,7 +99,6 @@ def _train(plan: Plan, stage: Stage, lock: int, signals: Signals) -> int:
         _complain(f"error: stage {stage.name}: {paths.error.read_text(encoding='utf-8').strip()}")
         return code or 2
     if code or not paths.done.exists():
-        # DeepSpeed's launcher ends with 0 when a signal has killed the process that watches the ranks.
         _complain(f"error: stage {stage.name} ended with {_ending(code)}; see {paths.logs}")
         return 128 - code if code < 0 else code or 1
     return 0

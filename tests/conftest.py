@@ -17,7 +17,7 @@ _RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MAST
 _LAUNCHERS = ("MEGADIFF_ERROR_FILE", "MEGADIFF_LAUNCHER")
 _CREDENTIALS = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "GOOGLE_APPLICATION_CREDENTIALS")
 
-_DEAREST = ("test_zero.py", "test_quickstart.py", "test_raw_to_training.py", "test_pack.py")
+_DEAREST = ("test_quickstart.py", "test_raw_to_training.py", "test_zero.py", "test_pack.py", "test_encoder.py")
 """Files that take minutes: they come first, so that no worker is left alone with one at the end."""
 
 # Before torch is imported anywhere: threads are read then.

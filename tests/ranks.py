@@ -1,7 +1,8 @@
-"""Real processes for tests: a script run once per rank over gloo, and an end within a time for whatever a test started."""
+"""Processes for tests: a script run once per rank over gloo, and an end within a time for whatever a test started."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -14,7 +15,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tests.forks import Forked, start_forked
+
 ROOT = Path(__file__).parents[1]
+Process = subprocess.Popen[str] | Forked
 LAUNCH_S = 120.0
 """What a test started has ended by then, or the test fails with the stacks of its processes."""
 
@@ -34,14 +38,14 @@ def descendants(parent: int) -> list[int]:
     return [*children, *(pid for child in children for pid in descendants(child))]
 
 
-def signal_all(process: subprocess.Popen[str], number: int) -> None:
+def signal_all(process: Process, number: int) -> None:
     """A signal to a process and all that it has started."""
     for pid in [process.pid, *descendants(process.pid)]:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
 
 
-def finish(process: subprocess.Popen[str], timeout_s: float = LAUNCH_S) -> subprocess.CompletedProcess[str]:
+def finish(process: Process, timeout_s: float = LAUNCH_S) -> subprocess.CompletedProcess[str]:
     """Wait for a process; what was piped of its output comes back.
 
     Raises:
@@ -87,14 +91,14 @@ def run_megadiff(*arguments: str, timeout_s: float = LAUNCH_S, **how: Any) -> su
     return finish(start_megadiff(*arguments, **how), timeout_s)
 
 
-def kill_when(process: subprocess.Popen[str], ready: Callable[[], bool], number: int = signal.SIGKILL) -> None:
+def kill_when(process: Process, ready: Callable[[], bool], number: int = signal.SIGKILL) -> None:
     """A signal to a command and all that it has started, as soon as something is so."""
     wait_until(ready, process)
     signal_all(process, number)
     finish(process)
 
 
-def wait_until(ready: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = LAUNCH_S) -> None:
+def wait_until(ready: Callable[[], bool], process: Process, timeout_s: float = LAUNCH_S) -> None:
     """Raises AssertionError if a process ends before something is so, or it takes too long."""
     deadline = time.monotonic() + timeout_s
     while not ready():
@@ -104,26 +108,28 @@ def wait_until(ready: Callable[[], bool], process: subprocess.Popen[str], timeou
         time.sleep(0.01)
 
 
-def start_ranks(script: Path, world: int, request: dict[str, Any]) -> list[subprocess.Popen[str]]:
+_runs = itertools.count()
+
+
+def start_ranks(script: Path, world: int, request: dict[str, Any]) -> list[Forked]:
     """One process per rank; the script gets the request as JSON in its first argument."""
-    port = free_port()
-    processes = []
-    for rank in range(world):
-        environment = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "DS_ACCELERATOR": "cpu",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-        }
-        command = [sys.executable, str(script), json.dumps(request)]
-        pipe = subprocess.PIPE
-        processes.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=pipe, stderr=pipe, text=True))
-    return processes
+    return _fork_ranks([str(script), json.dumps(request)], world)
+
+
+def fork_megadiff(*arguments: str, world: int = 1) -> subprocess.CompletedProcess[str]:
+    """A command line of this tree's megadiff to its end, as one rank or several; a rank that failed, or else the first one."""
+    ranks = _fork_ranks(["-m", "megadiff", *arguments], world)
+    ended = [finish(rank) for rank in ranks]
+    return next((one for one in ended if one.returncode), ended[0])
+
+
+def _fork_ranks(arguments: list[str], world: int) -> list[Forked]:
+    common = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    first = next(_runs)  # neighbours among the ranks hash strings unlike, and so does one rank in two runs
+    return [
+        start_forked(arguments, environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, turn=first + rank)
+        for rank in range(world)
+    ]
 
 
 def run_ranks(script: Path, world: int, request: dict[str, Any], *, timeout_s: float = LAUNCH_S) -> list[Any]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.ranks import LAUNCH_S, finish, free_port, run_megadiff, start_python
+from tests.ranks import LAUNCH_S, finish, fork_megadiff, free_port, run_megadiff, start_python
 
 pytestmark = pytest.mark.distributed
 
@@ -26,11 +28,13 @@ FEW = [
 ]
 
 
-def megadiff(*arguments: str, world: int = 1) -> subprocess.CompletedProcess[str]:
-    """The command line as a user starts it; with `world` > 1 under torchrun."""
-    if world == 1:
-        return run_megadiff(*arguments)
-    runner = ["torch.distributed.run", "--nproc-per-node", str(world), "--master-port", str(free_port())]
+Command = Callable[..., subprocess.CompletedProcess[str]]
+"""What runs a command line of megadiff to its end: a process as a user starts it, one that is forked, or several."""
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command line as two ranks of torchrun."""
+    runner = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
     return finish(start_python("-m", *runner, "-m", "megadiff", *arguments))
 
 
@@ -68,8 +72,8 @@ def test_stage_one_reads_text_without_predicting_it_and_stage_two_adds_it(
     assert losses == {"noisy_text_to_image": {"image"}, "text_tower": {"text", "image"}, "joint": {"text", "image"}}
 
 
-def sampled(folder: Path, out: Path, *flags: str, world: int = 1) -> list[dict[str, object]]:
-    done = megadiff("sample", "--checkpoint", str(folder), "--steps", "3", "--out", str(out), *flags, world=world)
+def sampled(folder: Path, out: Path, *flags: str, by: Command = fork_megadiff) -> list[dict[str, object]]:
+    done = by("sample", "--checkpoint", str(folder), "--steps", "3", "--out", str(out), *flags)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert (out / "sheet.png").exists()
     return [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
@@ -85,16 +89,16 @@ def test_a_seed_gives_the_same_samples_in_any_batch_and_on_any_number_of_process
 ) -> None:
     folder, _ = launched
     flags = ["--task", "joint", "-n", "5", "--seed", "7"]
-    whole = sampled(folder, tmp_path / "whole", *flags)
+    whole = sampled(folder, tmp_path / "whole", *flags, by=run_megadiff)
     for name, split in {
         "batches": sampled(folder, tmp_path / "batches", *flags, "--batch", "2"),
-        "processes": sampled(folder, tmp_path / "processes", *flags, world=2),
+        "processes": sampled(folder, tmp_path / "processes", *flags, by=torchrun),
     }.items():
         assert split == whole
         for record in whole:
             picture = record["generated"]["image"]["picture"]  # type: ignore[index]
             assert np.abs(pixels(tmp_path / "whole" / picture) - pixels(tmp_path / name / picture)).max() <= 1
-    few = sampled(folder, tmp_path / "few", *flags[:3], "1", *flags[4:], world=2)
+    few = sampled(folder, tmp_path / "few", *flags[:3], "1", *flags[4:], by=partial(fork_megadiff, world=2))
     assert few == whole[:1], "one sample on two processes: one of them has nothing to do"
     other = sampled(folder, tmp_path / "other", *flags[:-1], "8")
     assert [r["generated"] for r in other] != [r["generated"] for r in whole]
@@ -105,8 +109,8 @@ def test_an_export_samples_as_its_run_does_and_takes_every_kind_of_condition(
 ) -> None:
     folder, _ = launched
     export = tmp_path / "export"
-    assert megadiff("export", str(folder), str(export)).returncode == 0
-    again = megadiff("export", str(folder), str(export))
+    assert fork_megadiff("export", str(folder), str(export)).returncode == 0
+    again = fork_megadiff("export", str(folder), str(export))
     assert (again.returncode, again.stderr.count("\n")) == (2, 1)
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps({"cat": "black cat", "sun": "sun"}))
@@ -137,13 +141,13 @@ def test_a_mistake_in_sampling_is_one_sentence(
     launched: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, flags: list[str], reason: str
 ) -> None:
     folder, _ = launched
-    done = megadiff("sample", "--checkpoint", str(folder), "--out", str(tmp_path / "out"), *flags)
+    done = fork_megadiff("sample", "--checkpoint", str(folder), "--out", str(tmp_path / "out"), *flags)
     assert done.returncode == 2
     assert reason in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_a_folder_without_weights_is_one_sentence(tmp_path: Path) -> None:
-    done = megadiff("sample", "--checkpoint", str(tmp_path), "--task", "joint", "--out", str(tmp_path / "out"))
+    done = fork_megadiff("sample", "--checkpoint", str(tmp_path), "--task", "joint", "--out", str(tmp_path / "out"))
     assert done.returncode == 2
     assert "is neither a run" in done.stderr

@@ -31,6 +31,9 @@ def start_process_group(ranks: Ranks) -> torch.device:
     # Else DeepSpeed probes the compiler for what it could build, and on a CPU builds an all-reduce over shared memory that only
     # its tensor-parallel inference calls: 40 s, and a file `lock` that outlives a killed rank and stops every later one.
     deepspeed.ops.__compatible_ops__ = {}
+    # DeepSpeed imports its Muon to ask whether an optimizer is one, and that decorates functions with torch.compile, which
+    # imports the compiler: 2 s of CPU at every start. Nothing here is compiled, and Muon computes the same without.
+    deepspeed.runtime.compiler.compile = lambda: deepspeed.runtime.compiler.dummy_decorator
     backend = accelerator.communication_backend_name() if device.type != "cpu" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return device

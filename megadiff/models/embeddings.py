@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megadiff.config.parameters import TIME_FEATURES, patch_numbers, token_count
 from megadiff.config.schema import GridSpace, Modality, Model, TokenSpace
-from megadiff.models.layers import INITIAL_DEVIATION, Linear, Table
+from megadiff.models.layers import Linear, Table, fill_normal
 from megadiff.types import Noised, Ragged, Rows, Stream
 
 LEAST_SAVED = 0.08
@@ -96,7 +96,7 @@ class PatchEmbedding(nn.Module):
 
     def reset_parameters(self) -> None:
         if self.positions is not None:
-            nn.init.normal_(self.positions, std=INITIAL_DEVIATION)
+            fill_normal(self.positions)
 
     def forward(self, grid: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, S, D]; of any height and width where positions are not learned."""
@@ -123,9 +123,9 @@ class TokenEmbedding(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=INITIAL_DEVIATION)
+        fill_normal(self.weight)
         if self.positions is not None:
-            nn.init.normal_(self.positions, std=INITIAL_DEVIATION)
+            fill_normal(self.positions)
 
     def forward(self, ids: Tensor, rows: Rows | None = None) -> Tensor:
         """int64 [B, S] -> [B, S, D], or the packed [R, D]; sequences may be shorter than the space's length."""

@@ -44,7 +44,7 @@ def initialise_linear(weight: Tensor, bias: Tensor | None, rule: Rule) -> None:
         case "xavier":
             nn.init.xavier_uniform_(weight)
         case "normal":
-            nn.init.normal_(weight, std=INITIAL_DEVIATION)
+            fill_normal(weight)
         case "zero":
             nn.init.zeros_(weight)
         case "torch":
@@ -55,6 +55,15 @@ def initialise_linear(weight: Tensor, bias: Tensor | None, rule: Rule) -> None:
             return
     if bias is not None:
         nn.init.zeros_(bias)
+
+
+def fill_normal(parameter: Tensor) -> None:
+    """Fill a parameter in place with N(0, INITIAL_DEVIATION^2); on the meta device, where it holds nothing, do nothing.
+
+    There torch 2.13 would import its compiler to compute a shape: 3 s of CPU whenever weights are loaded.
+    """
+    if not parameter.is_meta:
+        nn.init.normal_(parameter, std=INITIAL_DEVIATION)
 
 
 class Modulation(Linear):

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from megadiff.config.errors import UserError
@@ -184,6 +183,9 @@ class Monitor:
         for path in self.paths.tensorboard.iterdir():
             if path.stat().st_size == 0:  # of a writer that found the disk full
                 path.unlink()
+        # Imported here: other ranks need none of it, and it takes most of a second.
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(str(self.paths.tensorboard), purge_step=purge_step)
         self._events_lost = False
 

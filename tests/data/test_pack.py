@@ -29,6 +29,8 @@ from megadiff.data.packing.source import expand, key_of
 from megadiff.data.packing.sources.sam_llava import read_list
 from megadiff.data.shards.shard import Manifest, Members, Shard, index_shards, read_manifest
 from megadiff.storage import store
+from tests import ranks
+from tests.forks import Forked, start_forked
 from tests.ranks import ROOT, free_port
 from tests.storage.servers import Mood, server_of
 
@@ -691,17 +693,14 @@ sys.exit(main(sys.argv[3:]))
 """
 
 
-def command(*arguments: str, **environment: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    whole = [sys.executable, "-m", "megadiff", "data", "pack", *arguments]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(whole, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+def command(*arguments: str, **environment: str) -> Forked:
+    return start_forked(["-m", "megadiff", "data", "pack", *arguments], environment={**os.environ, **environment})
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err[-3000:]
-    return out
+def finish(process: Forked) -> str:
+    ended = ranks.finish(process)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return ended.stdout
 
 
 @pytest.mark.distributed
@@ -714,9 +713,10 @@ def test_killed_at_any_write_and_started_again_the_output_is_the_same(folder: Pa
     whole = tmp_path / "whole"
     finish(command(str(folder), str(whole), *options))
     out, kills = tmp_path / "out", 0
+    (tmp_path / "killed.py").write_text(KILLED)
     for writes in (1, 2, 3, 6, 8, 2, 4):
         arguments = [str(writes), half, "data", "pack", str(folder), str(out), *options]
-        done = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        done = ranks.finish(start_forked([str(tmp_path / "killed.py"), *arguments], environment=dict(os.environ)))
         assert done.returncode in (0, -signal.SIGKILL), done.stderr[-2000:]
         kills += done.returncode != 0
     finish(command(str(folder), str(out), *options))
@@ -731,16 +731,16 @@ def test_processes_share_the_work_and_a_killed_one_loses_nothing(tmp_path: Path)
     options = ["--shard-samples", "16", "--size", "12"]
     finish(command(str(tmp_path / "raw"), str(tmp_path / "whole"), *options))
     two = tmp_path / "two"
-    ranks = [command(str(tmp_path / "raw"), str(two), *options, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
-    assert finish(ranks[0]).startswith(f"packed: {two} (160 samples in 12 shards)")
-    assert finish(ranks[1]) == ""
+    first, second = (command(str(tmp_path / "raw"), str(two), *options, RANK=str(rank), WORLD_SIZE="2") for rank in range(2))
+    assert finish(first).startswith(f"packed: {two} (160 samples in 12 shards)")
+    assert finish(second) == ""
     assert tree(two) == tree(tmp_path / "whole")
     killed = tmp_path / "killed"
-    ranks = [command(str(tmp_path / "raw"), str(killed), *options, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
+    both = [command(str(tmp_path / "raw"), str(killed), *options, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
     deadline = time.monotonic() + 60
     while not list(killed.glob("*.tar")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    for rank in ranks:
+    for rank in both:
         os.killpg(rank.pid, signal.SIGKILL)
         rank.communicate()
     finish(command(str(tmp_path / "raw"), str(killed), *options, "--processes", "2"))

@@ -16,7 +16,7 @@ from megadiff.launcher import children
 from megadiff.launcher.children import Command, Signals
 from tests.ranks import finish, start_python, wait_until
 
-# A launcher of two, each of which has a rank below it that only watches the launcher, as under DeepSpeed's runner.
+# A launcher of two, each of which has a rank below it that only watches the launcher, as under DeepSpeed's launcher.
 RANK = """
 import pathlib, os, sys, time
 from megadiff.launcher.children import end_with_launcher

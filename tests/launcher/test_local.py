@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import base64
 import errno
 import json
 import os
@@ -25,6 +27,7 @@ from tests.ranks import finish, run_megadiff, start_python
 
 ROOT = Path(__file__).parents[2]
 CPU = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+WORLD = base64.urlsafe_b64encode(b'{"localhost": [0, 1]}').decode()
 
 FINISH = """
 import pathlib, sys
@@ -69,7 +72,7 @@ def test_the_commands_are_these(tmp_path: Path) -> None:
     run = minimal_run(tmp_path, showcase={"count": 2}).model_copy(update={"folder": "runs/minimal"})
     text = job.describe(plan_of(run)).replace(sys.executable, "python")
     launcher = (
-        "DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python -m deepspeed.launcher.runner --hostfile /dev/null --num_accelerators 2 "
+        f"DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python -m deepspeed.launcher.launch --world_info {WORLD} "
         "--master_port PORT --no_local_rank --log_level critical --module megadiff train runs/minimal/run.yaml"
     )
     assert text.splitlines() == [
@@ -82,21 +85,28 @@ def test_the_commands_are_these(tmp_path: Path) -> None:
     ]
 
 
-def test_deepspeeds_runner_knows_the_flags(tmp_path: Path) -> None:
-    from deepspeed.launcher.runner import parse_args
+def launched_by(command: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
+    """A command as DeepSpeed's launcher reads it."""
+    from deepspeed.launcher import launch
+
+    monkeypatch.setattr(sys, "argv", command[2:])
+    return launch.parse_args()
+
+
+def test_deepspeeds_launcher_knows_the_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.launcher.runner import encode_world_info
 
     plan = plan_of(minimal_run(tmp_path))
-    parsed = parse_args(plan.command(plan.run.stages[0], 12345)[3:])
-    assert (parsed.num_gpus, parsed.master_port, parsed.module, parsed.no_local_rank) == (2, 12345, True, True)
-    assert (parsed.user_script, parsed.user_args[0]) == ("megadiff", "train")
-    assert not Path(parsed.hostfile).is_file()
+    parsed = launched_by(plan.command(plan.run.stages[0], 12345), monkeypatch)
+    assert (parsed.master_addr, parsed.master_port, parsed.module, parsed.no_local_rank) == ("127.0.0.1", 12345, True, True)
+    assert (parsed.training_script, parsed.training_script_args[0]) == ("megadiff", "train")
+    assert parsed.world_info == WORLD == encode_world_info({"localhost": [0, 1]})
 
 
-def test_gpus_chosen_by_cuda_visible_devices_are_the_ones_used(tmp_path: Path) -> None:
+def test_gpus_chosen_by_cuda_visible_devices_are_the_ones_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = job.Plan(minimal_run(tmp_path), ZERO3, Devices("cuda", 3, (4, 6, 7)), 2, CPU)
-    command = plan.command(plan.run.stages[0], 1)
-    assert command[command.index("--include") + 1] == "localhost:4,6"
-    assert "--num_accelerators" not in command
+    parsed = launched_by(plan.command(plan.run.stages[0], 1), monkeypatch)
+    assert json.loads(base64.urlsafe_b64decode(parsed.world_info)) == {"localhost": [4, 6]}
 
 
 def test_all_stages_run_in_order_and_the_resolved_files_are_kept(tmp_path: Path, ranks: Callable[..., list[str]]) -> None:
@@ -292,15 +302,12 @@ def test_ranks_that_stay_keep_a_launch_out(tmp_path: Path, monkeypatch: pytest.M
 
 
 WATCHED = """
-import os, signal, subprocess, sys, time
-if len(sys.argv) > 1 and sys.argv[1] != "watcher":
-    # As DeepSpeed's runner: waits for the watcher, knows no SIGTERM.
-    sys.exit(subprocess.Popen([sys.executable, __file__, "watcher", sys.argv[1]]).wait())
+import os, signal, sys, time
 def end(number, frame):
-    open(os.path.join(sys.argv[2], "ended"), "w").write(signal.Signals(number).name)
+    open(os.path.join(sys.argv[1], "ended"), "w").write(signal.Signals(number).name)
     sys.exit(1)
 signal.signal(signal.SIGTERM, end)
-open(os.path.join(sys.argv[2], "ready"), "w").close()
+open(os.path.join(sys.argv[1], "ready"), "w").close()
 time.sleep(60)
 """
 

@@ -142,3 +142,15 @@ def test_a_table_made_in_inference_mode_serves_training_and_is_not_pickled():
 
 def zeros(device: torch.device) -> torch.Tensor:
     return torch.zeros(3, device=device)
+
+
+def test_on_the_meta_device_nothing_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There torch's normal_ imports its compiler, seconds whenever weights are loaded."""
+
+    def drawn(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(torch.nn.init, "normal_", drawn)
+    with torch.device("meta"):
+        weight = Linear(3, 4, rule="normal").weight
+    assert weight.shape == (4, 3)
