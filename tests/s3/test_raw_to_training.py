@@ -14,7 +14,7 @@ from PIL import Image
 from megadiff.data.shards.shard import Shard, read_manifest
 from megadiff.storage import store
 from tests.data.small import TOKENIZER, TRAIN, make_autoencoder
-from tests.ranks import ROOT, finish, kill_when, start_megadiff
+from tests.ranks import ROOT, finish, fork_megadiff, kill_when, start_megadiff
 
 pytestmark = [pytest.mark.s3, pytest.mark.distributed, pytest.mark.timeout(400)]
 
@@ -60,7 +60,15 @@ def run_file(folder: Path, out: str, autoencoder: str) -> Path:
 
 
 def finished(process: subprocess.Popen[str]) -> str:
-    ended = finish(process)
+    return _output(finish(process))
+
+
+def forked(*arguments: str, world: int = 1) -> str:
+    """What a command line says that nothing kills, as one process or several."""
+    return _output(fork_megadiff(*arguments, world=world))
+
+
+def _output(ended: subprocess.CompletedProcess[str]) -> str:
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
     return ended.stdout
 
@@ -90,14 +98,14 @@ def test_pack_encode_and_train_killed_in_each_end_as_if_never_stopped(bucket: st
     pack = ["data", "pack", str(tmp_path / "raw"), pairs, "--buckets", "32x32,32x48,48x32", "--shard-samples", "5"]
     kill_when(start_megadiff(*pack), lambda: units_done(pairs) >= 2)
     assert not store.exists(f"{pairs}/manifest.json")
-    assert f"{PAIRS} samples" in finished(start_megadiff(*pack))
+    assert f"{PAIRS} samples" in forked(*pack)
 
     encode = ["data", "encode", pairs, latents, "--autoencoder", autoencoder, "--tokenizer", str(TOKENIZER)]
     command = ["launch", "--processes", "2", "--", *encode]
     kill_when(start_megadiff(*command), lambda: units_done(latents) >= 2)
     assert not store.exists(f"{latents}/manifest.json")
-    assert f"{PAIRS} samples" in finished(start_megadiff(*command))
-    assert "whole" in finished(start_megadiff("data", "verify", latents, "--decode"))
+    assert f"{PAIRS} samples" in forked(*encode, world=2)
+    assert "whole" in forked("data", "verify", latents, "--decode")
 
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
     train = ["--deepspeed", "ds_configs/zero1.json"]
@@ -105,6 +113,6 @@ def test_pack_encode_and_train_killed_in_each_end_as_if_never_stopped(bucket: st
     metrics = broken / "run" / "joint" / "metrics.jsonl"
     kill_when(start_megadiff("launch", run, *train), lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 7)
     finished(start_megadiff("launch", run, *train))
-    finished(start_megadiff("launch", str(run_file(unbroken, latents, autoencoder)), *train))
+    forked("train", str(run_file(unbroken, latents, autoencoder)), "--stage", "joint", *train, world=2)
     assert losses(broken) == losses(unbroken)
     assert sorted(losses(broken)) == list(range(1, STEPS + 1))

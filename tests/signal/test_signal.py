@@ -17,7 +17,7 @@ from megadiff.data.shards.shard import Manifest, write_manifest, write_shard
 from megadiff.generation.generate import generate
 from megadiff.generation.request import GenerateRequest
 from megadiff.weights.loading import export_run
-from tests.ranks import ROOT, run_megadiff
+from tests.ranks import ROOT, fork_megadiff
 
 RUN = ROOT / "tests/signal/run.yaml"
 
@@ -37,7 +37,7 @@ def write_signals(folder: Path, count: int = 16) -> str:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("signals")
     own = [f"data.train={write_signals(folder / 'data')}", f"folder={folder / 'run'}"]
-    ended = run_megadiff("train", str(RUN), "--stage", "joint", "--deepspeed", "ds_configs/zero0.json", *own)
+    ended = fork_megadiff("train", str(RUN), "--stage", "joint", "--deepspeed", "ds_configs/zero0.json", *own)
     assert ended.returncode == 0, ended.stderr
     return folder / "run"
 
