@@ -183,7 +183,7 @@ def index(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from megadiff.data.shards import shard as shards
-    from megadiff.storage import store
+    from megadiff.storage import addresses
 
     with tqdm(desc="shards", unit="shard", disable=None) as bar:
 
@@ -193,5 +193,5 @@ def index(arguments: argparse.Namespace) -> int:
 
         manifest = shards.index_shards(arguments.folder, report)
     address = shards.write_manifest(arguments.folder, manifest)
-    print(f"manifest: {store.shown(address)} ({len(manifest.shards):,} shards, {manifest.samples:,} samples)")
+    print(f"manifest: {addresses.shown(address)} ({len(manifest.shards):,} shards, {manifest.samples:,} samples)")
     return 0

@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         return several(arguments.processes, sys.argv[1:])
     from megadiff.data.packing.encoding import encode_shards
     from megadiff.distributed.ranks import Ranks
-    from megadiff.storage import store
+    from megadiff.storage import addresses
 
     ranks = Ranks.from_environment()
     with enough_memory("--size or --batch"):
@@ -87,5 +87,6 @@ def run(arguments: argparse.Namespace) -> int:
     if manifest is not None:
         left = manifest.facts.get("counts", {}).get("left out", 0)
         note = f"; {left:,} left out, see left_out.jsonl" if left else ""
-        print(f"encoded: {store.shown(arguments.out)} ({manifest.samples:,} samples in {len(manifest.shards):,} shards{note})")
+        numbers = f"{manifest.samples:,} samples in {len(manifest.shards):,} shards"
+        print(f"encoded: {addresses.shown(arguments.out)} ({numbers}{note})")
     return 0

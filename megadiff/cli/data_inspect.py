@@ -140,7 +140,7 @@ def verify(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from megadiff.data.inspection import verify as verification
-    from megadiff.storage import store
+    from megadiff.storage import addresses, store
 
     printed: Counter[str] = Counter()
 
@@ -166,7 +166,7 @@ def verify(arguments: argparse.Namespace) -> int:
         print(f"note: {result.note}")
     if arguments.json:
         tree = {
-            "address": store.shown(result.address),
+            "address": addresses.shown(result.address),
             "shards": result.shards,
             "samples": result.samples,
             "bytes": result.bytes,
@@ -182,7 +182,7 @@ def verify(arguments: argparse.Namespace) -> int:
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in result.counts.items())
     number = sum(result.counts.values())
     verdict = f"{number:,} fault{'s' if number > 1 else ''}: {kinds}" if kinds else "whole"
-    print(f"verified: {store.shown(arguments.shards)} ({listed}; {depth}): {verdict}")
+    print(f"verified: {addresses.shown(arguments.shards)} ({listed}; {depth}): {verdict}")
     return 0 if result.whole else 1
 
 
@@ -202,7 +202,7 @@ def stats(arguments: argparse.Namespace) -> int:
     from megadiff.data.inspection import stats as counting
     from megadiff.data.inspection.pictures import stats_picture
     from megadiff.report.sheet import png_bytes
-    from megadiff.storage import store
+    from megadiff.storage import addresses, store
 
     tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None
     with _bar("shards") as progress:
@@ -211,19 +211,19 @@ def stats(arguments: argparse.Namespace) -> int:
         )
     print("\n".join(f"{name.ljust(12)}  {text}".rstrip() for name, text in table(found)))
     tree = json.dumps(found.as_tree(), indent=1, ensure_ascii=False) + "\n"
-    store.write_bytes(store.join(arguments.out, "stats.json"), tree.encode())
-    store.write_bytes(store.join(arguments.out, "stats.png"), png_bytes(stats_picture(found)))
-    print(f"\nstats: {store.join(arguments.out, 'stats.json')} and stats.png")
+    store.write_bytes(addresses.join(arguments.out, "stats.json"), tree.encode())
+    store.write_bytes(addresses.join(arguments.out, "stats.png"), png_bytes(stats_picture(found)))
+    print(f"\nstats: {addresses.join(arguments.out, 'stats.json')} and stats.png")
     return 0
 
 
 def table(found: Stats) -> Iterator[tuple[str, str]]:
     """What there is to tell, line by line."""
     from megadiff.data.inspection.stats import QUANTILES, aspect_ratios, lengths_of, spread
-    from megadiff.storage import store
+    from megadiff.storage import addresses
 
     seen = found.seen
-    yield "data set", store.shown(found.address)
+    yield "data set", addresses.shown(found.address)
     each = _size(found.bytes / found.samples)
     yield "samples", f"{found.samples:,} in {found.shards:,} shards, {_size(found.bytes)}, {each} a sample"
     if seen.samples < found.samples:
@@ -280,7 +280,7 @@ def show(arguments: argparse.Namespace) -> int:
     from megadiff.data.inspection.show import draw_samples
     from megadiff.data.shards.shard import read_manifest
     from megadiff.report.sheet import Section, contact_sheet, png_bytes
-    from megadiff.storage import store
+    from megadiff.storage import addresses, store
 
     manifest = read_manifest(arguments.shards)
     if arguments.tokenizer:
@@ -292,12 +292,12 @@ def show(arguments: argparse.Namespace) -> int:
         if getattr(arguments, flag) and pictures.missing_members(samples, ending):
             raise UserError(f"--{flag} has no effect: no sample that was drawn has a {ending} member")
     cells = [pictures.sample_cell(sample, decode, tokenizer) for sample in samples]
-    title = f"{store.shown(arguments.shards)}: {len(samples):,} of {manifest.samples:,} samples, seed {arguments.seed}"
+    title = f"{addresses.shown(arguments.shards)}: {len(samples):,} of {manifest.samples:,} samples, seed {arguments.seed}"
     sheet = contact_sheet(
         [Section(title, cells)], columns=arguments.columns, cell_px=168, gap_px=16, text_px=13, caption_lines=4
     )
     store.write_bytes(arguments.out, png_bytes(sheet))
-    print(f"sheet: {store.shown(arguments.out)} ({len(samples):,} of {manifest.samples:,} samples)")
+    print(f"sheet: {addresses.shown(arguments.out)} ({len(samples):,} of {manifest.samples:,} samples)")
     return 0
 
 

@@ -167,10 +167,10 @@ def summary(out: str, manifest: Manifest) -> str:
     """What was written, and what was left out, in a line."""
     from megadiff.data.packing import pack
     from megadiff.data.packing.claims import HELD_OUT
-    from megadiff.storage import store
+    from megadiff.storage import addresses
 
     held_out = sum(entry.samples for entry in manifest.shards if entry.name.startswith(f"{HELD_OUT}/"))
     split = f", {held_out:,} of them held out" if any("/" in entry.name for entry in manifest.shards) else ""
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in pack.left_out(manifest).items())
     left = f"; left out: {reasons}, see left_out.jsonl" if reasons else ""
-    return f"packed: {store.shown(out)} ({manifest.samples:,} samples in {len(manifest.shards):,} shards{split}{left})"
+    return f"packed: {addresses.shown(out)} ({manifest.samples:,} samples in {len(manifest.shards):,} shards{split}{left})"

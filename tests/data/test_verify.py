@@ -20,6 +20,7 @@ from megadiff.data.inspection.show import in_order
 from megadiff.data.inspection.verify import Fault, Kind, verify
 from megadiff.data.shards.shard import Manifest, Members, ShardEntry, index_shards, read_manifest, write_manifest, write_shard
 from megadiff.storage import store
+from megadiff.storage.errors import StorageError
 from tests.data.small import TRAIN, sample, write_source
 
 MODES: list[dict[str, bool]] = [{"quick": True}, {}, {"decode": True}]
@@ -172,7 +173,7 @@ def test_a_shard_that_cannot_be_read_is_a_fault_and_the_others_are_read(
 
     def refuse(address: str) -> memoryview:
         if address.endswith("000.tar"):
-            raise store.StorageError(error)
+            raise StorageError(error)
         return read_whole(address)
 
     monkeypatch.setattr(store, "read_whole", refuse)
@@ -207,7 +208,7 @@ def test_a_folder_that_cannot_be_listed_is_told_and_is_no_fault(
     else:
 
         def refuse(folder: str) -> list[str]:
-            raise store.StorageError(f"{folder} may not be listed")
+            raise StorageError(f"{folder} may not be listed")
 
         monkeypatch.setattr(store, "list_names", refuse)
     result = verify(address)
@@ -217,7 +218,7 @@ def test_a_folder_that_cannot_be_listed_is_told_and_is_no_fault(
 
 
 def test_a_manifest_that_cannot_be_read_is_the_users_mistake(tmp_path: Path) -> None:
-    with pytest.raises(store.StorageError, match=r"manifest\.json"):
+    with pytest.raises(StorageError, match=r"manifest\.json"):
         verify(str(tmp_path))
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(DataError, match="no manifest"):

@@ -28,7 +28,7 @@ from megadiff.config.schema import ClassField, GridSpace, NumberField, TokenSpac
 from megadiff.data.codecs.base import COLUMN, Codec, member_of
 from megadiff.data.errors import DataError, SampleError
 from megadiff.data.shards.shard import Views
-from megadiff.storage import store
+from megadiff.storage import addresses, store
 
 FORMAT, VERSION = "megadiff-columns", 1
 COLUMNS = "columns.json"
@@ -57,7 +57,7 @@ class Column:
 
 def write_columns(folder: str, columns: Mapping[str, Column]) -> str:
     """Write columns.json into a folder; returns its address."""
-    address = store.join(folder, COLUMNS)
+    address = addresses.join(folder, COLUMNS)
     tree = {"format": FORMAT, "version": VERSION, "columns": {name: vars(column) for name, column in columns.items()}}
     store.write_bytes(address, (json.dumps(tree, ensure_ascii=False) + "\n").encode())
     read_columns.cache_clear()  # it may hold what was there before

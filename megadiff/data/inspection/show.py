@@ -17,7 +17,7 @@ from megadiff.data.pictures import PICTURE_ENDINGS, open_picture, shown_size
 from megadiff.data.shards.reader import ShardReader
 from megadiff.data.shards.shard import Manifest, Members, Views
 from megadiff.data.threads import in_order
-from megadiff.storage import store
+from megadiff.storage import addresses
 
 _FEWEST_SHARDS = 8
 """Drawn samples come from so many shards, or from more where these hold too few."""
@@ -64,7 +64,7 @@ def draw_samples(address: str, manifest: Manifest, count: int, seed: int) -> lis
     places = [(index, offset) for index in shards for offset in range(manifest.shards[index].samples)]
     taken = [places[nth] for nth in random.permutation(len(places))[:count].tolist()]
     wanted = {index: [place for place in taken if place[0] == index] for index in shards}
-    reader = ShardReader(store.folder_of(address), manifest, keep=1)
+    reader = ShardReader(addresses.folder_of(address), manifest, keep=1)
 
     def read(index: int) -> dict[tuple[int, int], Drawn]:
         if not wanted[index]:

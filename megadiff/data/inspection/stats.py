@@ -18,7 +18,7 @@ from megadiff.data.inspection.show import choose_shards, kind_of, picture_member
 from megadiff.data.shards.reader import ShardReader
 from megadiff.data.shards.shard import Manifest, Views, read_manifest
 from megadiff.data.threads import in_order
-from megadiff.storage import store
+from megadiff.storage import addresses
 
 _READERS = 4
 CAPTIONS = "captions"
@@ -125,7 +125,7 @@ class Stats:
         """For JSON."""
         seen = self.seen
         return {
-            "address": store.shown(self.address),
+            "address": addresses.shown(self.address),
             "samples": self.samples,
             "shards": self.shards,
             "bytes": self.bytes,
@@ -166,7 +166,7 @@ def measure(
     """
     manifest = read_manifest(address)
     chosen = choose_shards(manifest, samples)
-    reader = ShardReader(store.folder_of(address), manifest, keep=1)
+    reader = ShardReader(addresses.folder_of(address), manifest, keep=1)
 
     def read(index: int) -> Seen:
         shard, seen = reader.shard(index), Seen()

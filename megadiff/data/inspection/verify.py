@@ -21,7 +21,8 @@ from megadiff.data.pictures import PICTURE_ENDINGS
 from megadiff.data.shards import tar
 from megadiff.data.shards.shard import TAR, Manifest, Shard, ShardEntry, place_of, read_manifest
 from megadiff.data.threads import in_order
-from megadiff.storage import store
+from megadiff.storage import addresses, store
+from megadiff.storage.errors import MissingError, StorageError
 
 
 class Kind(StrEnum):
@@ -99,7 +100,7 @@ def verify(
         StorageError, DataError: the manifest itself cannot be read.
     """
     manifest = read_manifest(address)
-    folder = store.folder_of(address)
+    folder = addresses.folder_of(address)
     faults = _Faults(keep, found)
     for fault in _listed_twice(folder, manifest):
         faults.add(fault)
@@ -107,11 +108,11 @@ def verify(
     try:
         for fault in _unlisted(folder, manifest):
             faults.add(fault)
-    except store.StorageError as error:
+    except StorageError as error:
         note = f"tars that the manifest does not list were not looked for: {error}"
     entries = list({entry.name: entry for entry in manifest.shards}.values())
     contents = _Contents(folder)
-    checks = in_order(entries, lambda entry: _check(store.join(folder, entry.name), entry, quick, decode), workers)
+    checks = in_order(entries, lambda entry: _check(addresses.join(folder, entry.name), entry, quick, decode), workers)
     for done, (entry, checked) in enumerate(zip(entries, checks, strict=True), 1):
         for fault in checked.faults:
             faults.add(fault)
@@ -134,7 +135,7 @@ class _Faults:
         self.kept: list[Fault] = []
 
     def add(self, fault: Fault) -> None:
-        fault = replace(fault, object=store.printable(fault.object), detail=store.printable(fault.detail))
+        fault = replace(fault, object=addresses.printable(fault.object), detail=addresses.printable(fault.detail))
         self.counts[fault.kind] += 1
         if self.keep is None or self.counts[fault.kind] <= self.keep:
             self.kept.append(fault)
@@ -161,12 +162,12 @@ def _listed_twice(folder: str, manifest: Manifest) -> Iterator[Fault]:
 
 def _unlisted(folder: str, manifest: Manifest) -> Iterator[Fault]:
     """Tars beside those listed. Raises StorageError where a folder cannot be listed."""
-    if store.is_url(folder):
-        raise store.StorageError(f"{store.shown(folder)} cannot be listed over HTTP")
+    if addresses.is_url(folder):
+        raise StorageError(f"{addresses.shown(folder)} cannot be listed over HTTP")
     listed = {entry.name for entry in manifest.shards}
     for inside in sorted({"", *(name.rpartition("/")[0] for name in listed)}):
-        place = store.join(folder, inside) if inside else folder
-        if store.is_local(place) and not store.local_path(place).is_dir():
+        place = addresses.join(folder, inside) if inside else folder
+        if addresses.is_local(place) and not addresses.local_path(place).is_dir():
             continue  # its shards are missing, which is told of each
         for name in store.list_names(place):
             whole = f"{inside}/{name}" if inside else name
@@ -192,16 +193,16 @@ class _Checked:
 
 
 def _check(address: str, entry: ShardEntry, quick: bool, decode: bool) -> _Checked:
-    name = store.shown(address)
+    name = addresses.shown(address)
     try:
         size = store.size(address)
         if size != entry.bytes:
             kind = Kind.TRUNCATED if size < entry.bytes else Kind.SIZE
             return _Checked([Fault(kind, name, f"it has {size:,} bytes, and the manifest says {entry.bytes:,}")])
         return _Checked() if quick else _check_body(name, store.read_whole(address), entry, decode)
-    except store.MissingError:
+    except MissingError:
         return _Checked([Fault(Kind.MISSING, name, "the manifest lists it, and it is not there")])
-    except store.StorageError as error:
+    except StorageError as error:
         return _Checked([Fault(Kind.UNREADABLE, name, str(error))])
 
 
@@ -339,4 +340,4 @@ def _keys(packed: bytes) -> list[str]:
 
 
 def _shown(folder: str, name: str) -> str:
-    return store.shown(store.join(folder, name))
+    return addresses.shown(addresses.join(folder, name))

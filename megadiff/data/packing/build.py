@@ -13,7 +13,7 @@ from megadiff.data.packing.sources.rows import LINES, PARQUET, RowsSource
 from megadiff.data.packing.sources.sam_llava import SamLlavaSource
 from megadiff.data.packing.sources.tars import TarsSource
 from megadiff.data.shards.shard import COMPRESSED, TAR
-from megadiff.storage import store
+from megadiff.storage import addresses, store
 
 KINDS = ("folder", "table", "tars", "sam-llava", "paper")
 _READ = "a folder of pictures, .parquet, .pq, .jsonl or .ndjson tables, .tar files, or a list of them in .txt or .tsv"
@@ -78,8 +78,8 @@ def kind_of(source: str) -> str:
         return "paper"
     if (kind := _kind_of_name(address, PARQUET + LINES)) is not None:
         return kind
-    if store.is_local(address) and store.local_path(address).is_file():
-        raise UserError(f"{store.shown(source)} is no kind of file that is read: {_READ}")
+    if addresses.is_local(address) and addresses.local_path(address).is_file():
+        raise UserError(f"{addresses.shown(source)} is no kind of file that is read: {_READ}")
     names = store.list_names(address)
     kinds = {kind for name in names if not name.startswith(".") and (kind := _kind_of_name(name, PARQUET + LINES))}
     kinds.discard("sam-llava")  # a README.txt beside the data
@@ -87,7 +87,7 @@ def kind_of(source: str) -> str:
         raise UserError(f"{source} holds {' and '.join(sorted(kinds))}; say which by --kind")
     if kinds:
         return kinds.pop()
-    if not store.is_local(source):
+    if not addresses.is_local(source):
         raise UserError(f"{source} holds neither .tar files nor tables; name what should be read, or its --kind")
     return "folder"
 

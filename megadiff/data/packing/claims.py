@@ -8,7 +8,7 @@ from typing import Any
 
 from megadiff.config.errors import UserError
 from megadiff.data.shards.shard import MANIFEST
-from megadiff.storage import store
+from megadiff.storage import addresses, store
 
 RECIPE, JOB = "recipe.json", ".units/job.json"
 """Names of that record: of what is written at once, and of what is cut into units."""
@@ -26,7 +26,7 @@ def claim(out: str, record: str, identity: Mapping[str, Any]) -> None:
     Raises:
         UserError: `out` holds another data set, or the same made with other settings.
     """
-    address, wanted = store.join(out, record), json.loads(json.dumps(identity))
+    address, wanted = addresses.join(out, record), json.loads(json.dumps(identity))
     if not store.exists(address):
         stranger = next(_strangers(out, record), None)
         if stranger and not store.exists(address):  # else another process of the same job has been faster
@@ -45,8 +45,8 @@ def claim(out: str, record: str, identity: Mapping[str, Any]) -> None:
 
 def _strangers(out: str, record: str) -> Iterator[str]:
     """What shows that a data set is there already."""
-    yield from (name for name in (RECIPE, JOB) if name != record and store.exists(store.join(out, name)))
+    yield from (name for name in (RECIPE, JOB) if name != record and store.exists(addresses.join(out, name)))
     for inside in ("", f"{TRAIN}/", f"{HELD_OUT}/"):
-        folder = store.join(out, inside).rstrip("/")
-        if not store.is_local(folder) or store.local_path(folder).is_dir():
+        folder = addresses.join(out, inside).rstrip("/")
+        if not addresses.is_local(folder) or addresses.local_path(folder).is_dir():
             yield from (f"{inside}{name}" for name in store.list_names(folder) if name == MANIFEST or name.endswith(".tar"))

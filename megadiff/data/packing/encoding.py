@@ -34,7 +34,7 @@ from megadiff.data.packing.units import Done, run_units
 from megadiff.data.pictures import PICTURE_ENDINGS
 from megadiff.data.shards.reader import ShardReader
 from megadiff.data.shards.shard import Manifest, Members, Shard, Views, read_manifest, write_shard
-from megadiff.storage import store
+from megadiff.storage import addresses, store
 
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet's, which the vision models that features come from were trained on."""
@@ -212,7 +212,7 @@ def encode_shards(source: str, out: str, encoding: Encoding, *, rank: int = 0, w
     encoder = Encoder(encoding)
     names = [f"{number:06d}" for number in range(len(manifest.shards))]
     fetcher = ThreadPoolExecutor(1, thread_name_prefix="fetch")
-    reader = ShardReader(store.folder_of(source), manifest, fetchers=fetcher)
+    reader = ShardReader(addresses.folder_of(source), manifest, fetchers=fetcher)
 
     def make(number: int) -> Done:
         reader.expect([n for n in (number, number + world) if n < len(names)])  # the next one comes meanwhile

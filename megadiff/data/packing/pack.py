@@ -41,7 +41,7 @@ from megadiff.data.packing.source import (
 from megadiff.data.packing.units import Done, run_units
 from megadiff.data.shards.shard import Manifest, Members, ShardEntry, write_manifest, write_shard
 from megadiff.data.threads import in_order
-from megadiff.storage import store
+from megadiff.storage import addresses
 
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 """Members that are written, and Pillow's names for them."""
@@ -167,8 +167,8 @@ def pack(
 
 def scratch_of(out: str, folder: str | None) -> Path:
     """A folder of this job's own for downloads until they are used; the same one after a restart."""
-    if folder is None and store.is_local(out):
-        return store.local_path(out) / ".scratch"
+    if folder is None and addresses.is_local(out):
+        return addresses.local_path(out) / ".scratch"
     return Path(folder or tempfile.gettempdir()) / f"megadiff-pack-{os.getuid()}-{hashed(out.rstrip('/'), 6)}"
 
 
@@ -331,7 +331,7 @@ def _first_of_each(left: Iterable[LeftOut]) -> Iterator[dict[str, str]]:
     for entry in left:
         seen[entry.reason] += 1
         if seen[entry.reason] <= _NAMED:
-            yield {name: store.printable(value)[:_LONGEST] for name, value in asdict(entry).items() if value}
+            yield {name: addresses.printable(value)[:_LONGEST] for name, value in asdict(entry).items() if value}
 
 
 def _append(file: Any, data: bytes) -> tuple[int, int]:
@@ -358,7 +358,7 @@ def _split(out: str, manifest: Manifest, share: float) -> None:
                 "one, and a new folder"
             )
         shards = tuple(replace(entry, name=entry.name.removeprefix(f"{side}/")) for entry in inside)
-        write_manifest(store.join(out, side), Manifest(shards, {"split": side, **manifest.facts}))
+        write_manifest(addresses.join(out, side), Manifest(shards, {"split": side, **manifest.facts}))
 
 
 def left_out(manifest: Manifest) -> dict[str, int]:

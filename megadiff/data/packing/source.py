@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from megadiff.config.errors import UserError
 from megadiff.data.shards.shard import Members
-from megadiff.storage import store
+from megadiff.storage import addresses
 
 NO_CAPTION, NO_PICTURE, UNREADABLE, TOO_SMALL = "no caption", "no picture", "unreadable picture", "too small"
 UNREACHABLE, NOT_ENCODED = "unreachable picture", "cannot be encoded"
@@ -125,7 +125,7 @@ def expand(address: str) -> list[str]:
 
 def is_encoded(folder: str) -> bool:
     """Whether a folder looks like one that the paper's scripts have made."""
-    return store.is_local(folder) and all((store.local_path(folder) / name).is_dir() for name in ("images", "tokens"))
+    return addresses.is_local(folder) and all((addresses.local_path(folder) / name).is_dir() for name in ("images", "tokens"))
 
 
 def hashed(text: str, size: int) -> str:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from megadiff.data.packing.claims import JOB, claim
 from megadiff.data.shards.shard import Manifest, ShardEntry, write_manifest
-from megadiff.storage import store
+from megadiff.storage import addresses, store
 
 UNITS, LEFT_OUT = JOB.rpartition("/")[0], "left_out.jsonl"
 _POLL_S = 1.0
@@ -73,7 +73,7 @@ def run_units(
         raise ValueError(f"names of units must be plain words: {bad[0]!r}")
     if len(set(names)) != len(names):
         raise ValueError("names of units must differ")
-    records = store.join(out, UNITS)
+    records = addresses.join(out, UNITS)
     claim(out, JOB, identity)
     done = _done(records)
     mine = [number for number in range(rank, len(names), world) if names[number] not in done]
@@ -81,7 +81,7 @@ def run_units(
         bar.update(bar.total - len(mine))
         for number in mine:
             made = make(number)
-            store.write_bytes(store.join(records, f"{names[number]}.json"), json.dumps(asdict(made)).encode())
+            store.write_bytes(addresses.join(records, f"{names[number]}.json"), json.dumps(asdict(made)).encode())
             bar.update()
     if rank:
         return None
@@ -113,14 +113,16 @@ def _merge(out: str, records: str, names: Iterable[str], facts: Mapping[str, Any
     counts: Counter[str] = Counter()
     left_out: list[Mapping[str, str]] = []
     for name in names:
-        record = json.loads(store.read_bytes(store.join(records, f"{name}.json")))
+        record = json.loads(store.read_bytes(addresses.join(records, f"{name}.json")))
         shards += [ShardEntry(**entry) for entry in record["shards"]]
         counts.update(record["counts"])
         left_out += record["left_out"]
     manifest = Manifest(tuple(shards), {**facts, **({"counts": dict(sorted(counts.items()))} if counts else {})})
     if left_out:
         lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in _first_of_each_reason(left_out))
-        store.write_bytes(store.join(out, LEFT_OUT), lines.encode("utf-8", "backslashreplace"))  # as JSON writes half a pair
+        store.write_bytes(
+            addresses.join(out, LEFT_OUT), lines.encode("utf-8", "backslashreplace")
+        )  # half a pair as JSON has it
     return manifest
 
 

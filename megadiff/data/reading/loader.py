@@ -28,7 +28,7 @@ from megadiff.data.reading.order import Order
 from megadiff.data.shards.cache import ShardCache
 from megadiff.data.shards.reader import ShardReader
 from megadiff.data.shards.shard import Manifest, Shard, Views, read_manifest
-from megadiff.storage import store
+from megadiff.storage import addresses
 from megadiff.types import Batch
 
 log = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ class Loader:
         self._fetchers = ThreadPoolExecutor(data.downloads, thread_name_prefix="fetch") if data.workers else None
         cache = ShardCache(data.cache) if data.cache else None
         self._readers = [
-            ShardReader(store.folder_of(data.sources[name]), manifest, cache, fetchers=self._fetchers)
+            ShardReader(addresses.folder_of(data.sources[name]), manifest, cache, fetchers=self._fetchers)
             for name, manifest in manifests.items()
         ]
         self._prefixes = [f"{name}/" if len(manifests) > 1 else "" for name in manifests]
@@ -294,7 +294,7 @@ class Shuffled:
         manifest = read_manifest(address)
         check_manifest(address, manifest, data, model)
         self._codecs = _Codecs(data, model)
-        self._reader = ShardReader(store.folder_of(address), manifest, ShardCache(data.cache) if data.cache else None)
+        self._reader = ShardReader(addresses.folder_of(address), manifest, ShardCache(data.cache) if data.cache else None)
         self._shards = _of_own_size(address, manifest, data, model)
         sizes = [manifest.shards[number].samples for number in self._shards]
         self._order = Order(sizes, lanes=1, block_shards=_HELD_OUT_BLOCK, seed=seed, name="held out")

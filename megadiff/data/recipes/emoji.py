@@ -27,7 +27,7 @@ from megadiff.data.packing.claims import HELD_OUT, RECIPE, TRAIN, claim
 from megadiff.data.pictures import flat, open_picture
 from megadiff.data.recipes.npm import Package, fetch
 from megadiff.data.shards.shard import Manifest, Members, Shard, ShardEntry, write_manifest, write_shard
-from megadiff.storage import store
+from megadiff.storage import addresses, store
 
 log = logging.getLogger(__name__)
 
@@ -165,9 +165,9 @@ def make_emoji(
     claim(out, RECIPE, recipe)
     _write_notices(out, sets)
     words = [caption for picture in splits[TRAIN] for caption in captions(picture, styled=len(sets) > 1)]
-    store.write_bytes(store.join(out, TOKENIZER), train_tokenizer(words, vocabulary).to_str(pretty=True).encode())
+    store.write_bytes(addresses.join(out, TOKENIZER), train_tokenizer(words, vocabulary).to_str(pretty=True).encode())
     for split, members in splits.items():
-        _write_split(store.join(out, split), split, members, recipe, shard_samples)
+        _write_split(addresses.join(out, split), split, members, recipe, shard_samples)
 
 
 def read_labels(package: Package) -> dict[str, Emoji]:
@@ -289,7 +289,7 @@ def _write_split(folder: str, split: str, members: Sequence[Picture], recipe: Ma
 
 def _finished(folder: str, name: str) -> ShardEntry | None:
     """A shard that an earlier start has written (objects appear whole or not at all)."""
-    address = store.join(folder, name)
+    address = addresses.join(folder, name)
     if not store.exists(address):
         return None
     data = store.read_bytes(address)
@@ -325,4 +325,4 @@ def _write_notices(out: str, sets: Sequence[str]) -> None:
         "They were drawn at another size on a white ground; nothing else was changed.",
         f"Names and tags: emojibase-data {LABELS[1]} (MIT).",
     ]
-    store.write_bytes(store.join(out, "NOTICE"), ("\n".join(lines) + "\n").encode())
+    store.write_bytes(addresses.join(out, "NOTICE"), ("\n".join(lines) + "\n").encode())

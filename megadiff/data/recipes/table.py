@@ -23,7 +23,7 @@ from megadiff.data.generator import generator
 from megadiff.data.packing.claims import HELD_OUT, RECIPE, TRAIN, claim
 from megadiff.data.recipes.archives import cache_of, fetch_archive
 from megadiff.data.shards.shard import Manifest, write_manifest, write_shard
-from megadiff.storage import store
+from megadiff.storage import addresses, store
 
 DIAMONDS = ("plotnine", "0.15.9", "plotnine/data/diamonds.csv")
 """Prices and attributes of 53,940 diamonds (ggplot2's data set), out of a wheel under the MIT licence."""
@@ -140,10 +140,10 @@ def pack_table(
             for start in range(0, len(numbers_of_rows), shard_rows):
                 part = numbers_of_rows[start : start + shard_rows]
                 samples = {f"{number:08d}": {"json": _sample(header, rows[number], of_numbers)} for number in part}
-                entries.append(write_shard(store.join(out, split), f"{split}-{start // shard_rows:05d}.tar", samples))
+                entries.append(write_shard(addresses.join(out, split), f"{split}-{start // shard_rows:05d}.tar", samples))
                 bar.update(len(part))
             if entries:
-                write_manifest(store.join(out, split), Manifest(tuple(entries), {"split": split, "source": source}))
+                write_manifest(addresses.join(out, split), Manifest(tuple(entries), {"split": split, "source": source}))
     write_columns(out, columns)
     return Table(columns, kept, len(rows) - kept, notes)
 
@@ -215,7 +215,7 @@ def as_config(columns: dict[str, Column], folder: str) -> dict[str, object]:
         if column.kind == "class" and len(column.values) == 1:
             continue  # always the same: there is nothing to model
         modality = _modality(name, fields)
-        fields[modality] = {"kind": column.kind, "column": name, "columns": store.join(folder, "columns.json")}
+        fields[modality] = {"kind": column.kind, "column": name, "columns": addresses.join(folder, "columns.json")}
         if column.kind == "number":
             modalities[modality] = {
                 "space": {"kind": "grid", "channels": 1, "height": 1, "width": 1},

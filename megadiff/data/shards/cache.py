@@ -15,7 +15,8 @@ from megadiff.config.schema import Cache
 from megadiff.data.errors import DataError
 from megadiff.data.shards.shard import Shard, ShardEntry
 from megadiff.files import sha256
-from megadiff.storage import store
+from megadiff.storage import addresses, store
+from megadiff.storage.errors import FullError, StorageError
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class ShardCache:
                 return Shard(address, path, mapped=True)
             except FileNotFoundError:  # another process has made room
                 continue
-            except store.FullError as error:
+            except FullError as error:
                 if not self._full:
                     log.warning("%s; shards are held in memory instead", error)
                 self._full = True
@@ -101,9 +102,7 @@ class ShardCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise store.StorageError(
-                f"the cache {self.folder} cannot be written: {error.strerror}; see data.cache.folder"
-            ) from None
+            raise StorageError(f"the cache {self.folder} cannot be written: {error.strerror}; see data.cache.folder") from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
@@ -121,7 +120,7 @@ def fetched(address: str, entry: ShardEntry) -> memoryview:
 
 def not_listed(address: str) -> DataError:
     return DataError(
-        f"shard {store.shown(address)} is not the one that the manifest lists (its hash differs); run `megadiff data index`"
+        f"shard {addresses.shown(address)} is not the one that the manifest lists (its hash differs); run `megadiff data index`"
     )
 
 

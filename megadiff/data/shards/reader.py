@@ -10,7 +10,7 @@ from pathlib import Path
 from megadiff.data.errors import DataError
 from megadiff.data.shards.cache import ShardCache, fetched
 from megadiff.data.shards.shard import Manifest, Members, Shard, ShardEntry
-from megadiff.storage import store
+from megadiff.storage import addresses
 
 
 class ShardReader:
@@ -34,7 +34,7 @@ class ShardReader:
             fetchers: what opens expected shards ahead; None opens each when it is asked for.
         """
         self.folder, self.manifest, self.keep, self.fetchers = folder, manifest, keep, fetchers
-        self.cache = None if store.is_local(folder) else cache
+        self.cache = None if addresses.is_local(folder) else cache
         self._open: dict[int, Future[Shard]] = {}
         self._expected: frozenset[int] = frozenset()
         self._lock = threading.Lock()
@@ -79,17 +79,17 @@ class ShardReader:
 
     def _read(self, index: int) -> Shard:
         entry = self.manifest.shards[index]
-        address = store.join(self.folder, entry.name)
+        address = addresses.join(self.folder, entry.name)
         shard = self._opened(address, entry)
         if len(shard) != entry.samples:
             raise DataError(
-                f"shard {store.shown(address)} holds {len(shard)} samples, and the manifest says {entry.samples}; "
+                f"shard {addresses.shown(address)} holds {len(shard)} samples, and the manifest says {entry.samples}; "
                 "run `megadiff data index`"
             )
         return shard
 
     def _opened(self, address: str, entry: ShardEntry) -> Shard:
-        if store.is_local(address):
+        if addresses.is_local(address):
             return Shard(address, _local(address, entry))
         return self.cache.shard(address, entry) if self.cache else Shard(address, fetched(address, entry))
 
@@ -102,7 +102,7 @@ def _fulfil(future: Future[Shard], reader: ShardReader, index: int) -> None:
 
 
 def _local(address: str, entry: ShardEntry) -> Path:
-    path = store.local_path(address)
+    path = addresses.local_path(address)
     try:
         size = path.stat().st_size
     except OSError as error:

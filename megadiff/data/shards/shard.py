@@ -26,7 +26,7 @@ import webdataset
 from megadiff.config.errors import UserError
 from megadiff.data.errors import DataError
 from megadiff.data.shards.tar import KindError, index
-from megadiff.storage import store
+from megadiff.storage import addresses, store
 
 FORMAT, VERSION = "megadiff-shards", 1
 MANIFEST = "manifest.json"
@@ -79,7 +79,7 @@ def read_manifest(address: str) -> Manifest:
         StorageError: it is not there.
         DataError: it is no manifest, or lists no samples.
     """
-    address = address if store.is_json(address) else store.join(address, MANIFEST)
+    address = address if addresses.is_json(address) else addresses.join(address, MANIFEST)
     try:
         with _without_collection():
             tree = json.loads(store.read_bytes(address))
@@ -131,7 +131,7 @@ def write_manifest(folder: str, manifest: Manifest) -> str:
     """Write manifest.json into a folder; returns its address."""
     shards = [{key: value for key, value in vars(entry).items() if value is not None} for entry in manifest.shards]
     tree = {"format": FORMAT, "version": VERSION, **manifest.facts, "shards": shards}
-    address = store.join(folder, MANIFEST)
+    address = addresses.join(folder, MANIFEST)
     text = json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
     store.write_bytes(address, text.encode("utf-8", "backslashreplace"))  # as JSON writes the bytes of a name that are no UTF-8
     return address
@@ -149,7 +149,7 @@ def pack_shard(samples: Mapping[str, Members]) -> bytes:
 def write_shard(folder: str, name: str, samples: Mapping[str, Members], bucket: str | None = None) -> ShardEntry:
     """Pack samples and write them as `folder/name`."""
     data = pack_shard(samples)
-    store.write_bytes(store.join(folder, name), data)
+    store.write_bytes(addresses.join(folder, name), data)
     return ShardEntry(name, len(samples), len(data), hashlib.sha256(data).hexdigest(), bucket)
 
 
@@ -162,8 +162,8 @@ def index_shards(folder: str, progress: Callable[[int, int], None] | None = None
     names = tars_in(folder)
     entries = []
     for done, name in enumerate(names, 1):
-        data = store.read_bytes(store.join(folder, name))
-        shard = Shard(store.join(folder, name), data)
+        data = store.read_bytes(addresses.join(folder, name))
+        shard = Shard(addresses.join(folder, name), data)
         entries.append(ShardEntry(name, len(shard), len(data), hashlib.sha256(data).hexdigest()))
         if progress:
             progress(done, len(names))
@@ -173,15 +173,15 @@ def index_shards(folder: str, progress: Callable[[int, int], None] | None = None
 def is_tar(name: str) -> bool:
     """Whether a name is a tar's. Raises DataError if it is a compressed one's."""
     if name.lower().endswith(COMPRESSED):
-        raise DataError(f"{store.shown(name)} is compressed, and samples are read in place: unpack it to a .tar")
+        raise DataError(f"{addresses.shown(name)} is compressed, and samples are read in place: unpack it to a .tar")
     return name.lower().endswith(TAR)
 
 
 def tars_in(folder: str) -> list[str]:
     """Sorted names of the tars directly inside a folder. Raises DataError if there are none, or a compressed one."""
-    names = [name for name in store.list_names(folder) if is_tar(store.join(folder, name))]
+    names = [name for name in store.list_names(folder) if is_tar(addresses.join(folder, name))]
     if not names:
-        raise DataError(f"{store.shown(folder)} holds no {TAR} files")
+        raise DataError(f"{addresses.shown(folder)} holds no {TAR} files")
     return names
 
 
@@ -223,10 +223,10 @@ class Shard:
                 if place := place_of(name):
                     samples.setdefault(place[0], {})[place[1]] = (start, size)
         except KindError as error:
-            raise DataError(f"shard {store.shown(address)} cannot be read: its member {error}; write it anew") from None
+            raise DataError(f"shard {addresses.shown(address)} cannot be read: its member {error}; write it anew") from None
         except (ValueError, OSError) as error:
             raise DataError(
-                f"shard {store.shown(address)} is damaged: {error}; write it anew or take it out of the manifest"
+                f"shard {addresses.shown(address)} is damaged: {error}; write it anew or take it out of the manifest"
             ) from None
         self._keys, self._places = list(samples), list(samples.values())
 

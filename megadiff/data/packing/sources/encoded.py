@@ -23,7 +23,7 @@ from megadiff.data.errors import DataError
 from megadiff.data.packing.encoding import filled_up
 from megadiff.data.packing.source import NO_CAPTION, NO_PICTURE, UNREADABLE, Encoded, LeaveOut, is_encoded
 from megadiff.data.shards.shard import Members
-from megadiff.storage import store
+from megadiff.storage import addresses
 
 INDEX = "all_indexes.npy"
 _PREFIX = "sa_"
@@ -40,7 +40,7 @@ class EncodedSource:
         """Raises UserError if the folder is not local, or lacks pictures or captions."""
         if not is_encoded(folder):
             raise UserError(f"{folder} is no local folder with images/ and tokens/ in it, as the paper's scripts make it")
-        root = store.local_path(folder)
+        root = addresses.local_path(folder)
         # By the command of the paper's README the pictures lie a folder deeper than its dataset looks for them.
         nested = root / "images/images"
         self.images, self.captions = nested if nested.is_dir() else root / "images", root / "tokens"

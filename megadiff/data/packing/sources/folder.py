@@ -14,7 +14,7 @@ from megadiff.config.errors import UserError
 from megadiff.data.errors import DataError
 from megadiff.data.packing.source import NO_CAPTION, NO_PICTURE, LeaveOut, LeftOut, Raw, captions_in, clean
 from megadiff.data.pictures import PICTURE_ENDINGS
-from megadiff.storage import store
+from megadiff.storage import addresses, store
 
 
 class FolderSource:
@@ -25,9 +25,9 @@ class FolderSource:
 
     def __init__(self, folder: str, unit_samples: int) -> None:
         """Raises UserError if the folder is not local, or holds no pictures."""
-        if not store.is_local(folder):
+        if not addresses.is_local(folder):
             raise UserError(f"{folder} is not local; loose files are read from a local folder only: mount or copy it")
-        self.folder = store.local_path(folder)
+        self.folder = addresses.local_path(folder)
         digest, paths = hashlib.blake2b(digest_size=16), []
         for path, size in sorted(_pictures(self.folder)):
             paths.append(path)
@@ -40,7 +40,7 @@ class FolderSource:
 
     def samples(self, unit: int) -> Iterator[Raw | LeftOut]:
         for path in self.chunks[unit]:
-            source = store.printable(path)
+            source = addresses.printable(path)
             captions = captions_beside(self.folder / path)
             if isinstance(captions, str):
                 yield LeftOut(source, NO_CAPTION, captions)
@@ -63,7 +63,7 @@ def captions_beside(path: Path) -> list[str] | str:
         except OSError as error:
             raise DataError(f"{beside} cannot be read: {error.strerror}") from None
         except (ValueError, RecursionError) as error:
-            fault = f"{store.printable(beside.name)} cannot be read: {error}"
+            fault = f"{addresses.printable(beside.name)} cannot be read: {error}"
             continue
         if found:
             return found

@@ -18,8 +18,8 @@ from megadiff.config.errors import UserError
 from megadiff.data.errors import DataError
 from megadiff.data.packing.source import NO_PICTURE, UNREACHABLE, LeaveOut, LeftOut, Raw, captions_in, expand
 from megadiff.data.packing.sources.tars import origins_of
-from megadiff.storage import store
-from megadiff.storage.store import AddressError, MissingError, StorageError
+from megadiff.storage import addresses, local, store
+from megadiff.storage.errors import AddressError, MissingError, StorageError
 
 IMAGE_COLUMNS = ("image", "image_path", "path", "url", "jpg", "png", "file_name")
 CAPTION_COLUMNS = ("captions", "caption", "text", "txt")
@@ -75,20 +75,20 @@ class RowsSource:
         caption_column: str | None = None,
     ) -> None:
         """Raises UserError if there is no table, one has no such columns, or one cannot be read."""
-        addresses = [address for source in sources for address in tables_of(source)]
-        self.origins = origins_of(addresses)
-        self.tables = [open_table(address) for address in addresses]
+        files = [address for source in sources for address in tables_of(source)]
+        self.origins = origins_of(files)
+        self.tables = [open_table(address) for address in files]
         self.image = column_of(self.tables[0], image_column, IMAGE_COLUMNS, "--image-column")
         self.caption = column_of(self.tables[0], caption_column, CAPTION_COLUMNS, "--caption-column")
         with ThreadPoolExecutor(_AHEAD) as pool:
             spans = list(pool.map(partial(self._spans, unit_samples), self.tables))
-            sizes = list(pool.map(store.size, addresses))
+            sizes = list(pool.map(store.size, files))
         self.units = [(number, span) for number, found in enumerate(spans) for span in found]
         first = [number for number, found in enumerate(spans) for number in range(len(found))]
         self.names = [f"{table:05d}-{number:06d}" for (table, _), number in zip(self.units, first, strict=True)]
         listed = "".join(f"{origin}\0{size}\n" for origin, size in zip(self.origins, sizes, strict=True))
         self.identity = {
-            "files": len(addresses),
+            "files": len(files),
             "names_and_sizes": hashlib.blake2b(listed.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest(),
             "image_column": self.image,
             "caption_column": self.caption,
@@ -102,16 +102,16 @@ class RowsSource:
         for row, cells in table.rows(span, [self.image, self.caption]):
             place = f"{origin}/{row:09d}"
             if cells is None:
-                yield LeftOut(store.printable(place), "unreadable row", f"row {row + 1} is {table.fault}")
+                yield LeftOut(addresses.printable(place), "unreadable row", f"row {row + 1} is {table.fault}")
                 continue
-            address = _address(cells.get(self.image), store.parent(table.address))
-            source = store.printable(place if address is None else address)
+            address = _address(cells.get(self.image), addresses.parent(table.address))
+            source = addresses.printable(place if address is None else address)
             yield Raw(place, source, captions_in(cells.get(self.caption)), partial(_bytes, cells.get(self.image), address))
 
     def _spans(self, unit_samples: int, table: Table) -> list[Span]:
         for column in (self.image, self.caption):
             if isinstance(table, ParquetTable) and column not in table.columns:
-                raise DataError(f"{store.shown(table.address)} has no column {column}; it has {', '.join(table.columns)}")
+                raise DataError(f"{addresses.shown(table.address)} has no column {column}; it has {', '.join(table.columns)}")
         return table.spans(unit_samples, whole_groups=table.holds_bytes(self.image))
 
 
@@ -125,7 +125,7 @@ def tables_of(source: str) -> list[str]:
         names = [name for name in store.list_names(address) if name.lower().endswith(PARQUET + LINES)]
         if not names:
             raise DataError(f"{address} holds no tables ({', '.join(PARQUET + LINES)})")
-        found += [store.join(address, name) for name in names]
+        found += [addresses.join(address, name) for name in names]
     return found
 
 
@@ -137,12 +137,12 @@ def column_of(table: Table, asked: str | None, known: Sequence[str], flag: str) 
     """The column that was asked for, or the first known one. Raises UserError if it is not there."""
     if asked is not None:
         if asked not in table.columns:
-            raise UserError(f"{store.shown(table.address)} has no column {asked}; it has {', '.join(table.columns)}")
+            raise UserError(f"{addresses.shown(table.address)} has no column {asked}; it has {', '.join(table.columns)}")
         return asked
     found = next((name for name in known if name in table.columns), None)
     if found is None:
         raise UserError(
-            f"{store.shown(table.address)} has none of the columns {', '.join(known)}; give {flag}, one of its "
+            f"{addresses.shown(table.address)} has none of the columns {', '.join(known)}; give {flag}, one of its "
             f"{', '.join(table.columns)}"
         )
     return found
@@ -211,7 +211,7 @@ class ParquetTable:
 
     def _damaged(self, error: Exception) -> DataError:
         reason = " ".join(str(error).split())[:200]
-        return DataError(f"{store.shown(self.address)} is no whole Parquet file ({reason}); write it anew or leave it out")
+        return DataError(f"{addresses.shown(self.address)} is no whole Parquet file ({reason}); write it anew or leave it out")
 
 
 class LinesTable:
@@ -230,7 +230,7 @@ class LinesTable:
                 cells = _parsed(line)
                 if cells is not None:
                     return tuple(cells)
-        raise DataError(f"{store.shown(self.address)} holds no JSON objects, one a line")
+        raise DataError(f"{addresses.shown(self.address)} holds no JSON objects, one a line")
 
     def holds_bytes(self, column: str) -> bool:
         return False
@@ -313,12 +313,12 @@ class _Distant(io.RawIOBase):
 
 
 def _raw(address: str) -> io.RawIOBase:
-    if not store.is_local(address):
+    if not addresses.is_local(address):
         return _Distant(address)
     try:
-        return io.FileIO(store.local_path(address))
+        return io.FileIO(addresses.local_path(address))
     except OSError as error:
-        raise store.unreadable(address, error) from None
+        raise local.unreadable(address, error) from None
 
 
 # -------------------------------------------------------------------------------------------------------------- a cell
@@ -331,7 +331,7 @@ def _address(cell: Any, folder: str) -> str | None:
         return path if cell.get("bytes") and isinstance(path, str) else _address(cell.get("bytes") or path, folder)
     if not isinstance(cell, str) or not cell.strip():
         return None
-    return cell if "://" in cell or cell.startswith("/") else store.join(folder, cell)
+    return cell if "://" in cell or cell.startswith("/") else addresses.join(folder, cell)
 
 
 def _bytes(cell: Any, address: str | None) -> bytes:
@@ -346,6 +346,6 @@ def _bytes(cell: Any, address: str | None) -> bytes:
     except (MissingError, AddressError) as error:
         raise LeaveOut(NO_PICTURE, str(error)) from None
     except StorageError as error:
-        if store.is_url(address):
+        if addresses.is_url(address):
             raise LeaveOut(UNREACHABLE, str(error)) from None
         raise

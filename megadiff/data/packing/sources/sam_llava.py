@@ -26,7 +26,7 @@ from megadiff.data.packing.sources.rows import CAPTION_COLUMNS, IMAGE_COLUMNS, L
 from megadiff.data.packing.sources.tars import fetched, samples_of
 from megadiff.data.shards.shard import Members, Shard
 from megadiff.files import locked, sha256
-from megadiff.storage import store
+from megadiff.storage import addresses, store
 
 NAME_COLUMNS = (*IMAGE_COLUMNS, "name", "image_id", "id", "key", "__key__")
 _ROWS_AT_ONCE = 10_000
@@ -105,7 +105,7 @@ def _check(line: Line, path: Path) -> None:
     found = sha256(path)
     if found != line.sha256:
         raise DataError(
-            f"{line.name} from {store.shown(line.address)} has the SHA-256 {found[:12]}..., and the list says "
+            f"{line.name} from {addresses.shown(line.address)} has the SHA-256 {found[:12]}..., and the list says "
             f"{line.sha256[:12]}...; start again, or mend the list"
         )
 
@@ -216,5 +216,5 @@ def _stem(name: str) -> str:
 def _version(address: str) -> list[Any]:
     changed = 0
     with suppress(OSError):
-        changed = os.stat(store.local_path(address)).st_mtime_ns if store.is_local(address) else 0  # noqa: PTH116
+        changed = os.stat(addresses.local_path(address)).st_mtime_ns if addresses.is_local(address) else 0  # noqa: PTH116
     return [address, store.size(address), changed]

@@ -16,7 +16,7 @@ from megadiff.data.packing.source import NO_PICTURE, LeftOut, Raw, captions_in, 
 from megadiff.data.pictures import PICTURE_ENDINGS
 from megadiff.data.shards.shard import Members, Shard, is_tar, tars_in
 from megadiff.files import locked
-from megadiff.storage import store
+from megadiff.storage import addresses, store
 
 Captions = Callable[[str, Members], Sequence[Any]]
 """Of a sample with this key and these members."""
@@ -30,15 +30,15 @@ class TarsSource:
 
     def __init__(self, sources: Sequence[str], scratch: Path) -> None:
         """Raises UserError if there are no tars, or two with one name."""
-        self.addresses = [address for source in sources for address in tars_of(source)]
-        self.origins = origins_of(self.addresses)
+        self.tars = [address for source in sources for address in tars_of(source)]
+        self.origins = origins_of(self.tars)
         self.names = [unit_name(origin) for origin in self.origins]
         self.identity: dict[str, Any] = {}
         self.scratch = scratch
 
     def samples(self, unit: int) -> Iterator[Raw | LeftOut]:
-        address = self.addresses[unit]
-        if store.is_local(address):
+        address = self.tars[unit]
+        if addresses.is_local(address):
             yield from samples_of(Shard(address, _existing(address)), self.origins[unit], captions_of)
             return
         with fetched(address, self.scratch / f"{self.names[unit]}.tar") as path:
@@ -49,21 +49,21 @@ def tars_of(source: str) -> list[str]:
     """The tars that a pattern, an address or a folder stands for. Raises DataError if there are none, or a compressed one."""
     found: list[str] = []
     for address in expand(source):
-        found += [address] if is_tar(address) else [store.join(address, name) for name in tars_in(address)]
+        found += [address] if is_tar(address) else [addresses.join(address, name) for name in tars_in(address)]
     return found
 
 
-def origins_of(addresses: Sequence[str]) -> list[str]:
+def origins_of(files: Sequence[str]) -> list[str]:
     """The shortest ends of the addresses that differ from each other: a set may move and keep its keys."""
-    if len(set(addresses)) < len(addresses):
-        twice = next(address for address in addresses if addresses.count(address) > 1)
+    if len(set(files)) < len(files):
+        twice = next(address for address in files if files.count(address) > 1)
         raise UserError(f"{twice} is named twice")
-    parts = [address.split("/") for address in addresses]
+    parts = [address.split("/") for address in files]
     for depth in range(1, max(map(len, parts)) + 1):
         ends = ["/".join(part[-depth:]) for part in parts]
         if len(set(ends)) == len(ends):
             return ends
-    raise UserError(f"two of the sources are the same: {', '.join(addresses[:2])}")
+    raise UserError(f"two of the sources are the same: {', '.join(files[:2])}")
 
 
 @contextmanager
@@ -95,7 +95,7 @@ def samples_of(shard: Shard, origin: str, captions: Captions) -> Iterator[Raw | 
     for offset in range(len(shard)):
         key = shard.key(offset).removeprefix("./")
         members = shard.members(offset)
-        source = store.printable(f"{origin}/{key}")
+        source = addresses.printable(f"{origin}/{key}")
         picture = picture_in(members)
         if picture is None:
             yield LeftOut(source, NO_PICTURE, f"its members are {', '.join(sorted(members))}"[:200])
@@ -119,7 +119,7 @@ def captions_of(_: str, members: Members) -> Sequence[Any]:
 
 
 def _existing(address: str) -> Path:
-    path = store.local_path(address)
+    path = addresses.local_path(address)
     if not os.access(path, os.R_OK) or not path.is_file():
         raise DataError(f"{address} does not exist or cannot be read; mend the name or take it out")
     return path
