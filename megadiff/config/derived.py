@@ -55,15 +55,6 @@ def flops_per_sample(model: Model, stage: Stage) -> int:
     return round(_flops(model, shares, trained)) + _alignment_flops(model, stage)
 
 
-def forward_flops(model: Model, scored: Mapping[str, float]) -> int:
-    """FLOPs of one forward pass over one sample.
-
-    Args:
-        scored: the modalities that are read out, with the share of positions whose logits are computed (1 for grids).
-    """
-    return round(_flops(model, scored, trained=set()))
-
-
 def _alignment_flops(model: Model, stage: Stage) -> int:
     """Of the projection, and of nothing before it: the blocks run anyway."""
     if stage.alignment is None:

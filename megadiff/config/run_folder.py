@@ -59,6 +59,12 @@ class RunFolder:
         """The figures that are measured at the end, and what they depend on."""
         return self.root / "results.json"
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The names in this folder that are no stage's."""
+        paths = (self.run, self.deepspeed, self.lock, self.ranks_lock, self.tensorboard, self.samples, self.results)
+        return frozenset(path.name for path in paths)
+
     def stage(self, name: str) -> StageFolder:
         return StageFolder(self, name)
 

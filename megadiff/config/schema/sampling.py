@@ -69,7 +69,7 @@ class Sampling(Section):
         return self
 
 
-class PeriodicSamples(Section):
+class SampleSheets(Section):
     """Samples drawn during training and shown in TensorBoard."""
 
     every_steps: Positive
@@ -79,7 +79,7 @@ class PeriodicSamples(Section):
     sampling: Sampling = Sampling(steps=20)
 
     @model_validator(mode="after")
-    def _ranks_stay_together(self) -> PeriodicSamples:
+    def _ranks_stay_together(self) -> SampleSheets:
         if self.sampling.order == "threshold":
             raise ValueError("the threshold order ends when its samples do, and the ranks of a run must make equal calls")
         _has_one_network(self.sampling, "training")

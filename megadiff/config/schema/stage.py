@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megadiff.config.schema.base import Momentum, Name, NotNegative, Positive, Section, Share
-from megadiff.config.schema.sampling import PeriodicSamples
+from megadiff.config.schema.sampling import SampleSheets
 
 
 class UniformTimes(Section):
@@ -157,5 +157,5 @@ class Stage(Section):
     loss of the stage reaches stays as it is without being named."""
     initialise: Initialise = Initialise()
     checkpoint: Checkpointing = Checkpointing()
-    samples: PeriodicSamples | None = None
+    samples: SampleSheets | None = None
     log_every_steps: Positive = 10

@@ -86,7 +86,7 @@ def read_columns(address: str) -> Mapping[str, Column]:
         raise DataError(f"{address} is no {COLUMNS} ({reason}); make one with `megadiff data table`") from None
 
 
-class Ranked(NamedTuple):
+class RankedNumber(NamedTuple):
     """A number, and the place in (0, 1) that it takes among equal ones."""
 
     value: float
@@ -111,20 +111,20 @@ class NumberCodec(Codec):
         self._index = {float(value): index for index, value in enumerate(self.values)}
         self._salt = int.from_bytes(hashlib.blake2b(field.column.encode(), digest_size=8).digest(), "little")
 
-    def read(self, members: Views, key: int) -> Ranked:
-        return Ranked(_number(_cell(members, self.member, self.column), self.column), _place(key ^ self._salt))
+    def read(self, members: Views, key: int) -> RankedNumber:
+        return RankedNumber(_number(_cell(members, self.member, self.column), self.column), _place(key ^ self._salt))
 
-    def encode(self, value: Ranked | float | str) -> Tensor:
+    def encode(self, value: RankedNumber | float | str) -> Tensor:
         """A number to float32 [1, 1, 1]; a plain one takes the middle of its interval of ranks.
 
         Raises:
             UserError: it is no finite number.
         """
-        if not isinstance(value, Ranked):
+        if not isinstance(value, RankedNumber):
             number = number_in(value) if isinstance(value, str) else _finite(value)
             if number is None:
                 raise UserError(f"column {self.column} takes numbers, not {value!r}")
-            value = Ranked(number, 0.5)
+            value = RankedNumber(number, 0.5)
         rank = min(max(self._rank(value), self.least), 1 - self.least)
         return torch.full((1, 1, 1), NORMAL.inv_cdf(rank))
 
@@ -135,7 +135,7 @@ class NumberCodec(Codec):
         value = float(self.values[index])
         return int(value) if self.decimals == 0 else value
 
-    def _rank(self, ranked: Ranked) -> float:
+    def _rank(self, ranked: RankedNumber) -> float:
         index = self._index.get(ranked.value)
         if index is None:  # between two values that occur, or beyond them: between their ranks
             middles = (self.starts + self.stops) / 2

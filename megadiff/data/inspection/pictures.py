@@ -19,7 +19,7 @@ from megadiff.data.codecs.base import LATENTS, Array, array_of
 from megadiff.data.codecs.latents import load_autoencoder
 from megadiff.data.codecs.pictures import PixelCodec
 from megadiff.data.errors import SampleError
-from megadiff.data.inspection.show import Drawn, load_picture, picture_member, row_of, texts_of, tokens_of
+from megadiff.data.inspection.show import ShownSample, load_picture, picture_member, row_of, texts_of, tokens_of
 from megadiff.data.inspection.stats import Stats, aspect_ratios, lengths_of
 from megadiff.data.pictures import flat, plain
 from megadiff.report.sheet import Cell
@@ -53,7 +53,7 @@ def decoder(folder: str, scale: float = 1.0) -> Decode:
     return decode
 
 
-def sample_cell(sample: Drawn, decode: Decode | None = None, tokenizer: Tokenizer | None = None) -> Cell:
+def sample_cell(sample: ShownSample, decode: Decode | None = None, tokenizer: Tokenizer | None = None) -> Cell:
     """A sample as it is drawn: its picture, its first caption, its key; what is damaged says so.
 
     Args:
@@ -74,7 +74,7 @@ def sample_cell(sample: Drawn, decode: Decode | None = None, tokenizer: Tokenize
     return Cell(None if picture is None else flat(plain(picture)), caption, "\n".join(notes))
 
 
-def _picture(sample: Drawn, decode: Decode | None) -> tuple[Image.Image | None, str]:
+def _picture(sample: ShownSample, decode: Decode | None) -> tuple[Image.Image | None, str]:
     ending = picture_member(sample.members)
     if LATENTS in sample.members and (decode or ending is None):
         latents = array_of(sample.members, LATENTS)
@@ -101,7 +101,7 @@ def channels_picture(latents: Array) -> Image.Image:
     return Image.fromarray(pixels if len(shown) == 3 else pixels[..., 0])
 
 
-def _caption(sample: Drawn, tokenizer: Tokenizer | None) -> str:
+def _caption(sample: ShownSample, tokenizer: Tokenizer | None) -> str:
     """The first caption; of a table's row, its columns."""
     tokens = tokens_of(sample.members)
     if tokens and tokenizer is not None:
@@ -230,6 +230,6 @@ def _draw_members(axis: Any, stats: Stats) -> None:
     axis.set_title("samples that have a member", fontsize=10)
 
 
-def missing_members(samples: Sequence[Drawn], ending: str) -> bool:
+def missing_members(samples: Sequence[ShownSample], ending: str) -> bool:
     """Whether no sample has a member."""
     return not any(ending in sample.members for sample in samples)

@@ -27,7 +27,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Drawn(NamedTuple):
+class ShownSample(NamedTuple):
     """One sample of a data set: its shard's name, its key, its members."""
 
     shard: str
@@ -49,7 +49,7 @@ def choose_shards(manifest: Manifest, samples: int) -> list[int]:
     return sorted(chosen)
 
 
-def draw_samples(address: str, manifest: Manifest, count: int, seed: int) -> list[Drawn]:
+def draw_samples(address: str, manifest: Manifest, count: int, seed: int) -> list[ShownSample]:
     """Samples at random, each once, from a few shards (far ones are read whole); all there are if `count` is larger.
 
     Raises:
@@ -66,14 +66,14 @@ def draw_samples(address: str, manifest: Manifest, count: int, seed: int) -> lis
     wanted = {index: [place for place in taken if place[0] == index] for index in shards}
     reader = ShardReader(addresses.folder_of(address), manifest, keep=1)
 
-    def read(index: int) -> dict[tuple[int, int], Drawn]:
+    def read(index: int) -> dict[tuple[int, int], ShownSample]:
         if not wanted[index]:
             return {}
         shard = reader.shard(index)
         name = manifest.shards[index].name
-        return {place: Drawn(name, shard.key(place[1]), shard.members(place[1])) for place in wanted[index]}
+        return {place: ShownSample(name, shard.key(place[1]), shard.members(place[1])) for place in wanted[index]}
 
-    found: dict[tuple[int, int], Drawn] = {}
+    found: dict[tuple[int, int], ShownSample] = {}
     for part in in_order(shards, read, _READERS):
         found |= part
     return [found[place] for place in taken]

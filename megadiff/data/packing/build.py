@@ -15,7 +15,6 @@ from megadiff.data.packing.sources.tars import TarsSource
 from megadiff.data.shards.shard import COMPRESSED, TAR
 from megadiff.storage import addresses, store
 
-KINDS = ("folder", "table", "tars", "sam-llava", "paper")
 _READ = "a folder of pictures, .parquet, .pq, .jsonl or .ndjson tables, .tar files, or a list of them in .txt or .tsv"
 
 
@@ -36,7 +35,7 @@ def open_source(
     columns: Columns | None = None,
     captions: str | None = None,
 ) -> Source:
-    """Raw data of a kind (one of KINDS, or auto).
+    """Raw data of a kind: folder, table, tars, sam-llava, paper, or auto.
 
     Args:
         captions: the table of captions, for sam-llava.

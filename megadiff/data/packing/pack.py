@@ -106,7 +106,7 @@ class Packing:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PackedSample:
     """A sample that can be written; `source` as in `Raw`."""
 
     key: str
@@ -180,11 +180,11 @@ def unit_samples(packing: Packing) -> int:
 # ------------------------------------------------------------------------------------------------------------ a sample
 
 
-def prepare(raw: Raw | Encoded, packing: Packing) -> Prepared | LeftOut:
+def prepare(raw: Raw | Encoded, packing: Packing) -> PackedSample | LeftOut:
     """A sample's members and bucket, or why it is left out."""
     if isinstance(raw, Encoded):
         try:
-            return Prepared(key_of(raw.origin), raw.source, raw.read(), None)
+            return PackedSample(key_of(raw.origin), raw.source, raw.read(), None)
         except LeaveOut as fault:
             return LeftOut(raw.source, *fault.args)
     captions = clean(raw.captions)
@@ -197,7 +197,7 @@ def prepare(raw: Raw | Encoded, packing: Packing) -> Prepared | LeftOut:
     facts = {"captions": captions, "width": width, "height": height, "source": raw.source}
     bucket = None if packing.buckets is None else packing.buckets.of(height, width)
     members = {ending: data, "json": json.dumps(facts, ensure_ascii=False).encode()}
-    return Prepared(key_of(raw.origin), raw.source, members, bucket)
+    return PackedSample(key_of(raw.origin), raw.source, members, bucket)
 
 
 def _picture(data: bytes, packing: Packing) -> tuple[str, bytes, int, int]:
@@ -282,12 +282,12 @@ def _make(source: Source, unit: int, out: str, packing: Packing, transform: Tran
             row.written += 1
         row.waiting.clear()
 
-    def work(sample: Raw | Encoded | LeftOut) -> Prepared | LeftOut:
+    def work(sample: Raw | Encoded | LeftOut) -> PackedSample | LeftOut:
         return sample if isinstance(sample, LeftOut) else prepare(sample, packing)
 
     with tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY_BYTES) as spill:
         for made in in_order(source.samples(unit), work, source.threads):
-            if isinstance(made, Prepared) and made.key in keys:
+            if isinstance(made, PackedSample) and made.key in keys:
                 made = LeftOut(made.source, "key twice", f"an earlier sample has the key {made.key}")
             if isinstance(made, LeftOut):
                 counts[f"left out: {made.reason}"] += 1

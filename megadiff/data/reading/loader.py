@@ -23,7 +23,7 @@ from megadiff.data.buckets import Bucket
 from megadiff.data.codecs.base import Array, Loadable, array_of
 from megadiff.data.codecs.build import build_codecs, check_manifest
 from megadiff.data.errors import DataError, SampleError
-from megadiff.data.reading.mixture import Mixture, Step
+from megadiff.data.reading.mixture import Mixture, StepSamples
 from megadiff.data.reading.order import Order
 from megadiff.data.shards.cache import ShardCache
 from megadiff.data.shards.reader import ShardReader
@@ -214,7 +214,7 @@ class Loader:
             self._pending.append(self._submit(step, self._next))
             self._next += 1
 
-    def _shards_of(self, step: Step) -> dict[int, list[int]]:
+    def _shards_of(self, step: StepSamples) -> dict[int, list[int]]:
         """Per source the shards of a step and of those soon after it."""
         needed = self._mixture.shards_ahead(self._next, self._slots, self.global_samples)
         for source in needed:
@@ -226,14 +226,14 @@ class Loader:
         for source, reader in enumerate(self._readers):
             reader.expect(dict.fromkeys(shard for needed in self._needed for shard in needed.get(source, ())))
 
-    def _submit(self, step: Step, data_step: int) -> Future[list[Batch]]:
+    def _submit(self, step: StepSamples, data_step: int) -> Future[list[Batch]]:
         if self._decoders is not None:
             return self._decoders.submit(self._decode, step, data_step)
         done: Future[list[Batch]] = Future()
         done.set_result(self._decode(step, data_step))
         return done
 
-    def _decode(self, step: Step, data_step: int) -> list[Batch]:
+    def _decode(self, step: StepSamples, data_step: int) -> list[Batch]:
         keys = rng.sample_keys(self.seed, torch.from_numpy(step.epoch), torch.from_numpy(step.number), data_step)
         bucket = None if step.bucket is None else Bucket.parse(step.bucket)
         shards: dict[tuple[int, int], Shard] = {}
@@ -283,7 +283,7 @@ class HeldOut:
     ids: list[str]
 
 
-class Shuffled:
+class ShuffledSamples:
     """The samples of a manifest in a fixed shuffled order, read by number; of neighbours in the order many share a shard.
 
     All are of the model's own size: pictures are cropped to it, of latents those of other buckets are left out.
@@ -339,7 +339,7 @@ def read_held_out(address: str, data: Data, model: Model, count: int, seed: int 
     Raises:
         UserError: the manifest or a shard cannot be read, or no sample can.
     """
-    source = Shuffled(address, data, model, seed)
+    source = ShuffledSamples(address, data, model, seed)
     readable = (found for number in range(len(source)) if (found := source.read(number)) is not None)
     samples = list(islice(readable, count))
     if not samples:

@@ -61,7 +61,7 @@ class Quota:
         return sorted(turns)[: number - sum(begins)]
 
 
-class Part(NamedTuple):
+class SampleList(NamedTuple):
     """One list of samples: the shards of one source that are of one bucket."""
 
     source: int
@@ -69,7 +69,7 @@ class Part(NamedTuple):
     order: Order
 
 
-class Step(NamedTuple):
+class StepSamples(NamedTuple):
     """The samples of some slots of a step.
 
     Attributes:
@@ -106,7 +106,7 @@ class Mixture:
         self._starts = _starts(sources)
         shares = _shares(sources, weights or {})
         self.buckets: tuple[str | None, ...] = _buckets(sources, shares)
-        self._parts: list[list[Part]] = []
+        self._parts: list[list[SampleList]] = []
         within, over = [], []
         for bucket in self.buckets:
             parts = [
@@ -124,11 +124,11 @@ class Mixture:
         self._chosen = lru_cache(maxsize=64)(self._choose)
 
     @property
-    def lists(self) -> list[Part]:
+    def lists(self) -> list[SampleList]:
         """Every list of samples that is read."""
         return [part for parts in self._parts for part in parts]
 
-    def step(self, data_step: int, slots: range, global_samples: int) -> Step:
+    def step(self, data_step: int, slots: range, global_samples: int) -> StepSamples:
         """The samples at some slots of a global batch; slot = lane x (global_samples / lanes) + place.
 
         Raises:
@@ -149,7 +149,7 @@ class Mixture:
                     found[:, where] = self._told(part, visits)
             for column, values in zip(columns, found, strict=True):
                 column.append(values)
-        return Step(self.buckets[bucket], *(np.concatenate(column) for column in columns))
+        return StepSamples(self.buckets[bucket], *(np.concatenate(column) for column in columns))
 
     def shards_ahead(self, data_step: int, slots: range, global_samples: int) -> dict[int, list[int]]:
         """Per source, the shards that the slots need at a step and soon after, the soonest first."""
@@ -183,7 +183,7 @@ class Mixture:
         bucket, turn = self._of_bucket.span(data_step, 1)
         return int(bucket[0]), int(turn[0])
 
-    def _told(self, part: Part, visits: Visits) -> Numbers:
+    def _told(self, part: SampleList, visits: Visits) -> Numbers:
         """Rows source, epoch, shard, offset, number: of the list's own shards those of the manifest."""
         sources = np.full(len(visits.epoch), part.source)
         shards = part.shards[visits.shard]
@@ -222,7 +222,7 @@ def _buckets(sources: Mapping[str, Manifest], shares: Mapping[str, Fraction]) ->
 
 def _part(
     number: int, name: str, manifest: Manifest, bucket: str | None, lanes: int, block_shards: int, seed: int
-) -> Part | None:
+) -> SampleList | None:
     shards = np.arange(len(manifest.shards))
     if bucket is not None:
         shards = np.array([i for i, shard in enumerate(manifest.shards) if shard.bucket == bucket], dtype=np.int64)
@@ -231,7 +231,7 @@ def _part(
         return None
     # A single list is keyed by the seed alone: a source that gets a name keeps its order.
     word = "/".join([*([name] if number else []), *([bucket] if bucket else [])])
-    return Part(number, shards, Order(sizes, lanes, block_shards, seed, name=word))
+    return SampleList(number, shards, Order(sizes, lanes, block_shards, seed, name=word))
 
 
 def _whole(shares: Iterable[Fraction]) -> list[int]:

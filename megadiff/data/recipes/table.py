@@ -30,7 +30,7 @@ DIAMONDS = ("plotnine", "0.15.9", "plotnine/data/diamonds.csv")
 
 
 @dataclass(frozen=True)
-class Table:
+class TableSummary:
     """What was written: columns by name, and rows per split.
 
     Attributes:
@@ -53,7 +53,7 @@ def make_table(
     classes: Sequence[str] = (),
     numbers: Sequence[str] = (),
     separator: str | None = None,
-) -> Table:
+) -> TableSummary:
     """Write a CSV as shards for training and for evaluation, and columns.json of the training rows.
 
     A column is one of numbers if every cell is a finite number whose text can be had back from it, unless `classes` names it.
@@ -72,7 +72,7 @@ def make_table(
     return pack_table(text, source, out, shard_rows, held_out_share, seed, classes, numbers, separator)
 
 
-def make_diamonds(out: str, *, folder: Path | None = None) -> Table:
+def make_diamonds(out: str, *, folder: Path | None = None) -> TableSummary:
     """The diamonds of plotnine's wheel, which pip fetches into `folder` (by default the user's cache).
 
     Raises:
@@ -101,7 +101,7 @@ def pack_table(
     classes: Sequence[str] = (),
     numbers: Sequence[str] = (),
     separator: str | None = None,
-) -> Table:
+) -> TableSummary:
     """`make_table` of a CSV's text; `source` names it in errors."""
     if not 0 <= held_out_share < 1:
         raise UserError(f"held_out_share ({held_out_share}) must be a share from 0 to below 1")
@@ -145,7 +145,7 @@ def pack_table(
             if entries:
                 write_manifest(addresses.join(out, split), Manifest(tuple(entries), {"split": split, "source": source}))
     write_columns(out, columns)
-    return Table(columns, kept, len(rows) - kept, notes)
+    return TableSummary(columns, kept, len(rows) - kept, notes)
 
 
 def _parse(text: str, source: str, separator: str | None) -> tuple[list[str], list[list[str]], list[int]]:

@@ -42,7 +42,7 @@ class Span:
     offset: int = 0
 
 
-class Table(Protocol):
+class TableFile(Protocol):
     """A file of rows that is read piece by piece."""
 
     address: str
@@ -108,7 +108,7 @@ class RowsSource:
             source = addresses.printable(place if address is None else address)
             yield Raw(place, source, captions_in(cells.get(self.caption)), partial(_bytes, cells.get(self.image), address))
 
-    def _spans(self, unit_samples: int, table: Table) -> list[Span]:
+    def _spans(self, unit_samples: int, table: TableFile) -> list[Span]:
         for column in (self.image, self.caption):
             if isinstance(table, ParquetTable) and column not in table.columns:
                 raise DataError(f"{addresses.shown(table.address)} has no column {column}; it has {', '.join(table.columns)}")
@@ -129,11 +129,11 @@ def tables_of(source: str) -> list[str]:
     return found
 
 
-def open_table(address: str) -> Table:
+def open_table(address: str) -> TableFile:
     return ParquetTable(address) if address.lower().endswith(PARQUET) else LinesTable(address)
 
 
-def column_of(table: Table, asked: str | None, known: Sequence[str], flag: str) -> str:
+def column_of(table: TableFile, asked: str | None, known: Sequence[str], flag: str) -> str:
     """The column that was asked for, or the first known one. Raises UserError if it is not there."""
     if asked is not None:
         if asked not in table.columns:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from megadiff.config.errors import UserError
 from megadiff.data.errors import DataError
 from megadiff.data.packing.source import LeftOut, Raw, captions_in, clean, unit_name
-from megadiff.data.packing.sources.rows import CAPTION_COLUMNS, IMAGE_COLUMNS, LINES, PARQUET, Table, column_of, open_table
+from megadiff.data.packing.sources.rows import CAPTION_COLUMNS, IMAGE_COLUMNS, LINES, PARQUET, TableFile, column_of, open_table
 from megadiff.data.packing.sources.tars import fetched, samples_of
 from megadiff.data.shards.shard import Members, Shard
 from megadiff.files import locked, sha256
@@ -193,7 +193,7 @@ def _pairs(address: str, image_column: str | None, caption_column: str | None) -
     yield from ((record.get(image), record.get(caption)) for record in records)
 
 
-def _cells(table: Table, image: str, caption: str) -> Iterator[tuple[Any, Any]]:
+def _cells(table: TableFile, image: str, caption: str) -> Iterator[tuple[Any, Any]]:
     for span in table.spans(1 << 20, whole_groups=True):
         for _, cells in table.rows(span, [image, caption]):
             if cells is not None:
