@@ -28,29 +28,29 @@ EXAMPLES = """\
 SAMPLING = (
     ("steps", positive, "N", "sampling steps (default: 50)"),
     ("grid", str, "NAME", "where steps lie: auto, uniform, square, karras, shifted, paper (default: auto)"),
-    ("grid_shift", float, "S", "of the shifted grid: t = S u / (1 + (S - 1) u) (default: 3)"),
+    ("grid_shift", float, "S", "S of the shifted grid: t = S u / (1 + (S - 1) u) (default: 3)"),
     (
         "solver",
         str,
         "NAME",
-        "of pictures and numbers: heun, heun_time, euler, dpmpp_2m, sde_euler, sde_dpmpp_2m (default: heun)",
+        "solver of pictures and numbers: heun, heun_time, euler, dpmpp_2m, sde_euler, sde_dpmpp_2m (default: heun)",
     ),
     (
         "order",
         str,
         "NAME",
-        "of tokens: ancestral, tau_leaping, first_hitting (one at a time, whatever --steps), confidence, entropy, margin, "
-        "threshold (default: ancestral)",
+        "order of tokens: ancestral, tau_leaping, first_hitting (one at a time, whatever --steps), confidence, entropy, "
+        "margin, threshold (default: ancestral)",
     ),
     ("order_noise", float, "X", "Gumbel noise on the confidence, entropy and margin orders (default: 0)"),
-    ("threshold", float, "P", "of the threshold order: unmask what is surer than P (default: 0.9)"),
+    ("threshold", float, "P", "probability above which the threshold order unmasks (default: 0.9)"),
     ("remask", str, "NAME", "mask tokens again: none, cap, conf, loop (default: none)"),
-    ("remask_strength", float, "P", "largest probability of that in a step (default: 0.05)"),
-    ("temperature", float, "T", "of token draws; 0 takes the likeliest (default: 1)"),
+    ("remask_strength", float, "P", "largest probability of remasking a token in a step (default: 0.05)"),
+    ("temperature", float, "T", "temperature of token draws; 0 takes the likeliest (default: 1)"),
     ("top_k", int, "K", "draw among the K likeliest tokens (default: 0, all)"),
     ("top_p", float, "P", "draw among the likeliest tokens that together have probability P (default: 1)"),
     ("min_p", float, "P", "draw among the tokens with at least P times the likeliest one's probability (default: 0, all)"),
-    ("resample", positive, "N", "inpaint: make every step N times, its noise put back between (default: 4 for inpaint)"),
+    ("resample", positive, "N", "inpaint: repeats of each step, with its noise put back between (default: 4 for inpaint)"),
     ("guidance", float, "W", "W in W x conditional + (1 - W) x unconditional (default: 1, none)"),
     (
         "guidance_final_time",
@@ -76,7 +76,7 @@ def add(verbs: Verbs) -> None:
         "sample",
         "draw pictures, captions, both, or rows of a table from a checkpoint",
         "Draw samples and write them to a folder: pictures, captions (JSON lines) and one contact sheet. The same seed gives\n"
-        "the same sample whatever the batch size and the number of processes. The same command goes on where it was stopped.",
+        "the same sample whatever the batch size and the number of processes. After a stop the same command continues.",
         EXAMPLES,
     )
     _add_what(parser.add_argument_group("what"))
@@ -144,12 +144,14 @@ def _add_condition(group: Any) -> None:
     group.add_argument(
         "--strength", metavar="T", type=float, help="start from the picture or text noised to time T: variations"
     )
-    group.add_argument("--condition-time", metavar="T", type=float, help="hold conditions noised to time T (default: 0, clean)")
+    group.add_argument(
+        "--condition-time", metavar="T", type=float, help="time to which conditions are noised (default: 0, clean)"
+    )
     group.add_argument(
         "--repeat-prompt", action="store_true", default=None, help="give a caption ten times over, where it fits (the paper)"
     )
-    group.add_argument("--autoencoder", metavar="FOLDER", help="of a model of latents: a diffusers AutoencoderKL")
-    group.add_argument("--size", metavar="HxW", help="of pictures in pixels (default: the model's), such as 512x768")
+    group.add_argument("--autoencoder", metavar="FOLDER", help="a diffusers AutoencoderKL, for a model of latents")
+    group.add_argument("--size", metavar="HxW", help="size of pictures in pixels, such as 512x768 (default: the model's)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -162,8 +164,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     own = {"run", "parser", "preset", "processes", "guidance_interval", "repeat_prompt", *(flag[0] for flag in SAMPLING)}
     flags = {key: value for key, value in vars(arguments).items() if key not in own}
-    given = {key: value for key, value in flags.items() if value is not None}
-    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    flags = {key: value for key, value in flags.items() if value is not None}
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in flags.items()}
     with enough_memory("--size or --batch"):
         records = generate(GenerateRequest(**fields, sampling=sampling, repeat_prompt=repeat_prompt))
     print(f"samples: {records}")
@@ -193,8 +195,8 @@ def how_to_sample(arguments: argparse.Namespace) -> tuple[Sampling, bool]:
         raise UserError("".join(named) + fault["msg"].removeprefix("Value error, ")) from None
     for name, (partner, values) in NEEDS.items():
         if getattr(arguments, name) is not None and getattr(sampling, partner) not in values:
-            wanted = " or ".join(values)
-            raise UserError(f"--{name.replace('_', '-')} goes with --{partner} {wanted}, and has no effect without")
+            choices = " or ".join(values)
+            raise UserError(f"--{name.replace('_', '-')} goes with --{partner} {choices}, and has no effect without")
     if sampling.guidance == 1 and (arguments.guidance_interval or arguments.guidance_final_time is not None):
         raise UserError("--guidance-interval and --guidance-final-time go with a --guidance other than 1")
     return sampling, repeat_prompt
@@ -208,7 +210,7 @@ def check(arguments: argparse.Namespace) -> None:
     """
     task = arguments.task
     sources = ("--prompt", "--prompts", "--image", "--data", "--table")
-    given = [flag for flag in sources if getattr(arguments, flag[2:])]
+    conditions = [flag for flag in sources if getattr(arguments, flag[2:])]
     single = ("joint", "inpaint", "impute")
     if task not in single and not all(task.partition("-to-")):
         raise UserError(
@@ -216,13 +218,14 @@ def check(arguments: argparse.Namespace) -> None:
         )
     if arguments.prompt and arguments.prompts:
         raise UserError("--prompt and --prompts exclude each other; give one")
-    if arguments.data and len(given) > 1:
-        raise UserError(f"{' and '.join(given)} exclude each other; give one")
-    if task == "joint" and given and arguments.strength is None:
+    if arguments.data and len(conditions) > 1:
+        raise UserError(f"{' and '.join(conditions)} exclude each other; give one")
+    if task == "joint" and conditions and arguments.strength is None:
         raise UserError(
-            f"--task joint makes everything from nothing; leave out {' and '.join(given)}, or vary what they give by --strength"
+            f"--task joint makes everything from nothing; leave out {' and '.join(conditions)}, "
+            "or vary what they give by --strength"
         )
-    if task not in single and not given:
+    if task not in single and not conditions:
         raise UserError(f"--task {task} needs a condition: --prompt TEXT, --prompts FILE.json, --image FILE or --data MANIFEST")
     if (task == "impute") != bool(arguments.table):
         raise UserError("--task impute and --table FILE.csv go together")

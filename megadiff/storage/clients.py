@@ -145,7 +145,7 @@ def is_final(address: str, status: str | None) -> bool:
 
 
 def failure(address: str, error: Exception, status: str | None, attempts: int) -> StorageError:
-    """What a user is told of a request that failed for good."""
+    """The error for the user, after a request has failed for good."""
     if status in _MISSING and _NO_BUCKET.search(str(error)):
         scheme, _, rest = address.partition("://")
         return MissingError(

@@ -104,7 +104,7 @@ def download(address: str, path: Path) -> None:
 
 
 def exists(address: str) -> bool:
-    """Whether there is an object, or on this machine a file or a folder. Raises StorageError if that cannot be told."""
+    """Whether an object, or a file or folder of this machine, exists. Raises StorageError if it cannot be reached."""
     try:
         size(address)
     except MissingError:

@@ -383,7 +383,7 @@ def test_faults_and_progress_are_told_on_the_way(tmp_path: Path) -> None:
     broken(tmp_path)
     told: list[Fault] = []
     steps: list[tuple[int, int]] = []
-    result = verify(str(tmp_path), found=told.append, progress=lambda done, total: steps.append((done, total)))
+    result = verify(str(tmp_path), report=told.append, progress=lambda done, total: steps.append((done, total)))
     assert tuple(told) == result.faults
     assert steps == [(done, 12) for done in range(1, 13)]
 
@@ -394,7 +394,7 @@ def test_of_each_kind_so_many_are_kept_and_all_are_counted(tmp_path: Path) -> No
         (tmp_path / f"00{number}.tar").unlink()
     (tmp_path / "more.tar").write_bytes(b"")
     told: list[Fault] = []
-    result = verify(str(tmp_path), keep=2, found=told.append)
+    result = verify(str(tmp_path), keep=2, report=told.append)
     assert result.counts == {Kind.MISSING: 5, Kind.UNLISTED: 1}
     assert [fault.kind for fault in result.faults].count(Kind.MISSING) == 2
     assert len(told) == 6

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from megadiff.config.schema.base import NotNegative, Positive, Section, Share, Weight
 
 MOST_STEPS = 1_000_000
-"""Of sampling: their times must fit into memory."""
+"""Bound on the steps of sampling: their times must fit into memory."""
 
 
 class Sampling(Section):
@@ -21,7 +21,7 @@ class Sampling(Section):
     `grid_shift`; evenly from 1 to 1e-5, and then to 0 (the paper). auto: square where a vp modality is generated, else uniform.
     """
     grid_shift: Annotated[float, Field(gt=0)] = 3.0
-    """Of the shifted grid: t = s u / (1 + (s - 1) u)."""
+    """s of the shifted grid: t = s u / (1 + (s - 1) u)."""
     solver: Literal["euler", "heun", "heun_time", "dpmpp_2m", "sde_euler", "sde_dpmpp_2m"] = "heun"
     """For Gaussian modalities. heun steps along sigma / (alpha + sigma); heun_time along t itself (the paper), for grids that
     come close to 0."""
@@ -38,7 +38,7 @@ class Sampling(Section):
     remask_strength: Share = 0.05
     """The cap on the probability of masking a position again in a step."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
-    """Of token draws; 0 takes the likeliest."""
+    """Temperature of token draws; 0 takes the likeliest."""
     top_k: NotNegative = 0
     """Draw among this many likeliest tokens; 0 is all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -46,7 +46,7 @@ class Sampling(Section):
     min_p: Share = 0.0
     """Draw among the tokens that have at least this share of the likeliest one's probability."""
     resample: Positive = 1
-    """How often a step is made, its noise put back between, where a part of a modality is known (RePaint, arXiv 2201.09865)."""
+    """Repeats of each step, with its noise put back between, where part of a modality is known (RePaint, arXiv 2201.09865)."""
     guidance: Weight = 1.0
     """w in w * conditional + (1 - w) * unconditional; 1 is none."""
     guidance_interval: tuple[Share, Share] = (0.0, 1.0)
@@ -75,7 +75,7 @@ class SampleSheets(Section):
     every_steps: Positive
     count: Positive = 8
     weights: Literal["ema", "raw", "both"] = "ema"
-    """Which draw them: the averages of the first EMA profile, the plain weights, or each of the two, one below the other."""
+    """The weights that draw them: the first EMA profile, the plain weights, or both, one below the other."""
     sampling: Sampling = Sampling(steps=20)
 
     @model_validator(mode="after")
@@ -89,7 +89,7 @@ class SampleSheets(Section):
 class Showcase(Section):
     """What `megadiff launch` makes once the last stage is done: a sheet of samples and the conditioning gap.
 
-    Where all fields are columns of a table: the error rates of `rows` joint samples against the training data.
+    If all fields are columns of a table, it measures the errors of `rows` joint samples against the training data.
     """
 
     prompts: tuple[str, ...] = ()

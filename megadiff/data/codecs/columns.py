@@ -35,18 +35,18 @@ COLUMNS = "columns.json"
 NORMAL = NormalDist()
 _MASK64 = 2**64 - 1
 _ROUNDING = 2e-8
-"""Above the error in rank of a float32 normal quantile: half its spacing times the density, at most 1.5e-8 (at 1 to 2)."""
+"""Bound on the error in rank of a float32 normal quantile: half its spacing times the density is at most 1.5e-8 (at 1 to 2)."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """What the training rows hold in one column.
+    """The distinct values of one column in the training rows.
 
     Attributes:
         kind: `number` or `class`.
         values: distinct values, in order.
-        counts: rows with each of them.
-        decimals: of numbers, how many digits after the point they are written with.
+        counts: rows with each value.
+        decimals: digits after the point, for numbers.
     """
 
     kind: str
@@ -60,7 +60,7 @@ def write_columns(folder: str, columns: Mapping[str, Column]) -> str:
     address = addresses.join(folder, COLUMNS)
     tree = {"format": FORMAT, "version": VERSION, "columns": {name: vars(column) for name, column in columns.items()}}
     store.write_bytes(address, (json.dumps(tree, ensure_ascii=False) + "\n").encode())
-    read_columns.cache_clear()  # it may hold what was there before
+    read_columns.cache_clear()  # it may hold an older version
     return address
 
 
@@ -87,7 +87,7 @@ def read_columns(address: str) -> Mapping[str, Column]:
 
 
 class RankedNumber(NamedTuple):
-    """A number, and the place in (0, 1) that it takes among equal ones."""
+    """A number, and its place in (0, 1) among equal ones."""
 
     value: float
     place: float
@@ -137,7 +137,7 @@ class NumberCodec(Codec):
 
     def _rank(self, ranked: RankedNumber) -> float:
         index = self._index.get(ranked.value)
-        if index is None:  # between two values that occur, or beyond them: between their ranks
+        if index is None:  # a new value lies between the ranks of its neighbours
             middles = (self.starts + self.stops) / 2
             return float(np.interp(ranked.value, self.values, middles, left=0.0, right=1.0))
         start, stop = float(self.starts[index]), float(self.stops[index])
@@ -237,7 +237,7 @@ def _place(key: int) -> float:
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,4})?", re.ASCII)
 _SURELY_EXACT = 15
-"""Decimal digits that a float64 keeps, whichever they are."""
+"""Decimal digits that every float64 keeps."""
 _EXACT = Context(prec=MAX_PREC, Emax=MAX_EMAX, Emin=MIN_EMIN)
 
 
@@ -248,9 +248,9 @@ def number_in(text: str) -> float | None:
 
 
 def comes_back(text: str, number: float) -> bool:
-    """Whether a cell's text can be had back from its number, to the last digit that is written.
+    """Whether a cell's number gives back its text to the last digit.
 
-    That of an id of 19 digits cannot, nor that of a code that begins with 0.
+    Ids of 19 digits and codes that begin with 0 do not.
     """
     written = text.strip().lstrip("+-").lower()
     if written[0] == "0" and written[1:2].isdigit():
@@ -269,7 +269,7 @@ def column_of_numbers(values: Sequence[float], texts: Sequence[str]) -> Column:
     return Column("number", tuple(distinct.tolist()), tuple(counts.tolist()), max(0, decimals))
 
 
-def column_of_classes(values: Sequence[str], known: Sequence[str]) -> Column:
-    """A column of categories; `known` are all there are, those of rows held out included."""
-    names, counts = sorted(set(known)), Counter(values)
+def column_of_classes(values: Sequence[str], everything: Sequence[str]) -> Column:
+    """A column of categories; `everything` holds the cells of all rows, held-out ones included."""
+    names, counts = sorted(set(everything)), Counter(values)
     return Column("class", tuple(names), tuple(counts[name] for name in names))

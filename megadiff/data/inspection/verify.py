@@ -26,7 +26,7 @@ from megadiff.storage.errors import MissingError, StorageError
 
 
 class Kind(StrEnum):
-    """What can be wrong."""
+    """Kinds of faults."""
 
     MISSING = "missing"
     UNREADABLE = "unreadable"
@@ -42,7 +42,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong: with which object, and how."""
+    """One fault: its kind, its object, and the details."""
 
     kind: Kind
     object: str
@@ -54,13 +54,13 @@ class Fault:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found.
+    """The result of comparing shards with their manifest.
 
     Attributes:
         shards, samples, bytes: as listed.
-        counts: faults by kind, of kinds that there are.
-        faults: of each kind the first ones, or all.
-        note: what could not be looked at; empty if all was.
+        counts: faults by kind, without zeros.
+        faults: the first ones of each kind, or all.
+        note: what could not be checked; empty if everything was.
     """
 
     address: str
@@ -83,7 +83,7 @@ def verify(
     decode: bool = False,
     workers: int = 8,
     keep: int | None = None,
-    found: Callable[[Fault], None] | None = None,
+    report: Callable[[Fault], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Verification:
     """Compare shards with their manifest. Faults come in the manifest's order, whatever the number of workers.
@@ -92,8 +92,8 @@ def verify(
         quick: presence and sizes alone; no shard is read.
         decode: open every picture, array and text.
         workers: shards at once, each of them whole in memory.
-        keep: so many faults of each kind stay in the result; None keeps all.
-        found: called for each fault as soon as it is found.
+        keep: most faults of each kind in the result; None keeps all.
+        report: called for each fault as soon as it is found.
         progress: called with the number of shards done and of all.
 
     Raises:
@@ -101,7 +101,7 @@ def verify(
     """
     manifest = read_manifest(address)
     folder = addresses.folder_of(address)
-    faults = _Faults(keep, found)
+    faults = _Faults(keep, report)
     for fault in _listed_twice(folder, manifest):
         faults.add(fault)
     note = ""
@@ -127,10 +127,10 @@ def verify(
 
 
 class _Faults:
-    """Faults, counted and passed on; of each kind no more are kept than asked for."""
+    """Faults, counted and reported; at most `keep` of each kind stay."""
 
-    def __init__(self, keep: int | None, found: Callable[[Fault], None] | None) -> None:
-        self.keep, self.found = keep, found
+    def __init__(self, keep: int | None, report: Callable[[Fault], None] | None) -> None:
+        self.keep, self.report = keep, report
         self.counts: Counter[Kind] = Counter()
         self.kept: list[Fault] = []
 
@@ -139,8 +139,8 @@ class _Faults:
         self.counts[fault.kind] += 1
         if self.keep is None or self.counts[fault.kind] <= self.keep:
             self.kept.append(fault)
-        if self.found:
-            self.found(fault)
+        if self.report:
+            self.report(fault)
 
 
 # --------------------------------------------------------------------------------------------------------- the manifest
@@ -168,7 +168,7 @@ def _unlisted(folder: str, manifest: Manifest) -> Iterator[Fault]:
     for inside in sorted({"", *(name.rpartition("/")[0] for name in listed)}):
         place = addresses.join(folder, inside) if inside else folder
         if addresses.is_local(place) and not addresses.local_path(place).is_dir():
-            continue  # its shards are missing, which is told of each
+            continue  # its shards are missing: each of them is a fault
         for name in store.list_names(place):
             whole = f"{inside}/{name}" if inside else name
             if name.lower().endswith(TAR) and whole not in listed:
@@ -180,11 +180,11 @@ def _unlisted(folder: str, manifest: Manifest) -> Iterator[Fault]:
 
 @dataclass(frozen=True)
 class _Checked:
-    """What one shard gave.
+    """The result of checking one shard.
 
     Attributes:
         keys: its samples' keys, or None if it could not be opened.
-        members: for each sample the endings that it has, sorted.
+        members: the sorted endings of each sample.
     """
 
     faults: list[Fault] = field(default_factory=list)
@@ -240,7 +240,7 @@ def _check_body(name: str, data: memoryview, entry: ShardEntry, decode: bool) ->
 
 
 def undecodable(ending: str, content: bytes) -> str:
-    """Why a member cannot be decoded; empty if it can be, or if it is of a kind that is not looked into."""
+    """Why a member cannot be decoded; empty if it can be, or if its kind is not checked."""
     kind = kind_of(ending)
     try:
         if kind in PICTURE_ENDINGS:
@@ -266,7 +266,7 @@ def undecodable(ending: str, content: bytes) -> str:
 
 
 class _Contents:
-    """Keys and members of all samples in about 10 bytes each, to be compared over shards at the end."""
+    """Keys and members of all samples, about 10 bytes per sample, compared over shards at the end."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -278,7 +278,7 @@ class _Contents:
         self._numbers: list[NDArray[Any]] = []
 
     def add(self, entry: ShardEntry, checked: _Checked) -> None:
-        """Take a shard's samples; those of one that is listed under two names would all be told again."""
+        """Take a shard's samples, unless the same shard was taken under another name."""
         if checked.keys is None or entry.sha256 in self._hashes:
             return
         self._hashes.add(entry.sha256)

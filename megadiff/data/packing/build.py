@@ -1,4 +1,4 @@
-"""Which kind of source raw data is, and the source itself."""
+"""The source that raw data is read through, and its kind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _READ = "a folder of pictures, .parquet, .pq, .jsonl or .ndjson tables, .tar fil
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of a table's columns; None takes the first usual one that is there."""
+    """Names of a table's columns; None takes the first usual name that the table has."""
 
     image: str | None = None
     caption: str | None = None
@@ -70,7 +70,7 @@ def open_source(
 
 
 def kind_of(source: str) -> str:
-    """What kind of raw data an address is. Raises UserError if that cannot be told."""
+    """The kind of raw data at an address. Raises UserError if it is unclear."""
 
     address = expand(source)[0]
     if is_encoded(address):

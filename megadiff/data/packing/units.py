@@ -1,7 +1,7 @@
 """Work cut into units, each done once, over any number of processes, through kills and restarts.
 
-A unit that is done has a record under OUT/.units/, written after its shards. A process that starts again skips what has a
-record; a unit that was killed before its record is made again, with the same bytes under the same names.
+A finished unit has a record under OUT/.units/, written after its shards. A restarted process skips units with a record; a unit
+killed before its record is made again, with the same bytes under the same names.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from megadiff.storage import addresses, store
 UNITS, LEFT_OUT = JOB.rpartition("/")[0], "left_out.jsonl"
 _POLL_S = 1.0
 _NAMED = 1000
-"""So many samples that were left out are named for each reason."""
+"""Samples named in left_out.jsonl for each reason."""
 
 
 @dataclass(frozen=True)
 class Done:
-    """What the making of one unit gave.
+    """The result of making one unit.
 
     Attributes:
         shards: their names are relative to the output folder.
-        counts: added up over all units; the manifest tells the sums.
-        left_out: samples that were left out and why; they go to left_out.jsonl.
+        counts: summed over all units in the manifest.
+        left_out: samples left out, with the reasons; they go to left_out.jsonl.
     """
 
     shards: tuple[ShardEntry, ...]
@@ -53,15 +53,15 @@ def run_units(
     label: str = "shards",
     publish: bool = True,
 ) -> Manifest | None:
-    """Make every unit that is not done and that is this process's, `names[rank::world]`.
+    """Make every unit of this process (`names[rank::world]`) that is not done.
 
     Args:
         out: a folder or an address.
         names: stable over restarts, each once, of letters, digits, - and _.
-        identity: what the output depends on; another one than that of the units already there is refused.
+        identity: everything that the output depends on; it must be that of the units already there.
         facts: go into the manifest.
-        label: what a unit is called in the progress bar.
-        publish: write the manifest; without, it is the caller's to do.
+        label: the progress bar's name.
+        publish: write the manifest; if false, the caller does.
 
     Returns:
         The manifest, on rank 0, which waits for all the others; None on the others.
@@ -80,8 +80,8 @@ def run_units(
     with tqdm(desc=label, unit="unit", total=len(names[rank::world]), disable=None) as bar:
         bar.update(bar.total - len(mine))
         for number in mine:
-            made = make(number)
-            store.write_bytes(addresses.join(records, f"{names[number]}.json"), json.dumps(asdict(made)).encode())
+            record = asdict(make(number))
+            store.write_bytes(addresses.join(records, f"{names[number]}.json"), json.dumps(record).encode())
             bar.update()
     if rank:
         return None
@@ -98,7 +98,7 @@ def _done(records: str) -> set[str]:
 
 
 def _wait(records: str, names: set[str], world: int) -> None:
-    """Until every unit has a record; other processes write them."""
+    """Wait until every unit has a record; other processes write them."""
     missing = len(names - _done(records)) if world > 1 else 0
     with tqdm(desc="other processes", unit="unit", total=missing, disable=None if missing else True) as bar:
         while missing:

@@ -1,4 +1,4 @@
-"""A CSV file as tar shards, one row a sample, with what a model needs to know of its columns; and one such table to try."""
+"""A CSV file as tar shards, one row a sample, with columns.json for the model; and a table to try."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ DIAMONDS = ("plotnine", "0.15.9", "plotnine/data/diamonds.csv")
 
 @dataclass(frozen=True)
 class TableSummary:
-    """What was written: columns by name, and rows per split.
+    """The columns that were written, by name, and the rows per split.
 
     Attributes:
-        notes: sentences about what may have been meant otherwise.
+        notes: sentences about choices that the user may have meant otherwise.
     """
 
     columns: dict[str, Column]
@@ -56,7 +56,7 @@ def make_table(
 ) -> TableSummary:
     """Write a CSV as shards for training and for evaluation, and columns.json of the training rows.
 
-    A column is one of numbers if every cell is a finite number whose text can be had back from it, unless `classes` names it.
+    A column holds numbers if every cell is a finite number that gives back its text, unless `classes` names the column.
 
     Args:
         separator: between cells; None takes a comma.
@@ -166,25 +166,25 @@ def _parse(text: str, source: str, separator: str | None) -> tuple[list[str], li
 
 
 def _has_commas(cell: str) -> bool:
-    """Whether it is 1,000.50 or 1.000,50: a number to people, a class here."""
+    """Whether a cell looks like 1,000.50 or 1.000,50: a number to people, a class here."""
     return bool(re.fullmatch(r"[+-]?\d[\d,]*(\.\d+)?|[+-]?\d[\d.]*,\d+", cell.strip(), re.ASCII))
 
 
 def _kind(name: str, cells: Sequence[str], lines: Sequence[int], source: str, *, required: bool) -> tuple[bool, str]:
-    """Whether a column is one of numbers, and a note if its cells speak for both."""
-    spelled = [number_in(cell) for cell in cells]
-    if required and None in spelled:
-        at = spelled.index(None)
+    """(whether a column holds numbers, a note if its cells suggest both)."""
+    values = [number_in(cell) for cell in cells]
+    if required and None in values:
+        at = values.index(None)
         raise DataError(f"{source}, line {lines[at]}: {name} is {cells[at]!r}, which is no number")
-    whole = [number is not None and comes_back(cell, number) for cell, number in zip(cells, spelled, strict=True)]
+    whole = [number is not None and comes_back(cell, number) for cell, number in zip(cells, values, strict=True)]
     if all(whole):
         return True, ""
     at = whole.index(False)
-    fault = "is no number" if spelled[at] is None else "cannot be had back from a number"
+    fault = "is no number" if values[at] is None else "cannot be had back from a number"
     where = f"{cells[at]!r} on line {lines[at]} {fault}"
     if required:
         return True, f"{name} is kept as numbers, though {where}"
-    alike = sum(number is not None or _has_commas(cell) for cell, number in zip(cells, spelled, strict=True))
+    alike = sum(number is not None or _has_commas(cell) for cell, number in zip(cells, values, strict=True))
     if 2 * alike < len(cells):
         return False, ""
     return False, f"{shown([name])} is kept as classes: {where}; mend or leave out such rows if it should be numbers"

@@ -14,7 +14,7 @@ from megadiff.storage import addresses
 
 
 class ShardReader:
-    """Opens shards once however many threads ask for them. Thread-safe."""
+    """Opens each shard once, for any number of threads. Thread-safe."""
 
     def __init__(
         self,
@@ -29,9 +29,9 @@ class ShardReader:
 
         Args:
             folder: where the shards lie.
-            cache: for shards that come from afar.
-            keep: of shards that nobody has told to expect, so many stay open.
-            fetchers: what opens expected shards ahead; None opens each when it is asked for.
+            cache: for distant shards.
+            keep: most shards that stay open without being expected.
+            fetchers: threads that open expected shards ahead; None opens each on demand.
         """
         self.folder, self.manifest, self.keep, self.fetchers = folder, manifest, keep, fetchers
         self.cache = None if addresses.is_local(folder) else cache
@@ -40,14 +40,14 @@ class ShardReader:
         self._lock = threading.Lock()
 
     def expect(self, indices: Iterable[int]) -> None:
-        """Say which shards are needed from now on, in this order; they are opened ahead, and all others are let go."""
-        wanted = list(indices)
+        """Announce the shards needed from now on, in their order: they are opened ahead, and all others are closed."""
+        coming = list(indices)
         with self._lock:
-            self._expected = frozenset(wanted)
+            self._expected = frozenset(coming)
             for index in [index for index in self._open if index not in self._expected]:
                 self._open.pop(index).cancel()
             if self.fetchers is not None:
-                for index in wanted:
+                for index in coming:
                     if index not in self._open:
                         self._open[index] = self.fetchers.submit(self._read, index)
 
@@ -58,19 +58,19 @@ class ShardReader:
             StorageError: it cannot be had. DataError: it is damaged or has another number of samples than the manifest says.
         """
         with self._lock:
-            found = self._open.pop(index, None)
-            future = self._open[index] = found or Future()  # the latest use stands last
-            if found is None:
+            earlier = self._open.pop(index, None)
+            future = self._open[index] = earlier or Future()  # the order of the dict is that of the latest uses
+            if earlier is None:
                 for other in [other for other in self._open if other not in self._expected][: -self.keep]:
                     del self._open[other]
-        if found is None:
+        if earlier is None:
             _fulfil(future, self, index)
         try:
             return future.result()
         except BaseException:
             with self._lock:
                 if self._open.get(index) is future:
-                    del self._open[index]  # so that a later try is one
+                    del self._open[index]  # so that a later call tries again
             raise
 
     def members(self, index: int, offset: int) -> Members:

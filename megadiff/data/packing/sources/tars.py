@@ -19,7 +19,7 @@ from megadiff.files import locked
 from megadiff.storage import addresses, store
 
 Captions = Callable[[str, Members], Sequence[Any]]
-"""Of a sample with this key and these members."""
+"""A function that gives the captions of a sample, from its key and its members."""
 
 
 class TarsSource:
@@ -47,14 +47,14 @@ class TarsSource:
 
 def tars_of(source: str) -> list[str]:
     """The tars that a pattern, an address or a folder stands for. Raises DataError if there are none, or a compressed one."""
-    found: list[str] = []
+    tars: list[str] = []
     for address in expand(source):
-        found += [address] if is_tar(address) else [addresses.join(address, name) for name in tars_in(address)]
-    return found
+        tars += [address] if is_tar(address) else [addresses.join(address, name) for name in tars_in(address)]
+    return tars
 
 
 def origins_of(files: Sequence[str]) -> list[str]:
-    """The shortest ends of the addresses that differ from each other: a set may move and keep its keys."""
+    """The shortest ends by which the addresses differ: a data set that moves keeps its keys."""
     if len(set(files)) < len(files):
         twice = next(address for address in files if files.count(address) > 1)
         raise UserError(f"{twice} is named twice")
@@ -68,7 +68,7 @@ def origins_of(files: Sequence[str]) -> list[str]:
 
 @contextmanager
 def fetched(address: str, path: Path, check: Callable[[Path], None] | None = None) -> Iterator[Path]:
-    """A distant tar as a local file, which is deleted when it was used to its end; after a kill it is still there.
+    """A distant tar as a local file, which is deleted after its use; a killed process leaves it for the next start.
 
     Raises:
         StorageError: it cannot be had. What `check` raises, after the file was deleted.
@@ -85,7 +85,7 @@ def fetched(address: str, path: Path, check: Callable[[Path], None] | None = Non
         try:
             yield path
         except DataError:
-            path.unlink(missing_ok=True)  # A damaged one must not be found by the next start.
+            path.unlink(missing_ok=True)  # The next start must not reuse a damaged file.
             raise
         path.unlink(missing_ok=True)
 
@@ -110,12 +110,12 @@ def picture_in(members: Members) -> str | None:
 
 
 def captions_of(_: str, members: Members) -> Sequence[Any]:
-    """Of the json member (`captions` or `caption`), or the whole of the txt member."""
+    """The captions of the json member (`captions` or `caption`), else the whole txt member."""
     try:
-        found = clean(captions_in(json.loads(members["json"]))) if "json" in members else []
+        captions = clean(captions_in(json.loads(members["json"]))) if "json" in members else []
     except (ValueError, RecursionError):
-        found = []
-    return found or [members.get("txt", b"").decode("utf-8-sig", "replace")]
+        captions = []
+    return captions or [members.get("txt", b"").decode("utf-8-sig", "replace")]
 
 
 def _existing(address: str) -> Path:
