@@ -1,4 +1,4 @@
-"""Processes that this one starts: they get its signals, fail together, and end when it ends, however it ends."""
+"""Child processes: they get this one's signals, fail together, and end when it ends, even if it is killed."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from types import FrameType
 from megadiff.config.errors import UserError
 
 ERROR_FILE = "MEGADIFF_ERROR_FILE"
-"""Processes that stop for a user's mistake leave the sentence in the file that this variable names; it is said once."""
+"""Variable with the file that a process writes its sentence to when it stops for a user's mistake; it is printed once."""
 LAUNCHER = "MEGADIFF_LAUNCHER"
-"""Names the process whose end is also theirs, as `pid start`: see `end_with_launcher`."""
+"""Variable with the process that children end with, as `pid start`: see `end_with_launcher`."""
 GRACE_S = 45.0
-"""From asking children to end to killing them: DeepSpeed's launcher gives its ranks 30 s after SIGTERM."""
+"""Seconds between asking children to end and killing them; DeepSpeed's launcher gives its ranks 30 s after SIGTERM."""
 
 MOST_PER_CORE = 8
-"""Processes of a verb for each core of this machine: they may wait for an object store, but each takes memory."""
+"""Most processes of a verb per core: they may wait for an object store, but each takes memory."""
 
 _WATCH_S = 1.0
 _PR_SET_PDEATHSIG = 1
@@ -37,8 +37,8 @@ class Command:
     """What to run.
 
     Attributes:
-        environment: what is added to this process's.
-        quiet: its standard output is thrown away.
+        environment: variables added to this process's.
+        quiet: standard output is discarded.
     """
 
     arguments: Sequence[str]
@@ -70,7 +70,7 @@ class Signals:
 
 
 def run(commands: Sequence[Command], signals: Signals, *, keep: Sequence[int] = ()) -> list[int]:
-    """Run processes side by side. Where one fails or a signal comes, all are asked to end; after GRACE_S they are killed.
+    """Run processes side by side. After a failure or a signal all are asked to end, and killed after GRACE_S.
 
     Args:
         keep: file descriptors that the children inherit.
@@ -85,11 +85,11 @@ def run(commands: Sequence[Command], signals: Signals, *, keep: Sequence[int] = 
         for command in commands:
             if not signals.received:
                 processes.append(stack.enter_context(_running(command, keep)))
-        asked = False
+        terminated = False
         deadline = float("inf")
         while None in (codes := [process.poll() for process in processes]) and time.monotonic() < deadline:
-            if not asked and (signals.received or any(codes)):
-                asked, deadline = True, time.monotonic() + GRACE_S
+            if not terminated and (signals.received or any(codes)):
+                terminated, deadline = True, time.monotonic() + GRACE_S
                 for process in processes:
                     _send(process, signal.SIGTERM)
             time.sleep(0.1)
@@ -98,20 +98,20 @@ def run(commands: Sequence[Command], signals: Signals, *, keep: Sequence[int] = 
 
 
 def several(processes: int, arguments: Sequence[str]) -> int:
-    """A command line of megadiff once per process of this machine; they have no more threads in all than there are cores.
+    """Run a command line of megadiff as several processes, which share the cores of this machine.
 
     Returns:
         0, the exit code of the first process that failed, or 128 + n where signal n ended them.
 
     Raises:
-        UserError: what a process says of a user's mistake.
+        UserError: a process reported a user's mistake.
     """
     cores = len(os.sched_getaffinity(0))
     if processes > MOST_PER_CORE * cores:
         raise UserError(f"--processes {processes} is too many for {cores} cores; give at most {MOST_PER_CORE * cores}")
     own = max(cores // processes, 1)
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    threads = min(int(asked), own) if asked.isdigit() and int(asked) else own
+    variable = os.environ.get("OMP_NUM_THREADS", "")
+    threads = min(int(variable), own) if variable.isdigit() and int(variable) else own
     with tempfile.TemporaryDirectory() as folder, Signals() as signals:
         error = Path(folder) / "error"
         common = {"WORLD_SIZE": str(processes), "OMP_NUM_THREADS": str(threads), ERROR_FILE: str(error)}
@@ -124,7 +124,7 @@ def several(processes: int, arguments: Sequence[str]) -> int:
         if signals.received:
             print("megadiff: interrupted", file=sys.stderr, flush=True)
             return 128 + signals.received
-        # Where the disk is full the file may be there and empty.
+        # On a full disk the file may exist and be empty.
         if message := error.read_text(encoding="utf-8").strip() if error.exists() else "":
             raise UserError(message)
         return next((abs(code) for code in codes if code), 0)

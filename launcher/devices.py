@@ -1,4 +1,4 @@
-"""What this machine computes with, found without torch."""
+"""The accelerators of this machine, without torch."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Devices:
 
     Attributes:
         kind: `cuda`, `cpu`, or what DS_ACCELERATOR says.
-        count: how many there are; 0 on a CPU.
-        chosen: their indices, where CUDA_VISIBLE_DEVICES chooses among them.
+        count: number of accelerators; 0 on a CPU.
+        chosen: their indices, if CUDA_VISIBLE_DEVICES chooses among them.
     """
 
     kind: str
@@ -40,18 +40,16 @@ class Devices:
 
 
 def find_devices(environment: Mapping[str, str] = os.environ) -> Devices:
-    """The GPUs of this machine, less those that CUDA_VISIBLE_DEVICES hides; the CPU where there is none.
+    """The GPUs of this machine without those that CUDA_VISIBLE_DEVICES hides; the CPU if none is left.
 
-    DS_ACCELERATOR, DeepSpeed's own switch, is obeyed: `DS_ACCELERATOR=cpu` trains on the CPU of a machine with GPUs.
+    DeepSpeed's own switch DS_ACCELERATOR wins: `DS_ACCELERATOR=cpu` trains on the CPU of a machine with GPUs.
 
     Raises:
         UserError: CUDA_VISIBLE_DEVICES names devices in a way that DeepSpeed's launcher cannot take.
     """
-    wanted = environment.get("DS_ACCELERATOR", "").strip()
-    if wanted == CPU:
-        return Devices(CPU, 0)
-    if wanted and wanted != CUDA:
-        return Devices(wanted, 0)
+    accelerator = environment.get("DS_ACCELERATOR", "").strip()
+    if accelerator and accelerator != CUDA:
+        return Devices(accelerator, 0)
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     count = _gpus()
     if visible is None or not count:
@@ -73,9 +71,9 @@ def threads_for(launch: Launch, processes: int, environment: Mapping[str, str] =
     """OMP_NUM_THREADS of each rank: the run's, else the environment's, else an equal share of the cores."""
     if launch.threads_per_process is not None:
         return launch.threads_per_process
-    given = environment.get("OMP_NUM_THREADS", "")
-    if given.isdigit() and int(given) > 0:
-        return int(given)
+    threads = environment.get("OMP_NUM_THREADS", "")
+    if threads.isdigit() and int(threads) > 0:
+        return int(threads)
     return max(1, _cores() // processes)
 
 

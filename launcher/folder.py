@@ -19,15 +19,15 @@ from megadiff.files import write_text
 from megadiff.launcher.children import process_start
 
 WAIT_S = 10.0
-"""How long a launch waits for what a killed launch left behind: processes end soon after their launcher."""
+"""Seconds that a launch waits for the processes of a killed launch, which end soon after it."""
 FREE = ("launch", "showcase")
-"""Sections that may change between two launches of one run: they leave the training as it is."""
+"""Sections that may change between two launches of one run, as they do not affect training."""
 
 _SHOWN = 6
 
 
 def check_checkpoints(run: Run) -> None:
-    """What is done must still be there where a later stage, or the samples at the end, start from it.
+    """Check that finished stages still have the checkpoints that a later stage or the final samples start from.
 
     Raises:
         UserError: naming the stage whose checkpoints are gone.
@@ -47,7 +47,7 @@ def check_checkpoints(run: Run) -> None:
 
 
 def check_unchanged(run: Run) -> None:
-    """A folder holds one run: a launch that goes on there must be of the same configuration.
+    """Check that the folder holds a run of the same configuration, or none.
 
     Raises:
         UserError: naming the keys that differ and their values.
@@ -63,7 +63,7 @@ def check_unchanged(run: Run) -> None:
 
 
 def untouched(run: Run) -> list[str]:
-    """Stages that are done although they, or what all stages share, are now configured otherwise: no change reaches them."""
+    """Finished stages whose configuration, or the shared one, has changed: the changes do not reach them."""
     stored = _stored(run)
     if stored is None:
         return []
@@ -116,7 +116,7 @@ def locked(run: Run) -> Iterator[int]:
 
 
 def join(folder: RunFolder) -> int:
-    """As a rank, keep new launches out of a run's folder for as long as this process lives; returns the lock's descriptor.
+    """Keep new launches out of a run's folder while this process, a rank, lives; returns the lock's descriptor.
 
     Raises:
         UserError: the folder cannot be written.
@@ -154,7 +154,7 @@ def _lock(descriptor: int, kind: int) -> bool:
     except BlockingIOError:
         return False
     except OSError:
-        pass  # Some network file systems know no locks (Lustre without its option flock); then nobody is kept out.
+        pass  # Some network file systems have no locks (Lustre without its option flock): nobody is kept out there.
     return True
 
 

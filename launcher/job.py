@@ -23,7 +23,7 @@ class Plan:
     """What a launch will do.
 
     Attributes:
-        environment: what is added to the environment of every rank; OMP_NUM_THREADS is always in it.
+        environment: variables added for every rank; always with OMP_NUM_THREADS.
     """
 
     run: Run
@@ -74,13 +74,13 @@ def plan_launch(run: Run, deepspeed: Mapping[str, Any], environment: Mapping[str
 
 
 def missing_files(run: Run) -> list[str]:
-    """Local files that the run names and that are not there, as `key: path`."""
+    """Local files that the run names and that do not exist, as `key: path`."""
     train = run.data.train
-    named: dict[str, str | None] = {"data.held_out": run.data.held_out}
-    named |= {"data.train": train} if isinstance(train, str) else {f"data.train.{name}": at for name, at in train.items()}
+    paths: dict[str, str | None] = {"data.held_out": run.data.held_out}
+    paths |= {"data.train": train} if isinstance(train, str) else {f"data.train.{name}": at for name, at in train.items()}
     for name, source in run.data.fields.items():
-        named |= {f"data.fields.{name}.{key}": getattr(source, key) for key in source.FILES}
-    return [f"{key}: {path}" for key, path in named.items() if path and "://" not in path and not Path(path).exists()]
+        paths |= {f"data.fields.{name}.{key}": getattr(source, key) for key in source.FILES}
+    return [f"{key}: {path}" for key, path in paths.items() if path and "://" not in path and not Path(path).exists()]
 
 
 def describe(plan: Plan) -> str:

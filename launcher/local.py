@@ -42,8 +42,8 @@ def launch(plan: Plan, *, allow_changes: bool = False, say: Say = print) -> int:
             if run.paths.stage(name).done.exists():
                 say(f"stage {name} is done already: the changes do not reach it (delete {run.folder}/{name} to train it again)")
         if run.launch.processes not in ("accelerators", plan.processes):
-            wanted = run.launch.processes
-            say(f"this machine has {plan.devices}: starting {plan.processes} of {wanted} processes (the global batch stays)")
+            processes = run.launch.processes
+            say(f"this machine has {plan.devices}: starting {plan.processes} of {processes} processes (the global batch stays)")
         say(f"run {run.name}: {plan.processes} processes on {plan.devices}, folder {run.folder}")
         say(f"watch: {tensorboard_command(run)}")
         with Signals() as signals:
@@ -51,10 +51,10 @@ def launch(plan: Plan, *, allow_changes: bool = False, say: Say = print) -> int:
 
 
 def tensorboard_command(run: Run) -> str:
-    """How to open the run's log; the program beside this interpreter, so that no environment need be active."""
+    """The command that opens the run's log; it names the program beside this interpreter, so no environment need be active."""
     program = Path(sys.executable).parent / "tensorboard"
-    shown = os.path.relpath(program) if program.exists() else "tensorboard"
-    return shlex.join([min(shown, str(program), key=len), "--logdir", str(run.paths.tensorboard)])
+    command = os.path.relpath(program) if program.exists() else "tensorboard"
+    return shlex.join([min(command, str(program), key=len), "--logdir", str(run.paths.tensorboard)])
 
 
 def free_port() -> int:

@@ -1,4 +1,4 @@
-"""`megadiff check-config`: is this run sound, and what follows from it? Without torch."""
+"""`megadiff check-config`: checks a run and prints its derived numbers. Without torch."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def table(loaded: Run, stages: list[dict[str, Any]], ranks: int, resolved: dict[
 
 
 def _sharing(loaded: Run, ranks: int, resolved: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    """What the DeepSpeed JSON makes of it, in the precision of this machine."""
+    """Rows about ZeRO and memory, in the precision of this machine."""
     zeros = [zero_stage(resolved[stage.name]) for stage in loaded.stages]
     precisions: list[Precision] = ["bf16" if resolved[stage.name]["bf16"]["enabled"] else "fp32" for stage in loaded.stages]
     sizes = [

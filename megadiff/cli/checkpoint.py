@@ -24,7 +24,7 @@ def add(verbs: Verbs) -> None:
         verbs,
         "checkpoint",
         "look at, verify, compare or consolidate checkpoints",
-        "Work on checkpoints, a piece of one parameter in memory at a time. A run's folder stands for its newest checkpoint.",
+        "Work on checkpoints, with one piece of a parameter in memory at a time. A run's folder means its newest checkpoint.",
         EXAMPLES,
     )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
@@ -38,7 +38,10 @@ def add(verbs: Verbs) -> None:
     inspect.set_defaults(run=run_inspect)
 
     verify = add_verb(
-        actions, "verify", "is it whole?", "Compare every file with its hash, and see that every number is held exactly once."
+        actions,
+        "verify",
+        "is it whole?",
+        "Compare every file with its hash, and check that every number is stored exactly once.",
     )
     verify.add_argument("checkpoint", metavar="RUN|CHECKPOINT")
     verify.set_defaults(run=run_verify)
@@ -98,8 +101,8 @@ def run_inspect(arguments: argparse.Namespace) -> int:
     if arguments.parameters:
         print("\n| parameter | shape | trained | files |\n|---|---|---|---|")
         for name, (shape, trained) in manifest.parameters.items():
-            held = sum(name in entry.extents for entry in manifest.files)
-            print(f"| {name} | {' x '.join(map(str, shape))} | {'yes' if trained else 'no'} | {held} |")
+            files = sum(name in entry.extents for entry in manifest.files)
+            print(f"| {name} | {' x '.join(map(str, shape))} | {'yes' if trained else 'no'} | {files} |")
     return 0
 
 
@@ -111,10 +114,10 @@ def run_verify(arguments: argparse.Namespace) -> int:
 
     reader = _open(arguments.checkpoint)
     with tqdm(total=len(reader.manifest.files), unit="file", disable=None) as bar:
-        found = faults(reader, bar.update)
-    if found:
-        more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
-        raise UserError(f"{reader.folder}: {'; '.join(found[:5])}{more}")
+        sentences = faults(reader, bar.update)
+    if sentences:
+        more = f"; and {len(sentences) - 5} more" if len(sentences) > 5 else ""
+        raise UserError(f"{reader.folder}: {'; '.join(sentences[:5])}{more}")
     print(f"{reader.folder} is whole: {len(reader.manifest.files)} files, {len(reader.manifest.parameters)} parameters")
     return 0
 
@@ -126,12 +129,12 @@ def run_diff(arguments: argparse.Namespace) -> int:
     for reader in (one, other):
         _check_kind(reader, arguments.kind)
     count = 0
-    for found in differences(one, other, arguments.kind):
+    for difference in differences(one, other, arguments.kind):
         if not count:
             print("| parameter | relative difference | largest |\n|---|---|---|")
         count += 1
-        told = f"{found.relative:.3e} | {found.largest:.3e}" if not found.reason else f"{found.reason} | "
-        print(f"| {found.name} | {told} |", flush=True)
+        cells = f"{difference.relative:.3e} | {difference.largest:.3e}" if not difference.reason else f"{difference.reason} | "
+        print(f"| {difference.name} | {cells} |", flush=True)
     total = len({*one.manifest.parameters, *other.manifest.parameters})
     print(f"{count} of {total} parameters differ" if count else f"all {total} parameters are the same to the bit")
     return 1 if count else 0
@@ -162,6 +165,6 @@ def _check_kind(reader: CheckpointReader, kind: str) -> None:
     from megadiff.config.errors import UserError
     from megadiff.weights.checkpoint import MOMENTS
 
-    known = ["weight", *(f"ema.{profile}" for profile in reader.manifest.ema), *MOMENTS]
-    if kind not in known:
-        raise UserError(f"--kind {kind}: {reader.folder} has {', '.join(known)}")
+    kinds = ["weight", *(f"ema.{profile}" for profile in reader.manifest.ema), *MOMENTS]
+    if kind not in kinds:
+        raise UserError(f"--kind {kind}: {reader.folder} has {', '.join(kinds)}")

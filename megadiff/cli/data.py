@@ -35,13 +35,15 @@ def _add_table(actions: Verbs) -> None:
     parser.add_argument("source", metavar="FILE.csv", help="a file or an address; its first line names the columns")
     parser.add_argument("out", metavar="OUT", help="a folder, or an s3:// address")
     parser.add_argument("--shard-rows", metavar="N", type=positive, default=5000, help="rows per tar shard (default: 5000)")
-    parser.add_argument("--held-out-share", metavar="SHARE", type=_share, default=0.1, help="(default: 0.1)")
+    parser.add_argument(
+        "--held-out-share", metavar="SHARE", type=_share, default=0.1, help="share of held-out rows (default: 0.1)"
+    )
     parser.add_argument(
         "--classes", metavar="A,B", type=_names, default=(), help="columns of categories that look like numbers"
     )
     parser.add_argument("--numbers", metavar="A,B", type=_names, default=(), help="columns that must be numbers")
     parser.add_argument(
-        "--separator", metavar="NAME", type=_separator, help="between cells: comma, semicolon, tab, bar (default: comma)"
+        "--separator", metavar="NAME", type=_separator, help="separator of cells: comma, semicolon, tab, bar (default: comma)"
     )
     parser.set_defaults(run=make_table)
     parser = add_verb(
@@ -61,7 +63,7 @@ def _add_emoji(actions: Verbs) -> None:
         "emoji",
         "emoji pictures with captions as tar shards (npm packages with permissive licences)",
         "Fetch emoji art with `npm pack`, draw it at a size, caption it, and write tar shards, manifests (train and held out,\n"
-        "split by base emoji) and a tokenizer. Deterministic; a second start goes on where the first stopped.",
+        "split by base emoji) and a tokenizer. Deterministic; a second start continues the first.",
         "  megadiff data emoji --size 64 data/emoji64\n  megadiff data emoji --size 32 --sets noto s3://bucket/emoji32\n",
     )
     parser.add_argument("out", metavar="OUT", help="a folder, or an s3:// address")
@@ -73,7 +75,7 @@ def _add_emoji(actions: Verbs) -> None:
         "--skin-tones",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="with the variants in skin tones (default: yes)",
+        help="include variants in skin tones (default: yes)",
     )
     parser.add_argument("--shard-samples", metavar="N", type=positive, default=500, help="pairs per tar shard (default: 500)")
     parser.add_argument(
@@ -91,7 +93,7 @@ def _add_index(actions: Verbs) -> None:
     parser = add_verb(
         actions,
         "index",
-        "write the manifest of tar shards that exist",
+        "write the manifest of existing tar shards",
         "Read the tar shards of a folder (WebDataset: members of one sample share a name up to the first dot), count their\n"
         "samples, and write FOLDER/manifest.json, which a run's data.train names.",
         "  megadiff data index data/mine/train\n  megadiff data index s3://bucket/mine/train\n",
@@ -151,7 +153,7 @@ def make_table(arguments: argparse.Namespace) -> int:
 
     from megadiff.data.recipes import table
 
-    made = table.make_table(
+    summary = table.make_table(
         arguments.source,
         arguments.out,
         shard_rows=arguments.shard_rows,
@@ -160,20 +162,20 @@ def make_table(arguments: argparse.Namespace) -> int:
         numbers=arguments.numbers,
         separator=arguments.separator,
     )
-    for note in made.notes:
+    for note in summary.notes:
         print(f"note: {note}", file=sys.stderr)
-    constant = [name for name, column in made.columns.items() if len(column.values) == 1]
+    constant = [name for name, column in summary.columns.items() if len(column.values) == 1]
     note = f"; {', '.join(constant)} always the same" if constant else ""
-    print(f"table: {arguments.out} ({made.train:,} rows to train on, {made.held_out:,} held out{note})\n")
-    print(yaml.safe_dump(table.as_config(made.columns, arguments.out), sort_keys=False, default_flow_style=None), end="")
+    print(f"table: {arguments.out} ({summary.train:,} rows to train on, {summary.held_out:,} held out{note})\n")
+    print(yaml.safe_dump(table.as_config(summary.columns, arguments.out), sort_keys=False, default_flow_style=None), end="")
     return 0
 
 
 def make_diamonds(arguments: argparse.Namespace) -> int:
     from megadiff.data.recipes import table
 
-    made = table.make_diamonds(arguments.out)
-    print(f"table: {arguments.out} ({made.train:,} rows to train on, {made.held_out:,} held out)")
+    summary = table.make_diamonds(arguments.out)
+    print(f"table: {arguments.out} ({summary.train:,} rows to train on, {summary.held_out:,} held out)")
     return 0
 
 
@@ -183,7 +185,7 @@ def index(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from megadiff.data.shards import shard as shards
-    from megadiff.storage import store
+    from megadiff.storage import addresses
 
     with tqdm(desc="shards", unit="shard", disable=None) as bar:
 
@@ -193,5 +195,5 @@ def index(arguments: argparse.Namespace) -> int:
 
         manifest = shards.index_shards(arguments.folder, report)
     address = shards.write_manifest(arguments.folder, manifest)
-    print(f"manifest: {store.shown(address)} ({len(manifest.shards):,} shards, {manifest.samples:,} samples)")
+    print(f"manifest: {addresses.shown(address)} ({len(manifest.shards):,} shards, {manifest.samples:,} samples)")
     return 0

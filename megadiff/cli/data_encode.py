@@ -29,7 +29,7 @@ def add(actions: Verbs) -> None:
         "encode",
         "pictures to an autoencoder's latents, captions to token ids, once",
         "Write a shard for each shard of a manifest: latents.npy (mean and deviation, from which training draws), tokens.npy\n"
-        "(ids of every caption) and features.npy. The same command goes on where it was stopped, on any number of processes\n"
+        "(ids of every caption) and features.npy. After a stop the same command continues, on any number of processes\n"
         "and machines; each shard is made once.",
         EXAMPLES,
     )
@@ -43,17 +43,19 @@ def add(actions: Verbs) -> None:
 
 
 def add_encoding(parser: argparse.ArgumentParser) -> None:
-    """What `data pack` takes as well, to encode on the way."""
+    """The flags of encoding, which `data pack` has as well."""
     group = parser.add_argument_group("encoding")
     group.add_argument("--autoencoder", metavar="FOLDER", help="a diffusers AutoencoderKL, such as stabilityai/sd-vae-ft-mse")
     group.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json")
-    group.add_argument("--cleaning", choices=("plain", "clip"), default="plain", help="of captions (default: plain)")
-    group.add_argument("--caption-member", metavar="ENDING", default="json", help="that holds the captions (default: json)")
+    group.add_argument("--cleaning", choices=("plain", "clip"), default="plain", help="cleaning of captions (default: plain)")
+    group.add_argument("--caption-member", metavar="ENDING", default="json", help="member with the captions (default: json)")
     group.add_argument("--features", metavar="FOLDER", help="a transformers vision model (DINOv2): features for alignment")
     group.add_argument("--feature-stride", metavar="PX", type=positive, default=16, help="pixels per feature (default: 16)")
-    group.add_argument("--batch", metavar="B", type=positive, default=32, help="pictures at once (default: 32)")
-    group.add_argument("--decode-threads", metavar="N", type=positive, default=4, help="(default: 4)")
-    group.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the networks (default: fp32)")
+    group.add_argument("--batch", metavar="B", type=positive, default=32, help="pictures encoded at once (default: 32)")
+    group.add_argument("--decode-threads", metavar="N", type=positive, default=4, help="threads that decode (default: 4)")
+    group.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="precision of the networks (default: fp32)"
+    )
 
 
 def encoding_of(arguments: argparse.Namespace) -> Encoding:
@@ -79,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
         return several(arguments.processes, sys.argv[1:])
     from megadiff.data.packing.encoding import encode_shards
     from megadiff.distributed.ranks import Ranks
-    from megadiff.storage import store
+    from megadiff.storage import addresses
 
     ranks = Ranks.from_environment()
     with enough_memory("--size or --batch"):
@@ -87,5 +89,6 @@ def run(arguments: argparse.Namespace) -> int:
     if manifest is not None:
         left = manifest.facts.get("counts", {}).get("left out", 0)
         note = f"; {left:,} left out, see left_out.jsonl" if left else ""
-        print(f"encoded: {store.shown(arguments.out)} ({manifest.samples:,} samples in {len(manifest.shards):,} shards{note})")
+        numbers = f"{manifest.samples:,} samples in {len(manifest.shards):,} shards"
+        print(f"encoded: {addresses.shown(arguments.out)} ({numbers}{note})")
     return 0

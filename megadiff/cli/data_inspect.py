@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from megadiff.data.inspection.verify import Fault
 
 MOST_PRINTED = 20
-"""Faults of one kind."""
+"""Most faults of one kind that are printed."""
 _MOST_NAMED = 5
-"""Resolutions, shapes and buckets in the table."""
+"""Most resolutions, shapes and buckets that the table names."""
 
 
 def add(actions: Verbs) -> None:
@@ -45,9 +45,9 @@ def _add_verify(actions: Verbs) -> None:
     depth.add_argument("--quick", action="store_true", help="names and sizes alone; no shard is read")
     depth.add_argument("--decode", action="store_true", help="also open every picture, array, json and txt")
     parser.add_argument(
-        "--workers", metavar="N", type=positive, default=8, help="shards at once, each in memory as a whole (default: 8)"
+        "--workers", metavar="N", type=positive, default=8, help="shards checked at once, each whole in memory (default: 8)"
     )
-    parser.add_argument("--json", metavar="FILE", help=f"write all faults; of each kind {MOST_PRINTED} are printed")
+    parser.add_argument("--json", metavar="FILE", help=f"write all faults; at most {MOST_PRINTED} of each kind are printed")
     parser.set_defaults(run=verify)
 
 
@@ -62,7 +62,11 @@ def _add_stats(actions: Verbs) -> None:
     )
     _add_shards(parser)
     parser.add_argument(
-        "--samples", metavar="N", type=_count, default=10_000, help="read whole shards until so many; 0: all (default: 10000)"
+        "--samples",
+        metavar="N",
+        type=_count,
+        default=10_000,
+        help="least number to read, in whole shards; 0: all (default: 10000)",
     )
     parser.add_argument(
         "--tokenizer", metavar="FILE", help="a tokenizer.json: counts captions' tokens (else those of tokens.npy)"
@@ -95,7 +99,7 @@ def _add_show(actions: Verbs) -> None:
         help="what latents were multiplied by when stored; `data encode` does not (default: 1)",
     )
     parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json: spells tokens.npy out")
-    parser.add_argument("--columns", metavar="N", type=positive, default=8, help="of the sheet (default: 8)")
+    parser.add_argument("--columns", metavar="N", type=positive, default=8, help="columns of the sheet (default: 8)")
     parser.add_argument("--out", metavar="SHEET.png", default="sheet.png", help="a file, or an address (default: sheet.png)")
     parser.set_defaults(run=show)
 
@@ -140,11 +144,11 @@ def verify(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from megadiff.data.inspection import verify as verification
-    from megadiff.storage import store
+    from megadiff.storage import addresses, store
 
     printed: Counter[str] = Counter()
 
-    def found(fault: Fault) -> None:
+    def report(fault: Fault) -> None:
         printed[fault.kind] += 1
         if printed[fault.kind] <= MOST_PRINTED:
             tqdm.write(str(fault))
@@ -156,7 +160,7 @@ def verify(arguments: argparse.Namespace) -> int:
             decode=arguments.decode,
             workers=arguments.workers,
             keep=None if arguments.json else MOST_PRINTED,
-            found=found,
+            report=report,
             progress=progress,
         )
     for kind, count in result.counts.items():
@@ -166,7 +170,7 @@ def verify(arguments: argparse.Namespace) -> int:
         print(f"note: {result.note}")
     if arguments.json:
         tree = {
-            "address": store.shown(result.address),
+            "address": addresses.shown(result.address),
             "shards": result.shards,
             "samples": result.samples,
             "bytes": result.bytes,
@@ -182,7 +186,7 @@ def verify(arguments: argparse.Namespace) -> int:
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in result.counts.items())
     number = sum(result.counts.values())
     verdict = f"{number:,} fault{'s' if number > 1 else ''}: {kinds}" if kinds else "whole"
-    print(f"verified: {store.shown(arguments.shards)} ({listed}; {depth}): {verdict}")
+    print(f"verified: {addresses.shown(arguments.shards)} ({listed}; {depth}): {verdict}")
     return 0 if result.whole else 1
 
 
@@ -202,36 +206,36 @@ def stats(arguments: argparse.Namespace) -> int:
     from megadiff.data.inspection import stats as counting
     from megadiff.data.inspection.pictures import stats_picture
     from megadiff.report.sheet import png_bytes
-    from megadiff.storage import store
+    from megadiff.storage import addresses, store
 
     tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None
     with _bar("shards") as progress:
-        found = counting.measure(
+        numbers = counting.measure(
             arguments.shards, samples=arguments.samples, tokenizer=tokenizer, lanes=arguments.lanes, progress=progress
         )
-    print("\n".join(f"{name.ljust(12)}  {text}".rstrip() for name, text in table(found)))
-    tree = json.dumps(found.as_tree(), indent=1, ensure_ascii=False) + "\n"
-    store.write_bytes(store.join(arguments.out, "stats.json"), tree.encode())
-    store.write_bytes(store.join(arguments.out, "stats.png"), png_bytes(stats_picture(found)))
-    print(f"\nstats: {store.join(arguments.out, 'stats.json')} and stats.png")
+    print("\n".join(f"{name.ljust(12)}  {text}".rstrip() for name, text in table(numbers)))
+    tree = json.dumps(numbers.as_tree(), indent=1, ensure_ascii=False) + "\n"
+    store.write_bytes(addresses.join(arguments.out, "stats.json"), tree.encode())
+    store.write_bytes(addresses.join(arguments.out, "stats.png"), png_bytes(stats_picture(numbers)))
+    print(f"\nstats: {addresses.join(arguments.out, 'stats.json')} and stats.png")
     return 0
 
 
-def table(found: Stats) -> Iterator[tuple[str, str]]:
-    """What there is to tell, line by line."""
+def table(stats: Stats) -> Iterator[tuple[str, str]]:
+    """(label, text) of every line that the data set has something for."""
     from megadiff.data.inspection.stats import QUANTILES, aspect_ratios, lengths_of, spread
-    from megadiff.storage import store
+    from megadiff.storage import addresses
 
-    seen = found.seen
-    yield "data set", store.shown(found.address)
-    each = _size(found.bytes / found.samples)
-    yield "samples", f"{found.samples:,} in {found.shards:,} shards, {_size(found.bytes)}, {each} a sample"
-    if seen.samples < found.samples:
-        yield "read", f"{seen.samples:,} samples of {found.read_shards:,} shards, which is all that follows"
+    seen = stats.seen
+    yield "data set", addresses.shown(stats.address)
+    each = _size(stats.bytes / stats.samples)
+    yield "samples", f"{stats.samples:,} in {stats.shards:,} shards, {_size(stats.bytes)}, {each} a sample"
+    if seen.samples < stats.samples:
+        yield "read", f"{seen.samples:,} samples of {stats.read_shards:,} shards, which is all that follows"
     yield "members", ", ".join(_share(ending, count, seen.samples) for ending, count in seen.members.most_common())
     if seen.unreadable:
-        told = ", ".join(f"{count:,} {what}" for what, count in seen.unreadable.most_common())
-        yield "unreadable", f"{told}; `megadiff data verify --decode` names them"
+        endings = ", ".join(f"{count:,} {what}" for what, count in seen.unreadable.most_common())
+        yield "unreadable", f"{endings}; `megadiff data verify --decode` names them"
     if seen.resolutions:
         yield "pictures", _first({f"{h}x{w}": n for (h, w), n in seen.resolutions.items()}) + " (height x width)"
         ratios = spread(aspect_ratios(seen.resolutions))
@@ -248,18 +252,18 @@ def table(found: Stats) -> Iterator[tuple[str, str]]:
         yield "", "  ".join(head.rjust(width) for head, width in zip(heads, widths, strict=True))
         for unit, row in cells.items():
             yield f"  {unit}", "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-    if found.buckets:
-        yield "buckets", _first(found.buckets) + " (of all shards)"
-    if found.left_over is not None:
-        yield "epoch", f"with {found.lanes:,} lanes it leaves {found.left_over:,} samples over, others each time"
+    if stats.buckets:
+        yield "buckets", _first(stats.buckets) + " (of all shards)"
+    if stats.left_over is not None:
+        yield "epoch", f"with {stats.lanes:,} lanes it leaves {stats.left_over:,} samples over, others each time"
 
 
-def _share(name: str, count: int, all_there_are: int) -> str:
-    return f"{name} in all" if count == all_there_are else f"{name} in {count:,} ({100 * count / all_there_are:.3g} %)"
+def _share(name: str, count: int, total: int) -> str:
+    return f"{name} in all" if count == total else f"{name} in {count:,} ({100 * count / total:.3g} %)"
 
 
 def _first(counts: Mapping[str, int]) -> str:
-    """The most frequent ones, and how many more there are."""
+    """The most frequent ones, and the number of others."""
     ordered = Counter(counts).most_common()
     named = ", ".join(f"{name}: {count:,}" for name, count in ordered[:_MOST_NAMED])
     rest = ordered[_MOST_NAMED:]
@@ -280,7 +284,7 @@ def show(arguments: argparse.Namespace) -> int:
     from megadiff.data.inspection.show import draw_samples
     from megadiff.data.shards.shard import read_manifest
     from megadiff.report.sheet import Section, contact_sheet, png_bytes
-    from megadiff.storage import store
+    from megadiff.storage import addresses, store
 
     manifest = read_manifest(arguments.shards)
     if arguments.tokenizer:
@@ -292,12 +296,12 @@ def show(arguments: argparse.Namespace) -> int:
         if getattr(arguments, flag) and pictures.missing_members(samples, ending):
             raise UserError(f"--{flag} has no effect: no sample that was drawn has a {ending} member")
     cells = [pictures.sample_cell(sample, decode, tokenizer) for sample in samples]
-    title = f"{store.shown(arguments.shards)}: {len(samples):,} of {manifest.samples:,} samples, seed {arguments.seed}"
+    title = f"{addresses.shown(arguments.shards)}: {len(samples):,} of {manifest.samples:,} samples, seed {arguments.seed}"
     sheet = contact_sheet(
         [Section(title, cells)], columns=arguments.columns, cell_px=168, gap_px=16, text_px=13, caption_lines=4
     )
     store.write_bytes(arguments.out, png_bytes(sheet))
-    print(f"sheet: {store.shown(arguments.out)} ({len(samples):,} of {manifest.samples:,} samples)")
+    print(f"sheet: {addresses.shown(arguments.out)} ({len(samples):,} of {manifest.samples:,} samples)")
     return 0
 
 
@@ -306,6 +310,6 @@ def _check_tokenizer(address: str, facts: Mapping[str, Any]) -> None:
     from megadiff.data.codecs.base import TOKENS
     from megadiff.storage import store
 
-    told = facts.get("encoded", {}).get(TOKENS, {}).get("tokenizer")
-    if told and store.exists(address) and hashlib.sha256(store.read_bytes(address)).hexdigest() != told:
+    digest = facts.get("encoded", {}).get(TOKENS, {}).get("tokenizer")
+    if digest and store.exists(address) and hashlib.sha256(store.read_bytes(address)).hexdigest() != digest:
         raise UserError(f"--tokenizer {address} is not the one that made the tokens")

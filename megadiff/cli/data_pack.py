@@ -32,7 +32,7 @@ def add(actions: Verbs) -> None:
         "pack",
         "pictures with captions as tar shards: a folder, tables, WebDataset tars, SA-1B with LLaVA's captions",
         "Write pictures with captions as tar shards with a manifest. A sample without a caption or a readable picture is left\n"
-        "out, counted, and named in OUT/left_out.jsonl. The same command goes on where it was stopped.",
+        "out, counted, and named in OUT/left_out.jsonl. After a stop the same command continues.",
         EXAMPLES,
     )
     parser.add_argument(
@@ -47,27 +47,29 @@ def add(actions: Verbs) -> None:
         "--kind",
         choices=("auto", "folder", "table", "tars", "sam-llava", "paper"),
         default="auto",
-        help="of SOURCE (default: auto); paper: encoded by the paper's scripts",
+        help="kind of SOURCE (default: auto); paper: encoded by the paper's scripts",
     )
     parser.add_argument("--captions", metavar="TABLE", help="sam-llava: JSON, JSONL or Parquet of pictures' names and captions")
-    parser.add_argument("--image-column", metavar="NAME", help="of a table (default: image, image_path, path, url, jpg, png)")
-    parser.add_argument("--caption-column", metavar="NAME", help="of a table (default: captions, caption, text, txt)")
+    parser.add_argument(
+        "--image-column", metavar="NAME", help="column of a table (default: image, image_path, path, url, jpg, png)"
+    )
+    parser.add_argument("--caption-column", metavar="NAME", help="column of a table (default: captions, caption, text, txt)")
     _add_pictures(parser.add_argument_group("pictures"))
     shards = parser.add_argument_group("shards")
-    shards.add_argument("--shard-samples", metavar="N", type=positive, default=1000, help="per tar shard (default: 1000)")
+    shards.add_argument(
+        "--shard-samples", metavar="N", type=positive, default=1000, help="samples per tar shard (default: 1000)"
+    )
     shards.add_argument(
         "--buckets", metavar="HxW,...", help="a shard holds pictures of one of these sizes' shapes, such as 512x512,448x576"
     )
     shards.add_argument("--bucket-area", metavar="PX", type=positive, help="buckets of about PX x PX pixels, of many shapes")
-    shards.add_argument("--bucket-step", metavar="PX", type=positive, help="their edges are multiples of it (default: 64)")
-    shards.add_argument("--bucket-ratio", metavar="R", type=float, help="longest to shortest edge at most (default: 2)")
+    shards.add_argument("--bucket-step", metavar="PX", type=positive, help="step of the buckets' edges (default: 64)")
+    shards.add_argument("--bucket-ratio", metavar="R", type=float, help="largest ratio of the buckets' edges (default: 2)")
     shards.add_argument(
         "--held-out-share", metavar="S", type=_share, default=0.0, help="writes OUT/train and OUT/held_out (default: 0)"
     )
     shards.add_argument("--processes", metavar="N", type=positive, default=1, help="processes on this machine (default: 1)")
-    shards.add_argument(
-        "--scratch", metavar="DIR", help="where downloads lie until they are used (default: beside OUT, or /tmp)"
-    )
+    shards.add_argument("--scratch", metavar="DIR", help="folder of downloads that are not used yet (default: in OUT, or /tmp)")
     add_encoding(parser)
     parser.set_defaults(run=run)
 
@@ -78,9 +80,9 @@ def _add_pictures(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--min-size", metavar="PX", type=positive, help="leave out pictures with a shorter edge")
     group.add_argument(
-        "--format", choices=("jpg", "webp", "png"), default=None, help="of pictures that --size scales (default: jpg)"
+        "--format", choices=("jpg", "webp", "png"), default=None, help="format of pictures that --size scales (default: jpg)"
     )
-    group.add_argument("--quality", metavar="Q", type=positive, help="of jpg and webp, 1 to 100 (default: 95)")
+    group.add_argument("--quality", metavar="Q", type=positive, help="quality of jpg and webp, 1 to 100 (default: 95)")
 
 
 def _share(text: str) -> float:
@@ -135,13 +137,13 @@ def run(arguments: argparse.Namespace) -> int:
         world=ranks.world,
     )
     if manifest is not None:
-        shutil.rmtree(scratch, ignore_errors=True)  # All units are done, and nobody needs it any more.
+        shutil.rmtree(scratch, ignore_errors=True)  # All units are done.
         print(summary(arguments.out, manifest))
     return 0
 
 
 def check(arguments: argparse.Namespace) -> Buckets | None:
-    """The buckets that were asked for.
+    """The buckets that the flags name.
 
     Raises:
         UserError: flags that do not go together, or have no effect.
@@ -164,13 +166,13 @@ def check(arguments: argparse.Namespace) -> Buckets | None:
 
 
 def summary(out: str, manifest: Manifest) -> str:
-    """What was written, and what was left out, in a line."""
+    """One line about the samples written and left out."""
     from megadiff.data.packing import pack
     from megadiff.data.packing.claims import HELD_OUT
-    from megadiff.storage import store
+    from megadiff.storage import addresses
 
     held_out = sum(entry.samples for entry in manifest.shards if entry.name.startswith(f"{HELD_OUT}/"))
     split = f", {held_out:,} of them held out" if any("/" in entry.name for entry in manifest.shards) else ""
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in pack.left_out(manifest).items())
     left = f"; left out: {reasons}, see left_out.jsonl" if reasons else ""
-    return f"packed: {store.shown(out)} ({manifest.samples:,} samples in {len(manifest.shards):,} shards{split}{left})"
+    return f"packed: {addresses.shown(out)} ({manifest.samples:,} samples in {len(manifest.shards):,} shards{split}{left})"

@@ -1,4 +1,4 @@
-"""`megadiff ema`: weights averaged over another length than those that were tracked."""
+"""`megadiff ema`: weights averaged over a length that was not tracked."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def add(verbs: Verbs) -> None:
         "reconstruct an average of any length from a run's checkpoints",
         "Combine the averages that a stage's checkpoints hold (EDM2's power-function profiles) to one of another length,\n"
         "and write it as an export, which `megadiff sample --checkpoint` takes. The more checkpoints the stage kept\n"
-        "(checkpoint.keep_every_steps), the closer it comes; how close is told.",
+        "(checkpoint.keep_every_steps), the closer it comes; the error is printed.",
         EXAMPLES,
     )
     parser.add_argument("run_folder", metavar="RUN", help="a run's folder")
@@ -34,7 +34,7 @@ def add(verbs: Verbs) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from megadiff.weights.loading import export_average
 
-    found = export_average(arguments.run_folder, arguments.out, arguments.length, arguments.stage)
-    used = f"{len(found.coefficients)} averages"
-    print(f"export: {arguments.out} (length {arguments.length:g} out of {used}, profile within {found.error:.1%})")
+    average = export_average(arguments.run_folder, arguments.out, arguments.length, arguments.stage)
+    used = f"{len(average.coefficients)} averages"
+    print(f"export: {arguments.out} (length {arguments.length:g} out of {used}, profile within {average.error:.1%})")
     return 0

@@ -1,4 +1,4 @@
-"""How a user's mistake is said."""
+"""How a user's mistake is reported."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from megadiff.launcher.children import ERROR_FILE
 
 
 def say(error: Exception) -> None:
-    """One line on stderr; in a rank, left for `megadiff launch`, which says it once for all ranks."""
+    """Print one line on stderr; a rank leaves it to `megadiff launch`, which prints it once for all ranks."""
     if not _left_for_launcher(str(error)):
         print(f"megadiff: error: {error}", file=sys.stderr)
 
 
 @contextmanager
 def enough_memory(flags: str) -> Iterator[None]:
-    """What takes more memory than there is, is a mistake of the user's, who can lower `flags`."""
+    """Turn a lack of memory into a user's mistake that names the flags to lower."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        told = " ".join(str(error).split())
-        # torch's own error is a RuntimeError, of the CPU's memory one without a name of its own.
-        if isinstance(error, RuntimeError) and "out of memory" not in told and "can't allocate memory" not in told:
+        message = " ".join(str(error).split())
+        # torch raises a RuntimeError; for the CPU's memory it has no class of its own.
+        if isinstance(error, RuntimeError) and "out of memory" not in message and "can't allocate memory" not in message:
             raise
         raise UserError(f"there is not enough memory for this; take a smaller {flags}") from None
 
 
 def _left_for_launcher(message: str) -> bool:
-    """Whether there is a launcher to say it; the first rank to fail wins."""
+    """Leave the message to the launcher, if there is one; the first rank to fail wins."""
     path = os.environ.get(ERROR_FILE)
     if not path:
         return False

@@ -28,16 +28,18 @@ def add(verbs: Verbs) -> None:
         "launch",
         "train all stages of a run on this machine, or run another verb as several processes",
         "Check everything, then train the run's stages one after the other through DeepSpeed's launcher, on the GPUs of this\n"
-        "machine (CUDA_VISIBLE_DEVICES chooses) or on its CPU, and make the sheet of samples at the end. On a folder that has\n"
-        "checkpoints the run goes on where it stopped; the sections launch and showcase may differ then, other keys may not.\n"
-        "After -- may stand another verb, which is then run once per GPU, or as --processes says.",
+        "machine (CUDA_VISIBLE_DEVICES chooses) or on its CPU, and make the sheet of samples at the end. In a folder with\n"
+        "checkpoints the run continues; only its sections launch and showcase may have changed.\n"
+        "Another verb may follow --; it is run once per GPU, or --processes times.",
         EXAMPLES,
     )
     add_run(parser, required=False)
     parser.add_argument("--deepspeed", metavar="DS.json", help="how ranks share the work")
-    parser.add_argument("--processes", metavar="N", type=positive, help="of the verb after --; a run says it under `launch`")
+    parser.add_argument(
+        "--processes", metavar="N", type=positive, help="processes of the verb after --; a run has launch.processes"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check, print the commands, and start nothing")
-    parser.add_argument("--allow-changes", action="store_true", help="go on in a folder whose run had another configuration")
+    parser.add_argument("--allow-changes", action="store_true", help="continue in a folder whose run had another configuration")
     parser.set_defaults(run=run, command=[])
 
 

@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _let_go_of_output() -> None:
-    """What stdout still holds cannot be written: the interpreter's own flush at exit must not complain about it again."""
+    """Discard the rest of stdout, which cannot be written: the interpreter's flush at exit must not fail again."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -80,7 +80,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parsed, extras = parser().parse_known_args(own)
     if command:
         parsed.command = command
-    # argparse gives a `*` positional up at the first option, so that overrides after one arrive here.
+    # argparse ends a `*` positional at the first option; overrides after it arrive here.
     if hasattr(parsed, "overrides"):
         parsed.overrides += [extra for extra in extras if not extra.startswith("-")]
         extras = [extra for extra in extras if extra.startswith("-")]

@@ -41,7 +41,7 @@ def add(verbs: Verbs) -> None:
         "sample",
         "draw pictures, captions, both, or rows of a table from a checkpoint",
         "Draw samples and write them to a folder: pictures, captions (JSON lines) and one contact sheet. The same seed gives\n"
-        "the same sample whatever the batch size and the number of processes. The same command goes on where it was stopped.",
+        "the same sample whatever the batch size and the number of processes. After a stop the same command continues.",
         EXAMPLES,
     )
     _add_what(parser.add_argument_group("what"))
@@ -121,12 +121,14 @@ def _add_condition(group: Any) -> None:
     group.add_argument(
         "--strength", metavar="T", type=float, help="start from the picture or text noised to time T: variations"
     )
-    group.add_argument("--condition-time", metavar="T", type=float, help="hold conditions noised to time T (default: 0, clean)")
+    group.add_argument(
+        "--condition-time", metavar="T", type=float, help="time to which conditions are noised (default: 0, clean)"
+    )
     group.add_argument(
         "--repeat-prompt", action="store_true", default=None, help="give a caption ten times over, where it fits (the paper)"
     )
-    group.add_argument("--autoencoder", metavar="FOLDER", help="of a model of latents: a diffusers AutoencoderKL")
-    group.add_argument("--size", metavar="HxW", help="of pictures in pixels (default: the model's), such as 512x768")
+    group.add_argument("--autoencoder", metavar="FOLDER", help="a diffusers AutoencoderKL, for a model of latents")
+    group.add_argument("--size", metavar="HxW", help="size of pictures in pixels, such as 512x768 (default: the model's)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -139,8 +141,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     own = {"run", "parser", "preset", "processes", "repeat_prompt", *Sampling.model_fields}
     flags = {key: value for key, value in vars(arguments).items() if key not in own}
-    given = {key: value for key, value in flags.items() if value is not None}
-    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    flags = {key: value for key, value in flags.items() if value is not None}
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in flags.items()}
     with enough_memory("--size or --batch"):
         records = generate(GenerateRequest(**fields, sampling=sampling, repeat_prompt=repeat_prompt))
     print(f"samples: {records}")
@@ -168,8 +170,8 @@ def how_to_sample(arguments: argparse.Namespace) -> tuple[Sampling, bool]:
         raise UserError("".join(named) + fault["msg"].removeprefix("Value error, ")) from None
     for name, (partner, values) in NEEDS.items():
         if getattr(arguments, name) is not None and getattr(sampling, partner) not in values:
-            wanted = " or ".join(values)
-            raise UserError(f"--{name.replace('_', '-')} goes with --{partner} {wanted}, and has no effect without")
+            choices = " or ".join(values)
+            raise UserError(f"--{name.replace('_', '-')} goes with --{partner} {choices}, and has no effect without")
     if sampling.guidance == 1 and (arguments.guidance_interval or arguments.guidance_final_time is not None):
         raise UserError("--guidance-interval and --guidance-final-time go with a --guidance other than 1")
     return sampling, repeat_prompt
@@ -183,7 +185,7 @@ def check(arguments: argparse.Namespace) -> None:
     """
     task = arguments.task
     sources = ("--prompt", "--prompts", "--image", "--data", "--table")
-    given = [flag for flag in sources if getattr(arguments, flag[2:])]
+    conditions = [flag for flag in sources if getattr(arguments, flag[2:])]
     single = ("joint", "inpaint", "impute")
     if task not in single and not all(task.partition("-to-")):
         raise UserError(
@@ -191,13 +193,14 @@ def check(arguments: argparse.Namespace) -> None:
         )
     if arguments.prompt and arguments.prompts:
         raise UserError("--prompt and --prompts exclude each other; give one")
-    if arguments.data and len(given) > 1:
-        raise UserError(f"{' and '.join(given)} exclude each other; give one")
-    if task == "joint" and given and arguments.strength is None:
+    if arguments.data and len(conditions) > 1:
+        raise UserError(f"{' and '.join(conditions)} exclude each other; give one")
+    if task == "joint" and conditions and arguments.strength is None:
         raise UserError(
-            f"--task joint makes everything from nothing; leave out {' and '.join(given)}, or vary what they give by --strength"
+            f"--task joint makes everything from nothing; leave out {' and '.join(conditions)}, "
+            "or vary what they give by --strength"
         )
-    if task not in single and not given:
+    if task not in single and not conditions:
         raise UserError(f"--task {task} needs a condition: --prompt TEXT, --prompts FILE.json, --image FILE or --data MANIFEST")
     if (task == "impute") != bool(arguments.table):
         raise UserError("--task impute and --table FILE.csv go together")

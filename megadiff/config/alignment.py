@@ -1,4 +1,4 @@
-"""Alignment and buckets: features come in one shape, and what follows from that for the shards of a run."""
+"""Alignment and buckets: all features have one shape, which restricts the buckets of a run's shards."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def check_features(
     """Whether all shards of a manifest have as many features of a modality as the model has tokens.
 
     Args:
-        buckets: of the shards, HEIGHTxWIDTH in pixels.
-        encoded: what the manifest tells of the members that were encoded.
+        buckets: HEIGHTxWIDTH in pixels, of all shards.
+        encoded: the manifest's facts of encoded members, by ending.
 
     Raises:
         ConfigError: buckets of other sizes have other numbers of them.
@@ -48,7 +48,7 @@ def check_features(
 
 
 def check_local_manifests(run: Run) -> None:
-    """`check_features` of the manifests on this machine, for every stage that aligns; others are checked as they are read.
+    """`check_features` of the manifests on this machine, for every stage that aligns; others are checked when they are read.
 
     Raises:
         ConfigError: as `check_features`.
@@ -63,18 +63,18 @@ def check_local_manifests(run: Run) -> None:
 
 
 def _facts(manifest: Mapping[str, Any]) -> tuple[set[str], Mapping[str, Any]]:
-    """(buckets, what is told of encoded members); what has another form than a manifest's is passed over."""
+    """(buckets, facts of encoded members by ending); entries that no manifest has are ignored."""
     shards, encoded = manifest.get("shards"), manifest.get("encoded")
     buckets = {str(shard.get("bucket")) for shard in shards if isinstance(shard, dict)} if isinstance(shards, list) else set()
     members = encoded.items() if isinstance(encoded, dict) else ()
     return (
         {bucket for bucket in buckets if re.fullmatch(r"[1-9]\d*x[1-9]\d*", bucket)},
-        {member: told for member, told in members if isinstance(told, dict)},
+        {member: facts for member, facts in members if isinstance(facts, dict)},
     )
 
 
 def _local_manifest(address: str) -> dict[str, Any]:
-    """Empty where there is none that can be read, which is said where the shards are."""
+    """A manifest on this machine; empty if it cannot be read, which is an error once the shards are opened."""
     address = address.removeprefix("file://")
     if "://" in address:
         return {}

@@ -1,16 +1,18 @@
-"""Rules between sections, each one and its sentence once: a run's validator asks for all of them, and who is later given what
-one of them is about (the loader a batch, the sampler an order) asks for that one.
+"""Rules between sections, each stated once: a run's validator applies all of them; the loader and the sampler apply the one for
+the batch or the order that they get.
 
-A rule returns a sentence per fault. Sections are told apart by their `kind`: the schema's Run imports this file, so at run time
-nothing of the schema is imported here.
+A rule returns a sentence per fault. It tells sections apart by their `kind`: the schema's Run imports this file, so nothing of
+the schema is imported here at run time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megadiff.config.errors import ConfigError
+from megadiff.config.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from megadiff.config.schema.data import Data, FieldSource
@@ -31,11 +33,17 @@ def run_faults(model: Model, data: Data, stages: Sequence[Stage], showcase: Show
     names = [stage.name for stage in stages]
     if len(set(names)) != len(names):
         faults.append(f"stage names must differ: {', '.join(names)}")
+    faults += [f"a stage cannot be named {name}: the run's folder keeps a {name} of its own" for name in _taken(names)]
     for index, stage in enumerate(stages):
         faults += [f"stage {stage.name}: {fault}" for fault in stage_faults(stage, model, data, first=index == 0)]
     if showcase is not None:
         faults += [f"showcase: {fault}" for fault in _shown_faults(showcase.sampling, model, data)]
     return faults
+
+
+def _taken(names: Iterable[str]) -> list[str]:
+    """Names of stages whose folders would be other things in the run's folder."""
+    return [name for name in names if name in RunFolder(Path()).names]
 
 
 # ---------------------------------------------------------------------------------------------------------------- data

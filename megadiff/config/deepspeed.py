@@ -28,7 +28,7 @@ OWNED = (
     "gradient_clipping",
     "bf16.enabled",
 )
-"""The numbers that the stage owns; the only places where "auto" may stand."""
+"""The numbers that the stage owns; only they may be "auto"."""
 
 _REMOVED = "was removed in DeepSpeed 0.19; delete it"
 _STAGE_OWNS_OPTIMIZER = "the stage YAML owns the optimizer and its schedule (stages.NAME.optimizer); delete it"
@@ -61,7 +61,7 @@ REFUSED: Mapping[str, str] = {
     "sequence_parallel_size": _LATER,
     "weight_quantization": _LATER,
 }
-"""Blocks that must not stand in the JSON, and why."""
+"""Blocks that the JSON must not have, and why."""
 
 _OFFLOAD = 'is deprecated; use offload_optimizer or offload_param: {"device": "cpu"}'
 REFUSED_ZERO: Mapping[str, str] = {
@@ -79,7 +79,7 @@ REFUSED_ZERO: Mapping[str, str] = {
     "parameter_alignment": _LATER,
     "save_muon_momentum_buffer_in_memory": _LATER,
 }
-"""Likewise inside zero_optimization."""
+"""Keys that zero_optimization must not have, and why."""
 
 KNOWN = (
     "train_batch_size",
@@ -177,7 +177,7 @@ KNOWN_BF16 = (
     "immediate_grad_update",
     "check_grad_overflow",
 )
-"""Not its low-precision master weights and optimizer states: checkpoints and averages are fp32."""
+"""Keys of bf16. Its low-precision master weights and optimizer states are excluded: checkpoints and averages are fp32."""
 
 
 def load_deepspeed(path: str | Path) -> Tree:

@@ -42,10 +42,10 @@ def tokens(model: Model) -> dict[str, int]:
 def flops_per_sample(model: Model, stage: Stage) -> int:
     """Model FLOPs of training on one sample: forward and backward, a multiply-add counted as two.
 
-    Counted are the products of linear maps and of attention (4 N^2 I forward); a linear map of a n-token input costs
-    2 n x inputs x outputs forward. Backward, per linear map: once the forward's cost if its weight is trained, and once more if
-    anything before it is trained (then the gradient of its input is needed); attention: twice, in the latter case. So trained
-    parts cost 3 x forward, frozen ones with trained parts before them 2 x, frozen ones before all trained parts 1 x.
+    It counts the products of linear maps (2 n x inputs x outputs forward for n tokens) and of attention (4 N^2 I forward).
+    Backward, a linear map costs its forward once if its weight is trained, and once more if anything before it is trained (its
+    input then needs a gradient); attention costs its forward twice in the latter case. So trained parts cost 3 x forward,
+    frozen ones with trained parts before them 2 x, frozen ones before all trained parts 1 x.
     Towers and heads run for modalities with a loss weight above 0. A token head counts the expected share of scored positions:
     1 for the plain loss, 1/2 for the NELBO (times are uniform), less the samples in which the modality is only a condition.
     Recomputation under activation checkpointing is not counted, nor are norms, softmax, activations and lookups.
@@ -55,17 +55,8 @@ def flops_per_sample(model: Model, stage: Stage) -> int:
     return round(_flops(model, shares, trained)) + _alignment_flops(model, stage)
 
 
-def forward_flops(model: Model, scored: Mapping[str, float]) -> int:
-    """FLOPs of one forward pass over one sample.
-
-    Args:
-        scored: the modalities that are read out, with the share of positions whose logits are computed (1 for grids).
-    """
-    return round(_flops(model, scored, trained=set()))
-
-
 def _alignment_flops(model: Model, stage: Stage) -> int:
-    """Of the projection, and of nothing before it: the blocks run anyway."""
+    """FLOPs of the projection alone: the blocks before it run anyway."""
     if stage.alignment is None:
         return 0
     count = token_count(model.modalities[stage.alignment.modality].space)
@@ -172,11 +163,11 @@ Precision = Literal["bf16", "fp32"]
 def bytes_per_rank(model: Model, stage: Stage, data_ranks: int, *, zero_stage: int, precision: Precision) -> dict[str, int]:
     """Bytes that weights and optimizer take on one rank; activations, buffers and gathered weights are not in it.
 
-    weights: 2 (bf16) or 4 bytes a parameter, divided over the ranks by ZeRO-3. gradients: likewise for trained ones, divided
-    from ZeRO-2 on. master: float32 copies of all parameters (ZeRO-0 and ZeRO-3 in fp32 step the weights themselves: of frozen
-    ones only). adam: two float32 moments of trained ones. ema: float32 per profile of trained ones. The last three are divided
-    from ZeRO-1 on, and copies of frozen parameters always; bf16 with ZeRO-0 runs as ZeRO-1. Idle parameters count as trained in
-    tensors that are otherwise trained, else as frozen.
+    weights: 2 (bf16) or 4 bytes a parameter, divided over the ranks by ZeRO-3. gradients: the same for trained ones, divided
+    from ZeRO-2 on. master: float32 copies of all parameters, or of the frozen ones only with ZeRO-0 and ZeRO-3 in fp32, which
+    step the weights themselves. adam: two float32 moments of trained ones. ema: float32 per profile of trained ones. The last
+    three are divided from ZeRO-1 on, and copies of frozen parameters always; bf16 with ZeRO-0 runs as ZeRO-1. Idle parameters
+    count as trained in tensors that are otherwise trained, else as frozen.
     """
     zero = 1 if zero_stage == 0 and precision == "bf16" else zero_stage
     size = 2 if precision == "bf16" else 4

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from megadiff.config.schema import Alignment, GridSpace, Model, Stage, TokenSpace
 
 TIME_FEATURES = 256
-"""Sinusoids of a clock."""
+"""Sinusoids that encode a clock."""
 BLOCK_SLOTS = 6
-"""Of a block's modulation: shift, scale and gate of its attention and of its MLP."""
+"""Modulation vectors of a block: shift, scale and gate, for its attention and for its MLP."""
 PROJECTION_SLOTS = 2
 """The first of a block's modulation slots, which act before its attention."""
 HEAD_SLOTS = 2
-"""Of a head's modulation: shift and scale."""
+"""Modulation vectors of a head: shift and scale."""
 ALIGNMENT_HIDDEN = 2
 """Hidden width of the alignment's projection / D."""
 _SWIGLU_MULTIPLE = 8
@@ -117,7 +117,7 @@ def trainable(model: Model, stage: Stage) -> int:
 
 
 def is_trained(part: str, stage: Stage) -> bool:
-    """Whether a stage trains a part of the model, but for what of it is idle."""
+    """Whether a stage trains a part of the model, apart from its idle parameters."""
     return part not in (*stage.freeze, HIDDEN)
 
 
@@ -134,7 +134,7 @@ def reached(model: Model, stage: Stage) -> tuple[str, ...]:
 
 
 def always_clean(stage: Stage, name: str) -> bool:
-    """Whether a modality is given in every sample: its clock stands at 0, and none of its tokens is masked."""
+    """Whether a modality is given in every sample: its clock is always 0, and none of its tokens is masked."""
     return stage.modalities[name].conditioning.clean >= 1
 
 
@@ -161,11 +161,11 @@ class IdleCount:
 
 
 def idle(model: Model, stage: Stage) -> dict[str, IdleCount]:
-    """What is idle, by part that is not frozen; models/idle.py knows its names.
+    """Idle parameters by part that is not frozen; models/idle.py knows their names.
 
-    Towers and heads of modalities that are not scored; of modalities that are not reached what comes after the last joint
-    attention, and the queries there (without joint blocks: the embedding); what a clock that stands, or states that are always
-    the same, never ask for.
+    Idle are the towers and heads of modalities that are not scored; everything after the last joint attention, and its queries,
+    for modalities that are not reached (without joint blocks: their embedding); and inputs of the embeddings that a fixed clock
+    or constant states never use.
     """
     counts = stage_parameters(model, stage)
     joint = [_idle_joint(model, stage, name) for name in model.modalities]
@@ -175,7 +175,7 @@ def idle(model: Model, stage: Stage) -> dict[str, IdleCount]:
 
 
 def _idle_joint(model: Model, stage: Stage, name: str) -> IdleCount:
-    """One modality's among the embeddings, the joint blocks and the norm after them."""
+    """Idle parameters of one modality in the embeddings, the joint blocks and the norm after them."""
     width, inner = model.width_of(name), model.heads * model.head_dim
     norm = 0 if name in scored(stage) else _norm_parameters(model, name)
     if name in reached(model, stage):
@@ -191,7 +191,7 @@ def _idle_joint(model: Model, stage: Stage, name: str) -> IdleCount:
 
 
 def _idle_inputs(model: Model, stage: Stage, name: str) -> int:
-    """In the embedding of a modality that is always given (of the clock 0 the sines are 0; no mask) or never (only masks)."""
+    """Idle numbers of the embedding of a modality that is always given (clock 0: sines of 0, no mask) or never (only masks)."""
     masked = model.modalities[name].process.kind == "masked"
     if always_clean(stage, name):
         return (TIME_FEATURES // 2 + masked) * model.width_of(name)

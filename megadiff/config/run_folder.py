@@ -1,4 +1,4 @@
-"""A run's folder: the one owner of every path in it. Torch-free; nothing here is created or read but by name.
+"""A run's folder: the one owner of every path in it. Torch-free.
 
 RUN/  run.yaml  deepspeed.json  .lock  .ranks  samples.png  results.json  tensorboard/STAGE/
       STAGE/  DONE  error.txt  metrics.jsonl  results.jsonl  pictures/*.png  logs/rank_N.log
@@ -14,7 +14,7 @@ from pathlib import Path
 RUN = "run.yaml"
 """The resolved run."""
 MANIFEST = "manifest.json"
-"""In a checkpoint's folder: what it holds; written last."""
+"""The file in a checkpoint's folder that says what it holds; written last."""
 _STEP = "step_"
 
 
@@ -59,6 +59,12 @@ class RunFolder:
         """The figures that are measured at the end, and what they depend on."""
         return self.root / "results.json"
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The names in this folder that are no stage's."""
+        paths = (self.run, self.deepspeed, self.lock, self.ranks_lock, self.tensorboard, self.samples, self.results)
+        return frozenset(path.name for path in paths)
+
     def stage(self, name: str) -> StageFolder:
         return StageFolder(self, name)
 
@@ -81,12 +87,12 @@ class StageFolder:
 
     @property
     def done(self) -> Path:
-        """There once the stage has been trained to its end."""
+        """A file that exists once the stage has been trained to its end."""
         return self.root / "DONE"
 
     @property
     def error(self) -> Path:
-        """What ranks that stop for a user's mistake say of it."""
+        """The sentence of a rank that stopped for a user's mistake."""
         return self.root / "error.txt"
 
     @property
@@ -129,7 +135,7 @@ class CheckpointsFolder:
 
     @property
     def latest(self) -> Path:
-        """Holds the name of the newest."""
+        """A file with the name of the newest checkpoint."""
         return self.root / "latest"
 
     def step(self, step: int) -> Path:
@@ -137,23 +143,23 @@ class CheckpointsFolder:
         return self.root / f"{_STEP}{step:08d}"
 
     def partial(self, step: int) -> Path:
-        """Where it is written."""
+        """The folder that the checkpoint is written to until it is whole."""
         return self.root / f".partial-{_STEP}{step:08d}"
 
     def partials(self) -> list[Path]:
-        """What saves that were cut off have left."""
+        """Leftovers of interrupted saves."""
         return list(self.root.glob(f".partial-{_STEP}*"))
 
     def published(self) -> dict[int, Path]:
-        """By step the whole checkpoints, oldest first; a user's copies under other names are none of them."""
-        named = {re.fullmatch(rf"{_STEP}([0-9]{{8,}})", path.name): path for path in self.root.glob(f"{_STEP}*")}
-        whole = {int(match[1]): path for match, path in named.items() if match and (path / MANIFEST).exists()}
+        """Whole checkpoints by step, oldest first; a user's copies under other names are ignored."""
+        matches = {re.fullmatch(rf"{_STEP}([0-9]{{8,}})", path.name): path for path in self.root.glob(f"{_STEP}*")}
+        whole = {int(match[1]): path for match, path in matches.items() if match and (path / MANIFEST).exists()}
         return dict(sorted(whole.items()))
 
     def newest(self) -> Path | None:
         """The newest whole checkpoint. A pointer to nothing falls back to the newest folder."""
         if self.latest.exists():
-            named = self.root / self.latest.read_text(encoding="utf-8").strip()
-            if (named / MANIFEST).exists():
-                return named
+            newest = self.root / self.latest.read_text(encoding="utf-8").strip()
+            if (newest / MANIFEST).exists():
+                return newest
         return next(reversed(self.published().values()), None)

@@ -13,7 +13,7 @@ from megadiff.config.errors import UserError
 from megadiff.data.errors import SampleError
 
 LONGEST_PX = 2**15
-"""A picture that is longer than this once its short edge fits is no picture of anything, and could take all memory."""
+"""Longest edge of a picture whose short edge was fitted; longer ones show nothing and could take all memory."""
 
 
 class Bucket(NamedTuple):
@@ -28,12 +28,12 @@ class Bucket(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Bucket:
         """Raises UserError if it is not two positive whole numbers with an x between, or one is no picture's edge."""
-        found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.strip())
-        if found is None:
+        edges = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.strip())
+        if edges is None:
             raise UserError(f"{text!r} is no bucket; give HEIGHTxWIDTH in pixels, such as 512x768")
-        if max(len(found[1]), len(found[2])) > len(str(LONGEST_PX)) or max(int(found[1]), int(found[2])) > LONGEST_PX:
+        if max(len(edges[1]), len(edges[2])) > len(str(LONGEST_PX)) or max(int(edges[1]), int(edges[2])) > LONGEST_PX:
             raise UserError(f"{text.strip()[:40]} is too large: no edge of a picture may have more than {LONGEST_PX} px")
-        return cls(int(found[1]), int(found[2]))
+        return cls(int(edges[1]), int(edges[2]))
 
 
 class Buckets:
@@ -71,14 +71,14 @@ def area_buckets(edge_px: int, step_px: int = 64, max_ratio: float = 2.0) -> Buc
         raise UserError(f"the buckets' step ({step_px} px) must divide their edge ({edge_px} px)")
     if max_ratio < 1:
         raise UserError(f"the largest aspect ratio ({max_ratio:g}) must be at least 1")
-    found = set()
+    buckets = set()
     height = step_px
     while height <= edge_px:
         width = edge_px * edge_px // height // step_px * step_px
         if width <= max_ratio * height:
-            found |= {Bucket(height, width), Bucket(width, height)}
+            buckets |= {Bucket(height, width), Bucket(width, height)}
         height += step_px
-    return Buckets(sorted(found))
+    return Buckets(sorted(buckets))
 
 
 def fit(picture: Image.Image, height: int, width: int) -> Image.Image:

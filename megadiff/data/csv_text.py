@@ -1,4 +1,4 @@
-"""The records of a CSV, for whoever reads a table."""
+"""The records of a CSV."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "bar": "|"}
 
 
 def records_of(text: str, source: str, separator: str | None = None) -> list[tuple[int, list[str]]]:
-    """(line of the file on which it begins, cells) of every record; empty lines are none.
+    """(first line in the file, cells) of every record; empty lines are no records.
 
     Args:
         source: names the table in errors.
@@ -27,15 +27,15 @@ def records_of(text: str, source: str, separator: str | None = None) -> list[tup
         raise DataError(
             f"{source} seems to have a {name} between its cells; give --separator {name}, or --separator comma for one column"
         )
-    records, begins = [], 1
+    records, first_line = [], 1
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator or ",", strict=True)
     try:
         for record in reader:
             if record:
-                records.append((begins, record))
-            begins = reader.line_num + 1
+                records.append((first_line, record))
+            first_line = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{source}, line {begins} is no CSV: {error}") from None
+        raise DataError(f"{source}, line {first_line} is no CSV: {error}") from None
     return records
 
 
@@ -45,7 +45,7 @@ def shown(names: Iterable[str]) -> str:
 
 
 def _other_separator(text: str) -> str | None:
-    """The separator that a table seems to have instead of a comma: it stands in the first line, and cuts all lines alike."""
+    """The separator that a table seems to have instead of a comma: it is in the first line and cuts all lines alike."""
     lines = [line for line in itertools.islice(io.StringIO(text), _LOOKED_AT) if line.strip()]
     first = lines[0] if lines else ""
     for name, mark in SEPARATORS.items():

@@ -16,10 +16,10 @@ class SampleError(DataError):
 
 
 def in_one_line(error: Exception) -> str:
-    """What an error says, or its name if it says nothing."""
+    """An error's message as one line, or its class's name if it has none."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def picture_fault(error: Exception) -> str:
-    """Why Pillow could not read a picture; it would name the object in memory that it has read from."""
+    """Why Pillow could not read a picture. Its own message may name an object in memory instead."""
     return "its format is not known" if isinstance(error, UnidentifiedImageError) else in_one_line(error)

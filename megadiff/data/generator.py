@@ -1,4 +1,4 @@
-"""Random numbers of NumPy that depend on words alone."""
+"""NumPy's random numbers, determined by words."""
 
 from __future__ import annotations
 

@@ -21,32 +21,32 @@ _PLAIN = re.compile(
     rb"\{'descr': '([<>|](?:[iu][1248]|f[248]|c8|c16|b1))', 'fortran_order': False, "
     rb"'shape': \(((?:\d+, ?)*(?:\d+)?)\), \} *\n"
 )
-_known: dict[bytes, Header] = {}
-"""What the headers seen so far say: the samples of a data set have few different ones."""
+_headers: dict[bytes, Header] = {}
+"""Parsed headers by their bytes: the samples of a data set have few different ones."""
 _parsing = threading.Lock()
 """Held while NumPy parses a header: it calls `ast.parse`, whose counter of depth Python 3.11 and 3.12 keep once for all
 threads, so that two threads in it at once may raise SystemError (AST constructor recursion depth mismatch)."""
 
 
 def header_length(data: bytes | memoryview) -> int:
-    """The bytes before the numbers."""
+    """Number of bytes before the array's numbers."""
     return 10 + int.from_bytes(data[8:10], "little")
 
 
 def known_header(header: bytes) -> Header | None:
-    """What `header_of` said of these bytes before, if it did."""
-    return _known.get(header)
+    """The result of an earlier `header_of` of these bytes; None without one."""
+    return _headers.get(header)
 
 
 def header_of(header: bytes) -> Header:
     """Type and shape of an array stored by rows, from the bytes before its numbers.
 
-    Raises ValueError if it is not of version 1.0, damaged, stored by columns, or one of objects.
+    Raises ValueError if its version is not 1.0, or it is damaged, stored by columns, or holds objects.
     """
-    known = _known.get(header)
-    if known is None:
-        known = _known[header] = _parsed(header)
-    return known
+    parsed = _headers.get(header)
+    if parsed is None:
+        parsed = _headers[header] = _parsed(header)
+    return parsed
 
 
 def _parsed(header: bytes) -> Header:
@@ -78,7 +78,7 @@ def load(path: Path) -> NDArray[Any]:
 
 
 def dump(array: NDArray[Any]) -> bytes:
-    """An array as a file holds it."""
+    """The bytes of an array's file."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()

@@ -1,7 +1,7 @@
-"""How a picture is opened, the same for training, packing, encoding, sampling and looking at data.
+"""Opening a picture, the same way for training, packing, encoding, sampling and looking at data. Without torch.
 
-What counts is what a viewer shows: turned as its EXIF says, and see-through where it says so, be that by an alpha channel or by
-one colour (a PNG's tRNS). Without torch.
+A picture is read as a viewer shows it: turned by its EXIF orientation, and transparent by its alpha channel or its transparent
+colour (a PNG's tRNS).
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import numpy as np
 from PIL import Image, ImageOps
 
 PICTURE_ENDINGS = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif")
-"""Endings of files and members that are taken for pictures."""
+"""Endings of the files and members that count as pictures."""
 UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, OverflowError, struct.error, Image.DecompressionBombError)
-"""What Pillow raises at files that are no picture or a damaged one."""
+"""Errors that Pillow raises at damaged pictures and at files that are none."""
 
 _ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)
 _GREY_STEP = {"L;2": 85, "L;4": 17}
-"""Of a PNG's grey with few bits, as Pillow unpacks it."""
+"""Grey levels per step of a PNG with 2 or 4 bits, as Pillow unpacks it."""
 
 
 def open_picture(source: bytes | str | Path, enough: tuple[int, int] | None = None) -> Image.Image:
-    """The picture in a file or in bytes, decoded to its end, as `plain` makes it.
+    """The picture in a file or in bytes, decoded whole and made `plain`.
 
     Args:
-        enough: (width, height); where its format makes that cheap, the picture comes scaled down, though no smaller than this.
+        enough: (width, height); the picture may come scaled down to no less than this, if its format makes that cheap.
 
     Raises:
         UNREADABLE: it is none, or damaged.
@@ -40,7 +40,7 @@ def open_picture(source: bytes | str | Path, enough: tuple[int, int] | None = No
 
 
 def plain(picture: Image.Image) -> Image.Image:
-    """A picture turned as its EXIF says, with 8 bits, in L or RGB, or in RGBA if any of it may be see-through.
+    """A picture turned by its EXIF orientation, with 8 bits, in L or RGB, or in RGBA if any of it may be transparent.
 
     Raises:
         UNREADABLE: its file is damaged, or its values are floating-point numbers.
@@ -73,22 +73,22 @@ def shown_size(picture: Image.Image, *, from_header: bool = False) -> tuple[int,
     """(width, height) of an opened picture as a viewer shows it.
 
     Args:
-        from_header: do not decode a PNG to its end to look there for a turn that its header does not tell.
+        from_header: skip an EXIF orientation that stands at the end of a PNG and needs it decoded.
     """
-    # Of a TIFF Pillow tells the upright size by itself.
+    # Pillow gives the upright size of a TIFF by itself.
     upright = picture.format == "TIFF" or (from_header and picture.format == "PNG" and "exif" not in picture.info)
     turned = not upright and picture.getexif().get(_ORIENTATION) in _SIDEWAYS
     return picture.size[::-1] if turned else picture.size
 
 
 def _clear_colour(picture: Image.Image) -> int | tuple[int, ...] | None:
-    """The see-through colour of a PNG of 2, 4 or 48 bits as its unpacked pixels have it, where Pillow leaves it as written."""
-    told, tile = picture.info.get("transparency"), getattr(picture, "tile", None)
-    how = tile[0][3] if tile else None
-    if isinstance(told, int) and how in _GREY_STEP:
-        return told * _GREY_STEP[how]
-    if isinstance(told, tuple) and how == "RGB;16B":
-        return tuple(value >> 8 for value in told)
+    """The transparent colour of a PNG of 2, 4 or 48 bits, on the scale of its unpacked pixels; Pillow leaves it as written."""
+    colour, tile = picture.info.get("transparency"), getattr(picture, "tile", None)
+    raw_mode = tile[0][3] if tile else None
+    if isinstance(colour, int) and raw_mode in _GREY_STEP:
+        return colour * _GREY_STEP[raw_mode]
+    if isinstance(colour, tuple) and raw_mode == "RGB;16B":
+        return tuple(value >> 8 for value in colour)
     return None
 
 

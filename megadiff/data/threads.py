@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 
 def in_order(items: Iterable[Item], work: Callable[[Item], Result], threads: int) -> Iterator[Result]:
-    """`work` of each item in their order, by threads that are a few items ahead of the consumer and no more."""
+    """Results of `work` in the items' order, by threads that run at most 2 x `threads` items ahead of the consumer."""
     if threads == 1:
         yield from map(work, items)
         return

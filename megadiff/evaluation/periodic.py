@@ -10,8 +10,7 @@ from PIL import Image
 from megadiff import rng
 from megadiff.config import parameters
 from megadiff.config.layout import Layout
-from megadiff.config.schema import PeriodicSamples as Rule
-from megadiff.config.schema import Run, Stage
+from megadiff.config.schema import Run, SampleSheets, Stage
 from megadiff.data.codecs.build import build_codecs
 from megadiff.data.reading.loader import read_held_out
 from megadiff.diffusion.sampler import Conditions
@@ -27,7 +26,7 @@ TITLES = {"ema": "averaged weights", "raw": "plain weights"}
 class PeriodicSamples:
     """A training callback: one contact sheet per task, the same conditions and keys every time, so that sheets compare."""
 
-    def __init__(self, run: Run, stage: Stage, rule: Rule) -> None:
+    def __init__(self, run: Run, stage: Stage, rule: SampleSheets) -> None:
         """Raises UserError if the held-out data cannot be read."""
         self.rule, self.model = rule, run.model
         self.codecs = build_codecs(run.data, run.model)

@@ -23,7 +23,7 @@ from megadiff.generation.planner import Chunk, Item, Planner, keys_of
 from megadiff.generation.request import GenerateRequest
 from megadiff.generation.tasks import draw
 from megadiff.generation.writing import RECORDS, SampleWriter, join_records, open_folder
-from megadiff.storage import store
+from megadiff.storage import addresses, store
 from megadiff.weights.loading import AUTOENCODER, Loaded
 
 SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_LOOKS = 10.0, 0.2
@@ -82,7 +82,7 @@ def _contents(request: GenerateRequest) -> dict[str, str]:
     named = [request.prompts, request.table, request.mask_image, *request.image]
     paths = [str(path) for path in named if path is not None]
     if request.data is not None:
-        paths.append(request.data if request.data.endswith(".json") else store.join(request.data, MANIFEST))
+        paths.append(request.data if request.data.endswith(".json") else addresses.join(request.data, MANIFEST))
     return {path: hashlib.sha256(store.read_bytes(path)).hexdigest() for path in paths}
 
 

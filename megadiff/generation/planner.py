@@ -18,7 +18,7 @@ from megadiff.config.schema import (
 )
 from megadiff.data.codecs.base import PICTURE, TEXT, Codec
 from megadiff.data.codecs.build import table_columns
-from megadiff.data.reading.loader import Shuffled
+from megadiff.data.reading.loader import ShuffledSamples
 from megadiff.diffusion.sampler import Conditions, Known, Sampler
 from megadiff.generation.inputs import checked_text, open_picture, read_prompts, read_rows
 from megadiff.generation.presets import PROMPT_REPEATS
@@ -119,7 +119,7 @@ class Planner:
 
     def _of_data(self, task: Task, address: str) -> list[Chunk]:
         """Every sample of a data set, or the first n in its shuffled order."""
-        source = Shuffled(address, self.loaded.data, self.loaded.model)
+        source = ShuffledSamples(address, self.loaded.data, self.loaded.model)
         needed = [*task.given, *(task.generated if self.request.strength is not None else ())]
         if not needed:
             raise UserError(f"{task.name} takes no condition: leave out --data, or vary the data's samples with --strength")

@@ -17,7 +17,7 @@ from megadiff.config.schema import Data, Model
 from megadiff.files import sha256
 from megadiff.models.mmdit import MMDiT, build_model
 from megadiff.models.names import part_of
-from megadiff.storage import store
+from megadiff.storage import addresses
 from megadiff.types import ALIGNMENT
 from megadiff.weights import export
 from megadiff.weights.card import model_card
@@ -115,7 +115,7 @@ def _with_own_files(data: Data, checkpoint: Path) -> Data:
     """
     fields = {}
     for name, field in data.fields.items():
-        paths = {key: path for key in field.FILES if (path := getattr(field, key)) is not None and store.is_local(path)}
+        paths = {key: path for key in field.FILES if (path := getattr(field, key)) is not None and addresses.is_local(path)}
         found = {key: _nearest(path, checkpoint) for key, path in paths.items()}
         for key, path in found.items():
             if path is None and key != AUTOENCODER:  # that one has a flag, and is not always needed
@@ -130,7 +130,7 @@ def _with_own_files(data: Data, checkpoint: Path) -> Data:
 
 def _nearest(path: str, checkpoint: Path) -> str | None:
     """A file or folder by the name that a run gives it: beside the checkpoint or in a folder above it, else in this folder."""
-    named = store.local_path(path)
+    named = addresses.local_path(path)
     above = [folder / named for folder in checkpoint.absolute().parents]
     # What import-paper writes lies in the run's own folder, which may have been moved since.
     own = [folder / named.name for folder in list(checkpoint.absolute().parents)[:3]] if named.is_absolute() else []

@@ -16,7 +16,7 @@ from PIL import Image
 from megadiff.cli import main as cli
 from megadiff.data.codecs.captions import load_tokenizer
 from megadiff.data.inspection.pictures import channels_picture, decoder, sample_cell, stats_picture
-from megadiff.data.inspection.show import Drawn
+from megadiff.data.inspection.show import ShownSample
 from megadiff.data.inspection.stats import Seen, Stats, measure
 from megadiff.data.shards.shard import Manifest, Members, read_manifest, write_manifest
 from tests.data.small import TOKENIZER, TRAIN, make_autoencoder, sample, write_source
@@ -245,8 +245,8 @@ def test_a_sheet_is_the_same_for_a_seed(tmp_path: Path, capsys: pytest.CaptureFi
     assert 3 * 168 < many.width < 4 * 168
 
 
-def drawn(members: Members) -> Drawn:
-    return Drawn("000.tar", "key-1", members)
+def drawn(members: Members) -> ShownSample:
+    return ShownSample("000.tar", "key-1", members)
 
 
 def test_a_cell_has_the_first_caption_and_the_key() -> None:

@@ -36,6 +36,13 @@ def test_parts_that_disagree_are_said_at_once_with_numbers_and_a_way_out(tmp_pat
     assert "stage names must differ" in message
 
 
+def test_a_stage_named_like_a_folder_of_the_run_is_refused(tmp_path: Path) -> None:
+    """Its checkpoints would lie among TensorBoard's logs."""
+    message = fault(tmp_path, stages=[{"name": "tensorboard"}])
+    assert "a stage cannot be named tensorboard: the run's folder keeps a tensorboard of its own" in message
+    load(tmp_path, stages=[{"name": "tensorboard_two"}])
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [

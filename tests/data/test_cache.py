@@ -20,6 +20,7 @@ from megadiff.data.shards.cache import ShardCache
 from megadiff.data.shards.reader import ShardReader
 from megadiff.data.shards.shard import Manifest, ShardEntry, read_manifest
 from megadiff.storage import store
+from megadiff.storage.errors import FullError
 from tests.data.small import sample, write_source
 from tests.ranks import ROOT
 from tests.storage.servers import Mood, server_of
@@ -40,7 +41,7 @@ def test_a_full_disk_is_warned_of_once_and_shards_are_held_in_memory(
     tmp_path: Path, far: tuple[ShardEntry, bytes], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(*_: Any) -> None:
-        raise store.FullError("the disk has no space left")
+        raise FullError("the disk has no space left")
 
     monkeypatch.setattr(store, "download", full)
     entry, content = far

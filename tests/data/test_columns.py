@@ -14,7 +14,7 @@ from megadiff.data.codecs.columns import (
     ClassCodec,
     Column,
     NumberCodec,
-    Ranked,
+    RankedNumber,
     column_of_classes,
     column_of_numbers,
     read_columns,
@@ -45,7 +45,7 @@ def row(**cells) -> dict[str, bytes]:
 def test_a_number_comes_back_from_any_place_in_its_interval_of_ranks(columns, place):
     codec = number(columns)
     for value in PRICES.values:
-        state = codec.encode(Ranked(value, place))
+        state = codec.encode(RankedNumber(value, place))
         assert state.shape == (1, 1, 1)
         assert codec.decode(state) == value
     assert number(columns, "whole").decode(number(columns, "whole").encode(3)) == 3
@@ -57,7 +57,7 @@ def test_rounding_to_float32_makes_no_value_its_neighbour_in_a_long_column(tmp_p
     values = tuple(float(value) for value in range(20_000))
     address = write_columns(str(tmp_path), {"n": Column("number", values, (3,) * len(values))})
     codec = number(address, "n")
-    assert [codec.decode(codec.encode(Ranked(value, place))) for value in values] == list(values)
+    assert [codec.decode(codec.encode(RankedNumber(value, place))) for value in values] == list(values)
 
 
 def test_columns_written_anew_are_read_anew(columns, tmp_path):

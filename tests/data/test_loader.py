@@ -335,14 +335,14 @@ def test_a_cache_smaller_than_what_is_open_still_gives_the_right_samples(
     expected = joined([opened(data_of(address, workers=0)).take()])
     small = Cache(folder=str(tmp_path / "cache"), max_bytes=2 * read_manifest(address).shards[0].bytes)
     # Local shards are read in place; here the folder plays a bucket.
-    monkeypatch.setattr("megadiff.storage.store.is_local", lambda address: str(tmp_path / "far") not in address)
+    monkeypatch.setattr("megadiff.storage.addresses.is_local", lambda address: str(tmp_path / "far") not in address)
     content = {f"{tmp_path}/far/{path.name}": path.read_bytes() for path in (tmp_path / "far").iterdir()}
 
     def chunks(address: str, *_: Any) -> Iterator[tuple[int, memoryview]]:
         yield len(content[address]), memoryview(content[address])
 
     monkeypatch.setattr("megadiff.storage.store._chunks", chunks)
-    monkeypatch.setattr("megadiff.storage.store.parent", lambda address: address.rpartition("/")[0])
+    monkeypatch.setattr("megadiff.storage.addresses.parent", lambda address: address.rpartition("/")[0])
     found = joined([opened(data_of(address, cache=small, workers=0)).take()])
     assert found == expected
 

@@ -28,7 +28,7 @@ from megadiff.data.packing.pack import Packing, Transformed, left_out, pack, uni
 from megadiff.data.packing.source import expand, key_of
 from megadiff.data.packing.sources.sam_llava import read_list
 from megadiff.data.shards.shard import Manifest, Members, Shard, index_shards, read_manifest
-from megadiff.storage import store
+from megadiff.storage import addresses, clients, store
 from tests import ranks
 from tests.forks import Forked, start_forked
 from tests.ranks import ROOT, free_port
@@ -676,7 +676,7 @@ def test_samples_wait_on_disk_and_not_in_memory(folder: Path, tmp_path: Path, mo
 
 KILLED = """
 import os, signal, sys
-from megadiff.storage import store
+from megadiff.storage import addresses, clients, store
 left, partial = int(sys.argv[1]), sys.argv[2] == "half"
 write = store._write_file
 def counted(address, data):
@@ -785,7 +785,7 @@ def test_tables_and_tars_on_s3_are_packed_to_s3(tmp_path: Path, monkeypatch: pyt
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=free_port())
     server.start()
-    store._store.cache_clear()
+    clients.bucket_client.cache_clear()
     try:
         host, port = server.get_host_and_port()
         named = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_REGION": "us-east-1"}
@@ -796,7 +796,7 @@ def test_tables_and_tars_on_s3_are_packed_to_s3(tmp_path: Path, monkeypatch: pyt
         _pack_on_s3(tmp_path)
     finally:
         server.stop()
-        store._store.cache_clear()
+        clients.bucket_client.cache_clear()
 
 
 def _pack_on_s3(tmp_path: Path) -> None:
@@ -817,7 +817,7 @@ def _pack_on_s3(tmp_path: Path) -> None:
             assert manifest is not None
             assert manifest.samples == samples
         (first, *_) = manifest.shards
-        shard = Shard(first.name, store.read_bytes(store.join(out, first.name)))
+        shard = Shard(first.name, store.read_bytes(addresses.join(out, first.name)))
         assert len(shard) == first.samples == 3
 
 

@@ -19,7 +19,7 @@ from megadiff.data import pictures
 from megadiff.data.codecs.pictures import PixelCodec
 from megadiff.data.errors import SampleError
 from megadiff.data.inspection.show import load_picture
-from megadiff.data.packing.pack import Packing, Prepared, prepare
+from megadiff.data.packing.pack import PackedSample, Packing, prepare
 from megadiff.data.packing.source import Raw
 from megadiff.generation.inputs import open_picture
 
@@ -79,7 +79,7 @@ def by_the_codec_of_a_value(data: bytes) -> Pixels:
 
 def by_packing(data: bytes) -> Pixels:
     packed = prepare(Raw("a", "a", ["a"], lambda: data), Packing(size_px=2**10))
-    assert isinstance(packed, Prepared)
+    assert isinstance(packed, PackedSample)
     return by_training(next(value for ending, value in packed.members.items() if ending != "json"))
 
 
@@ -87,7 +87,7 @@ def by_scaling_while_packing(data: bytes) -> Pixels:
     side = Image.open(io.BytesIO(data)).width
     large = Raw("a", "a", ["a"], lambda: data)
     packed = prepare(large, Packing(size_px=side - 1, format="png"))
-    assert isinstance(packed, Prepared)
+    assert isinstance(packed, PackedSample)
     return np.asarray(Image.open(io.BytesIO(packed.members["png"])).convert("RGBA").resize((side, side), 0))
 
 

@@ -32,7 +32,7 @@ from megadiff.data.shards.shard import (
     write_manifest,
     write_shard,
 )
-from megadiff.storage import store
+from megadiff.storage import clients, store
 from tests.data.small import TRAIN, sample, write_source
 from tests.ranks import run_ranks
 
@@ -88,7 +88,7 @@ def far_away(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[str]:
         yield len(content), memoryview(content)[start:]
 
     monkeypatch.setattr(store, "_chunks", chunks)
-    monkeypatch.setattr(store, "_store_and_path", lambda address: (None, address))
+    monkeypatch.setattr(clients, "client_and_key", lambda address: (None, address))
     monkeypatch.setattr(store.obstore, "get", _broken)
     return downloaded
 

@@ -20,6 +20,7 @@ from megadiff.data.inspection.show import in_order
 from megadiff.data.inspection.verify import Fault, Kind, verify
 from megadiff.data.shards.shard import Manifest, Members, ShardEntry, index_shards, read_manifest, write_manifest, write_shard
 from megadiff.storage import store
+from megadiff.storage.errors import StorageError
 from tests.data.small import TRAIN, sample, write_source
 
 MODES: list[dict[str, bool]] = [{"quick": True}, {}, {"decode": True}]
@@ -172,7 +173,7 @@ def test_a_shard_that_cannot_be_read_is_a_fault_and_the_others_are_read(
 
     def refuse(address: str) -> memoryview:
         if address.endswith("000.tar"):
-            raise store.StorageError(error)
+            raise StorageError(error)
         return read_whole(address)
 
     monkeypatch.setattr(store, "read_whole", refuse)
@@ -207,7 +208,7 @@ def test_a_folder_that_cannot_be_listed_is_told_and_is_no_fault(
     else:
 
         def refuse(folder: str) -> list[str]:
-            raise store.StorageError(f"{folder} may not be listed")
+            raise StorageError(f"{folder} may not be listed")
 
         monkeypatch.setattr(store, "list_names", refuse)
     result = verify(address)
@@ -217,7 +218,7 @@ def test_a_folder_that_cannot_be_listed_is_told_and_is_no_fault(
 
 
 def test_a_manifest_that_cannot_be_read_is_the_users_mistake(tmp_path: Path) -> None:
-    with pytest.raises(store.StorageError, match=r"manifest\.json"):
+    with pytest.raises(StorageError, match=r"manifest\.json"):
         verify(str(tmp_path))
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(DataError, match="no manifest"):
@@ -382,7 +383,7 @@ def test_faults_and_progress_are_told_on_the_way(tmp_path: Path) -> None:
     broken(tmp_path)
     told: list[Fault] = []
     steps: list[tuple[int, int]] = []
-    result = verify(str(tmp_path), found=told.append, progress=lambda done, total: steps.append((done, total)))
+    result = verify(str(tmp_path), report=told.append, progress=lambda done, total: steps.append((done, total)))
     assert tuple(told) == result.faults
     assert steps == [(done, 12) for done in range(1, 13)]
 
@@ -393,7 +394,7 @@ def test_of_each_kind_so_many_are_kept_and_all_are_counted(tmp_path: Path) -> No
         (tmp_path / f"00{number}.tar").unlink()
     (tmp_path / "more.tar").write_bytes(b"")
     told: list[Fault] = []
-    result = verify(str(tmp_path), keep=2, found=told.append)
+    result = verify(str(tmp_path), keep=2, report=told.append)
     assert result.counts == {Kind.MISSING: 5, Kind.UNLISTED: 1}
     assert [fault.kind for fault in result.faults].count(Kind.MISSING) == 2
     assert len(told) == 6

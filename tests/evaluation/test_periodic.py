@@ -14,8 +14,7 @@ from torch import nn
 
 from megadiff.config.layout import Layout
 from megadiff.config.load import load_run
-from megadiff.config.schema import PeriodicSamples as Rule
-from megadiff.config.schema import Run, Sampling
+from megadiff.config.schema import Run, SampleSheets, Sampling
 from megadiff.evaluation.periodic import PeriodicSamples
 from megadiff.models.mmdit import build_model
 from megadiff.types import Denoiser, Metric
@@ -77,7 +76,7 @@ def network(run: Run, seed: int) -> nn.Module:
 
 
 def shown(run: Run, weights: str) -> Moment:
-    rule = Rule.model_validate({"every_steps": 1, "count": 2, "weights": weights, "sampling": Sampling(steps=2)})
+    rule = SampleSheets.model_validate({"every_steps": 1, "count": 2, "weights": weights, "sampling": Sampling(steps=2)})
     moment = Moment(run)
     PeriodicSamples(run, run.stages[-1], rule)(moment)
     return moment
@@ -111,7 +110,7 @@ def test_one_kind_of_weights_draws_alone(run, weights, idle):
 
 
 def test_a_sheet_has_as_many_samples_as_were_asked_for_whatever_the_number_of_ranks(run):
-    rule = Rule.model_validate({"every_steps": 1, "count": 3, "sampling": Sampling(steps=1)})
+    rule = SampleSheets.model_validate({"every_steps": 1, "count": 3, "sampling": Sampling(steps=1)})
     moment, samples = Moment(run), PeriodicSamples(run, run.stages[-1], rule)
     with moment.denoiser() as denoiser:
         assert len(samples.cells(denoiser, samples.tasks[-1], Layout(), moment.device)) == 3
@@ -121,8 +120,8 @@ def test_a_sheet_has_as_many_samples_as_were_asked_for_whatever_the_number_of_ra
 def test_samples_are_due_every_so_often_and_at_the_end(run, step, last, due):
     moment = Moment(run)
     moment.step, moment.last = step, last
-    assert PeriodicSamples(run, run.stages[-1], Rule(every_steps=4)).due(moment) is due
+    assert PeriodicSamples(run, run.stages[-1], SampleSheets(every_steps=4)).due(moment) is due
 
 
 def test_the_averaged_weights_are_the_default():
-    assert Rule(every_steps=1).weights == "ema"
+    assert SampleSheets(every_steps=1).weights == "ema"

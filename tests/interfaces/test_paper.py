@@ -22,7 +22,7 @@ from megadiff.generation.loading import codecs_of
 from megadiff.generation.request import GenerateRequest
 from megadiff.interfaces import paper
 from megadiff.interfaces.paper import export_paper, import_paper
-from megadiff.storage.store import StorageError
+from megadiff.storage.errors import StorageError
 from megadiff.types import Dense, Noised
 from megadiff.weights.checkpoint import CheckpointReader
 from megadiff.weights.loading import export_run, load

@@ -9,7 +9,7 @@ from uuid import uuid4
 import boto3
 import pytest
 
-from megadiff.storage import store
+from megadiff.storage import clients
 from tests.s3.server import Ceph
 
 
@@ -54,9 +54,9 @@ def new_bucket(client: Any) -> Callable[[], str]:
 def s3(ceph: Ceph, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ceph]:
     """The server, which S3 addresses lead to during the test. No client outlives it."""
     ceph.use(monkeypatch)
-    store._store.cache_clear()
+    clients.bucket_client.cache_clear()
     yield ceph
-    store._store.cache_clear()
+    clients.bucket_client.cache_clear()
 
 
 @pytest.fixture

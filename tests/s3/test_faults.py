@@ -25,7 +25,7 @@ from megadiff.config.schema import Data, Model
 from megadiff.data.errors import DataError
 from megadiff.data.reading.loader import Loader, check_unreadable
 from megadiff.data.shards.shard import Manifest, Members, ShardEntry, read_manifest, write_manifest, write_shard
-from megadiff.storage import store
+from megadiff.storage import addresses, clients, store
 from megadiff.types import Batch
 from tests.data.small import data_of, sample, tiny, write_source
 from tests.s3.faults import FaultProxy, Plan
@@ -106,10 +106,10 @@ def source(ceph: Ceph, new_bucket: Callable[[], str], tmp_path_factory: pytest.T
     manifest, distant = write_numbered(local), new_bucket()
     with pytest.MonkeyPatch.context() as patched:
         ceph.use(patched)
-        store._store.cache_clear()
+        clients.bucket_client.cache_clear()
         for path in Path(local).iterdir():
-            store.write_bytes(store.join(distant, path.name), path.read_bytes())
-        store._store.cache_clear()
+            store.write_bytes(addresses.join(distant, path.name), path.read_bytes())
+        clients.bucket_client.cache_clear()
     order = read(settings(manifest))
     assert sorted(order) == [f"{name_of(number // SHARD_SAMPLES)}/{number:06d}" for number in range(SAMPLES)]
     return Source(manifest, f"{distant}/manifest.json", order)
@@ -158,7 +158,7 @@ def proxy(s3: Ceph, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     with FaultProxy(s3.url) as proxy:
         s3.use(monkeypatch, proxy.url)
         yield proxy
-        store._store.cache_clear()
+        clients.bucket_client.cache_clear()
 
 
 # ------------------------------------------------------------------------------------------------- what must be mended
@@ -294,11 +294,11 @@ def test_a_damaged_tar_header_stops_the_run_and_the_shard_is_named(
 ) -> None:
     write_numbered(bucket, shards=4, size=50)
     entries = list(read_manifest(bucket).shards)
-    whole = store.read_bytes(store.join(bucket, entries[2].name))
+    whole = store.read_bytes(addresses.join(bucket, entries[2].name))
     header = 0 if member == "first" else whole.index(b"000125.n.npy")
     at = header + DAMAGES[place]
     damaged = whole[:at] + bytes([whole[at] ^ 0x15]) + whole[at + 1 :]
-    store.write_bytes(store.join(bucket, entries[2].name), damaged)
+    store.write_bytes(addresses.join(bucket, entries[2].name), damaged)
     entries[2] = replace(entries[2], sha256=hashlib.sha256(damaged).hexdigest())
     data = settings(write_manifest(bucket, Manifest(tuple(entries))), **changes)
     _, error = read_until_error(data)
@@ -308,10 +308,10 @@ def test_a_damaged_tar_header_stops_the_run_and_the_shard_is_named(
 
 def test_a_tar_without_its_end_stops_the_run_and_the_shard_is_named(bucket: str, changes: dict[str, Any]) -> None:
     write_numbered(bucket, shards=1, size=GLOBAL)
-    whole = store.read_bytes(store.join(bucket, name_of(0)))
+    whole = store.read_bytes(addresses.join(bucket, name_of(0)))
     for end in (len(whole) // 2, whole.rindex(b".n.npy") + 600):
         cut = whole[:end]
-        store.write_bytes(store.join(bucket, name_of(0)), cut)
+        store.write_bytes(addresses.join(bucket, name_of(0)), cut)
         entry = ShardEntry(name_of(0), GLOBAL, len(cut), hashlib.sha256(cut).hexdigest())
         data = settings(write_manifest(bucket, Manifest((entry,))), **changes)
         _, error = read_until_error(data)
@@ -325,7 +325,7 @@ def test_wrong_credentials_are_one_sentence_without_them(
 ) -> None:
     right, wrong = s3.variables[variable], "WRONGwrong0123456789"
     monkeypatch.setenv(variable, wrong)
-    store._store.cache_clear()
+    clients.bucket_client.cache_clear()
     began = time.monotonic()
     with caplog.at_level(logging.DEBUG), pytest.raises(UserError) as caught:
         Loader(settings(source.distant), MODEL, seed=3, global_samples=GLOBAL, micro_batch=GLOBAL)
@@ -353,7 +353,7 @@ def copy_of(source: Source, bucket: str, without: str | None = None) -> str:
     """A copy of the shards in a bucket of the test's own; returns the manifest's address."""
     for path in Path(source.local).parent.iterdir():
         if path.name != without:
-            store.write_bytes(store.join(bucket, path.name), path.read_bytes())
+            store.write_bytes(addresses.join(bucket, path.name), path.read_bytes())
     return f"{bucket}/manifest.json"
 
 

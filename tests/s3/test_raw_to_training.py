@@ -13,6 +13,7 @@ from PIL import Image
 
 from megadiff.data.shards.shard import Shard, read_manifest
 from megadiff.storage import store
+from megadiff.storage.errors import StorageError
 from tests.data.small import TOKENIZER, TRAIN, make_autoencoder
 from tests.ranks import ROOT, finish, fork_megadiff, kill_when, start_megadiff
 
@@ -76,7 +77,7 @@ def _output(ended: subprocess.CompletedProcess[str]) -> str:
 def units_done(out: str) -> int:
     try:
         return sum(name.endswith(".json") and name != "job.json" for name in store.list_names(f"{out}/.units"))
-    except store.StorageError:
+    except StorageError:
         return 0
 
 

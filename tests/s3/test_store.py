@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from megadiff.storage import store
-from megadiff.storage.store import StorageError
+from megadiff.storage import clients, store
+from megadiff.storage.errors import StorageError
 from tests.s3.faults import FaultProxy, Plan
 from tests.s3.server import Ceph
 
@@ -76,10 +76,10 @@ def test_an_object_that_is_replaced_between_two_ranges_is_an_error_that_says_so(
     with FaultProxy(s3.url, Plan(seed=1, truncated=1.0)) as proxy:
         proxy.before_cut = replace
         s3.use(monkeypatch, proxy.url)
-        store._store.cache_clear()
+        clients.bucket_client.cache_clear()
         with pytest.raises(StorageError, match="changed while it was read") as caught:
             _ = store.read_bytes(address) if act == "read" else store.download(address, path)
-        store._store.cache_clear()
+        clients.bucket_client.cache_clear()
     assert proxy.done["truncated"] >= 1
     assert address in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -102,13 +102,13 @@ def test_a_body_that_breaks_before_a_server_that_is_busy_for_seconds_is_read_to_
         calm = threading.Timer(3.0, lambda: setattr(proxy, "plan", Plan()))
         proxy.before_cut = become_busy
         s3.use(monkeypatch, proxy.url)
-        store._store.cache_clear()
+        clients.bucket_client.cache_clear()
         if act == "read":
             path.write_bytes(store.read_bytes(address))
         else:
             store.download(address, path)
         calm.join()
-        store._store.cache_clear()
+        clients.bucket_client.cache_clear()
     assert path.stat().st_size == len(content)
     assert path.read_bytes() == content
     assert proxy.done["truncated"] == 1

@@ -16,8 +16,8 @@ import pytest
 
 from megadiff.data.reading.loader import Loader
 from megadiff.data.shards.shard import index_shards, read_manifest
-from megadiff.storage import store
-from megadiff.storage.store import StorageError
+from megadiff.storage import addresses, clients, store
+from megadiff.storage.errors import AddressError, FullError, MissingError, StorageError
 from tests.data.small import data_of, tiny, write_source
 from tests.ranks import free_port
 from tests.storage.servers import Mood, server_of
@@ -29,9 +29,9 @@ SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY"
 def fresh_clients(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No client, pause or credential outlives a test."""
     monkeypatch.setattr(store, "_FIRST_PAUSE_S", 0.001)
-    store._store.cache_clear()
+    clients.bucket_client.cache_clear()
     yield
-    store._store.cache_clear()
+    clients.bucket_client.cache_clear()
 
 
 @pytest.fixture(scope="session")
@@ -77,14 +77,14 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest.mark.s3
 @pytest.mark.parametrize("content", [b"", b"x", bytes(range(256)) * 40])
 def test_what_was_written_is_read(folder: str, content: bytes) -> None:
-    address = store.join(folder, "a.bin")
+    address = addresses.join(folder, "a.bin")
     store.write_bytes(address, content)
     assert store.read_bytes(address) == content
 
 
 @pytest.mark.s3
 def test_ranges_are_read_and_end_with_the_object(folder: str) -> None:
-    address = store.join(folder, "a.bin")
+    address = addresses.join(folder, "a.bin")
     store.write_bytes(address, b"0123456789")
     assert store.read_bytes(address, 3) == b"3456789"
     assert store.read_bytes(address, 3, 4) == b"3456"
@@ -96,7 +96,7 @@ def test_ranges_are_read_and_end_with_the_object(folder: str) -> None:
 def test_an_object_larger_than_a_chunk_is_read_whole(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "CHUNK_BYTES", 1000)
     content = os.urandom(3500)
-    address = store.join(folder, "a.bin")
+    address = addresses.join(folder, "a.bin")
     store.write_bytes(address, content)
     assert store.read_bytes(address) == content
     assert store.read_bytes(address, 900, 2200) == content[900:3100]
@@ -104,7 +104,7 @@ def test_an_object_larger_than_a_chunk_is_read_whole(folder: str, monkeypatch: p
 
 @pytest.mark.s3
 def test_writing_again_replaces_the_object(folder: str) -> None:
-    address = store.join(folder, "a.bin")
+    address = addresses.join(folder, "a.bin")
     store.write_bytes(address, b"a long first version")
     store.write_bytes(address, b"second")
     assert store.read_bytes(address) == b"second"
@@ -113,27 +113,27 @@ def test_writing_again_replaces_the_object(folder: str) -> None:
 
 @pytest.mark.s3
 def test_a_missing_object_is_one_sentence_that_names_it(folder: str, tmp_path: Path) -> None:
-    store.write_bytes(store.join(folder, "other"), b"")
+    store.write_bytes(addresses.join(folder, "other"), b"")
     for read in (store.read_bytes, lambda address: store.download(address, tmp_path / "never")):
         with pytest.raises(StorageError) as caught:
-            read(store.join(folder, "absent.tar"))
+            read(addresses.join(folder, "absent.tar"))
         message = str(caught.value)
-        assert store.join(folder, "absent.tar") in message
+        assert addresses.join(folder, "absent.tar") in message
         assert re.search(r"does not exist|No such file", message)
         assert "\n" not in message
 
 
 @pytest.mark.s3
 def test_exists_says_whether_an_object_is_there(folder: str) -> None:
-    store.write_bytes(store.join(folder, "a.bin"), b"1")
-    assert store.exists(store.join(folder, "a.bin"))
-    assert not store.exists(store.join(folder, "b.bin"))
+    store.write_bytes(addresses.join(folder, "a.bin"), b"1")
+    assert store.exists(addresses.join(folder, "a.bin"))
+    assert not store.exists(addresses.join(folder, "b.bin"))
 
 
 @pytest.mark.s3
 def test_a_listing_names_what_lies_directly_in_the_folder_in_order(folder: str) -> None:
     for name in ("b.tar", "a.tar", "deeper/c.tar"):
-        store.write_bytes(store.join(folder, name), b"1")
+        store.write_bytes(addresses.join(folder, name), b"1")
     store.write_bytes(folder + "-beside/d.tar", b"1")
     assert store.list_names(folder) == store.list_names(folder + "/") == ["a.tar", "b.tar"]
 
@@ -141,9 +141,9 @@ def test_a_listing_names_what_lies_directly_in_the_folder_in_order(folder: str) 
 @pytest.mark.s3
 def test_a_download_is_whole_and_leaves_nothing_else(folder: str, tmp_path: Path) -> None:
     content = os.urandom(5000)
-    store.write_bytes(store.join(folder, "a.bin"), content)
+    store.write_bytes(addresses.join(folder, "a.bin"), content)
     path = tmp_path / "new" / "copy.bin"
-    store.download(store.join(folder, "a.bin"), path)
+    store.download(addresses.join(folder, "a.bin"), path)
     assert path.read_bytes() == content
     assert list(path.parent.iterdir()) == [path]
 
@@ -152,7 +152,7 @@ def test_a_download_is_whole_and_leaves_nothing_else(folder: str, tmp_path: Path
 def test_a_download_that_fails_leaves_nothing(folder: str, tmp_path: Path) -> None:
     path = tmp_path / "copies" / "copy.bin"
     with pytest.raises(StorageError):
-        store.download(store.join(folder, "absent"), path)
+        store.download(addresses.join(folder, "absent"), path)
     assert not list(path.parent.iterdir())
 
 
@@ -160,7 +160,7 @@ def test_a_download_that_fails_leaves_nothing(folder: str, tmp_path: Path) -> No
 def test_a_copy_that_is_there_is_not_downloaded_again(folder: str, tmp_path: Path) -> None:
     path = tmp_path / "copy.bin"
     path.write_bytes(b"old")
-    store.download(store.join(folder, "absent"), path)
+    store.download(addresses.join(folder, "absent"), path)
     assert path.read_bytes() == b"old"
 
 
@@ -213,17 +213,17 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(store.os, "fsync", full)
-    with server_of(Mood(b"content")) as url, pytest.raises(store.FullError, match="No space left"):
+    with server_of(Mood(b"content")) as url, pytest.raises(FullError, match="No space left"):
         store.download(f"{url}/x.tar", tmp_path / "copy")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.s3
 def test_the_size_of_an_object_is_told_without_reading_it(folder: str) -> None:
-    store.write_bytes(store.join(folder, "a.bin"), b"12345")
-    assert store.size(store.join(folder, "a.bin")) == 5
-    with pytest.raises(store.MissingError, match=r"b\.bin does not exist"):
-        store.size(store.join(folder, "b.bin"))
+    store.write_bytes(addresses.join(folder, "a.bin"), b"12345")
+    assert store.size(addresses.join(folder, "a.bin")) == 5
+    with pytest.raises(MissingError, match=r"b\.bin does not exist"):
+        store.size(addresses.join(folder, "b.bin"))
 
 
 def test_a_signed_url_is_asked_for_with_its_query_and_shown_without(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,18 +269,18 @@ def test_a_key_is_taken_raw_and_a_name_in_a_folder_is_a_key(monkeypatch: pytest.
     with server_of(mood) as url:
         use_s3(monkeypatch, url)
         for folder in ("s3://bucket/a%20b", f"{url}/bucket/a%2520b", f"{url}/bucket/a%2520b/manifest.json?x=/#y"):
-            store.read_bytes(store.join(store.folder_of(folder), "c d%20#?.tar"))
+            store.read_bytes(addresses.join(addresses.folder_of(folder), "c d%20#?.tar"))
     assert mood.requests == ["GET /bucket/a%2520b/c%20d%2520%23%3F.tar"] * 3
 
 
 def test_urls_of_one_host_share_its_connections() -> None:
-    clients = {id(store._store_and_path(f"http://host/a%20b/{name}")[0]) for name in ("1.tar", "é", "%C3%A9", "c%20d.tar#e")}
-    assert len(clients) == 1
+    kept = {id(clients.client_and_key(f"http://host/a%20b/{name}")[0]) for name in ("1.tar", "é", "%C3%A9", "c%20d.tar#e")}
+    assert len(kept) == 1
 
 
 def test_what_is_printed_of_a_url_has_no_query_user_or_fragment_and_of_a_key_is_all_of_it() -> None:
-    assert store.shown("https://user:secret@host/a%20b?sig=secret#secret") == "https://host/a%20b"
-    assert store.shown("s3://bucket/a?b#c@d") == "s3://bucket/a?b#c@d"
+    assert addresses.shown("https://user:secret@host/a%20b?sig=secret#secret") == "https://host/a%20b"
+    assert addresses.shown("s3://bucket/a?b#c@d") == "s3://bucket/a?b#c@d"
 
 
 def test_the_keys_of_a_profile_are_found_where_no_variable_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +309,7 @@ def _note_who(handler: Any, seen: list[str]) -> None:
 
 @pytest.mark.s3
 def test_many_writers_of_one_address_leave_one_whole_version(folder: str) -> None:
-    address = store.join(folder, "a.bin")
+    address = addresses.join(folder, "a.bin")
     versions = [bytes([number]) * 20_000 for number in range(8)]
     failed: list[BaseException] = []
 
@@ -331,8 +331,8 @@ def test_many_writers_of_one_address_leave_one_whole_version(folder: str) -> Non
 
 @pytest.mark.s3
 def test_parent_and_join_are_each_others_reverse(folder: str) -> None:
-    assert store.parent(store.join(folder, "a.bin")) == folder.removeprefix("file://")
-    assert store.join(folder + "/", "a") == store.join(folder, "a")
+    assert addresses.parent(addresses.join(folder, "a.bin")) == folder.removeprefix("file://")
+    assert addresses.join(folder + "/", "a") == addresses.join(folder, "a")
 
 
 @pytest.mark.s3
@@ -414,7 +414,7 @@ def test_an_object_that_changes_between_two_ranges_is_an_error_that_says_so(
 def test_an_object_of_s3_that_is_replaced_between_two_ranges_is_an_error_that_says_so(
     s3_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    address = store.join(s3_folder, "x.tar")
+    address = addresses.join(s3_folder, "x.tar")
     store.write_bytes(address, b"1" * 3000)
     original = store.obstore.get
 
@@ -470,7 +470,7 @@ def test_a_refusal_or_an_absence_is_not_tried_again(monkeypatch: pytest.MonkeyPa
             act("s3://bucket/x status code: 503/")
     assert len(mood.requests) == 1
     assert SECRET not in str(caught.value)
-    assert isinstance(caught.value, store.MissingError) == (status in (404, 410))
+    assert isinstance(caught.value, MissingError) == (status in (404, 410))
 
 
 def _refuse(handler: Any, mood: Mood, status: int, body: bytes = b"") -> None:
@@ -493,7 +493,7 @@ def test_a_url_that_a_server_refuses_is_not_tried_again(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("status", [400, 408, 429, 500, 503])
 def test_what_may_pass_is_tried_again(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
     monkeypatch.setattr(store, "ATTEMPTS", 2)
-    monkeypatch.setattr(store, "_RETRY", {"max_retries": 0})
+    monkeypatch.setattr(clients, "_RETRY", {"max_retries": 0})
     mood = Mood(b"content")
     monkeypatch.setattr("tests.storage.servers._Handler._answer", lambda self, *, body: _refuse(self, mood, status))
     with server_of(mood) as url:
@@ -510,7 +510,7 @@ def test_a_bucket_that_is_missing_is_said_at_once(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("tests.storage.servers._Handler._answer", lambda self, *, body: _refuse(self, mood, 404, told))
     with server_of(mood) as url:
         use_s3(monkeypatch, url)
-        with pytest.raises(store.MissingError, match="s3://bucket/some/x does not exist: there is no bucket s3://bucket"):
+        with pytest.raises(MissingError, match="s3://bucket/some/x does not exist: there is no bucket s3://bucket"):
             act("s3://bucket/some/x")
     assert len(mood.requests) == 1
 
@@ -553,7 +553,7 @@ def test_an_address_that_can_be_none_is_one_sentence(
         "download": lambda address: store.download(address, tmp_path / "copy"),
         "whole": store.read_whole,
     }
-    with pytest.raises(store.AddressError, match="is no address that can be read: ") as caught:
+    with pytest.raises(AddressError, match="is no address that can be read: ") as caught:
         acts[act](address)
     message = str(caught.value)
     assert message.isprintable()
@@ -567,7 +567,7 @@ def test_a_path_that_can_name_no_file_is_of_a_file_that_is_missing(name: str, tm
     address = str(tmp_path / name)
     assert not store.exists(address)
     for act in (store.read_bytes, store.size, lambda address: store.download(address, tmp_path / "copy")):
-        with pytest.raises(store.MissingError, match=r"cannot be read|does not exist"):
+        with pytest.raises(MissingError, match=r"cannot be read|does not exist"):
             act(address)
 
 
@@ -576,7 +576,7 @@ def test_a_path_of_bytes_that_are_no_text_is_read_and_printed(tmp_path: Path) ->
     store.write_bytes(address, b"1")
     assert store.read_bytes(address) == b"1"
     Path(address).unlink()
-    with pytest.raises(store.MissingError, match=r"caf\\xe9\.tar cannot be read"):
+    with pytest.raises(MissingError, match=r"caf\\xe9\.tar cannot be read"):
         store.read_bytes(address)
 
 

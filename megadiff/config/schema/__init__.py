@@ -31,7 +31,7 @@ from megadiff.config.schema.model import (
     UniformProcess,
 )
 from megadiff.config.schema.run import Launch, Run
-from megadiff.config.schema.sampling import PeriodicSamples, Sampling, Showcase
+from megadiff.config.schema.sampling import SampleSheets, Sampling, Showcase
 from megadiff.config.schema.stage import (
     Alignment,
     Batching,
@@ -73,7 +73,7 @@ __all__ = [
     "Model",
     "NumberField",
     "Optimizer",
-    "PeriodicSamples",
+    "SampleSheets",
     "PixelField",
     "PowerEma",
     "Process",

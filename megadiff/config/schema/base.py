@@ -22,7 +22,7 @@ Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
-"""Of guidance: what is multiplied by it stays a number."""
+"""A guidance weight; the bound keeps its products finite."""
 
 
 class Section(BaseModel):

@@ -17,9 +17,9 @@ class DataField(Section):
     as `kind: module:Class`."""
 
     CODEC: ClassVar[str] = ""
-    """module:Class of what reads and shows it, a megadiff.data.codecs.base.Codec; named, since that needs torch."""
+    """module:Class of the codec (a megadiff.data.codecs.base.Codec) that reads and shows it; by name, as it needs torch."""
     FILES: ClassVar[tuple[str, ...]] = ()
-    """Its keys that name a file or folder which is needed beside the weights."""
+    """Keys of this field that name a file or folder needed beside the weights."""
     kind: str
     member: str
 
@@ -29,7 +29,7 @@ class DataField(Section):
 
     @property
     def can_be_shown(self) -> bool:
-        """Whether what is needed to show its states to people is named."""
+        """Whether its states can be turned into something that people can look at."""
         return True
 
 
@@ -143,13 +143,13 @@ def _imported(value: Any) -> Any:
     kind = str(value["kind"])
     module, _, name = kind.partition(":")
     try:
-        found = getattr(importlib.import_module(module), name)
+        field = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"kind {kind} cannot be imported ({error}); PYTHONPATH must name the folder of its module") from None
-    if not (isinstance(found, type) and issubclass(found, DataField) and found.CODEC):
+    if not (isinstance(field, type) and issubclass(field, DataField) and field.CODEC):
         raise ValueError(f"kind {kind} is no subclass of megadiff.config.schema.DataField with a CODEC")
     try:
-        return found.model_validate(value)
+        return field.model_validate(value)
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
         raise ValueError("; ".join(faults)) from None
@@ -175,26 +175,26 @@ class Cache(Section):
 
     folder: LocalPath
     max_bytes: Positive = 100 * 2**30
-    """The least used shards are dropped above this; room for what is open (see `Data.cache`) and a few more is the least."""
+    """Size above which the least used shards are dropped; it must hold the open shards (see `Data.cache`) and a few more."""
 
 
 class Data(Section):
     """Where samples come from and in which order."""
 
     train: str | Annotated[dict[Name, str], Field(min_length=1)]
-    """Manifest of the training shards: a path or an s3://, gs://, az://, http(s):// address; or several by name, which are
-    mixed in every batch in the proportion of their sizes, or as a stage's `mixture` says."""
+    """Manifest of the training shards: a path or an s3://, gs://, az://, http(s):// address; or several by name, mixed in every
+    batch in proportion to their sizes or to a stage's `mixture`."""
     held_out: str | None = None
     """Manifest of the shards that are never trained on."""
     fields: dict[Name, FieldSource]
     features: dict[Name, str] = Field(default_factory=dict)
-    """By modality the ending of a tar member with precomputed features, a NumPy array [S, F]: what a stage may align with."""
+    """Ending, by modality, of the tar member with precomputed features (a NumPy array [S, F]) that a stage may align with."""
     lanes: Positive = 8
-    """L: divides the global batch and is a multiple of every number of data-parallel ranks."""
+    """Lanes of the sample order; a divisor of the global batch and a multiple of the number of data-parallel ranks."""
     block_shards: Positive = 4
     """Samples are shuffled within blocks of this many shards' worth of a lane."""
     max_unreadable_share: Share = 0.01
-    """A run stops when a larger share of the samples read so far could not be decoded."""
+    """Largest share of undecodable samples among those read so far; above it the run stops."""
     workers: NotNegative = 2
     """Decoding threads per rank; 0 decodes, and fetches shards, in the training thread."""
     prefetch_batches: Positive = 4
@@ -202,7 +202,7 @@ class Data(Section):
     downloads: Positive = 4
     """Shards that a rank fetches at once, ahead of their use."""
     cache: Cache | None = None
-    """Without one, distant shards are held in memory: lanes per rank x 1.5 block_shards of them on average."""
+    """None keeps distant shards in memory: on average 1.5 block_shards per lane of the rank."""
 
     @property
     def sources(self) -> dict[str, str]:
@@ -211,5 +211,5 @@ class Data(Section):
 
     @property
     def reference(self) -> str:
-        """What samples are compared with: the shards that are held out, else the first to train on."""
+        """Manifest of the shards that samples are compared with: the held-out ones, else the first training source."""
         return self.held_out or next(iter(self.sources.values()))

@@ -19,7 +19,7 @@ class GridSpace(Section):
     height: Positive
     width: Positive
     patch: Positive | tuple[Positive, Positive] = 1
-    """Side of the patches that become tokens; [height, width] where they are not square."""
+    """Side of the patches that become tokens; [height, width] if they are not square."""
 
     @model_validator(mode="after")
     def _patches_fit(self) -> GridSpace:
@@ -47,11 +47,11 @@ class TokenSpace(Section):
     vocabulary: Annotated[int, Field(ge=2)]
     length: Positive
     start_id: int | None = None
-    """What every sequence begins with; None where there is no such mark."""
+    """First token of every sequence; None without such a mark."""
     end_id: int | None = None
-    """The token after which nothing is said any more; None where every position is always data."""
+    """The token that ends a sequence; None if every position is always data."""
     pad_id: int | None = None
-    """What fills the positions after the end mark."""
+    """The token that fills the positions after the end mark."""
 
     @model_validator(mode="after")
     def _ids_exist(self) -> TokenSpace:
@@ -68,12 +68,12 @@ class GaussianProcess(Section):
     schedule: Literal["vp", "cosine", "rectified_flow"] = "rectified_flow"
     """vp: the paper's scaled-linear betas 0.00085..0.012 over 1,000 steps, in continuous time; cosine: alpha is cos(pi t/2)."""
     shift: Annotated[float, Field(gt=0)] = 1.0
-    """Of the rectified flow: sigma = shift t / (1 + (shift - 1) t). Above 1 for high resolutions (SD3: sqrt of the ratio of
-    pixel counts)."""
+    """shift of the rectified flow: sigma = shift t / (1 + (shift - 1) t). Above 1 for high resolutions (SD3: sqrt of the ratio
+    of pixel counts)."""
     target: Literal["epsilon", "clean", "v", "velocity"] = "velocity"
-    """What the network predicts: the noise; the clean state; alpha * noise - sigma * clean; noise - clean."""
+    """The network's prediction: the noise; the clean state; alpha * noise - sigma * clean; noise - clean."""
     clock: Literal["time", "std"] = "time"
-    """What the network is told: t, or the marginal standard deviation sigma(t) (the paper's network)."""
+    """The network's time input: t, or the marginal standard deviation sigma(t) (the paper's network)."""
     loss_weight: Literal["uniform", "min_snr"] = "uniform"
     """min_snr: the squared error of the clean state weighs min(alpha^2 / sigma^2, min_snr_gamma) (arXiv 2303.09556)."""
     min_snr_gamma: Annotated[float, Field(gt=0)] = 5.0
@@ -141,7 +141,7 @@ class Modality(Section):
     tower_depth: NotNegative = 0
     """Single-modality blocks between the joint part and the head."""
     width: Positive | None = None
-    """Of its tokens; None takes the model's. Attention has one inner width for all."""
+    """Width of its tokens; None takes the model's. Attention has one inner width for all modalities."""
     positions: Literal["learned", "sincos", "rope"] = "learned"
 
     @model_validator(mode="after")
@@ -170,17 +170,17 @@ RESERVED_NAMES = frozenset({
     "share_memory", "state_dict", "to", "to_empty", "train", "training", "type", "update", "values", "xpu", "zero_grad",
 })
 # fmt: on
-"""Of no modality: the first three are parts of the model (`joint` is a task as well), the others attributes of torch's
-ModuleDict, so that no module in one can have such a name; a test compares them with the installed torch."""
+"""Names that no modality may have: the first three are parts of the model (`joint` is a task as well), the others attributes of
+torch's ModuleDict, whose modules cannot have such names; a test compares them with the installed torch."""
 
 
 class Model(Section):
     """The MMDiT: joint blocks over all modalities, then a tower and a head per predicted modality."""
 
     modalities: Annotated[dict[Name, Modality], Field(min_length=1)]
-    """In the order in which they stand in joint attention."""
+    """By name, in the order of their tokens in joint attention."""
     width: Positive
-    """Of the tokens of every modality that has no width of its own."""
+    """Width of the tokens of modalities that have none of their own."""
     heads: Positive
     head_dim: Positive
     """The attention's inner width is heads x head_dim, whatever the width."""
@@ -200,8 +200,8 @@ class Model(Section):
     time_scale: Annotated[float, Field(gt=0)] = 1000.0
     """Factor on clocks before the sinusoids; the paper's network has 1."""
     hidden_projections: dict[Name, Positive] = Field(default_factory=dict)
-    """By modality the outputs of a projection of its tokens that stands beside its tower and that nothing reads: the paper's
-    network with `project_hidden` has them. They are kept for the way back, and never trained."""
+    """Outputs, by modality, of a projection beside its tower that nothing reads and no stage trains. The paper's network with
+    `project_hidden` has such projections; they are kept for exports to its format."""
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Model:

@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, model_validator
 from megadiff.config.schema.base import NotNegative, Positive, Section, Share, Weight
 
 MOST_STEPS = 1_000_000
-"""Of sampling: their times must fit into memory."""
+"""Bound on the steps of sampling: their times must fit into memory."""
 
 
 class Sampling(Section):
@@ -42,7 +42,7 @@ class Sampling(Section):
     remask_strength: Share = 0.05
     """The cap on the probability of masking a position again in a step."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
-    """The temperature of token draws; 0 takes the likeliest token."""
+    """Temperature of token draws; 0 takes the likeliest."""
     top_k: NotNegative = 0
     """Draw among this many likeliest tokens; 0 is all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -50,8 +50,7 @@ class Sampling(Section):
     min_p: Share = 0.0
     """Draw among the tokens that have at least this share of the likeliest one's probability."""
     resample: Positive = 1
-    """How often each step is made, with its noise put back between, where part of a modality is known (RePaint, arXiv
-    2201.09865)."""
+    """Repeats of each step, with its noise put back between, where part of a modality is known (RePaint, arXiv 2201.09865)."""
     guidance: Weight = 1.0
     """w in w x conditional + (1 - w) x unconditional; 1 is none."""
     guidance_interval: tuple[Share, Share] = (0.0, 1.0)
@@ -74,17 +73,17 @@ class Sampling(Section):
         return self
 
 
-class PeriodicSamples(Section):
+class SampleSheets(Section):
     """Samples drawn during training and shown in TensorBoard."""
 
     every_steps: Positive
     count: Positive = 8
     weights: Literal["ema", "raw", "both"] = "ema"
-    """Which draw them: the averages of the first EMA profile, the plain weights, or each of the two, one below the other."""
+    """The weights that draw them: the first EMA profile, the plain weights, or both, one below the other."""
     sampling: Sampling = Sampling(steps=20)
 
     @model_validator(mode="after")
-    def _ranks_stay_together(self) -> PeriodicSamples:
+    def _ranks_stay_together(self) -> SampleSheets:
         if self.sampling.order == "threshold":
             raise ValueError("the threshold order ends when its samples do, and the ranks of a run must make equal calls")
         _has_one_network(self.sampling, "training")
@@ -94,7 +93,7 @@ class PeriodicSamples(Section):
 class Showcase(Section):
     """What `megadiff launch` makes once the last stage is done: a sheet of samples and the conditioning gap.
 
-    Where all fields are columns of a table: the error rates of `rows` joint samples against the training data.
+    If all fields are columns of a table, it measures the errors of `rows` joint samples against the training data.
     """
 
     prompts: tuple[str, ...] = ()

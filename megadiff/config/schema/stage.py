@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megadiff.config.schema.base import Momentum, Name, NotNegative, Positive, Section, Share
-from megadiff.config.schema.sampling import PeriodicSamples
+from megadiff.config.schema.sampling import SampleSheets
 
 
 class UniformTimes(Section):
@@ -108,7 +108,7 @@ class Initialise(Section):
     new: tuple[str, ...] = ()
     """Parts (see `freeze`) or parameter-name patterns (fnmatch) that the source lacks and that start fresh."""
     dropped: tuple[str, ...] = ()
-    """Likewise for what the source has and this stage does not."""
+    """Parts or patterns that the source has and this stage does not."""
 
 
 class Checkpointing(Section):
@@ -116,7 +116,7 @@ class Checkpointing(Section):
 
     every_steps: Positive = 1000
     keep: Positive = 3
-    """The newest this many stay."""
+    """Number of newest checkpoints that stay."""
     keep_every_steps: Positive | None = None
     """Checkpoints at multiples of this stay for good."""
 
@@ -126,11 +126,11 @@ class Alignment(Section):
 
     modality: Name
     block: NotNegative
-    """After which joint block; 0 is the first."""
+    """The joint block whose output is aligned; 0 is the first."""
     features: Positive
     """Numbers per token in the shards' features."""
     weight: Annotated[float, Field(gt=0)] = 0.5
-    """Of the mean (1 - cosine similarity) in the loss."""
+    """Weight of the mean (1 - cosine similarity) in the loss."""
 
 
 class Stage(Section):
@@ -150,12 +150,12 @@ class Stage(Section):
     alignment: Alignment | None = None
     ema: Annotated[dict[Name, EmaProfile], Field(min_length=1)]
     mixture: dict[Name, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
-    """Shares of the sources in `data.train` in every batch, in any proportion; a source that is not named is not read. Empty:
-    in the proportion of their sizes."""
+    """Shares of the sources of `data.train` in every batch, on any scale; a source that is not named is not read. Empty takes
+    the sources' sizes."""
     freeze: tuple[str, ...] = ()
-    """Parts that stay as they are: `joint` (embeddings and joint blocks) or a modality's name (its tower and head). What no
-    loss of the stage reaches stays as it is without being named."""
+    """Parts that are not trained: `joint` (embeddings and joint blocks) or a modality's name (its tower and head). Parameters
+    that no loss of the stage reaches are not trained either and need not be named."""
     initialise: Initialise = Initialise()
     checkpoint: Checkpointing = Checkpointing()
-    samples: PeriodicSamples | None = None
+    samples: SampleSheets | None = None
     log_every_steps: Positive = 10

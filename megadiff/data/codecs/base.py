@@ -1,7 +1,7 @@
-"""What every codec offers: one modality's way from a sample's members to its clean state, and back to what people look at.
+"""The interface of codecs: from a sample's members to a modality's clean state, and back to values that people look at.
 
-Reading has three steps, so that each runs where it is cheapest: `load` per sample on a thread of the loader, `stack` per batch
-there, and `finish` on the device, where what is stored in few bytes becomes floating-point numbers.
+Reading has three steps, each where it is cheapest: `load` per sample and `stack` per batch on a thread of the loader, and
+`finish` on the device, where compact stored values become floating-point numbers.
 Legend: B samples, C channels, H height, W width of a grid, S tokens.
 """
 
@@ -25,24 +25,24 @@ from megadiff.data.shards.shard import Views
 
 Array = NDArray[Any]
 LATENTS, TOKENS, FEATURES = "latents.npy", "tokens.npy", "features.npy"
-"""Members that encoding writes beside or in the place of pictures and captions."""
+"""Members that encoding writes beside or instead of pictures and captions."""
 
 
 class Loadable(ABC):
-    """What can be read out of samples' members, one array each, and stacked to a batch."""
+    """A reader of one array from each sample's members, and of batches of them."""
 
     @abstractmethod
     def load(self, members: Views, key: int, bucket: Bucket | None = None) -> Array:
-        """What `stack` takes. Raises SampleError if it is missing or damaged."""
+        """A sample's array, for `stack`. Raises SampleError if it is missing or damaged."""
 
     @abstractmethod
     def blank(self, bucket: Bucket | None = None) -> Array:
-        """What stands for a sample that cannot be loaded."""
+        """The array of a sample that cannot be loaded."""
 
     def load_batch(
         self, samples: Sequence[Views], keys: Sequence[int], bucket: Bucket | None = None
     ) -> tuple[Array, dict[int, SampleError]]:
-        """`load` and `stack`; samples that cannot be loaded are blank, and their errors are told by place."""
+        """`load` and `stack`; samples that cannot be loaded are blank, and their errors are returned by place in the batch."""
         values: list[Array | None] = []
         errors: dict[int, SampleError] = {}
         for place, (members, key) in enumerate(zip(samples, keys, strict=True)):
@@ -61,11 +61,11 @@ class Loadable(ABC):
 
 
 PICTURE, TEXT, COLUMN = "picture", "text", "column"
-"""Media that flags of `megadiff sample` give or that it writes in a form of their own; a codec may have any other."""
+"""Media that `megadiff sample` has flags or output formats for; a codec may have any other."""
 
 
 class Stored(NamedTuple):
-    """A value as the records of samples hold it: an entry of JSON, and files that it names, by the ending of their names."""
+    """A value as the records of samples hold it: a JSON entry, and the contents of the files that it names, by name."""
 
     entry: dict[str, Any]
     files: dict[str, bytes]
@@ -77,9 +77,9 @@ class Codec(Loadable):
     A subclass is made as (field, space, name): the schema's DataField that names it, the modality's space and its name.
 
     Attributes:
-        medium: what its values are: pictures, texts, cells of a table's column, or a word of a codec's own.
-        column: of a table's column its name.
-        downscaling: pixels per place of the grid along an edge, of pictures.
+        medium: kind of its values: pictures, texts, cells of a table's column, or a word of a codec's own.
+        column: name of the table's column, if it reads one.
+        downscaling: pixels per place of the grid along an edge, for pictures.
     """
 
     medium: ClassVar[str]
@@ -87,8 +87,8 @@ class Codec(Loadable):
     column: str | None = None
 
     @classmethod
-    def check_encoded(cls, field: Any, told: Mapping[str, Any], address: str, where: str) -> None:
-        """Compare what a manifest says of a member's encoding (`told`) with the field at `where` that reads it.
+    def check_encoded(cls, field: Any, facts: Mapping[str, Any], address: str, where: str) -> None:
+        """Compare the manifest's facts about a member's encoding (`facts`) with the field at `where` that reads it.
 
         Raises:
             ConfigError: they do not fit.
@@ -111,10 +111,10 @@ class Codec(Loadable):
         """A value to a clean state, without the batch axis."""
 
     def encode_partly(self, value: Any, unknown: Any) -> tuple[Tensor, Tensor]:
-        """(state, where it is known, bool of the state's shape) of a value of which a part is to be filled in.
+        """(state, where it is known as bool of the state's shape) of a value that is to be filled in partly.
 
         Args:
-            unknown: what says which part: of pictures a mask or None, of texts how many tokens a blank takes.
+            unknown: the part to fill in: a mask or None for pictures, the tokens of a blank for texts.
 
         Raises:
             UserError: values of this medium cannot be filled in, or this one has no room.
@@ -130,25 +130,25 @@ class Codec(Loadable):
         return str(value)
 
     def stored(self, value: Any, name: str) -> Stored:
-        """A value to what is written of a sample; `name` is how its files' names begin."""
+        """A value as the records hold it; `name` begins the names of its files."""
         return Stored({"value": value} if isinstance(value, int | float) else {"text": str(value)}, {})
 
     def restored(self, entry: Mapping[str, Any], read: Callable[[str], bytes]) -> Any:
-        """The value that an entry of a record stands for; `read` gives the contents of a file by its name."""
+        """The value of a record's entry; `read` gives the contents of a file by its name."""
         return next(iter(entry.values()))
 
     def load(self, members: Views, key: int, bucket: Bucket | None = None) -> Array:
-        """What `stack` and `finish` make a state of. Raises SampleError as `read`."""
+        """A sample's array, which `stack` and `finish` make a state of. Raises SampleError as `read`."""
         return self.encode(self.read(members, key)).numpy()
 
     def blank(self, bucket: Bucket | None = None) -> Array:
-        """What stands for a sample that cannot be loaded."""
+        """The array of a sample that cannot be loaded."""
         if isinstance(self.space, TokenSpace):
             return np.zeros(self.space.length, dtype=np.int64)
         return np.zeros((self.space.channels, self.space.height, self.space.width), dtype=np.float32)
 
     def finish(self, stacked: Tensor, keys: Tensor) -> Tensor:
-        """The clean states of stacked samples, on their device; `keys` int64 [B] decide what is drawn."""
+        """The clean states of stacked samples, on their device; `keys` int64 [B] key the draws."""
         return stacked
 
 
@@ -167,9 +167,9 @@ _INT32 = np.dtype("=i4")
 
 
 def arrays_of(samples: Sequence[Views], member: str) -> Array | None:
-    """The arrays of several samples as one, [B, ...], if they are of one type and shape; else, or if any is damaged, None.
+    """The arrays of several samples as one, [B, ...]; None if their types or shapes differ or one is damaged.
 
-    One copy of the bytes, and next to nothing per sample besides: several times faster than `array_of` and stacking.
+    It copies the bytes once, and is several times faster than `array_of` and stacking.
     """
     views = [members.get(member) for members in samples]
     if not views or views[0] is None or len(views[0]) < npy.SHORTEST_HEADER:
@@ -187,7 +187,7 @@ def arrays_of(samples: Sequence[Views], member: str) -> Array | None:
 
 
 def row_of(members: Views, member: str, number: int) -> list[int] | None:
-    """Row `number` modulo the rows of an int32 array; None where it is no such array. For short rows faster than `array_of`."""
+    """Row `number` modulo the rows of an int32 array; None for other arrays. Faster than `array_of` for short rows."""
     data = _view_of(members, member)
     begins = npy.header_length(data)
     dtype, shape = npy.known_header(bytes(data[:begins])) or (None, ())

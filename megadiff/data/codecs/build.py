@@ -1,4 +1,4 @@
-"""Which codec a field asks for, and whether encoded shards fit the fields that read them."""
+"""The codecs of fields, and the check that encoded shards fit the fields that read them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megadiff.data.shards.shard import Manifest
 
 
 def check_manifest(address: str, manifest: Manifest, data: Data, model: Model, features: Iterable[str] = ()) -> None:
-    """Compare what encoded shards say of themselves with the fields that read them.
+    """Compare the facts of encoded shards with the fields that read them.
 
     Args:
         features: modalities whose precomputed features are read as well.
@@ -28,10 +28,10 @@ def check_manifest(address: str, manifest: Manifest, data: Data, model: Model, f
     for name in features:
         check_features(address, buckets, manifest.facts.get("encoded", {}), data, model, name)
     for name, field in data.fields.items():
-        told = manifest.facts.get("encoded", {}).get(field.member, {})
+        facts = manifest.facts.get("encoded", {}).get(field.member, {})
         codec = codec_of(field)
-        if told:
-            codec.check_encoded(field, told, address, f"data.fields.{name}")
+        if facts:
+            codec.check_encoded(field, facts, address, f"data.fields.{name}")
         modality = model.modalities.get(name)
         if buckets and codec.medium == PICTURE and modality and modality.positions == "learned":
             raise ConfigError(
@@ -67,6 +67,6 @@ def build_codecs(data: Data, model: Model) -> dict[str, Codec]:
 
 
 def table_columns(codecs: Mapping[str, Codec]) -> dict[str, str]:
-    """By modality the column that it is read from, where all modalities are a table's; else none."""
+    """The column of each modality, if all modalities come from a table; else empty."""
     columns = {name: codec.column for name, codec in codecs.items() if codec.column is not None}
     return columns if len(columns) == len(codecs) else {}

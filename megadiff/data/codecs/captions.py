@@ -27,7 +27,7 @@ from megadiff.data.shards.shard import Views
 from megadiff.storage import store
 
 NO_TOKEN = -1
-"""Fills up the shorter captions of an array of token ids."""
+"""Padding of the shorter captions in an array of token ids."""
 
 
 class CaptionCodec(Codec):
@@ -42,17 +42,17 @@ class CaptionCodec(Codec):
         self.clean = CLEANING[field.cleaning]
         self.tokenizer = load_tokenizer(field.tokenizer)
         if self.tokenizer.get_vocab_size() != space.vocabulary:
-            found = f"tokenizer {field.tokenizer} has {self.tokenizer.get_vocab_size()} ids"
-            raise ConfigError(f"{found}, and the model's vocabulary is {space.vocabulary}")
+            ids = self.tokenizer.get_vocab_size()
+            raise ConfigError(f"tokenizer {field.tokenizer} has {ids} ids, and the model's vocabulary is {space.vocabulary}")
         pad = space.pad_id if space.pad_id is not None else space.end_id or 0
         self._empty = np.full(space.length, pad, dtype=np.int64)
 
     @classmethod
-    def check_encoded(cls, field: CaptionField, told: Mapping[str, Any], address: str, where: str) -> None:
-        if hashlib.sha256(store.read_bytes(field.tokenizer)).hexdigest() != told["tokenizer"]:
+    def check_encoded(cls, field: CaptionField, facts: Mapping[str, Any], address: str, where: str) -> None:
+        if hashlib.sha256(store.read_bytes(field.tokenizer)).hexdigest() != facts["tokenizer"]:
             raise ConfigError(f"{where}.tokenizer ({field.tokenizer}) is not the one that made the tokens of {address}")
-        if field.cleaning != told["cleaning"]:
-            raise ConfigError(f"{where}.cleaning is {field.cleaning}, and {address} holds tokens of {told['cleaning']}")
+        if field.cleaning != facts["cleaning"]:
+            raise ConfigError(f"{where}.cleaning is {field.cleaning}, and {address} holds tokens of {facts['cleaning']}")
 
     def read(self, members: Views, key: int) -> str:
         if self.member.endswith("npy"):
@@ -73,8 +73,8 @@ class CaptionCodec(Codec):
 
     def ids(self, caption: str) -> list[int]:
         """A caption's token ids, without marks, of any length."""
-        found: list[int] = self.tokenizer.encode(self.clean(caption), add_special_tokens=False).ids
-        return found
+        ids: list[int] = self.tokenizer.encode(self.clean(caption), add_special_tokens=False).ids
+        return ids
 
     def _sequence(self, ids: list[int]) -> Array:
         """Token ids with their marks, cut or filled up to int64 [S]."""
@@ -91,8 +91,8 @@ class CaptionCodec(Codec):
         if ids is None:
             captions = array_of(members, self.member)
             if captions.ndim != 2 or captions.dtype.kind != "i" or not len(captions):
-                found = f"{captions.dtype} {list(captions.shape)}"
-                raise SampleError(f"its .{self.member} member must hold whole numbers [captions, longest], not {found}")
+                array = f"{captions.dtype} {list(captions.shape)}"
+                raise SampleError(f"its .{self.member} member must hold whole numbers [captions, longest], not {array}")
             ids = captions[key % len(captions)].tolist()
         ids = ids[: ids.index(NO_TOKEN)] if NO_TOKEN in ids else ids
         if ids and not 0 <= min(ids) <= max(ids) < self.space.vocabulary:
@@ -100,9 +100,9 @@ class CaptionCodec(Codec):
         return ids
 
     def encode_partly(self, value: str, unknown: int) -> tuple[Tensor, Tensor]:
-        """A text with blanks (___) to int64 [S] ids and bool [S], where they are known.
+        """(ids int64 [S], where they are known bool [S]) of a text with blanks (___).
 
-        A blank takes `unknown` positions. After a text that ends with a blank nothing is known, not even where it ends.
+        A blank takes `unknown` positions. If the text ends with a blank, nothing after it is known, not even its end.
 
         Raises:
             UserError: it is too long.
@@ -186,4 +186,4 @@ def normalise(caption: str) -> str:
 
 
 CLEANING = {"plain": normalise, "clip": clip.clean}
-"""What is done to a caption before it is tokenized."""
+"""Functions that clean a caption before it is tokenized."""

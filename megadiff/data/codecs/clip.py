@@ -22,7 +22,7 @@ from megadiff.config.errors import ConfigError
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 MERGES = 49152 - 256 - 2
-"""How many of the published merges CLIP uses (the file holds more)."""
+"""Number of published merges that CLIP uses (the file holds more)."""
 VOCABULARY = 2 * 256 + MERGES + 2
 """Its ids: the bytes, alone and at the end of a word, the merges, and the two marks: 49,408."""
 _SPACE = "Ġ"
@@ -33,7 +33,7 @@ Merge = tuple[str, str]
 
 
 def clean(caption: str) -> str:
-    """What CLIP does to a caption first: mojibake mended, HTML entities resolved twice, white space collapsed, lower case."""
+    """CLIP's cleaning of a caption: mojibake mended, HTML entities resolved twice, white space collapsed, lower case."""
     text = html.unescape(html.unescape(ftfy.fix_text(caption)))
     return " ".join(text.split()).lower()
 
@@ -80,7 +80,7 @@ def _read(vocabulary: Path) -> tuple[list[Merge], dict[str, int] | None]:
 
 
 def _merges(text: str) -> list[Merge]:
-    """Of a file with a line for its version and then one per merge; the lines after CLIP's are left out."""
+    """CLIP's merges from a file with a version line and one line per merge; further merges are left out."""
     lines = text.split("\n")[1 : MERGES + 1]
     return [_pair(line) for line in lines if line.strip()]
 
@@ -104,7 +104,7 @@ def _tokenizer(ids: dict[str, int], merges: list[Merge]) -> Tokenizer:
     except Exception as error:  # tokenizers raises bare Exception
         raise ConfigError(f"the vocabulary's merges do not fit together: {error}") from None
     tokenizer = Tokenizer(bpe)
-    tokenizer.normalizer = normalizers.Lowercase()  # for who does not clean first
+    tokenizer.normalizer = normalizers.Lowercase()  # for callers that do not clean first
     pieces = pre_tokenizers.Split(Regex(_PIECES), behavior="removed", invert=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pieces, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]

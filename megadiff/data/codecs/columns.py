@@ -28,25 +28,25 @@ from megadiff.config.schema import ClassField, GridSpace, NumberField, TokenSpac
 from megadiff.data.codecs.base import COLUMN, Codec, member_of
 from megadiff.data.errors import DataError, SampleError
 from megadiff.data.shards.shard import Views
-from megadiff.storage import store
+from megadiff.storage import addresses, store
 
 FORMAT, VERSION = "megadiff-columns", 1
 COLUMNS = "columns.json"
 NORMAL = NormalDist()
 _MASK64 = 2**64 - 1
 _ROUNDING = 2e-8
-"""Above the error in rank of a float32 normal quantile: half its spacing times the density, at most 1.5e-8 (at 1 to 2)."""
+"""Bound on the error in rank of a float32 normal quantile: half its spacing times the density is at most 1.5e-8 (at 1 to 2)."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """What the training rows hold in one column.
+    """The distinct values of one column in the training rows.
 
     Attributes:
         kind: `number` or `class`.
         values: distinct values, in order.
-        counts: rows with each of them.
-        decimals: of numbers, how many digits after the point they are written with.
+        counts: rows with each value.
+        decimals: digits after the point, for numbers.
     """
 
     kind: str
@@ -57,10 +57,10 @@ class Column:
 
 def write_columns(folder: str, columns: Mapping[str, Column]) -> str:
     """Write columns.json into a folder; returns its address."""
-    address = store.join(folder, COLUMNS)
+    address = addresses.join(folder, COLUMNS)
     tree = {"format": FORMAT, "version": VERSION, "columns": {name: vars(column) for name, column in columns.items()}}
     store.write_bytes(address, (json.dumps(tree, ensure_ascii=False) + "\n").encode())
-    read_columns.cache_clear()  # it may hold what was there before
+    read_columns.cache_clear()  # it may hold an older version
     return address
 
 
@@ -86,8 +86,8 @@ def read_columns(address: str) -> Mapping[str, Column]:
         raise DataError(f"{address} is no {COLUMNS} ({reason}); make one with `megadiff data table`") from None
 
 
-class Ranked(NamedTuple):
-    """A number, and the place in (0, 1) that it takes among equal ones."""
+class RankedNumber(NamedTuple):
+    """A number, and its place in (0, 1) among equal ones."""
 
     value: float
     place: float
@@ -111,20 +111,20 @@ class NumberCodec(Codec):
         self._index = {float(value): index for index, value in enumerate(self.values)}
         self._salt = int.from_bytes(hashlib.blake2b(field.column.encode(), digest_size=8).digest(), "little")
 
-    def read(self, members: Views, key: int) -> Ranked:
-        return Ranked(_number(_cell(members, self.member, self.column), self.column), _place(key ^ self._salt))
+    def read(self, members: Views, key: int) -> RankedNumber:
+        return RankedNumber(_number(_cell(members, self.member, self.column), self.column), _place(key ^ self._salt))
 
-    def encode(self, value: Ranked | float | str) -> Tensor:
+    def encode(self, value: RankedNumber | float | str) -> Tensor:
         """A number to float32 [1, 1, 1]; a plain one takes the middle of its interval of ranks.
 
         Raises:
             UserError: it is no finite number.
         """
-        if not isinstance(value, Ranked):
+        if not isinstance(value, RankedNumber):
             number = number_in(value) if isinstance(value, str) else _finite(value)
             if number is None:
                 raise UserError(f"column {self.column} takes numbers, not {value!r}")
-            value = Ranked(number, 0.5)
+            value = RankedNumber(number, 0.5)
         rank = min(max(self._rank(value), self.least), 1 - self.least)
         return torch.full((1, 1, 1), NORMAL.inv_cdf(rank))
 
@@ -135,9 +135,9 @@ class NumberCodec(Codec):
         value = float(self.values[index])
         return int(value) if self.decimals == 0 else value
 
-    def _rank(self, ranked: Ranked) -> float:
+    def _rank(self, ranked: RankedNumber) -> float:
         index = self._index.get(ranked.value)
-        if index is None:  # between two values that occur, or beyond them: between their ranks
+        if index is None:  # a new value lies between the ranks of its neighbours
             middles = (self.starts + self.stops) / 2
             return float(np.interp(ranked.value, self.values, middles, left=0.0, right=1.0))
         start, stop = float(self.starts[index]), float(self.stops[index])
@@ -237,7 +237,7 @@ def _place(key: int) -> float:
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,4})?", re.ASCII)
 _SURELY_EXACT = 15
-"""Decimal digits that a float64 keeps, whichever they are."""
+"""Decimal digits that every float64 keeps."""
 _EXACT = Context(prec=MAX_PREC, Emax=MAX_EMAX, Emin=MIN_EMIN)
 
 
@@ -248,9 +248,9 @@ def number_in(text: str) -> float | None:
 
 
 def comes_back(text: str, number: float) -> bool:
-    """Whether a cell's text can be had back from its number, to the last digit that is written.
+    """Whether a cell's number gives back its text to the last digit.
 
-    That of an id of 19 digits cannot, nor that of a code that begins with 0.
+    Ids of 19 digits and codes that begin with 0 do not.
     """
     written = text.strip().lstrip("+-").lower()
     if written[0] == "0" and written[1:2].isdigit():
@@ -269,7 +269,7 @@ def column_of_numbers(values: Sequence[float], texts: Sequence[str]) -> Column:
     return Column("number", tuple(distinct.tolist()), tuple(counts.tolist()), max(0, decimals))
 
 
-def column_of_classes(values: Sequence[str], known: Sequence[str]) -> Column:
-    """A column of categories; `known` are all there are, those of rows held out included."""
-    names, counts = sorted(set(known)), Counter(values)
+def column_of_classes(values: Sequence[str], everything: Sequence[str]) -> Column:
+    """A column of categories; `everything` holds the cells of all rows, held-out ones included."""
+    names, counts = sorted(set(everything)), Counter(values)
     return Column("class", tuple(names), tuple(counts[name] for name in names))

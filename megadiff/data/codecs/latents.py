@@ -31,13 +31,13 @@ class LatentCodec(PictureCodec):
 
     def __init__(self, field: LatentField, space: GridSpace, name: str = "image") -> None:
         self.field, self.space, self.name = field, space, name
-        self._made: tuple[Any, PixelCodec] | None = None
+        self._loaded: tuple[Any, PixelCodec] | None = None
         self._lock = threading.Lock()
 
     @classmethod
-    def check_encoded(cls, field: LatentField, told: Mapping[str, Any], address: str, where: str) -> None:
-        if told["scale"] != field.scale:
-            raise ConfigError(f"{where}.scale is {field.scale:g}, and {address} holds latents for {told['scale']:g}")
+    def check_encoded(cls, field: LatentField, facts: Mapping[str, Any], address: str, where: str) -> None:
+        if facts["scale"] != field.scale:
+            raise ConfigError(f"{where}.scale is {field.scale:g}, and {address} holds latents for {facts['scale']:g}")
 
     def read(self, members: Views, key: int) -> Tensor | Image.Image:
         """Scaled latents, float32 [C, H, W]; or the picture, where the field's member is one."""
@@ -70,13 +70,13 @@ class LatentCodec(PictureCodec):
         return together, {}
 
     def stack(self, values: Sequence[Array | None], bucket: Bucket | None = None) -> Array:
-        """Of latents beside means and deviations, means and deviations of 0."""
+        """As the base; latents beside means and deviations become means with a deviation of 0."""
         if len({value.ndim for value in values if value is not None}) == 2:
             values = [np.stack([v, np.zeros_like(v)]) if v is not None and v.ndim == 3 else v for v in values]
         return super().stack(values, bucket)
 
     def finish(self, stacked: Tensor, keys: Tensor) -> Tensor:
-        """Scaled latents, float32 [B, C, H, W]; of means and deviations one is drawn: mean + deviation * normal(key)."""
+        """Scaled latents, float32 [B, C, H, W], drawn as mean + deviation * normal(key) where both are stored."""
         values = stacked.float()
         if values.ndim == 5:
             values = values[:, 0] + values[:, 1] * rng.normal(keys, "latent of a picture", values.shape[2:])
@@ -109,21 +109,21 @@ class LatentCodec(PictureCodec):
             raise SampleError(f"its .{self.field.member} member must hold finite floating-point numbers ({values.dtype})")
         return values
 
-    def _fault(self, found: Sequence[int], bucket: Bucket | None) -> str:
-        """What is wrong with an array's shape; nothing, for latents [C, H, W] and their moments [2, C, H, W]."""
+    def _fault(self, array_shape: Sequence[int], bucket: Bucket | None) -> str:
+        """The fault of an array's shape; empty for latents [C, H, W] and their moments [2, C, H, W]."""
         shape = (self.space.channels, self.space.height, self.space.width)
-        if bucket is None and tuple(found) not in (shape, (2, *shape)):
+        if bucket is None and tuple(array_shape) not in (shape, (2, *shape)):
             return f"not {list(shape)} or {[2, *shape]}"
-        if len(found) not in (3, 4) or found[-3] != shape[0]:
+        if len(array_shape) not in (3, 4) or array_shape[-3] != shape[0]:
             return f"without {shape[0]} channels"
         return ""
 
     def _autoencoder(self) -> tuple[Any, PixelCodec]:
         """The autoencoder, and the codec of pictures of its size."""
         with self._lock:  # the loader decodes in threads
-            if self._made is None:
-                self._made = self._load()
-            return self._made
+            if self._loaded is None:
+                self._loaded = self._load()
+            return self._loaded
 
     def _load(self) -> tuple[Any, PixelCodec]:
         where, folder = f"data.fields.{self.name}.autoencoder", self.field.autoencoder
@@ -149,8 +149,8 @@ def load_autoencoder(folder: str, where: str) -> Any:
     from diffusers import AutoencoderKL
 
     try:
-        how: dict[str, Any] = {"local_files_only": True, "torch_dtype": torch.float32, "low_cpu_mem_usage": False}
-        network = AutoencoderKL.from_pretrained(folder, **how)
+        options: dict[str, Any] = {"local_files_only": True, "torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+        network = AutoencoderKL.from_pretrained(folder, **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise ConfigError(f"{where}: {folder} cannot be read as a diffusers AutoencoderKL: {reason}") from None
@@ -163,7 +163,7 @@ def downscaling_of(network: Any) -> int:
 
 
 def own_device() -> torch.device:
-    """This rank's GPU, as a thread of the loader does not inherit which one it is; else the CPU."""
+    """This rank's GPU, else the CPU; threads of the loader do not inherit the current GPU."""
     return torch.device("cuda", Ranks.from_environment().local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 

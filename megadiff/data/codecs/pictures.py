@@ -24,7 +24,7 @@ from megadiff.data.shards.shard import Views
 
 
 class PictureCodec(Codec):
-    """What pictures have in common: they are filled in by a mask, shown as they are, and kept as PNGs."""
+    """Base of pictures' codecs: a mask says what to fill in; pictures are shown as they are and kept as PNGs."""
 
     medium = PICTURE
     space: GridSpace
@@ -59,14 +59,14 @@ class PixelCodec(PictureCodec):
     """Pictures: RGB on white, scaled and centre-cropped to the grid, values in [-1, 1]."""
 
     def __init__(self, field: PixelField, space: GridSpace, name: str = "") -> None:
-        """Grey for a grid of one channel, else of three."""
+        """Grey for a grid of one channel, RGB for three."""
         self.member, self.space = field.member, space
 
     def read(self, members: Views, key: int) -> Image.Image:
         return self._read(members)
 
     def _read(self, members: Views, enough: tuple[int, int] | None = None) -> Image.Image:
-        """The picture, or one scaled down, though no smaller than (width, height), where its format makes that cheap."""
+        """The picture, possibly scaled down to no less than `enough` (width, height) if its format makes that cheap."""
         data = member_of(members, self.member)
         try:
             return open_picture(data, enough)
@@ -103,7 +103,7 @@ class PixelCodec(PictureCodec):
 
 _NO_KEYS = torch.empty(0, dtype=torch.int64)
 _DRAFT = 2
-"""A JPEG may be decoded at a half, a quarter or an eighth of its size if that is still so many times what is wanted."""
+"""A JPEG may be decoded at a half, a quarter or an eighth of its size if that is still this many times the target size."""
 
 
 def unknown_region(mask: Image.Image, space: GridSpace) -> Tensor:

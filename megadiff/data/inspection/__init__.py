@@ -1,1 +1,1 @@
-"""Are they whole, what is in them, how do they look."""
+"""Looking into data sets: verification, statistics, sheets of samples."""

@@ -19,7 +19,7 @@ from megadiff.data.codecs.base import LATENTS, Array, array_of
 from megadiff.data.codecs.latents import load_autoencoder
 from megadiff.data.codecs.pictures import PixelCodec
 from megadiff.data.errors import SampleError
-from megadiff.data.inspection.show import Drawn, load_picture, picture_member, row_of, texts_of, tokens_of
+from megadiff.data.inspection.show import ShownSample, load_picture, picture_member, row_of, texts_of, tokens_of
 from megadiff.data.inspection.stats import Stats, aspect_ratios, lengths_of
 from megadiff.data.pictures import flat, plain
 from megadiff.report.sheet import Cell
@@ -30,7 +30,7 @@ Decode = Callable[[Array], Image.Image]
 COLOUR, ACCENT = "#2563eb", "#dc2626"
 _MOST_BUCKETS = 40
 _MOST_POINTS = 3000
-"""Of more resolutions than this, those that most pictures have are drawn."""
+"""Most resolutions that are drawn; the most frequent ones."""
 
 
 def decoder(folder: str, scale: float = 1.0) -> Decode:
@@ -53,8 +53,8 @@ def decoder(folder: str, scale: float = 1.0) -> Decode:
     return decode
 
 
-def sample_cell(sample: Drawn, decode: Decode | None = None, tokenizer: Tokenizer | None = None) -> Cell:
-    """A sample as it is drawn: its picture, its first caption, its key; what is damaged says so.
+def sample_cell(sample: ShownSample, decode: Decode | None = None, tokenizer: Tokenizer | None = None) -> Cell:
+    """A sample's cell of the sheet: its picture, first caption and key, and a note of damaged members.
 
     Args:
         decode: draws latents, even of samples that have a picture too; without it they show as their first channels.
@@ -74,7 +74,7 @@ def sample_cell(sample: Drawn, decode: Decode | None = None, tokenizer: Tokenize
     return Cell(None if picture is None else flat(plain(picture)), caption, "\n".join(notes))
 
 
-def _picture(sample: Drawn, decode: Decode | None) -> tuple[Image.Image | None, str]:
+def _picture(sample: ShownSample, decode: Decode | None) -> tuple[Image.Image | None, str]:
     ending = picture_member(sample.members)
     if LATENTS in sample.members and (decode or ending is None):
         latents = array_of(sample.members, LATENTS)
@@ -101,8 +101,8 @@ def channels_picture(latents: Array) -> Image.Image:
     return Image.fromarray(pixels if len(shown) == 3 else pixels[..., 0])
 
 
-def _caption(sample: Drawn, tokenizer: Tokenizer | None) -> str:
-    """The first caption; of a table's row, its columns."""
+def _caption(sample: ShownSample, tokenizer: Tokenizer | None) -> str:
+    """The first caption, or the columns of a table's row."""
     tokens = tokens_of(sample.members)
     if tokens and tokenizer is not None:
         return str(tokenizer.decode(tokens[0], skip_special_tokens=False))
@@ -117,7 +117,7 @@ def _caption(sample: Drawn, tokenizer: Tokenizer | None) -> str:
 
 
 def stats_picture(stats: Stats) -> Image.Image:
-    """Caption lengths, resolutions with the buckets drawn in, aspect ratios, samples per bucket: what there is of them."""
+    """Panels of caption lengths, resolutions with buckets, aspect ratios and samples per bucket, as far as there are any."""
     # Without pyplot, which would change the backend of a notebook that calls this.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -160,7 +160,7 @@ def _draw_lengths(axis: Any, unit: str, lengths: Mapping[int, int]) -> None:
     last = max(1, longest if longest <= 2 * usual else usual)
     step = -(-(last + 1) // 50)
     edges = np.arange(0, last + step + 1, step) - 0.5
-    # What lies beyond stands in the last bin.
+    # The last bin holds all longer captions.
     axis.hist(values.clip(max=edges[-1] - 0.5), edges, weights=counts / counts.sum(), color=COLOUR)
     axis.axvline(median, color=ACCENT, linewidth=1.2)
     axis.set_title(f"{unit} of a caption: median {median:,}", fontsize=10)
@@ -171,11 +171,11 @@ def _draw_lengths(axis: Any, unit: str, lengths: Mapping[int, int]) -> None:
 
 
 def _draw_resolutions(axis: Any, stats: Stats) -> None:
-    found = stats.seen.resolutions.most_common(_MOST_POINTS)
-    sizes = np.array([size for size, _ in found])
-    counts = np.array([count for _, count in found])
-    area = 12 + 130 * counts / counts.max() if len(found) <= 30 else 5 + 45 * counts / counts.max()
-    opacity = float(np.clip(20 / len(found), 0.35, 0.85))
+    points = stats.seen.resolutions.most_common(_MOST_POINTS)
+    sizes = np.array([size for size, _ in points])
+    counts = np.array([count for _, count in points])
+    area = 12 + 130 * counts / counts.max() if len(points) <= 30 else 5 + 45 * counts / counts.max()
+    opacity = float(np.clip(20 / len(points), 0.35, 0.85))
     axis.scatter(sizes[:, 1], sizes[:, 0], s=area, color=COLOUR, alpha=opacity, linewidths=0, label="pictures")
     buckets = [Bucket.parse(text) for text in stats.buckets if "x" in text]
     if buckets:
@@ -188,7 +188,7 @@ def _draw_resolutions(axis: Any, stats: Stats) -> None:
     axis.set_ylim(0, top)
     axis.set_aspect("equal")
     number = len(stats.seen.resolutions)
-    rare = f", {number - len(found):,} rare ones not drawn" if number > len(found) else ""
+    rare = f", {number - len(points):,} rare ones not drawn" if number > len(points) else ""
     axis.set_title(f"resolutions: {number:,}{rare}", fontsize=10)
     axis.set_xlabel("width, px", fontsize=8)
     axis.set_ylabel("height, px", fontsize=8)
@@ -230,6 +230,6 @@ def _draw_members(axis: Any, stats: Stats) -> None:
     axis.set_title("samples that have a member", fontsize=10)
 
 
-def missing_members(samples: Sequence[Drawn], ending: str) -> bool:
+def missing_members(samples: Sequence[ShownSample], ending: str) -> bool:
     """Whether no sample has a member."""
     return not any(ending in sample.members for sample in samples)

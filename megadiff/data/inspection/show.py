@@ -1,4 +1,4 @@
-"""What looking into a data set takes, whatever is looked for: shards and samples by a fixed choice, and what a member holds."""
+"""Tools for looking into a data set: a fixed choice of shards, random samples, and what a member holds."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from megadiff.data.pictures import PICTURE_ENDINGS, open_picture, shown_size
 from megadiff.data.shards.reader import ShardReader
 from megadiff.data.shards.shard import Manifest, Members, Views
 from megadiff.data.threads import in_order
-from megadiff.storage import store
+from megadiff.storage import addresses
 
 _FEWEST_SHARDS = 8
-"""Drawn samples come from so many shards, or from more where these hold too few."""
+"""Least number of shards that drawn samples come from."""
 _READERS = 4
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Drawn(NamedTuple):
+class ShownSample(NamedTuple):
     """One sample of a data set: its shard's name, its key, its members."""
 
     shard: str
@@ -36,21 +36,21 @@ class Drawn(NamedTuple):
 
 
 def choose_shards(manifest: Manifest, samples: int) -> list[int]:
-    """Indices of shards that together hold at least so many samples; the same ones every time. 0 takes all."""
+    """Indices of shards that together hold at least `samples` samples, the same every time; 0 takes all shards."""
     if samples == 0:
         return [index for index, entry in enumerate(manifest.shards) if entry.samples]
-    chosen, held = [], 0
+    chosen, total = [], 0
     for index in generator("choice of shards").permutation(len(manifest.shards)).tolist():
-        if held >= samples:
+        if total >= samples:
             break
         if manifest.shards[index].samples:
             chosen.append(index)
-            held += manifest.shards[index].samples
+            total += manifest.shards[index].samples
     return sorted(chosen)
 
 
-def draw_samples(address: str, manifest: Manifest, count: int, seed: int) -> list[Drawn]:
-    """Samples at random, each once, from a few shards (far ones are read whole); all there are if `count` is larger.
+def draw_samples(address: str, manifest: Manifest, count: int, seed: int) -> list[ShownSample]:
+    """`count` random samples, each once, from a few shards (distant ones are read whole); at most all samples.
 
     Raises:
         StorageError, DataError: a shard cannot be had or is damaged.
@@ -62,25 +62,25 @@ def draw_samples(address: str, manifest: Manifest, count: int, seed: int) -> lis
     enough = int(np.searchsorted(np.cumsum(weights[order]), min(count, manifest.samples))) + 1
     shards = [index for index in order[: max(enough, _FEWEST_SHARDS)].tolist() if manifest.shards[index].samples]
     places = [(index, offset) for index in shards for offset in range(manifest.shards[index].samples)]
-    taken = [places[nth] for nth in random.permutation(len(places))[:count].tolist()]
-    wanted = {index: [place for place in taken if place[0] == index] for index in shards}
-    reader = ShardReader(store.folder_of(address), manifest, keep=1)
+    choice = [places[nth] for nth in random.permutation(len(places))[:count].tolist()]
+    wanted = {index: [place for place in choice if place[0] == index] for index in shards}
+    reader = ShardReader(addresses.folder_of(address), manifest, keep=1)
 
-    def read(index: int) -> dict[tuple[int, int], Drawn]:
+    def read(index: int) -> dict[tuple[int, int], ShownSample]:
         if not wanted[index]:
             return {}
         shard = reader.shard(index)
         name = manifest.shards[index].name
-        return {place: Drawn(name, shard.key(place[1]), shard.members(place[1])) for place in wanted[index]}
+        return {place: ShownSample(name, shard.key(place[1]), shard.members(place[1])) for place in wanted[index]}
 
-    found: dict[tuple[int, int], Drawn] = {}
-    for part in in_order(shards, read, _READERS):
-        found |= part
-    return [found[place] for place in taken]
+    samples: dict[tuple[int, int], ShownSample] = {}
+    for samples_of_shard in in_order(shards, read, _READERS):
+        samples |= samples_of_shard
+    return [samples[place] for place in choice]
 
 
 def kind_of(ending: str) -> str:
-    """What a member is by the last part of its ending: png of seg.png."""
+    """The last part of a member's ending: png of seg.png."""
     return ending.rpartition(".")[2]
 
 
@@ -111,19 +111,19 @@ def load_picture(data: bytes) -> Image.Image:
 
 
 def _unreadable(error: Exception) -> SampleError:
-    """Decoders stumble over damaged bytes in many ways, some of them without a word."""
+    """The error for a damaged picture; decoders raise many kinds, some without a message."""
     return SampleError(f"it is no readable picture: {picture_fault(error)}")
 
 
 def texts_of(members: Views) -> list[str]:
-    """A sample's captions: of its json where that has some, else its txt. Raises SampleError if these are damaged."""
+    """A sample's captions: those of its json, else its txt. Raises SampleError if they are damaged."""
     if "json" in members and isinstance(row := row_of(members), dict) and "captions" in row:
         return captions_of(members, "json")
     return captions_of(members, "txt") if "txt" in members else []
 
 
 def row_of(members: Views) -> object:
-    """What a sample's json holds. Raises SampleError if it is none."""
+    """The content of a sample's json. Raises SampleError if it is no JSON."""
     try:
         return json.loads(member_of(members, "json").decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:

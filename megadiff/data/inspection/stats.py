@@ -1,4 +1,4 @@
-"""What a data set holds: counted over a fixed choice of its shards, so that far data is not read in whole."""
+"""Statistics of a data set, over a fixed choice of its shards, so that distant data need not be read whole."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megadiff.data.inspection.show import choose_shards, kind_of, picture_member
 from megadiff.data.shards.reader import ShardReader
 from megadiff.data.shards.shard import Manifest, Views, read_manifest
 from megadiff.data.threads import in_order
-from megadiff.storage import store
+from megadiff.storage import addresses
 
 _READERS = 4
 CAPTIONS = "captions"
@@ -34,9 +34,9 @@ class Seen:
     Attributes:
         members: samples that have a member, by its ending.
         resolutions: pictures by (height, width), as a viewer shows them.
-        arrays: NumPy members but token ids, by (ending, dtype and shape).
+        arrays: NumPy members other than token ids, by (ending, dtype and shape).
         captions: samples by their number of captions.
-        characters, words, tokens: captions by their length; words are what white space parts, tokens come without marks.
+        characters, words, tokens: captions by their length; words are separated by white space, tokens exclude marks.
         unreadable: members that could not be read, by their ending, or `captions`.
     """
 
@@ -62,7 +62,7 @@ class Seen:
     def add(self, members: Views, tokenizer: Tokenizer | None) -> None:
         """Count one sample."""
         self.samples += 1
-        self.members.update(list(members))  # of a mapping it would add the values
+        self.members.update(list(members))  # a mapping would add its values
         if (ending := picture_member(members)) is not None:
             with self._counted(ending):
                 self.resolutions[picture_size(bytes(members[ending]))] += 1
@@ -91,8 +91,8 @@ class Seen:
 
 
 def _lengths(texts: list[str], tokenizer: Tokenizer) -> list[int]:
-    found = tokenizer.encode_batch([normalise(text) for text in texts], add_special_tokens=False)
-    return [len(encoding.ids) for encoding in found]
+    encodings = tokenizer.encode_batch([normalise(text) for text in texts], add_special_tokens=False)
+    return [len(encoding.ids) for encoding in encodings]
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,10 @@ class Stats:
     """A data set in numbers.
 
     Attributes:
-        samples, shards, bytes: of all, as the manifest lists them.
+        samples, shards, bytes: totals that the manifest lists.
         buckets: samples of all shards by bucket, HEIGHTxWIDTH; empty where no shard has one.
-        read_shards: so many were read.
-        seen: what they hold.
+        read_shards: number of shards that were read.
+        seen: their content.
         lanes: data.lanes; None if it was not given.
     """
 
@@ -118,14 +118,14 @@ class Stats:
 
     @property
     def left_over(self) -> int | None:
-        """How many samples each epoch leaves out (others each time)."""
+        """Samples that each epoch leaves out; others each time."""
         return None if self.lanes is None else self.samples % self.lanes
 
     def as_tree(self) -> dict[str, Any]:
         """For JSON."""
         seen = self.seen
         return {
-            "address": store.shown(self.address),
+            "address": addresses.shown(self.address),
             "samples": self.samples,
             "shards": self.shards,
             "bytes": self.bytes,
@@ -157,7 +157,7 @@ def measure(
     """The numbers of a data set.
 
     Args:
-        samples: whole shards are read until there are so many, always the same ones; 0 reads all.
+        samples: least number to read, in whole shards, always the same ones; 0 reads all.
         tokenizer: counts captions' tokens; else those of tokens.npy are counted, where there are some.
         progress: called with the number of shards read and to be read.
 
@@ -166,7 +166,7 @@ def measure(
     """
     manifest = read_manifest(address)
     chosen = choose_shards(manifest, samples)
-    reader = ShardReader(store.folder_of(address), manifest, keep=1)
+    reader = ShardReader(addresses.folder_of(address), manifest, keep=1)
 
     def read(index: int) -> Seen:
         shard, seen = reader.shard(index), Seen()
@@ -205,15 +205,15 @@ def lengths_of(seen: Seen) -> dict[str, Counter[int]]:
 
 
 def spread(counts: Mapping[int, int] | Mapping[float, int]) -> dict[str, float]:
-    """Mean and quantiles of values that are given with how often each occurs; empty of none."""
+    """Mean and quantiles of values, from the count of each; empty without values."""
     if not counts:
         return {}
     values = np.array(sorted(counts))
     times = np.array([counts[value] for value in values.tolist()])
     ends = np.cumsum(times)
     places = np.maximum(np.ceil(np.array(list(QUANTILES.values())) * ends[-1]).astype(np.int64), 1)
-    found = values[np.searchsorted(ends, places)].tolist()
-    return {**dict(zip(QUANTILES, found, strict=True)), "mean": round(float(values @ times) / int(ends[-1]), 2)}
+    quantiles = values[np.searchsorted(ends, places)].tolist()
+    return {**dict(zip(QUANTILES, quantiles, strict=True)), "mean": round(float(values @ times) / int(ends[-1]), 2)}
 
 
 def _by_count(counts: Mapping[Key, int]) -> dict[Key, int]:

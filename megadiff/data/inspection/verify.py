@@ -21,11 +21,12 @@ from megadiff.data.pictures import PICTURE_ENDINGS
 from megadiff.data.shards import tar
 from megadiff.data.shards.shard import TAR, Manifest, Shard, ShardEntry, place_of, read_manifest
 from megadiff.data.threads import in_order
-from megadiff.storage import store
+from megadiff.storage import addresses, store
+from megadiff.storage.errors import MissingError, StorageError
 
 
 class Kind(StrEnum):
-    """What can be wrong."""
+    """Kinds of faults."""
 
     MISSING = "missing"
     UNREADABLE = "unreadable"
@@ -41,7 +42,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong: with which object, and how."""
+    """One fault: its kind, its object, and the details."""
 
     kind: Kind
     object: str
@@ -53,13 +54,13 @@ class Fault:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found.
+    """The result of comparing shards with their manifest.
 
     Attributes:
         shards, samples, bytes: as listed.
-        counts: faults by kind, of kinds that there are.
-        faults: of each kind the first ones, or all.
-        note: what could not be looked at; empty if all was.
+        counts: faults by kind, without zeros.
+        faults: the first ones of each kind, or all.
+        note: what could not be checked; empty if everything was.
     """
 
     address: str
@@ -82,7 +83,7 @@ def verify(
     decode: bool = False,
     workers: int = 8,
     keep: int | None = None,
-    found: Callable[[Fault], None] | None = None,
+    report: Callable[[Fault], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Verification:
     """Compare shards with their manifest. Faults come in the manifest's order, whatever the number of workers.
@@ -91,27 +92,27 @@ def verify(
         quick: presence and sizes alone; no shard is read.
         decode: open every picture, array and text.
         workers: shards at once, each of them whole in memory.
-        keep: so many faults of each kind stay in the result; None keeps all.
-        found: called for each fault as soon as it is found.
+        keep: most faults of each kind in the result; None keeps all.
+        report: called for each fault as soon as it is found.
         progress: called with the number of shards done and of all.
 
     Raises:
         StorageError, DataError: the manifest itself cannot be read.
     """
     manifest = read_manifest(address)
-    folder = store.folder_of(address)
-    faults = _Faults(keep, found)
+    folder = addresses.folder_of(address)
+    faults = _Faults(keep, report)
     for fault in _listed_twice(folder, manifest):
         faults.add(fault)
     note = ""
     try:
         for fault in _unlisted(folder, manifest):
             faults.add(fault)
-    except store.StorageError as error:
+    except StorageError as error:
         note = f"tars that the manifest does not list were not looked for: {error}"
     entries = list({entry.name: entry for entry in manifest.shards}.values())
     contents = _Contents(folder)
-    checks = in_order(entries, lambda entry: _check(store.join(folder, entry.name), entry, quick, decode), workers)
+    checks = in_order(entries, lambda entry: _check(addresses.join(folder, entry.name), entry, quick, decode), workers)
     for done, (entry, checked) in enumerate(zip(entries, checks, strict=True), 1):
         for fault in checked.faults:
             faults.add(fault)
@@ -126,20 +127,20 @@ def verify(
 
 
 class _Faults:
-    """Faults, counted and passed on; of each kind no more are kept than asked for."""
+    """Faults, counted and reported; at most `keep` of each kind stay."""
 
-    def __init__(self, keep: int | None, found: Callable[[Fault], None] | None) -> None:
-        self.keep, self.found = keep, found
+    def __init__(self, keep: int | None, report: Callable[[Fault], None] | None) -> None:
+        self.keep, self.report = keep, report
         self.counts: Counter[Kind] = Counter()
         self.kept: list[Fault] = []
 
     def add(self, fault: Fault) -> None:
-        fault = replace(fault, object=store.printable(fault.object), detail=store.printable(fault.detail))
+        fault = replace(fault, object=addresses.printable(fault.object), detail=addresses.printable(fault.detail))
         self.counts[fault.kind] += 1
         if self.keep is None or self.counts[fault.kind] <= self.keep:
             self.kept.append(fault)
-        if self.found:
-            self.found(fault)
+        if self.report:
+            self.report(fault)
 
 
 # --------------------------------------------------------------------------------------------------------- the manifest
@@ -161,13 +162,13 @@ def _listed_twice(folder: str, manifest: Manifest) -> Iterator[Fault]:
 
 def _unlisted(folder: str, manifest: Manifest) -> Iterator[Fault]:
     """Tars beside those listed. Raises StorageError where a folder cannot be listed."""
-    if store.is_url(folder):
-        raise store.StorageError(f"{store.shown(folder)} cannot be listed over HTTP")
+    if addresses.is_url(folder):
+        raise StorageError(f"{addresses.shown(folder)} cannot be listed over HTTP")
     listed = {entry.name for entry in manifest.shards}
     for inside in sorted({"", *(name.rpartition("/")[0] for name in listed)}):
-        place = store.join(folder, inside) if inside else folder
-        if store.is_local(place) and not store.local_path(place).is_dir():
-            continue  # its shards are missing, which is told of each
+        place = addresses.join(folder, inside) if inside else folder
+        if addresses.is_local(place) and not addresses.local_path(place).is_dir():
+            continue  # its shards are missing: each of them is a fault
         for name in store.list_names(place):
             whole = f"{inside}/{name}" if inside else name
             if name.lower().endswith(TAR) and whole not in listed:
@@ -179,11 +180,11 @@ def _unlisted(folder: str, manifest: Manifest) -> Iterator[Fault]:
 
 @dataclass(frozen=True)
 class _Checked:
-    """What one shard gave.
+    """The result of checking one shard.
 
     Attributes:
         keys: its samples' keys, or None if it could not be opened.
-        members: for each sample the endings that it has, sorted.
+        members: the sorted endings of each sample.
     """
 
     faults: list[Fault] = field(default_factory=list)
@@ -192,16 +193,16 @@ class _Checked:
 
 
 def _check(address: str, entry: ShardEntry, quick: bool, decode: bool) -> _Checked:
-    name = store.shown(address)
+    name = addresses.shown(address)
     try:
         size = store.size(address)
         if size != entry.bytes:
             kind = Kind.TRUNCATED if size < entry.bytes else Kind.SIZE
             return _Checked([Fault(kind, name, f"it has {size:,} bytes, and the manifest says {entry.bytes:,}")])
         return _Checked() if quick else _check_body(name, store.read_whole(address), entry, decode)
-    except store.MissingError:
+    except MissingError:
         return _Checked([Fault(Kind.MISSING, name, "the manifest lists it, and it is not there")])
-    except store.StorageError as error:
+    except StorageError as error:
         return _Checked([Fault(Kind.UNREADABLE, name, str(error))])
 
 
@@ -239,7 +240,7 @@ def _check_body(name: str, data: memoryview, entry: ShardEntry, decode: bool) ->
 
 
 def undecodable(ending: str, content: bytes) -> str:
-    """Why a member cannot be decoded; empty if it can be, or if it is of a kind that is not looked into."""
+    """Why a member cannot be decoded; empty if it can be, or if its kind is not checked."""
     kind = kind_of(ending)
     try:
         if kind in PICTURE_ENDINGS:
@@ -265,7 +266,7 @@ def undecodable(ending: str, content: bytes) -> str:
 
 
 class _Contents:
-    """Keys and members of all samples in about 10 bytes each, to be compared over shards at the end."""
+    """Keys and members of all samples, about 10 bytes per sample, compared over shards at the end."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -277,7 +278,7 @@ class _Contents:
         self._numbers: list[NDArray[Any]] = []
 
     def add(self, entry: ShardEntry, checked: _Checked) -> None:
-        """Take a shard's samples; those of one that is listed under two names would all be told again."""
+        """Take a shard's samples, unless the same shard was taken under another name."""
         if checked.keys is None or entry.sha256 in self._hashes:
             return
         self._hashes.add(entry.sha256)
@@ -339,4 +340,4 @@ def _keys(packed: bytes) -> list[str]:
 
 
 def _shown(folder: str, name: str) -> str:
-    return store.shown(store.join(folder, name))
+    return addresses.shown(addresses.join(folder, name))

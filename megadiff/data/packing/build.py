@@ -1,4 +1,4 @@
-"""Which kind of source raw data is, and the source itself."""
+"""The source that raw data is read through, and its kind."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from megadiff.data.packing.sources.rows import LINES, PARQUET, RowsSource
 from megadiff.data.packing.sources.sam_llava import SamLlavaSource
 from megadiff.data.packing.sources.tars import TarsSource
 from megadiff.data.shards.shard import COMPRESSED, TAR
-from megadiff.storage import store
+from megadiff.storage import addresses, store
 
-KINDS = ("folder", "table", "tars", "sam-llava", "paper")
 _READ = "a folder of pictures, .parquet, .pq, .jsonl or .ndjson tables, .tar files, or a list of them in .txt or .tsv"
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of a table's columns; None takes the first usual one that is there."""
+    """Names of a table's columns; None takes the first usual name that the table has."""
 
     image: str | None = None
     caption: str | None = None
@@ -36,7 +35,7 @@ def open_source(
     columns: Columns | None = None,
     captions: str | None = None,
 ) -> Source:
-    """Raw data of a kind (one of KINDS, or auto).
+    """Raw data of a kind: folder, table, tars, sam-llava, paper, or auto.
 
     Args:
         captions: the table of captions, for sam-llava.
@@ -71,15 +70,15 @@ def open_source(
 
 
 def kind_of(source: str) -> str:
-    """What kind of raw data an address is. Raises UserError if that cannot be told."""
+    """The kind of raw data at an address. Raises UserError if it is unclear."""
 
     address = expand(source)[0]
     if is_encoded(address):
         return "paper"
     if (kind := _kind_of_name(address, PARQUET + LINES)) is not None:
         return kind
-    if store.is_local(address) and store.local_path(address).is_file():
-        raise UserError(f"{store.shown(source)} is no kind of file that is read: {_READ}")
+    if addresses.is_local(address) and addresses.local_path(address).is_file():
+        raise UserError(f"{addresses.shown(source)} is no kind of file that is read: {_READ}")
     names = store.list_names(address)
     kinds = {kind for name in names if not name.startswith(".") and (kind := _kind_of_name(name, PARQUET + LINES))}
     kinds.discard("sam-llava")  # a README.txt beside the data
@@ -87,7 +86,7 @@ def kind_of(source: str) -> str:
         raise UserError(f"{source} holds {' and '.join(sorted(kinds))}; say which by --kind")
     if kinds:
         return kinds.pop()
-    if not store.is_local(source):
+    if not addresses.is_local(source):
         raise UserError(f"{source} holds neither .tar files nor tables; name what should be read, or its --kind")
     return "folder"
 

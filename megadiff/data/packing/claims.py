@@ -1,4 +1,4 @@
-"""A folder belongs to one data set: its maker first leaves a record there of what the output depends on."""
+"""A folder belongs to one data set: before anything else a record of what the output depends on is written there."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 from megadiff.config.errors import UserError
 from megadiff.data.shards.shard import MANIFEST
-from megadiff.storage import store
+from megadiff.storage import addresses, store
 
 RECIPE, JOB = "recipe.json", ".units/job.json"
-"""Names of that record: of what is written at once, and of what is cut into units."""
+"""Names of that record: for data sets written in one go, and for those cut into units."""
 TRAIN, HELD_OUT = "train", "held_out"
 
 
 def claim(out: str, record: str, identity: Mapping[str, Any]) -> None:
-    """Take a folder for a data set, or go on with the one that is there if it is the same.
+    """Take a folder for a data set, or continue the data set that is there if it is the same.
 
     Args:
         out: a folder or an address, `train` and `held_out` inside it included.
@@ -26,27 +26,27 @@ def claim(out: str, record: str, identity: Mapping[str, Any]) -> None:
     Raises:
         UserError: `out` holds another data set, or the same made with other settings.
     """
-    address, wanted = store.join(out, record), json.loads(json.dumps(identity))
+    address, own = addresses.join(out, record), json.loads(json.dumps(identity))
     if not store.exists(address):
         stranger = next(_strangers(out, record), None)
         if stranger and not store.exists(address):  # else another process of the same job has been faster
             raise UserError(f"{out} holds another data set ({stranger}); name a new folder")
-        store.write_bytes(address, (json.dumps(wanted, indent=1, ensure_ascii=False) + "\n").encode())
+        store.write_bytes(address, (json.dumps(own, indent=1, ensure_ascii=False) + "\n").encode())
         return
     try:
-        there = dict(json.loads(store.read_bytes(address)))
+        stored = dict(json.loads(store.read_bytes(address)))
     except (ValueError, TypeError, RecursionError):
         raise UserError(f"{address} is damaged; delete {out} or name a new folder") from None
-    differing = [key for key in sorted({*there, *wanted}) if there.get(key) != wanted.get(key)]
+    differing = [key for key in sorted({*stored, *own}) if stored.get(key) != own.get(key)]
     if differing:
-        shown = "; ".join(f"{key}: {there.get(key)} there, {wanted.get(key)} here" for key in differing[:4])
+        shown = "; ".join(f"{key}: {stored.get(key)} there, {own.get(key)} here" for key in differing[:4])
         raise UserError(f"{out} holds shards made with other settings ({shown}); name a new folder or delete it")
 
 
 def _strangers(out: str, record: str) -> Iterator[str]:
-    """What shows that a data set is there already."""
-    yield from (name for name in (RECIPE, JOB) if name != record and store.exists(store.join(out, name)))
+    """Names that show that another data set is there."""
+    yield from (name for name in (RECIPE, JOB) if name != record and store.exists(addresses.join(out, name)))
     for inside in ("", f"{TRAIN}/", f"{HELD_OUT}/"):
-        folder = store.join(out, inside).rstrip("/")
-        if not store.is_local(folder) or store.local_path(folder).is_dir():
+        folder = addresses.join(out, inside).rstrip("/")
+        if not addresses.is_local(folder) or addresses.local_path(folder).is_dir():
             yield from (f"{inside}{name}" for name in store.list_names(folder) if name == MANIFEST or name.endswith(".tar"))

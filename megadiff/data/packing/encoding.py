@@ -34,28 +34,28 @@ from megadiff.data.packing.units import Done, run_units
 from megadiff.data.pictures import PICTURE_ENDINGS
 from megadiff.data.shards.reader import ShardReader
 from megadiff.data.shards.shard import Manifest, Members, Shard, Views, read_manifest, write_shard
-from megadiff.storage import store
+from megadiff.storage import addresses, store
 
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""ImageNet's, which the vision models that features come from were trained on."""
+"""ImageNet's mean and deviation per channel, which the vision models expect."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """What is made of each sample.
+    """How each sample is encoded.
 
     Attributes:
         autoencoder: a folder with a diffusers AutoencoderKL; None keeps pictures as they are.
         tokenizer: a tokenizer.json; None keeps captions as they are.
-        cleaning: what is done to a caption first, as in `CaptionField`.
-        captions: the member that holds them, json or txt.
+        cleaning: applied to a caption first, as in `CaptionField`.
+        captions: ending of the member with the captions, json or txt.
         size: edge in pixels of shards that have no bucket.
         features: a folder with a transformers vision model (DINOv2).
         feature_stride: pixels per token of the features along an edge; 16 fits latents of 8 in patches of 2.
         keep: endings of members that are copied as they are.
-        batch: pictures at once.
-        threads: that decode pictures.
-        precision: of the autoencoder and the vision model.
+        batch: pictures that the networks get at once.
+        threads: threads that decode pictures.
+        precision: precision of the autoencoder and the vision model.
     """
 
     autoencoder: str | None = None
@@ -86,29 +86,29 @@ class Encoder:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the loader compares with the fields that read the shards; goes into the manifest."""
-        told: dict[str, Any] = {}
+        """Facts for the manifest, which the loader compares with the fields that read the shards."""
+        members: dict[str, Any] = {}
         if self.autoencoder:
             scale = float(self.autoencoder.config.scaling_factor)
-            told[LATENTS] = {
+            members[LATENTS] = {
                 "autoencoder": _fingerprint(self.encoding.autoencoder),
                 "scale": scale,
                 "factor": downscaling_of(self.autoencoder),
             }
         if self.tokenizer and self.encoding.tokenizer:
             digest = hashlib.sha256(store.read_bytes(self.encoding.tokenizer)).hexdigest()
-            told[TOKENS] = {
+            members[TOKENS] = {
                 "tokenizer": digest,
                 "cleaning": self.encoding.cleaning,
                 "vocabulary": self.tokenizer.get_vocab_size(),
             }
         if self.vision:
-            told[FEATURES] = {"model": _fingerprint(self.encoding.features), "stride": self.encoding.feature_stride}
-        return {"encoded": told}
+            members[FEATURES] = {"model": _fingerprint(self.encoding.features), "stride": self.encoding.feature_stride}
+        return {"encoded": members}
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the output depends on."""
+        """Everything that the output depends on."""
         free = {"autoencoder", "tokenizer", "features", "batch", "threads"}
         return {**self.facts, **{key: value for key, value in asdict(self.encoding).items() if key not in free}}
 
@@ -119,22 +119,22 @@ class Encoder:
             UserError: pictures are to be encoded, and there is neither a bucket nor a size, or it does not fit the models.
         """
         faults: dict[str, str] = {}
-        made: dict[str, Members] = {
+        encoded: dict[str, Members] = {
             key: {ending: bytes(members[ending]) for ending in self.encoding.keep if ending in members}
             for key, members in samples.items()
         }
         if self.tokenizer:
             for key, members in samples.items():
                 try:
-                    made[key][TOKENS] = npy.dump(self._tokens(members))
+                    encoded[key][TOKENS] = npy.dump(self._tokens(members))
                 except SampleError as error:
                     faults[key] = str(error)
         if self.autoencoder or self.vision:
             wanted = {key: members for key, members in samples.items() if key not in faults}
-            for key, encoded in self._pictures(wanted, self._size(bucket), faults):
-                made[key] |= encoded
+            for key, members in self._pictures(wanted, self._size(bucket), faults):
+                encoded[key] |= members
         left_out = {key: faults[key] for key in samples if key in faults}
-        return Transformed({key: members for key, members in made.items() if key not in faults}, left_out)
+        return Transformed({key: members for key, members in encoded.items() if key not in faults}, left_out)
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
@@ -155,8 +155,7 @@ class Encoder:
         """int32 [captions, longest]."""
         clean = CLEANING[self.encoding.cleaning]
         captions = [clean(caption) for caption in captions_of(members, self.encoding.captions)]
-        ids = [found.ids for found in self.tokenizer.encode_batch(captions, add_special_tokens=False)]
-        return filled_up(ids)
+        return filled_up([caption.ids for caption in self.tokenizer.encode_batch(captions, add_special_tokens=False)])
 
     def _pictures(self, samples: Mapping[str, Views], size: Bucket, faults: dict[str, str]) -> Iterator[tuple[str, Members]]:
         """Decode on threads two batches ahead, and encode batch by batch; what cannot be decoded goes to `faults`."""
@@ -199,7 +198,7 @@ class Encoder:
         resized = torch.nn.functional.interpolate(unit, (rows * patch, columns * patch), mode="bicubic", antialias=True)
         mean, deviation = (torch.tensor(values, device=unit.device)[:, None, None] for values in (_MEAN, _DEVIATION))
         tokens: Tensor = self.vision((resized - mean) / deviation).last_hidden_state
-        return tokens[:, -rows * columns :]  # what stands before are class and register tokens
+        return tokens[:, -rows * columns :]  # the class and register tokens come first
 
 
 def encode_shards(source: str, out: str, encoding: Encoding, *, rank: int = 0, world: int = 1) -> Manifest | None:
@@ -212,18 +211,18 @@ def encode_shards(source: str, out: str, encoding: Encoding, *, rank: int = 0, w
     encoder = Encoder(encoding)
     names = [f"{number:06d}" for number in range(len(manifest.shards))]
     fetcher = ThreadPoolExecutor(1, thread_name_prefix="fetch")
-    reader = ShardReader(store.folder_of(source), manifest, fetchers=fetcher)
+    reader = ShardReader(addresses.folder_of(source), manifest, fetchers=fetcher)
 
     def make(number: int) -> Done:
-        reader.expect([n for n in (number, number + world) if n < len(names)])  # the next one comes meanwhile
+        reader.expect([n for n in (number, number + world) if n < len(names)])  # the next shard is fetched meanwhile
         entry, shard = manifest.shards[number], reader.shard(number)
         bucket = None if entry.bucket is None else Bucket.parse(entry.bucket)
-        made = encoder(_samples(shard), bucket)
+        result = encoder(_samples(shard), bucket)
         left = tuple(
-            {"source": f"{entry.name}/{key}", "reason": NOT_ENCODED, "detail": why} for key, why in made.left_out.items()
+            {"source": f"{entry.name}/{key}", "reason": NOT_ENCODED, "detail": why} for key, why in result.left_out.items()
         )
-        counts = {"written": len(made.samples), **({"left out": len(left)} if left else {})}
-        shards = (write_shard(out, f"{names[number]}.tar", made.samples, entry.bucket),) if made.samples else ()
+        counts = {"written": len(result.samples), **({"left out": len(left)} if left else {})}
+        shards = (write_shard(out, f"{names[number]}.tar", result.samples, entry.bucket),) if result.samples else ()
         return Done(shards, counts, left)
 
     digest = hashlib.sha256("".join(entry.sha256 for entry in manifest.shards).encode()).hexdigest()

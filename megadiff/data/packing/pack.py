@@ -1,7 +1,7 @@
-"""Pictures with captions from anywhere as tar shards: what every kind of source shares.
+"""Pictures with captions as tar shards: the part that all kinds of sources share.
 
 A source names units of work and reads a unit's samples; a unit becomes shards, one row of them per bucket and side (train, held
-out). What lies in a shard depends on the source and the options alone, not on processes, restarts or time.
+out). A shard's content depends on the source and the options alone, not on processes, restarts or time.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from megadiff.data.packing.source import (
 from megadiff.data.packing.units import Done, run_units
 from megadiff.data.shards.shard import Manifest, Members, ShardEntry, write_manifest, write_shard
 from megadiff.data.threads import in_order
-from megadiff.storage import store
+from megadiff.storage import addresses
 
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
-"""Members that are written, and Pillow's names for them."""
+"""Endings of the pictures that are written, with Pillow's names for the formats."""
 
 _NAMED = 20
 _LONGEST = 1000
-"""Letters of what is told of a sample that is left out: a cell that is no address may be a whole picture in base64."""
+"""Letters kept of each entry about a left-out sample: a cell that is no address may be a whole picture in base64."""
 _HOPELESS = 20
 _SHARDS_PER_UNIT = 8
 _IN_MEMORY_BYTES = 256 * 2**20
@@ -57,14 +57,14 @@ _ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 @dataclass(frozen=True)
 class Transformed:
-    """What is written in the place of a shard's samples under the same keys, and why some of them are left out."""
+    """The samples written in place of a shard's samples, by the same keys, and the reasons for those left out, by key."""
 
     samples: Mapping[str, Members]
     left_out: Mapping[str, str]
 
 
 Transform = Callable[[Mapping[str, Members], "Bucket | None"], Transformed]
-"""Of a shard's samples by key, and their bucket."""
+"""A function of a shard's samples by key and their bucket."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,12 @@ class Packing:
     """How samples are written.
 
     Attributes:
-        shard_samples: at most so many samples in a shard.
+        shard_samples: most samples in a shard.
         buckets: shards hold pictures of one bucket each; None for one row of shards.
         size_px: pictures with a longer shorter edge are scaled down to it; None leaves their bytes as they are.
-        format, quality: of pictures that are encoded anew.
+        format, quality: for pictures that are encoded again.
         min_size_px: pictures with a shorter edge are left out.
-        held_out_share: of the samples, by a hash of the key.
+        held_out_share: share of the samples that are held out, chosen by a hash of the key.
     """
 
     shard_samples: int = 1000
@@ -99,14 +99,14 @@ class Packing:
             raise UserError(f"shard_samples ({self.shard_samples}) must be 1 or more")
 
     def record(self) -> dict[str, Any]:
-        """What the output depends on, as JSON can hold it."""
+        """The options, as JSON can hold them."""
         buckets = None if self.buckets is None else [str(bucket) for bucket in self.buckets.buckets]
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {**fields, "buckets": buckets}
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PackedSample:
     """A sample that can be written; `source` as in `Raw`."""
 
     key: str
@@ -166,25 +166,25 @@ def pack(
 
 
 def scratch_of(out: str, folder: str | None) -> Path:
-    """A folder of this job's own for downloads until they are used; the same one after a restart."""
-    if folder is None and store.is_local(out):
-        return store.local_path(out) / ".scratch"
+    """This job's own folder for downloads that are not used yet; a restart gets the same one."""
+    if folder is None and addresses.is_local(out):
+        return addresses.local_path(out) / ".scratch"
     return Path(folder or tempfile.gettempdir()) / f"megadiff-pack-{os.getuid()}-{hashed(out.rstrip('/'), 6)}"
 
 
 def unit_samples(packing: Packing) -> int:
-    """How many samples a unit should have: where they are dealt to several rows of shards, so many that few are small."""
+    """Samples per unit: several shards' worth if they are dealt to several rows, so that few shards are small."""
     return packing.shard_samples * (_SHARDS_PER_UNIT if packing.buckets or packing.held_out_share else 1)
 
 
 # ------------------------------------------------------------------------------------------------------------ a sample
 
 
-def prepare(raw: Raw | Encoded, packing: Packing) -> Prepared | LeftOut:
+def prepare(raw: Raw | Encoded, packing: Packing) -> PackedSample | LeftOut:
     """A sample's members and bucket, or why it is left out."""
     if isinstance(raw, Encoded):
         try:
-            return Prepared(key_of(raw.origin), raw.source, raw.read(), None)
+            return PackedSample(key_of(raw.origin), raw.source, raw.read(), None)
         except LeaveOut as fault:
             return LeftOut(raw.source, *fault.args)
     captions = clean(raw.captions)
@@ -197,7 +197,7 @@ def prepare(raw: Raw | Encoded, packing: Packing) -> Prepared | LeftOut:
     facts = {"captions": captions, "width": width, "height": height, "source": raw.source}
     bucket = None if packing.buckets is None else packing.buckets.of(height, width)
     members = {ending: data, "json": json.dumps(facts, ensure_ascii=False).encode()}
-    return Prepared(key_of(raw.origin), raw.source, members, bucket)
+    return PackedSample(key_of(raw.origin), raw.source, members, bucket)
 
 
 def _picture(data: bytes, packing: Packing) -> tuple[str, bytes, int, int]:
@@ -211,18 +211,18 @@ def _picture(data: bytes, packing: Packing) -> tuple[str, bytes, int, int]:
             ending = _ENDINGS.get(picture.format or "")
             if packing.size_px is None or short <= packing.size_px:
                 if ending is not None:
-                    # Only to know that it is whole: an eighth of a JPEG is decoded faster and reads it to its end.
+                    # Decoded only to see that it is whole: an eighth of a JPEG is faster and reads it to its end as well.
                     picture.draft(None, (1, 1))
                     picture.load()
                     return ending, data, height, width
-                made = pictures.plain(picture)
-                return "png", _encoded(made, "png", packing.quality), made.height, made.width
+                whole = pictures.plain(picture)
+                return "png", _encoded(whole, "png", packing.quality), whole.height, whole.width
             factor = packing.size_px / short
             size = (max(1, round(width * factor)), max(1, round(height * factor)))
             # The decoder may scale a JPEG down to no less than twice the size; the rest is ours.
             picture.draft(None, (2 * max(size), 2 * max(size)))
-            made = pictures.plain(picture).resize(size, Image.Resampling.LANCZOS)
-            return packing.format, _encoded(made, packing.format, packing.quality), made.height, made.width
+            scaled = pictures.plain(picture).resize(size, Image.Resampling.LANCZOS)
+            return packing.format, _encoded(scaled, packing.format, packing.quality), scaled.height, scaled.width
     except pictures.UNREADABLE as error:
         raise LeaveOut(UNREADABLE, picture_fault(error)) from None
 
@@ -230,7 +230,7 @@ def _picture(data: bytes, packing: Packing) -> tuple[str, bytes, int, int]:
 def _encoded(picture: Image.Image, format: str, quality: int) -> bytes:
     if format == "jpg" and picture.mode == "RGBA":
         picture = pictures.flat(picture)
-    picture.info.clear()  # Pillow would keep a colour profile in some formats only, that of CMYK on RGB as well.
+    picture.info.clear()  # Pillow keeps the colour profile in some formats only, and a CMYK profile even on RGB.
     buffer = io.BytesIO()
     picture.save(buffer, FORMATS[format], **({} if format == "png" else {"quality": quality}))
     return buffer.getvalue()
@@ -282,23 +282,23 @@ def _make(source: Source, unit: int, out: str, packing: Packing, transform: Tran
             row.written += 1
         row.waiting.clear()
 
-    def work(sample: Raw | Encoded | LeftOut) -> Prepared | LeftOut:
+    def work(sample: Raw | Encoded | LeftOut) -> PackedSample | LeftOut:
         return sample if isinstance(sample, LeftOut) else prepare(sample, packing)
 
     with tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY_BYTES) as spill:
-        for made in in_order(source.samples(unit), work, source.threads):
-            if isinstance(made, Prepared) and made.key in keys:
-                made = LeftOut(made.source, "key twice", f"an earlier sample has the key {made.key}")
-            if isinstance(made, LeftOut):
-                counts[f"left out: {made.reason}"] += 1
-                left.append(made)
+        for sample in in_order(source.samples(unit), work, source.threads):
+            if isinstance(sample, PackedSample) and sample.key in keys:
+                sample = LeftOut(sample.source, "key twice", f"an earlier sample has the key {sample.key}")
+            if isinstance(sample, LeftOut):
+                counts[f"left out: {sample.reason}"] += 1
+                left.append(sample)
                 continue
-            keys.add(made.key)
-            side = _side(made.key, packing.held_out_share)
+            keys.add(sample.key)
+            side = _side(sample.key, packing.held_out_share)
             counts["written"] += 1
-            row = rows.setdefault((side, made.bucket), _row(side, source.names[unit], made.bucket))
-            places = {ending: _append(spill, data) for ending, data in made.members.items()}
-            row.waiting.append(_Waiting(made.key, made.source, places))
+            row = rows.setdefault((side, sample.bucket), _row(side, source.names[unit], sample.bucket))
+            places = {ending: _append(spill, data) for ending, data in sample.members.items()}
+            row.waiting.append(_Waiting(sample.key, sample.source, places))
             if len(row.waiting) == packing.shard_samples:
                 flush(row)
         for row in rows.values():
@@ -331,7 +331,7 @@ def _first_of_each(left: Iterable[LeftOut]) -> Iterator[dict[str, str]]:
     for entry in left:
         seen[entry.reason] += 1
         if seen[entry.reason] <= _NAMED:
-            yield {name: store.printable(value)[:_LONGEST] for name, value in asdict(entry).items() if value}
+            yield {name: addresses.printable(value)[:_LONGEST] for name, value in asdict(entry).items() if value}
 
 
 def _append(file: Any, data: bytes) -> tuple[int, int]:
@@ -349,7 +349,7 @@ def _read(file: Any, start: int, size: int) -> bytes:
 
 
 def _split(out: str, manifest: Manifest, share: float) -> None:
-    """A manifest per side, from the one of all shards. Raises DataError if a side is empty."""
+    """Write a manifest per side. Raises DataError if a side is empty."""
     for side in (TRAIN, HELD_OUT):
         inside = [entry for entry in manifest.shards if entry.name.startswith(f"{side}/")]
         if not inside:
@@ -358,11 +358,11 @@ def _split(out: str, manifest: Manifest, share: float) -> None:
                 "one, and a new folder"
             )
         shards = tuple(replace(entry, name=entry.name.removeprefix(f"{side}/")) for entry in inside)
-        write_manifest(store.join(out, side), Manifest(shards, {"split": side, **manifest.facts}))
+        write_manifest(addresses.join(out, side), Manifest(shards, {"split": side, **manifest.facts}))
 
 
 def left_out(manifest: Manifest) -> dict[str, int]:
-    """How many samples were left out, by reason."""
+    """Numbers of left-out samples, by reason."""
     counts: Mapping[str, int] = manifest.facts.get("counts", {})
     return {name.removeprefix("left out: "): count for name, count in counts.items() if name.startswith("left out: ")}
 

@@ -1,4 +1,4 @@
-"""What every kind of source gives: raw samples in units of work, or why one is left out."""
+"""The interface of all sources: raw samples in units of work, or reasons why samples are left out."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 from megadiff.config.errors import UserError
 from megadiff.data.shards.shard import Members
-from megadiff.storage import store
+from megadiff.storage import addresses
 
 NO_CAPTION, NO_PICTURE, UNREADABLE, TOO_SMALL = "no caption", "no picture", "unreadable picture", "too small"
 UNREACHABLE, NOT_ENCODED = "unreachable picture", "cannot be encoded"
-"""Why a sample is left out."""
+"""Reasons why a sample is left out."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Raw:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A sample that is written as it is; origin and source as above, `read` gives its members. Raises LeaveOut."""
+    """A sample that is written as it is; `origin` and `source` as in `Raw`, `read` gives its members or raises LeaveOut."""
 
     origin: str
     source: str
@@ -64,15 +64,15 @@ class Source(Protocol):
 
     @property
     def names(self) -> Sequence[str]:
-        """Of the units: stable, each once, of letters, digits, - and _."""
+        """Names of the units: stable, unique, of letters, digits, - and _."""
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What the units' samples depend on."""
+        """Everything that the units' samples depend on."""
 
     @property
     def threads(self) -> int:
-        """How many pictures are read at once; above 1 where reading is waiting."""
+        """Pictures read at once; above 1 if reading mostly waits."""
 
     def samples(self, unit: int) -> Iterator[Raw | Encoded | LeftOut]:
         """A unit's samples, always in the same order. Raises DataError, StorageError."""
@@ -93,7 +93,7 @@ def slug(text: str) -> str:
 
 
 def clean(captions: Iterable[Any]) -> list[str]:
-    """Texts without white space around them; what is empty, no text, or half of a surrogate pair goes."""
+    """Stripped texts; entries that are empty, no text, or hold half of a surrogate pair are dropped."""
     texts = [caption.strip() for caption in captions if isinstance(caption, str)]
     return [text for text in texts if text and not re.search("[\ud800-\udfff]", text)]
 
@@ -101,33 +101,32 @@ def clean(captions: Iterable[Any]) -> list[str]:
 def captions_in(tree: Any) -> list[Any]:
     """The captions of parsed JSON: a text, a list of texts, or an object with `captions` or `caption`."""
     if isinstance(tree, Mapping):
-        found = tree.get("captions")
-        return captions_in(found if found else tree.get("caption"))
+        return captions_in(tree.get("captions") or tree.get("caption"))
     if isinstance(tree, str):
         return [tree]
     return list(tree) if isinstance(tree, Sequence) else []
 
 
 def expand(address: str) -> list[str]:
-    """An address with {00000..00012} or {a,b} in it as the addresses that it stands for."""
-    found = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", address)
-    if found is None:
+    """The addresses that an address with {00000..00012} or {a,b} stands for."""
+    braces = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", address)
+    if braces is None:
         return [address]
-    if found[3] is not None:
-        choices = found[3].split(",")
+    if braces[3] is not None:
+        choices = braces[3].split(",")
     else:
-        first, last = int(found[1]), int(found[2])
+        first, last = int(braces[1]), int(braces[2])
         if first > last:
-            raise UserError(f"{found[0]} in {address} counts down; write {{{found[2]}..{found[1]}}}")
-        choices = [str(number).zfill(len(found[1])) for number in range(first, last + 1)]
-    return [whole for choice in choices for whole in expand(address[: found.start()] + choice + address[found.end() :])]
+            raise UserError(f"{braces[0]} in {address} counts down; write {{{braces[2]}..{braces[1]}}}")
+        choices = [str(number).zfill(len(braces[1])) for number in range(first, last + 1)]
+    return [whole for choice in choices for whole in expand(address[: braces.start()] + choice + address[braces.end() :])]
 
 
 def is_encoded(folder: str) -> bool:
-    """Whether a folder looks like one that the paper's scripts have made."""
-    return store.is_local(folder) and all((store.local_path(folder) / name).is_dir() for name in ("images", "tokens"))
+    """Whether a folder looks like the output of the paper's scripts."""
+    return addresses.is_local(folder) and all((addresses.local_path(folder) / name).is_dir() for name in ("images", "tokens"))
 
 
 def hashed(text: str, size: int) -> str:
-    """Hexadecimal, two digits a byte; depends on the text alone."""
+    """A hash of a text as hexadecimal digits, two for each of `size` bytes."""
     return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=size).hexdigest()

@@ -1,7 +1,7 @@
 """Work cut into units, each done once, over any number of processes, through kills and restarts.
 
-A unit that is done has a record under OUT/.units/, written after its shards. A process that starts again skips what has a
-record; a unit that was killed before its record is made again, with the same bytes under the same names.
+A finished unit has a record under OUT/.units/, written after its shards. A restarted process skips units with a record; a unit
+killed before its record is made again, with the same bytes under the same names.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from tqdm import tqdm
 
 from megadiff.data.packing.claims import JOB, claim
 from megadiff.data.shards.shard import Manifest, ShardEntry, write_manifest
-from megadiff.storage import store
+from megadiff.storage import addresses, store
 
 UNITS, LEFT_OUT = JOB.rpartition("/")[0], "left_out.jsonl"
 _POLL_S = 1.0
 _NAMED = 1000
-"""So many samples that were left out are named for each reason."""
+"""Samples named in left_out.jsonl for each reason."""
 
 
 @dataclass(frozen=True)
 class Done:
-    """What the making of one unit gave.
+    """The result of making one unit.
 
     Attributes:
         shards: their names are relative to the output folder.
-        counts: added up over all units; the manifest tells the sums.
-        left_out: samples that were left out and why; they go to left_out.jsonl.
+        counts: summed over all units in the manifest.
+        left_out: samples left out, with the reasons; they go to left_out.jsonl.
     """
 
     shards: tuple[ShardEntry, ...]
@@ -53,15 +53,15 @@ def run_units(
     label: str = "shards",
     publish: bool = True,
 ) -> Manifest | None:
-    """Make every unit that is not done and that is this process's, `names[rank::world]`.
+    """Make every unit of this process (`names[rank::world]`) that is not done.
 
     Args:
         out: a folder or an address.
         names: stable over restarts, each once, of letters, digits, - and _.
-        identity: what the output depends on; another one than that of the units already there is refused.
+        identity: everything that the output depends on; it must be that of the units already there.
         facts: go into the manifest.
-        label: what a unit is called in the progress bar.
-        publish: write the manifest; without, it is the caller's to do.
+        label: the progress bar's name.
+        publish: write the manifest; if false, the caller does.
 
     Returns:
         The manifest, on rank 0, which waits for all the others; None on the others.
@@ -73,15 +73,15 @@ def run_units(
         raise ValueError(f"names of units must be plain words: {bad[0]!r}")
     if len(set(names)) != len(names):
         raise ValueError("names of units must differ")
-    records = store.join(out, UNITS)
+    records = addresses.join(out, UNITS)
     claim(out, JOB, identity)
     done = _done(records)
     mine = [number for number in range(rank, len(names), world) if names[number] not in done]
     with tqdm(desc=label, unit="unit", total=len(names[rank::world]), disable=None) as bar:
         bar.update(bar.total - len(mine))
         for number in mine:
-            made = make(number)
-            store.write_bytes(store.join(records, f"{names[number]}.json"), json.dumps(asdict(made)).encode())
+            record = asdict(make(number))
+            store.write_bytes(addresses.join(records, f"{names[number]}.json"), json.dumps(record).encode())
             bar.update()
     if rank:
         return None
@@ -98,7 +98,7 @@ def _done(records: str) -> set[str]:
 
 
 def _wait(records: str, names: set[str], world: int) -> None:
-    """Until every unit has a record; other processes write them."""
+    """Wait until every unit has a record; other processes write them."""
     missing = len(names - _done(records)) if world > 1 else 0
     with tqdm(desc="other processes", unit="unit", total=missing, disable=None if missing else True) as bar:
         while missing:
@@ -113,14 +113,16 @@ def _merge(out: str, records: str, names: Iterable[str], facts: Mapping[str, Any
     counts: Counter[str] = Counter()
     left_out: list[Mapping[str, str]] = []
     for name in names:
-        record = json.loads(store.read_bytes(store.join(records, f"{name}.json")))
+        record = json.loads(store.read_bytes(addresses.join(records, f"{name}.json")))
         shards += [ShardEntry(**entry) for entry in record["shards"]]
         counts.update(record["counts"])
         left_out += record["left_out"]
     manifest = Manifest(tuple(shards), {**facts, **({"counts": dict(sorted(counts.items()))} if counts else {})})
     if left_out:
         lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in _first_of_each_reason(left_out))
-        store.write_bytes(store.join(out, LEFT_OUT), lines.encode("utf-8", "backslashreplace"))  # as JSON writes half a pair
+        store.write_bytes(
+            addresses.join(out, LEFT_OUT), lines.encode("utf-8", "backslashreplace")
+        )  # half a pair as JSON has it
     return manifest
 
 

@@ -23,26 +23,26 @@ from megadiff.data.buckets import Bucket
 from megadiff.data.codecs.base import Array, Loadable, array_of
 from megadiff.data.codecs.build import build_codecs, check_manifest
 from megadiff.data.errors import DataError, SampleError
-from megadiff.data.reading.mixture import Mixture, Step
+from megadiff.data.reading.mixture import Mixture, StepSamples
 from megadiff.data.reading.order import Order
 from megadiff.data.shards.cache import ShardCache
 from megadiff.data.shards.reader import ShardReader
 from megadiff.data.shards.shard import Manifest, Shard, Views, read_manifest
-from megadiff.storage import store
+from megadiff.storage import addresses
 from megadiff.types import Batch
 
 log = logging.getLogger(__name__)
 
 FEWEST_READ = 200
-"""An unreadable share is judged only after this many samples."""
+"""Least number of samples before the unreadable share is judged."""
 _NAMED_IN_LOG = 20
 _HELD_OUT_BLOCK = 8
-"""Samples to compare with come from this many shards at a time: of a large source only a few are fetched."""
+"""Shards that held-out samples come from at a time, so that only a few shards of a large source are fetched."""
 
 
 @dataclass(frozen=True)
 class LoaderStats:
-    """Since this process began: samples taken by this rank, those that could not be decoded, and the time spent waiting."""
+    """Totals since this process began: samples taken by this rank, undecodable ones among them, time spent waiting."""
 
     read: int
     unreadable: int
@@ -89,7 +89,7 @@ class _Codecs:
     def load(
         self, samples: Sequence[Views], keys: Sequence[int], bucket: Bucket | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[int, SampleError]]:
-        """Values and features [B, ...], and by place what is wrong with the samples that could not be loaded."""
+        """(values [B, ...], features [B, ...], errors by place in the batch of the samples that could not be loaded)."""
         errors: dict[int, SampleError] = {}
         parts: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         kinds: tuple[Mapping[str, Loadable], ...] = (self.codecs, self.features)
@@ -98,7 +98,7 @@ class _Codecs:
                 array, faults = reader.load_batch(samples, keys, bucket)
                 errors = {**faults, **errors}
                 part[name] = torch.from_numpy(array)
-        for place in errors:  # nothing of a sample that is not whole
+        for place in errors:  # an incomplete sample is blank in all modalities
             for tensor in (*parts[0].values(), *parts[1].values()):
                 tensor[place] = 0
         return *parts, errors
@@ -145,7 +145,7 @@ class Loader:
         self._fetchers = ThreadPoolExecutor(data.downloads, thread_name_prefix="fetch") if data.workers else None
         cache = ShardCache(data.cache) if data.cache else None
         self._readers = [
-            ShardReader(store.folder_of(data.sources[name]), manifest, cache, fetchers=self._fetchers)
+            ShardReader(addresses.folder_of(data.sources[name]), manifest, cache, fetchers=self._fetchers)
             for name, manifest in manifests.items()
         ]
         self._prefixes = [f"{name}/" if len(manifests) > 1 else "" for name in manifests]
@@ -170,7 +170,7 @@ class Loader:
         return [replace(batch, states=self._codecs.finish(batch.states, batch.keys)) for batch in moved]
 
     def take_stored(self) -> list[Batch]:
-        """`take` with states as they are stored (bytes of pixels, means and deviations of latents), on the CPU."""
+        """`take`, with states as they are stored (uint8 pixels, means and deviations of latents), on the CPU."""
         began = time.perf_counter()
         self._plan()
         batches = self._pending.popleft().result()
@@ -185,7 +185,7 @@ class Loader:
         return LoaderStats(self._read, self._unreadable, self._waited_s)
 
     def state(self) -> dict[str, Any]:
-        """What `load_state` needs to go on from here; a few integers, however far the run is."""
+        """What `load_state` needs to continue from here: a single integer."""
         return {"data_step": self.data_step}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -206,7 +206,7 @@ class Loader:
                 pool.shutdown(wait=True, cancel_futures=True)
 
     def _plan(self) -> None:
-        """See to it that the next global batches are under way, and the shards of those after them."""
+        """Start the next global batches, and the fetching of the shards after them."""
         while len(self._pending) < self._ahead:
             step = self._mixture.step(self._next, self._slots, self.global_samples)
             self._needed.append(self._shards_of(step))
@@ -214,8 +214,8 @@ class Loader:
             self._pending.append(self._submit(step, self._next))
             self._next += 1
 
-    def _shards_of(self, step: Step) -> dict[int, list[int]]:
-        """Per source the shards of a step and of those soon after it."""
+    def _shards_of(self, step: StepSamples) -> dict[int, list[int]]:
+        """The shards of a step and of the steps soon after it, by source."""
         needed = self._mixture.shards_ahead(self._next, self._slots, self.global_samples)
         for source in needed:
             now = np.unique(step.shard[step.source == source]).tolist()
@@ -226,14 +226,14 @@ class Loader:
         for source, reader in enumerate(self._readers):
             reader.expect(dict.fromkeys(shard for needed in self._needed for shard in needed.get(source, ())))
 
-    def _submit(self, step: Step, data_step: int) -> Future[list[Batch]]:
+    def _submit(self, step: StepSamples, data_step: int) -> Future[list[Batch]]:
         if self._decoders is not None:
             return self._decoders.submit(self._decode, step, data_step)
         done: Future[list[Batch]] = Future()
         done.set_result(self._decode(step, data_step))
         return done
 
-    def _decode(self, step: Step, data_step: int) -> list[Batch]:
+    def _decode(self, step: StepSamples, data_step: int) -> list[Batch]:
         keys = rng.sample_keys(self.seed, torch.from_numpy(step.epoch), torch.from_numpy(step.number), data_step)
         bucket = None if step.bucket is None else Bucket.parse(step.bucket)
         shards: dict[tuple[int, int], Shard] = {}
@@ -283,10 +283,10 @@ class HeldOut:
     ids: list[str]
 
 
-class Shuffled:
-    """The samples of a manifest in a fixed shuffled order, read by number; of neighbours in the order many share a shard.
+class ShuffledSamples:
+    """The samples of a manifest in a fixed shuffled order, read by number; many neighbours in it share a shard.
 
-    All are of the model's own size: pictures are cropped to it, of latents those of other buckets are left out.
+    All have the model's own size: pictures are cropped to it, latents of other buckets are left out.
     """
 
     def __init__(self, address: str, data: Data, model: Model, seed: int = 0) -> None:
@@ -294,7 +294,7 @@ class Shuffled:
         manifest = read_manifest(address)
         check_manifest(address, manifest, data, model)
         self._codecs = _Codecs(data, model)
-        self._reader = ShardReader(store.folder_of(address), manifest, ShardCache(data.cache) if data.cache else None)
+        self._reader = ShardReader(addresses.folder_of(address), manifest, ShardCache(data.cache) if data.cache else None)
         self._shards = _of_own_size(address, manifest, data, model)
         sizes = [manifest.shards[number].samples for number in self._shards]
         self._order = Order(sizes, lanes=1, block_shards=_HELD_OUT_BLOCK, seed=seed, name="held out")
@@ -321,16 +321,16 @@ class Shuffled:
 
 
 def _of_own_size(address: str, manifest: Manifest, data: Data, model: Model) -> list[int]:
-    """The shards whose latents fill the model's grids; all, where there are no buckets of latents."""
-    wanted: set[str] = set()
+    """Indices of the shards whose latents fill the model's grids; all shards without buckets of latents."""
+    own: set[str] = set()
     for name, field_ in data.fields.items():
-        told, space = manifest.facts.get("encoded", {}).get(getattr(field_, "member", None), {}), model.modalities[name].space
-        if "factor" in told and isinstance(space, GridSpace):
-            wanted.add(str(Bucket(space.height * told["factor"], space.width * told["factor"])))
-    found = [i for i, shard in enumerate(manifest.shards) if shard.bucket is None or not wanted or shard.bucket in wanted]
-    if not found:
-        raise DataError(f"{address} has no shards of the bucket {', '.join(wanted)}, which is the model's own size")
-    return found
+        facts, space = manifest.facts.get("encoded", {}).get(getattr(field_, "member", None), {}), model.modalities[name].space
+        if "factor" in facts and isinstance(space, GridSpace):
+            own.add(str(Bucket(space.height * facts["factor"], space.width * facts["factor"])))
+    shards = [i for i, shard in enumerate(manifest.shards) if shard.bucket is None or not own or shard.bucket in own]
+    if not shards:
+        raise DataError(f"{address} has no shards of the bucket {', '.join(own)}, which is the model's own size")
+    return shards
 
 
 def read_held_out(address: str, data: Data, model: Model, count: int, seed: int = 0) -> HeldOut:
@@ -339,7 +339,7 @@ def read_held_out(address: str, data: Data, model: Model, count: int, seed: int 
     Raises:
         UserError: the manifest or a shard cannot be read, or no sample can.
     """
-    source = Shuffled(address, data, model, seed)
+    source = ShuffledSamples(address, data, model, seed)
     readable = (found for number in range(len(source)) if (found := source.read(number)) is not None)
     samples = list(islice(readable, count))
     if not samples:

@@ -1,7 +1,7 @@
 """Several lists of samples in one order: sources in given shares within every batch, one bucket a batch.
 
-Which bucket a step takes and which source a slot takes follow quotas: after any number of choices each list has been chosen
-as often as its share says, to within one or two; the n-th choice is computed without those before it.
+Quotas choose the bucket of a step and the source of a slot: after any number of choices, each list's count differs from its
+share by one or two at most. The n-th choice is computed without those before it.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from megadiff.data.shards.shard import Manifest
 
 
 class Quota:
-    """A sequence of choices in which choice k has the share a_k / sum(a): its j-th turn stands at (j + 1/2) / share."""
+    """A sequence of choices in which choice k has the share a_k / sum(a): its j-th turn is at (j + 1/2) / share."""
 
     def __init__(self, shares: Sequence[int]) -> None:
-        """Take whole numbers above 0, one a choice."""
+        """Take a whole number above 0 per choice."""
         self.shares = list(shares)
         self._total = sum(self.shares)
         common = math.lcm(*self.shares)
-        self._gaps = [common // share for share in self.shares]  # between turns, in units in which all are whole
+        self._gaps = [common // share for share in self.shares]  # distances between turns, in units that make all of them whole
 
     def span(self, first: int, count: int) -> tuple[Numbers, Numbers]:
-        """Choices number `first` and after, int64 [count], and which turn of the chosen each is."""
+        """(choices from number `first` on, the turn of each among those of the same choice), both int64 [count]."""
         if len(self.shares) == 1:
             return np.zeros(count, dtype=np.int64), np.arange(first, first + count)
         certain = self._certain(first)
@@ -40,18 +40,18 @@ class Quota:
         return np.array([k for _, k, _ in turns], dtype=np.int64), np.array([turn for _, _, turn in turns], dtype=np.int64)
 
     def counts(self, number: int) -> list[int]:
-        """How often each choice has been made before choice `number`."""
-        made = self._certain(number)
-        for _, k, _ in self._in_order(made, number):
-            made[k] += 1
-        return made
+        """Turns of each choice before choice `number`."""
+        turns = self._certain(number)
+        for _, k, _ in self._in_order(turns, number):
+            turns[k] += 1
+        return turns
 
     def _certain(self, number: int) -> list[int]:
-        """So many turns of each choice surely stand before `number`: a turn is at most half a turn per choice off its place."""
+        """Turns of each choice that are surely before `number`: a turn is at most half a turn per choice off its place."""
         return [max(0, (number - len(self.shares) - 2) * share // self._total) for share in self.shares]
 
     def _in_order(self, begins: Sequence[int], number: int) -> list[tuple[int, int, int]]:
-        """(when, choice, turn) of those turns before `number` that are not among each choice's first `begins`."""
+        """(time, choice, turn) of the turns before `number`, without the first `begins` of each choice."""
         until = number + len(self.shares) + 2
         turns = [
             ((2 * turn + 1) * self._gaps[k], k, turn)
@@ -61,7 +61,7 @@ class Quota:
         return sorted(turns)[: number - sum(begins)]
 
 
-class Part(NamedTuple):
+class SampleList(NamedTuple):
     """One list of samples: the shards of one source that are of one bucket."""
 
     source: int
@@ -69,7 +69,7 @@ class Part(NamedTuple):
     order: Order
 
 
-class Step(NamedTuple):
+class StepSamples(NamedTuple):
     """The samples of some slots of a step.
 
     Attributes:
@@ -106,29 +106,33 @@ class Mixture:
         self._starts = _starts(sources)
         shares = _shares(sources, weights or {})
         self.buckets: tuple[str | None, ...] = _buckets(sources, shares)
-        self._parts: list[list[Part]] = []
+        self._lists: list[list[SampleList]] = []
         within, over = [], []
         for bucket in self.buckets:
-            parts = [
-                part
+            lists = [
+                _sample_list(number, name, manifest, bucket, lanes, block_shards, seed)
                 for number, (name, manifest) in enumerate(sources.items())
-                if shares[name] and (part := _part(number, name, manifest, bucket, lanes, block_shards, seed)) is not None
+                if shares[name]
             ]
+            lists_of_bucket = [samples for samples in lists if samples is not None]
             names = list(sources)
-            weighed = [shares[names[part.source]] * part.order.samples / sources[names[part.source]].samples for part in parts]
-            self._parts.append(parts)
-            within.append(weighed)
-            over.append(sum(weighed, Fraction(0)))
+            weights_of_lists = [
+                shares[names[samples.source]] * samples.order.samples / sources[names[samples.source]].samples
+                for samples in lists_of_bucket
+            ]
+            self._lists.append(lists_of_bucket)
+            within.append(weights_of_lists)
+            over.append(sum(weights_of_lists, Fraction(0)))
         self._of_bucket = Quota(_whole(over))
-        self._of_source = [Quota(_whole(weighed)) for weighed in within]
+        self._of_source = [Quota(_whole(numbers)) for numbers in within]
         self._chosen = lru_cache(maxsize=64)(self._choose)
 
     @property
-    def lists(self) -> list[Part]:
+    def lists(self) -> list[SampleList]:
         """Every list of samples that is read."""
-        return [part for parts in self._parts for part in parts]
+        return [samples for lists in self._lists for samples in lists]
 
-    def step(self, data_step: int, slots: range, global_samples: int) -> Step:
+    def step(self, data_step: int, slots: range, global_samples: int) -> StepSamples:
         """The samples at some slots of a global batch; slot = lane x (global_samples / lanes) + place.
 
         Raises:
@@ -141,27 +145,27 @@ class Mixture:
             first = max(slots.start - lane * per_lane, 0)
             last = min(slots.stop - lane * per_lane, per_lane)
             sources, turns = self._of_source[bucket].span(turn * per_lane + first, last - first)
-            found = np.empty((5, last - first), dtype=np.int64)
-            for number, part in enumerate(self._parts[bucket]):
+            rows = np.empty((5, last - first), dtype=np.int64)
+            for number, samples in enumerate(self._lists[bucket]):
                 where = np.flatnonzero(sources == number)
                 if len(where):
-                    visits = part.order.visits(lane, int(turns[where[0]]), len(where))
-                    found[:, where] = self._told(part, visits)
-            for column, values in zip(columns, found, strict=True):
+                    visits = samples.order.visits(lane, int(turns[where[0]]), len(where))
+                    rows[:, where] = self._rows(samples, visits)
+            for column, values in zip(columns, rows, strict=True):
                 column.append(values)
-        return Step(self.buckets[bucket], *(np.concatenate(column) for column in columns))
+        return StepSamples(self.buckets[bucket], *(np.concatenate(column) for column in columns))
 
     def shards_ahead(self, data_step: int, slots: range, global_samples: int) -> dict[int, list[int]]:
-        """Per source, the shards that the slots need at a step and soon after, the soonest first."""
+        """The shards that the slots need at a step and soon after, by source, the soonest first."""
         per_lane = self._per_lane(global_samples)
         needed: dict[int, dict[int, None]] = {}
         turns = self._of_bucket.counts(data_step)
-        for parts, quota, turn in zip(self._parts, self._of_source, turns, strict=True):
+        for lists, quota, turn in zip(self._lists, self._of_source, turns, strict=True):
             positions = quota.counts(turn * per_lane)
-            for part, position in zip(parts, positions, strict=True):
-                ahead = needed.setdefault(part.source, {})
+            for samples, position in zip(lists, positions, strict=True):
+                ahead = needed.setdefault(samples.source, {})
                 for lane in range(slots.start // per_lane, -(-slots.stop // per_lane)):
-                    ahead |= dict.fromkeys(part.shards[part.order.shards_ahead(lane, position)].tolist())
+                    ahead |= dict.fromkeys(samples.shards[samples.order.shards_ahead(lane, position)].tolist())
         return {source: list(shards) for source, shards in needed.items()}
 
     def slots_of_rank(self, data_rank: int, data_ranks: int, global_samples: int) -> range:
@@ -183,22 +187,22 @@ class Mixture:
         bucket, turn = self._of_bucket.span(data_step, 1)
         return int(bucket[0]), int(turn[0])
 
-    def _told(self, part: Part, visits: Visits) -> Numbers:
-        """Rows source, epoch, shard, offset, number: of the list's own shards those of the manifest."""
-        sources = np.full(len(visits.epoch), part.source)
-        shards = part.shards[visits.shard]
-        numbers = self._starts[part.source][shards] + visits.offset
+    def _rows(self, samples: SampleList, visits: Visits) -> Numbers:
+        """Rows source, epoch, shard, offset, number; shards are numbered as in the manifest, not as in the list."""
+        sources = np.full(len(visits.epoch), samples.source)
+        shards = samples.shards[visits.shard]
+        numbers = self._starts[samples.source][shards] + visits.offset
         return np.stack([sources, visits.epoch, shards, visits.offset, numbers])
 
 
 def _starts(sources: Mapping[str, Manifest]) -> list[Numbers]:
-    """Per source the number, over all sources, of each shard's first sample."""
-    found, first = [], 0
+    """The number, over all sources, of each shard's first sample; by source."""
+    starts, first = [], 0
     for manifest in sources.values():
         ends = first + np.cumsum(_sizes(manifest))
-        found.append(np.concatenate([[first], ends[:-1]]))
+        starts.append(np.concatenate([[first], ends[:-1]]))
         first = int(ends[-1])
-    return found
+    return starts
 
 
 def _sizes(manifest: Manifest) -> Numbers:
@@ -214,15 +218,15 @@ def _shares(sources: Mapping[str, Manifest], weights: Mapping[str, float]) -> di
 
 def _buckets(sources: Mapping[str, Manifest], shares: Mapping[str, Fraction]) -> tuple[str | None, ...]:
     read = [manifest for name, manifest in sources.items() if shares[name]]
-    found = {shard.bucket for manifest in read for shard in manifest.shards if shard.samples}
-    if None in found and len(found) > 1:
+    buckets = {shard.bucket for manifest in read for shard in manifest.shards if shard.samples}
+    if None in buckets and len(buckets) > 1:
         raise DataError("some shards have a bucket and others have none; pack all sources with the same buckets, or with none")
-    return tuple(sorted(found, key=str))
+    return tuple(sorted(buckets, key=str))
 
 
-def _part(
+def _sample_list(
     number: int, name: str, manifest: Manifest, bucket: str | None, lanes: int, block_shards: int, seed: int
-) -> Part | None:
+) -> SampleList | None:
     shards = np.arange(len(manifest.shards))
     if bucket is not None:
         shards = np.array([i for i, shard in enumerate(manifest.shards) if shard.bucket == bucket], dtype=np.int64)
@@ -231,7 +235,7 @@ def _part(
         return None
     # A single list is keyed by the seed alone: a source that gets a name keeps its order.
     word = "/".join([*([name] if number else []), *([bucket] if bucket else [])])
-    return Part(number, shards, Order(sizes, lanes, block_shards, seed, name=word))
+    return SampleList(number, shards, Order(sizes, lanes, block_shards, seed, name=word))
 
 
 def _whole(shares: Iterable[Fraction]) -> list[int]:

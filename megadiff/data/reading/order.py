@@ -77,7 +77,7 @@ class Order:
 
     @property
     def left_over(self) -> int:
-        """How many samples each epoch leaves out (others each time)."""
+        """Samples that each epoch leaves out; others each time."""
         return self.samples % self.lanes
 
     def visits(self, lane: int, position: int, count: int) -> Visits:
@@ -98,8 +98,8 @@ class Order:
         return parts[0] if len(parts) == 1 else Visits(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
     def shards_ahead(self, lane: int, position: int) -> list[int]:
-        """The shards that a lane needs from a position on: all of the present block's, and of the next block's
-        the more the further the present one is."""
+        """The shards that a lane needs from a position on: all of the present block, and a share of the next block that grows
+        as the present one is used up."""
         epoch, place = divmod(position, self.lane_samples)
         block = self._block_at(lane, place)
         following = divmod(position - place + block.stop, self.lane_samples)
@@ -109,7 +109,7 @@ class Order:
         return [*present, *coming[: -(-int(len(coming) * share * 1024) // 1024)]]
 
     def _block_at(self, lane: int, place: int) -> _Block:
-        # Where the lane's first block has begun, as it were; not where one block holds all, which would be cut in two.
+        # A shift per lane, so that blocks end at different steps; none if one block holds all, for it would be cut in two.
         ahead = lane * self.block // self.lanes if self.block < self.lane_samples else 0
         number = (place + ahead) // self.block
         return _Block(number, max(0, number * self.block - ahead), min(self.lane_samples, (number + 1) * self.block - ahead))

@@ -21,7 +21,7 @@ def fetch_archive(client: str, command: Sequence[str], into: str, package: str, 
 
     Args:
         client: its name, for errors.
-        command: without the folder to write into, which `into` is the flag for.
+        command: without the folder to write into; `into` is the flag that takes it.
         package: name and version, for errors.
 
     Raises:
@@ -33,11 +33,11 @@ def fetch_archive(client: str, command: Sequence[str], into: str, package: str, 
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}; name another cache folder by XDG_CACHE_HOME") from None
     try:
-        done = subprocess.run([*command, into, str(aside)], capture_output=True, text=True, check=False)
-        found = list(aside.iterdir())
-        if done.returncode or not found:
-            reason = (done.stderr.strip() or done.stdout.strip() or "no reason given").splitlines()[-1]
+        process = subprocess.run([*command, into, str(aside)], capture_output=True, text=True, check=False)
+        archives = list(aside.iterdir())
+        if process.returncode or not archives:
+            reason = (process.stderr.strip() or process.stdout.strip() or "no reason given").splitlines()[-1]
             raise UserError(f"{client} cannot fetch {package}: {reason}")
-        found[0].replace(folder / found[0].name)
+        archives[0].replace(folder / archives[0].name)
     finally:
         shutil.rmtree(aside)

@@ -1,7 +1,7 @@
 """Emoji art with names: real text-image pairs under permissive licences, out of npm packages.
 
-A sample is a PNG on white and a JSON with captions made of the emoji's English name and tags (emojibase). The hold-out is by
-base emoji: all styles, skin tones and genders of one thing lie on the same side of the split.
+A sample is a PNG on white and a JSON with captions made of the emoji's English name and tags (emojibase). Samples are
+held out by base emoji: all styles, skin tones and genders of one thing are on the same side of the split.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megadiff.data.packing.claims import HELD_OUT, RECIPE, TRAIN, claim
 from megadiff.data.pictures import flat, open_picture
 from megadiff.data.recipes.npm import Package, fetch
 from megadiff.data.shards.shard import Manifest, Members, Shard, ShardEntry, write_manifest, write_shard
-from megadiff.storage import store
+from megadiff.storage import addresses, store
 
 log = logging.getLogger(__name__)
 
@@ -158,27 +158,27 @@ def make_emoji(
         "held_out_share": held_out_share, "vocabulary": vocabulary, "labels": "@".join(LABELS),
     }  # fmt: skip
     emojis = read_labels(fetch(*LABELS, packages))
-    found = [p for name in sets for p in pictures(name, fetch(SETS[name].package, SETS[name].version, packages), emojis)]
-    kept = sorted((p for p in found if skin_tones or not p.emoji.has_skin_tone), key=lambda p: _mix(p.key))
+    everything = [p for name in sets for p in pictures(name, fetch(SETS[name].package, SETS[name].version, packages), emojis)]
+    kept = sorted((p for p in everything if skin_tones or not p.emoji.has_skin_tone), key=lambda p: _mix(p.key))
     splits = {TRAIN: [p for p in kept if not is_held_out(p.emoji.base, held_out_share)]}
     splits[HELD_OUT] = [p for p in kept if is_held_out(p.emoji.base, held_out_share)]
     claim(out, RECIPE, recipe)
     _write_notices(out, sets)
     words = [caption for picture in splits[TRAIN] for caption in captions(picture, styled=len(sets) > 1)]
-    store.write_bytes(store.join(out, TOKENIZER), train_tokenizer(words, vocabulary).to_str(pretty=True).encode())
+    store.write_bytes(addresses.join(out, TOKENIZER), train_tokenizer(words, vocabulary).to_str(pretty=True).encode())
     for split, members in splits.items():
-        _write_split(store.join(out, split), split, members, recipe, shard_samples)
+        _write_split(addresses.join(out, split), split, members, recipe, shard_samples)
 
 
 def read_labels(package: Package) -> dict[str, Emoji]:
     """Every emoji by hexcode, skin-tone variants included."""
-    found: dict[str, Emoji] = {}
+    emojis: dict[str, Emoji] = {}
     for entry in package.json("en/data.json"):
         tags = tuple(entry.get("tags", ()))
         for variant in (entry, *entry.get("skins", ())):
             label = variant["label"].replace(":", ",").lower()
-            found[variant["hexcode"]] = Emoji(variant["hexcode"], variant["emoji"], label, tags, entry["hexcode"])
-    return found
+            emojis[variant["hexcode"]] = Emoji(variant["hexcode"], variant["emoji"], label, tags, entry["hexcode"])
+    return emojis
 
 
 def pictures(name: str, package: Package, emojis: Mapping[str, Emoji]) -> list[Picture]:
@@ -191,13 +191,13 @@ def pictures(name: str, package: Package, emojis: Mapping[str, Emoji]) -> list[P
 
 
 def captions(picture: Picture, *, styled: bool) -> list[str]:
-    """What a picture may be called: its name, plain and in a sentence, with tags, and (`styled`) with its set's style."""
+    """A picture's captions: its name, alone and in a sentence, with tags, and (`styled`) with its set's style."""
     label, tags = picture.emoji.label, picture.emoji.tags
     others = [tag for tag in tags if tag not in label.split()]
-    made = [label, f"an emoji of {label}"]
-    made += [f"{label} in {SETS[picture.set].style} style"] if styled else []
-    made += [f"{label}, {', '.join(others[i : i + 2])}" for i in range(0, min(len(others), 4), 2)]
-    return [normalise(caption) for caption in made]
+    texts = [label, f"an emoji of {label}"]
+    texts += [f"{label} in {SETS[picture.set].style} style"] if styled else []
+    texts += [f"{label}, {', '.join(others[i : i + 2])}" for i in range(0, min(len(others), 4), 2)]
+    return [normalise(caption) for caption in texts]
 
 
 def is_held_out(base: str, share: float) -> bool:
@@ -210,9 +210,9 @@ def render(source: str | bytes, size: int) -> bytes:
         source = bytes(
             resvg_py.svg_to_bytes(svg_string=source, width=size, height=size, background="#ffffff", skip_system_fonts=True)
         )
-    made = flat(open_picture(source)).resize((size, size), Image.Resampling.LANCZOS)
+    picture = flat(open_picture(source)).resize((size, size), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    made.save(buffer, "PNG", optimize=True)
+    picture.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
@@ -289,7 +289,7 @@ def _write_split(folder: str, split: str, members: Sequence[Picture], recipe: Ma
 
 def _finished(folder: str, name: str) -> ShardEntry | None:
     """A shard that an earlier start has written (objects appear whole or not at all)."""
-    address = store.join(folder, name)
+    address = addresses.join(folder, name)
     if not store.exists(address):
         return None
     data = store.read_bytes(address)
@@ -300,7 +300,7 @@ def _write_group(folder: str, name: str, group: Sequence[Picture], size: int, *,
     samples: dict[str, Members] = {}
     for picture in group:
         try:
-            drawn = render(picture.source, size)
+            png = render(picture.source, size)
         except (ValueError, OSError) as error:
             log.warning("%s cannot be drawn and is left out: %s", picture.key, error)
             continue
@@ -310,7 +310,7 @@ def _write_group(folder: str, name: str, group: Sequence[Picture], size: int, *,
             "base": picture.emoji.base,
             "set": picture.set,
         }
-        samples[picture.key] = {"png": drawn, "json": json.dumps(facts, ensure_ascii=False).encode()}
+        samples[picture.key] = {"png": png, "json": json.dumps(facts, ensure_ascii=False).encode()}
     return write_shard(folder, name, samples)
 
 
@@ -325,4 +325,4 @@ def _write_notices(out: str, sets: Sequence[str]) -> None:
         "They were drawn at another size on a white ground; nothing else was changed.",
         f"Names and tags: emojibase-data {LABELS[1]} (MIT).",
     ]
-    store.write_bytes(store.join(out, "NOTICE"), ("\n".join(lines) + "\n").encode())
+    store.write_bytes(addresses.join(out, "NOTICE"), ("\n".join(lines) + "\n").encode())

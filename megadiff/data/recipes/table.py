@@ -1,4 +1,4 @@
-"""A CSV file as tar shards, one row a sample, with what a model needs to know of its columns; and one such table to try."""
+"""A CSV file as tar shards, one row a sample, with columns.json for the model; and a table to try."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from megadiff.data.generator import generator
 from megadiff.data.packing.claims import HELD_OUT, RECIPE, TRAIN, claim
 from megadiff.data.recipes.archives import cache_of, fetch_archive
 from megadiff.data.shards.shard import Manifest, write_manifest, write_shard
-from megadiff.storage import store
+from megadiff.storage import addresses, store
 
 DIAMONDS = ("plotnine", "0.15.9", "plotnine/data/diamonds.csv")
 """Prices and attributes of 53,940 diamonds (ggplot2's data set), out of a wheel under the MIT licence."""
 
 
 @dataclass(frozen=True)
-class Table:
-    """What was written: columns by name, and rows per split.
+class TableSummary:
+    """The columns that were written, by name, and the rows per split.
 
     Attributes:
-        notes: sentences about what may have been meant otherwise.
+        notes: sentences about choices that the user may have meant otherwise.
     """
 
     columns: dict[str, Column]
@@ -53,10 +53,10 @@ def make_table(
     classes: Sequence[str] = (),
     numbers: Sequence[str] = (),
     separator: str | None = None,
-) -> Table:
+) -> TableSummary:
     """Write a CSV as shards for training and for evaluation, and columns.json of the training rows.
 
-    A column is one of numbers if every cell is a finite number whose text can be had back from it, unless `classes` names it.
+    A column holds numbers if every cell is a finite number that gives back its text, unless `classes` names the column.
 
     Args:
         separator: between cells; None takes a comma.
@@ -72,7 +72,7 @@ def make_table(
     return pack_table(text, source, out, shard_rows, held_out_share, seed, classes, numbers, separator)
 
 
-def make_diamonds(out: str, *, folder: Path | None = None) -> Table:
+def make_diamonds(out: str, *, folder: Path | None = None) -> TableSummary:
     """The diamonds of plotnine's wheel, which pip fetches into `folder` (by default the user's cache).
 
     Raises:
@@ -101,7 +101,7 @@ def pack_table(
     classes: Sequence[str] = (),
     numbers: Sequence[str] = (),
     separator: str | None = None,
-) -> Table:
+) -> TableSummary:
     """`make_table` of a CSV's text; `source` names it in errors."""
     if not 0 <= held_out_share < 1:
         raise UserError(f"held_out_share ({held_out_share}) must be a share from 0 to below 1")
@@ -140,12 +140,12 @@ def pack_table(
             for start in range(0, len(numbers_of_rows), shard_rows):
                 part = numbers_of_rows[start : start + shard_rows]
                 samples = {f"{number:08d}": {"json": _sample(header, rows[number], of_numbers)} for number in part}
-                entries.append(write_shard(store.join(out, split), f"{split}-{start // shard_rows:05d}.tar", samples))
+                entries.append(write_shard(addresses.join(out, split), f"{split}-{start // shard_rows:05d}.tar", samples))
                 bar.update(len(part))
             if entries:
-                write_manifest(store.join(out, split), Manifest(tuple(entries), {"split": split, "source": source}))
+                write_manifest(addresses.join(out, split), Manifest(tuple(entries), {"split": split, "source": source}))
     write_columns(out, columns)
-    return Table(columns, kept, len(rows) - kept, notes)
+    return TableSummary(columns, kept, len(rows) - kept, notes)
 
 
 def _parse(text: str, source: str, separator: str | None) -> tuple[list[str], list[list[str]], list[int]]:
@@ -166,25 +166,25 @@ def _parse(text: str, source: str, separator: str | None) -> tuple[list[str], li
 
 
 def _has_commas(cell: str) -> bool:
-    """Whether it is 1,000.50 or 1.000,50: a number to people, a class here."""
+    """Whether a cell looks like 1,000.50 or 1.000,50: a number to people, a class here."""
     return bool(re.fullmatch(r"[+-]?\d[\d,]*(\.\d+)?|[+-]?\d[\d.]*,\d+", cell.strip(), re.ASCII))
 
 
 def _kind(name: str, cells: Sequence[str], lines: Sequence[int], source: str, *, required: bool) -> tuple[bool, str]:
-    """Whether a column is one of numbers, and a note if its cells speak for both."""
-    spelled = [number_in(cell) for cell in cells]
-    if required and None in spelled:
-        at = spelled.index(None)
+    """(whether a column holds numbers, a note if its cells suggest both)."""
+    values = [number_in(cell) for cell in cells]
+    if required and None in values:
+        at = values.index(None)
         raise DataError(f"{source}, line {lines[at]}: {name} is {cells[at]!r}, which is no number")
-    whole = [number is not None and comes_back(cell, number) for cell, number in zip(cells, spelled, strict=True)]
+    whole = [number is not None and comes_back(cell, number) for cell, number in zip(cells, values, strict=True)]
     if all(whole):
         return True, ""
     at = whole.index(False)
-    fault = "is no number" if spelled[at] is None else "cannot be had back from a number"
+    fault = "is no number" if values[at] is None else "cannot be had back from a number"
     where = f"{cells[at]!r} on line {lines[at]} {fault}"
     if required:
         return True, f"{name} is kept as numbers, though {where}"
-    alike = sum(number is not None or _has_commas(cell) for cell, number in zip(cells, spelled, strict=True))
+    alike = sum(number is not None or _has_commas(cell) for cell, number in zip(cells, values, strict=True))
     if 2 * alike < len(cells):
         return False, ""
     return False, f"{shown([name])} is kept as classes: {where}; mend or leave out such rows if it should be numbers"
@@ -215,7 +215,7 @@ def as_config(columns: dict[str, Column], folder: str) -> dict[str, object]:
         if column.kind == "class" and len(column.values) == 1:
             continue  # always the same: there is nothing to model
         modality = _modality(name, fields)
-        fields[modality] = {"kind": column.kind, "column": name, "columns": store.join(folder, "columns.json")}
+        fields[modality] = {"kind": column.kind, "column": name, "columns": addresses.join(folder, "columns.json")}
         if column.kind == "number":
             modalities[modality] = {
                 "space": {"kind": "grid", "channels": 1, "height": 1, "width": 1},

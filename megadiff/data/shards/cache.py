@@ -15,16 +15,17 @@ from megadiff.config.schema import Cache
 from megadiff.data.errors import DataError
 from megadiff.data.shards.shard import Shard, ShardEntry
 from megadiff.files import sha256
-from megadiff.storage import store
+from megadiff.storage import addresses, store
+from megadiff.storage.errors import FullError, StorageError
 
 log = logging.getLogger(__name__)
 
 _TRIES = 5
-"""How often a shard may be taken away between its download and its opening, before that is an error."""
+"""Attempts to open a shard that others drop between its download and its opening."""
 
 
 class ShardCache:
-    """Shards by their hash; the least used are dropped. Safe under any number of threads and processes, also killed ones.
+    """Shards by their hash; the least used are dropped. Safe with any number of threads and processes, killed ones included.
 
     A shard that is open stays readable when its file is dropped.
     """
@@ -48,7 +49,7 @@ class ShardCache:
                 return Shard(address, path, mapped=True)
             except FileNotFoundError:  # another process has made room
                 continue
-            except store.FullError as error:
+            except FullError as error:
                 if not self._full:
                     log.warning("%s; shards are held in memory instead", error)
                 self._full = True
@@ -56,15 +57,15 @@ class ShardCache:
         raise DataError(f"shard {entry.name} was dropped from the cache again and again; raise data.cache.max_bytes")
 
     def _holds(self, path: Path, entry: ShardEntry) -> bool:
-        """Whether the file is there and whole; its content is compared if it is older than the machine's start.
+        """Whether the file exists and is whole; the content of files older than the machine's start is compared.
 
-        A machine that dies may leave a file of the right size without its content.
+        A machine that dies may leave a file of the right size with wrong content.
         """
         try:
-            found = path.stat()
+            status = path.stat()
         except FileNotFoundError:
             return False
-        whole = found.st_size == entry.bytes and (found.st_ctime > _started() or sha256(path) == entry.sha256)
+        whole = status.st_size == entry.bytes and (status.st_ctime > _started() or sha256(path) == entry.sha256)
         if not whole:
             path.unlink(missing_ok=True)
         return whole
@@ -76,24 +77,24 @@ class ShardCache:
             path.unlink(missing_ok=True)
             raise not_listed(address)
 
-    def _make_room(self, path: Path, wanted: int) -> None:
-        """Drop the least used until `wanted` bytes fit, counting what others are downloading as so large, too."""
+    def _make_room(self, path: Path, size: int) -> None:
+        """Drop the least used shards until `size` bytes fit; downloads of others count as `size` bytes each."""
         with self._locked():
-            held, under_way = [], 0
-            for found in [*self.folder.glob("*.tar"), *self.folder.glob(".*.partial")]:
+            files, under_way = [], 0
+            for file in [*self.folder.glob("*.tar"), *self.folder.glob(".*.partial")]:
                 with suppress(FileNotFoundError):
-                    if found.suffix == ".tar" or (_is_abandoned(found) and found.name != f".{path.name}.partial"):
-                        held.append((found.stat().st_mtime, found.stat().st_size, found))
+                    if file.suffix == ".tar" or (_is_abandoned(file) and file.name != f".{path.name}.partial"):
+                        files.append((file.stat().st_mtime, file.stat().st_size, file))
                     else:
-                        under_way += wanted
-            total = sum(size for _, size, _ in held) + under_way + wanted
-            for _, size, found in sorted(held):
+                        under_way += size
+            total = sum(bytes_of_file for _, bytes_of_file, _ in files) + under_way + size
+            for _, bytes_of_file, file in sorted(files):
                 if total <= self.max_bytes:
                     break
-                found.unlink(missing_ok=True)
-                if found.suffix == ".partial":
-                    found.with_name(found.name + ".etag").unlink(missing_ok=True)
-                total -= size
+                file.unlink(missing_ok=True)
+                if file.suffix == ".partial":
+                    file.with_name(file.name + ".etag").unlink(missing_ok=True)
+                total -= bytes_of_file
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -101,9 +102,7 @@ class ShardCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise store.StorageError(
-                f"the cache {self.folder} cannot be written: {error.strerror}; see data.cache.folder"
-            ) from None
+            raise StorageError(f"the cache {self.folder} cannot be written: {error.strerror}; see data.cache.folder") from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
@@ -121,7 +120,7 @@ def fetched(address: str, entry: ShardEntry) -> memoryview:
 
 def not_listed(address: str) -> DataError:
     return DataError(
-        f"shard {store.shown(address)} is not the one that the manifest lists (its hash differs); run `megadiff data index`"
+        f"shard {addresses.shown(address)} is not the one that the manifest lists (its hash differs); run `megadiff data index`"
     )
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from megadiff.data.errors import DataError
 from megadiff.data.shards.cache import ShardCache, fetched
 from megadiff.data.shards.shard import Manifest, Members, Shard, ShardEntry
-from megadiff.storage import store
+from megadiff.storage import addresses
 
 
 class ShardReader:
-    """Opens shards once however many threads ask for them. Thread-safe."""
+    """Opens each shard once, for any number of threads. Thread-safe."""
 
     def __init__(
         self,
@@ -29,25 +29,25 @@ class ShardReader:
 
         Args:
             folder: where the shards lie.
-            cache: for shards that come from afar.
-            keep: of shards that nobody has told to expect, so many stay open.
-            fetchers: what opens expected shards ahead; None opens each when it is asked for.
+            cache: for distant shards.
+            keep: most shards that stay open without being expected.
+            fetchers: threads that open expected shards ahead; None opens each on demand.
         """
         self.folder, self.manifest, self.keep, self.fetchers = folder, manifest, keep, fetchers
-        self.cache = None if store.is_local(folder) else cache
+        self.cache = None if addresses.is_local(folder) else cache
         self._open: dict[int, Future[Shard]] = {}
         self._expected: frozenset[int] = frozenset()
         self._lock = threading.Lock()
 
     def expect(self, indices: Iterable[int]) -> None:
-        """Say which shards are needed from now on, in this order; they are opened ahead, and all others are let go."""
-        wanted = list(indices)
+        """Announce the shards needed from now on, in their order: they are opened ahead, and all others are closed."""
+        coming = list(indices)
         with self._lock:
-            self._expected = frozenset(wanted)
+            self._expected = frozenset(coming)
             for index in [index for index in self._open if index not in self._expected]:
                 self._open.pop(index).cancel()
             if self.fetchers is not None:
-                for index in wanted:
+                for index in coming:
                     if index not in self._open:
                         self._open[index] = self.fetchers.submit(self._read, index)
 
@@ -58,19 +58,19 @@ class ShardReader:
             StorageError: it cannot be had. DataError: it is damaged or has another number of samples than the manifest says.
         """
         with self._lock:
-            found = self._open.pop(index, None)
-            future = self._open[index] = found or Future()  # the latest use stands last
-            if found is None:
+            earlier = self._open.pop(index, None)
+            future = self._open[index] = earlier or Future()  # the order of the dict is that of the latest uses
+            if earlier is None:
                 for other in [other for other in self._open if other not in self._expected][: -self.keep]:
                     del self._open[other]
-        if found is None:
+        if earlier is None:
             _fulfil(future, self, index)
         try:
             return future.result()
         except BaseException:
             with self._lock:
                 if self._open.get(index) is future:
-                    del self._open[index]  # so that a later try is one
+                    del self._open[index]  # so that a later call tries again
             raise
 
     def members(self, index: int, offset: int) -> Members:
@@ -79,17 +79,17 @@ class ShardReader:
 
     def _read(self, index: int) -> Shard:
         entry = self.manifest.shards[index]
-        address = store.join(self.folder, entry.name)
+        address = addresses.join(self.folder, entry.name)
         shard = self._opened(address, entry)
         if len(shard) != entry.samples:
             raise DataError(
-                f"shard {store.shown(address)} holds {len(shard)} samples, and the manifest says {entry.samples}; "
+                f"shard {addresses.shown(address)} holds {len(shard)} samples, and the manifest says {entry.samples}; "
                 "run `megadiff data index`"
             )
         return shard
 
     def _opened(self, address: str, entry: ShardEntry) -> Shard:
-        if store.is_local(address):
+        if addresses.is_local(address):
             return Shard(address, _local(address, entry))
         return self.cache.shard(address, entry) if self.cache else Shard(address, fetched(address, entry))
 
@@ -102,7 +102,7 @@ def _fulfil(future: Future[Shard], reader: ShardReader, index: int) -> None:
 
 
 def _local(address: str, entry: ShardEntry) -> Path:
-    path = store.local_path(address)
+    path = addresses.local_path(address)
     try:
         size = path.stat().st_size
     except OSError as error:

@@ -1,7 +1,7 @@
 """Tar shards in WebDataset's layout, and the manifest that lists them.
 
 A sample is the members of a tar that share a key (the path up to the first dot of the base name): 000123.png, 000123.json.
-A member that is hidden or has no ending is no sample's.
+Hidden members and members without an ending belong to no sample.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ import webdataset
 from megadiff.config.errors import UserError
 from megadiff.data.errors import DataError
 from megadiff.data.shards.tar import KindError, index
-from megadiff.storage import store
+from megadiff.storage import addresses, store
 
 FORMAT, VERSION = "megadiff-shards", 1
 MANIFEST = "manifest.json"
 
 TAR = ".tar"
 COMPRESSED = (".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4", ".tar.z", ".tgz", ".tbz2", ".txz", ".tzst")
-"""Endings of tars that are read, and of those that have to be unpacked first; in any case."""
+"""Endings, in any case, of tars that are read, and of tars that must be unpacked first."""
 
 Members = dict[str, bytes]
 """A sample: the ending of each member (png, json) and its bytes."""
@@ -46,7 +46,7 @@ class ShardEntry:
     """One shard: its file name beside the manifest, how many samples, its size and hash.
 
     Attributes:
-        bucket: the size that its pictures are cropped to, HEIGHTxWIDTH in pixels; None where there are no buckets.
+        bucket: the size that its pictures are cropped to, HEIGHTxWIDTH in pixels; None without buckets.
     """
 
     name: str
@@ -79,7 +79,7 @@ def read_manifest(address: str) -> Manifest:
         StorageError: it is not there.
         DataError: it is no manifest, or lists no samples.
     """
-    address = address if store.is_json(address) else store.join(address, MANIFEST)
+    address = address if addresses.is_json(address) else addresses.join(address, MANIFEST)
     try:
         with _without_collection():
             tree = json.loads(store.read_bytes(address))
@@ -88,7 +88,7 @@ def read_manifest(address: str) -> Manifest:
                 f"{address} is a {tree['format']} of version {tree['version']}; this program reads {FORMAT} {VERSION}"
             )
         with _without_collection():
-            shards = tuple([_entry(found) for found in tree["shards"]])
+            shards = tuple([_entry(fields) for fields in tree["shards"]])
         if not _types_of(shards, "samples") <= {int} or min(map(_SAMPLES, shards), default=0) < 0:
             raise ValueError("`samples` must be whole numbers")
         if not _types_of(shards, "bytes") <= {int} or not _types_of(shards, "name") | _types_of(shards, "sha256") <= {str}:
@@ -106,18 +106,18 @@ def _types_of(shards: tuple[ShardEntry, ...], field: str) -> set[type]:
     return set(map(type, map(attrgetter(field), shards)))
 
 
-def _entry(found: dict[str, Any]) -> ShardEntry:
-    """An entry without the generated constructor, which takes most of the time where there are a million."""
-    if not _NEEDED <= found.keys() <= _KNOWN:
-        return ShardEntry(**found)  # which says what is wrong
+def _entry(fields: dict[str, Any]) -> ShardEntry:
+    """An entry without the generated constructor, which takes most of the time of a million entries."""
+    if not _NEEDED <= fields.keys() <= _KNOWN:
+        return ShardEntry(**fields)  # raises an error that says what is wrong
     entry = ShardEntry.__new__(ShardEntry)
-    object.__setattr__(entry, "__dict__", found)
+    object.__setattr__(entry, "__dict__", fields)
     return entry
 
 
 @contextmanager
 def _without_collection() -> Iterator[None]:
-    """Many new objects, none of them garbage: looking for some again and again would double the time."""
+    """Switch garbage collection off while many objects are made: it would double the time and find nothing."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -131,14 +131,14 @@ def write_manifest(folder: str, manifest: Manifest) -> str:
     """Write manifest.json into a folder; returns its address."""
     shards = [{key: value for key, value in vars(entry).items() if value is not None} for entry in manifest.shards]
     tree = {"format": FORMAT, "version": VERSION, **manifest.facts, "shards": shards}
-    address = store.join(folder, MANIFEST)
+    address = addresses.join(folder, MANIFEST)
     text = json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
-    store.write_bytes(address, text.encode("utf-8", "backslashreplace"))  # as JSON writes the bytes of a name that are no UTF-8
+    store.write_bytes(address, text.encode("utf-8", "backslashreplace"))  # undecodable bytes of names are escaped
     return address
 
 
 def pack_shard(samples: Mapping[str, Members]) -> bytes:
-    """A tar of samples by key; the same bytes for the same samples, whoever makes it and when."""
+    """A tar of samples by key; the same samples give the same bytes."""
     buffer = io.BytesIO()
     with webdataset.TarWriter(buffer, mtime=0, user="", group="", encoder=False) as writer:
         for key, members in samples.items():
@@ -149,12 +149,12 @@ def pack_shard(samples: Mapping[str, Members]) -> bytes:
 def write_shard(folder: str, name: str, samples: Mapping[str, Members], bucket: str | None = None) -> ShardEntry:
     """Pack samples and write them as `folder/name`."""
     data = pack_shard(samples)
-    store.write_bytes(store.join(folder, name), data)
+    store.write_bytes(addresses.join(folder, name), data)
     return ShardEntry(name, len(samples), len(data), hashlib.sha256(data).hexdigest(), bucket)
 
 
 def index_shards(folder: str, progress: Callable[[int, int], None] | None = None) -> Manifest:
-    """The manifest of the tars that already lie in a folder; facts (licences, ...) of one that is there are kept.
+    """The manifest of the tars in a folder; facts (licences, ...) of an existing manifest are kept.
 
     Raises:
         DataError: there are none, or one is damaged or compressed.
@@ -162,8 +162,8 @@ def index_shards(folder: str, progress: Callable[[int, int], None] | None = None
     names = tars_in(folder)
     entries = []
     for done, name in enumerate(names, 1):
-        data = store.read_bytes(store.join(folder, name))
-        shard = Shard(store.join(folder, name), data)
+        data = store.read_bytes(addresses.join(folder, name))
+        shard = Shard(addresses.join(folder, name), data)
         entries.append(ShardEntry(name, len(shard), len(data), hashlib.sha256(data).hexdigest()))
         if progress:
             progress(done, len(names))
@@ -173,15 +173,15 @@ def index_shards(folder: str, progress: Callable[[int, int], None] | None = None
 def is_tar(name: str) -> bool:
     """Whether a name is a tar's. Raises DataError if it is a compressed one's."""
     if name.lower().endswith(COMPRESSED):
-        raise DataError(f"{store.shown(name)} is compressed, and samples are read in place: unpack it to a .tar")
+        raise DataError(f"{addresses.shown(name)} is compressed, and samples are read in place: unpack it to a .tar")
     return name.lower().endswith(TAR)
 
 
 def tars_in(folder: str) -> list[str]:
     """Sorted names of the tars directly inside a folder. Raises DataError if there are none, or a compressed one."""
-    names = [name for name in store.list_names(folder) if is_tar(store.join(folder, name))]
+    names = [name for name in store.list_names(folder) if is_tar(addresses.join(folder, name))]
     if not names:
-        raise DataError(f"{store.shown(folder)} holds no {TAR} files")
+        raise DataError(f"{addresses.shown(folder)} holds no {TAR} files")
     return names
 
 
@@ -208,7 +208,7 @@ class Shard:
         """Raises DataError if it is no whole tar, FileNotFoundError if the file is gone.
 
         Args:
-            mapped: map a file into memory. For files that nobody cuts in place: a process that reads where one has ended dies.
+            mapped: map a file into memory. For files that nobody shortens: reading past the end kills the process.
         """
         self.address = address
         self._descriptor = os.open(source, os.O_RDONLY) if isinstance(source, Path) else None
@@ -216,17 +216,17 @@ class Shard:
             weakref.finalize(self, os.close, self._descriptor)
         data = memoryview(b"") if self._descriptor is None else _map(self._descriptor)
         data = data if isinstance(source, Path) else memoryview(source)
-        self._held = data if mapped or self._descriptor is None else None
+        self._data = data if mapped or self._descriptor is None else None
         samples: dict[str, dict[str, tuple[int, int]]] = {}
         try:
             for name, start, size in index(data):
                 if place := place_of(name):
                     samples.setdefault(place[0], {})[place[1]] = (start, size)
         except KindError as error:
-            raise DataError(f"shard {store.shown(address)} cannot be read: its member {error}; write it anew") from None
+            raise DataError(f"shard {addresses.shown(address)} cannot be read: its member {error}; write it anew") from None
         except (ValueError, OSError) as error:
             raise DataError(
-                f"shard {store.shown(address)} is damaged: {error}; write it anew or take it out of the manifest"
+                f"shard {addresses.shown(address)} is damaged: {error}; write it anew or take it out of the manifest"
             ) from None
         self._keys, self._places = list(samples), list(samples.values())
 
@@ -242,19 +242,19 @@ class Shard:
 
     def views(self, offset: int) -> Views:
         """`members` without copies where the shard is in memory."""
-        if self._held is None:
+        if self._data is None:
             return self.members(offset)
-        held = self._held
-        return {ending: held[start : start + size] for ending, (start, size) in self._places[offset].items()}
+        data = self._data
+        return {ending: data[start : start + size] for ending, (start, size) in self._places[offset].items()}
 
     def _read(self, start: int, size: int) -> bytes:
-        if self._descriptor is None or self._held is not None:
-            assert self._held is not None
-            return self._held[start : start + size].tobytes()
+        if self._descriptor is None or self._data is not None:
+            assert self._data is not None
+            return self._data[start : start + size].tobytes()
         return os.pread(self._descriptor, size, start)
 
 
 def _map(descriptor: int) -> memoryview:
-    """A file's content, not read before it is looked at."""
+    """A file's content, mapped into memory and read on access."""
     size = os.fstat(descriptor).st_size
     return memoryview(mmap.mmap(descriptor, size, prot=mmap.PROT_READ) if size else b"")

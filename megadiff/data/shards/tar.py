@@ -1,4 +1,4 @@
-"""Where the members of a tar lie, found many times faster than by tarfile, which makes an object of every header.
+"""Where the members of a tar lie; many times faster than tarfile, which makes an object of every header.
 
 Source: POSIX.1-1988 (ustar) and POSIX.1-2001 (pax) as `pax` describes them, GNU's long names and base-256 numbers.
 """
@@ -38,15 +38,15 @@ class Member(NamedTuple):
 
 def index(data: memoryview) -> list[Member]:
     """The files of a whole tar in memory. Raises as `members_of`."""
-    found = _index_of_plain(data)
-    return list(members_of(lambda start, size: data[start : start + size].tobytes())) if found is None else found
+    members = _index_of_plain(data)
+    return list(members_of(lambda start, size: data[start : start + size].tobytes())) if members is None else members
 
 
 def _index_of_plain(data: memoryview) -> list[Member] | None:
-    """All headers at once, where they are regular files with short names and octal numbers; None where anything differs.
+    """All headers at once if they are regular files with short names and octal numbers; else None.
 
-    Headers are the blocks that hold the magic word, if each one's size leads to the next: a block of content that happens to
-    hold it as well breaks that chain.
+    Headers are the blocks with the magic word, if each one's size leads to the next: a block of content that happens to hold
+    the word breaks that chain.
     """
     if len(data) % BLOCK_BYTES or len(data) < 2 * BLOCK_BYTES:
         return None
@@ -82,7 +82,7 @@ def _octals(fields: NDArray[np.uint8]) -> NDArray[np.int64] | None:
 def members_of(read: Callable[[int, int], bytes]) -> Iterator[Member]:
     """The files of a whole tar, through `read(offset, size)`; a hard link is the file that it names, under another name.
 
-    Folders, symbolic links, devices and what only describes others are passed over.
+    Folders, symbolic links, devices and entries that only describe others are skipped.
 
     Raises:
         ValueError: it is no tar, is cut, or a header is damaged. After the last member, so take them all.
@@ -104,7 +104,7 @@ def members_of(read: Callable[[int, int], bytes]) -> Iterator[Member]:
 
 
 class _Entry(NamedTuple):
-    """A header with what the headers before it say of it, and where its data are."""
+    """A header, what preceding headers say about it, and where its data are."""
 
     header: bytes
     kind: bytes
@@ -136,7 +136,7 @@ def _entries(read: Callable[[int, int], bytes]) -> Iterator[_Entry]:
             pax = _pax_records(bytes(read(start, size)))
         elif kind == _PAX_OF_ALL:
             pax_of_all |= _pax_records(bytes(read(start, size)))
-        else:  # what those headers say is of this one alone, whatever it is
+        else:  # those headers describe this entry alone
             pax = {**pax_of_all, **pax}
             name = pax.get("path") or long_name or _name(header)
             kind = _FOLDER if kind in _FILES and name.endswith("/") else kind  # as before POSIX
@@ -160,7 +160,7 @@ def _check_kind(entry: _Entry) -> None:
 
 
 def _refusal(entry: _Entry, reason: str) -> KindError:
-    """Raises ValueError if it is only that the header is damaged."""
+    """The error for an entry that is not read. Raises ValueError if its header is damaged instead."""
     _check([entry.header])
     return KindError(f"{entry.pax.get('GNU.sparse.name', entry.name)!r} {reason}")
 
@@ -176,7 +176,7 @@ def _text(field: bytes) -> str:
 
 
 def _number(field: bytes) -> int:
-    """Octal digits, or, where those do not suffice, a first byte of 128 and a big-endian number."""
+    """The value of octal digits or, for larger numbers, of a first byte of 128 and a big-endian number."""
     if field[0] & 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.strip(b"\0 ")
@@ -197,11 +197,11 @@ def _pax_records(data: bytes) -> dict[str, str]:
 
 
 def _check(headers: list[bytes]) -> None:
-    """Compare each header's bytes, summed with blanks for the sum itself, with the sum that it holds."""
+    """Compare each header's checksum with the sum of its bytes, where the checksum itself counts as blanks."""
     bytes_of = np.frombuffer(b"".join(headers), dtype=np.uint8).reshape(-1, BLOCK_BYTES)
     sums = _sums(bytes_of)
-    said = [_number(header[_CHECKSUM]) for header in headers]
-    wrong = np.flatnonzero(sums != np.array(said, dtype=np.int64))
+    checksums = [_number(header[_CHECKSUM]) for header in headers]
+    wrong = np.flatnonzero(sums != np.array(checksums, dtype=np.int64))
     if len(wrong):
         raise ValueError(f"the header of {_name(headers[int(wrong[0])])!r} does not agree with its checksum")
 

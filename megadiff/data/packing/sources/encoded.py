@@ -1,7 +1,7 @@
-"""What the paper's scripts have encoded: images/NNNN/sa_N.npy, tokens/NNNN/sa_N.npy and all_indexes.npy in a folder.
+"""The output of the paper's scripts: a folder with images/NNNN/sa_N.npy, tokens/NNNN/sa_N.npy and all_indexes.npy.
 
-NNNN are the first four of N's eight digits. A picture is float [2 C, H, W], the mean of its latents and below it the deviation,
-not scaled. A caption is int [L], or several [captions, L]: CLIP's ids between its two marks, filled up with the second. The
+NNNN are the first four of N's eight digits. A picture is float [2 C, H, W]: the mean and then the deviation of its latents, not
+scaled. A caption is int [L], or several [captions, L]: CLIP's ids between its two marks, filled up with the second. The
 index holds the numbers N that have both.
 """
 
@@ -23,7 +23,7 @@ from megadiff.data.errors import DataError
 from megadiff.data.packing.encoding import filled_up
 from megadiff.data.packing.source import NO_CAPTION, NO_PICTURE, UNREADABLE, Encoded, LeaveOut, is_encoded
 from megadiff.data.shards.shard import Members
-from megadiff.storage import store
+from megadiff.storage import addresses
 
 INDEX = "all_indexes.npy"
 _PREFIX = "sa_"
@@ -40,8 +40,8 @@ class EncodedSource:
         """Raises UserError if the folder is not local, or lacks pictures or captions."""
         if not is_encoded(folder):
             raise UserError(f"{folder} is no local folder with images/ and tokens/ in it, as the paper's scripts make it")
-        root = store.local_path(folder)
-        # By the command of the paper's README the pictures lie a folder deeper than its dataset looks for them.
+        root = addresses.local_path(folder)
+        # The command of the paper's README puts the pictures a folder deeper than its dataset expects.
         nested = root / "images/images"
         self.images, self.captions = nested if nested.is_dir() else root / "images", root / "tokens"
         numbers = _indexed(root / INDEX) or _listed(self.images)
@@ -66,7 +66,7 @@ class EncodedSource:
 
 
 def _indexed(path: Path) -> list[int]:
-    """The numbers of the index; none where there is no index, or an empty one (the scripts write one by default)."""
+    """The numbers of the index; none if it is missing or empty (the scripts write an empty one by default)."""
     if not path.exists():
         return []
     try:

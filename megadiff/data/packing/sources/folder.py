@@ -14,7 +14,7 @@ from megadiff.config.errors import UserError
 from megadiff.data.errors import DataError
 from megadiff.data.packing.source import NO_CAPTION, NO_PICTURE, LeaveOut, LeftOut, Raw, captions_in, clean
 from megadiff.data.pictures import PICTURE_ENDINGS
-from megadiff.storage import store
+from megadiff.storage import addresses, store
 
 
 class FolderSource:
@@ -25,9 +25,9 @@ class FolderSource:
 
     def __init__(self, folder: str, unit_samples: int) -> None:
         """Raises UserError if the folder is not local, or holds no pictures."""
-        if not store.is_local(folder):
+        if not addresses.is_local(folder):
             raise UserError(f"{folder} is not local; loose files are read from a local folder only: mount or copy it")
-        self.folder = store.local_path(folder)
+        self.folder = addresses.local_path(folder)
         digest, paths = hashlib.blake2b(digest_size=16), []
         for path, size in sorted(_pictures(self.folder)):
             paths.append(path)
@@ -40,7 +40,7 @@ class FolderSource:
 
     def samples(self, unit: int) -> Iterator[Raw | LeftOut]:
         for path in self.chunks[unit]:
-            source = store.printable(path)
+            source = addresses.printable(path)
             captions = captions_beside(self.folder / path)
             if isinstance(captions, str):
                 yield LeftOut(source, NO_CAPTION, captions)
@@ -49,7 +49,7 @@ class FolderSource:
 
 
 def captions_beside(path: Path) -> list[str] | str:
-    """The captions of a picture: its .json if that has any, else the lines of its .txt; or what is wrong with them."""
+    """The captions of a picture: those of its .json, else the lines of its .txt; or a sentence about their fault."""
     fault = ""
     for ending in (".json", ".txt"):
         beside = _beside(path, ending)
@@ -57,21 +57,21 @@ def captions_beside(path: Path) -> list[str] | str:
             continue
         try:
             text = beside.read_bytes().decode("utf-8-sig")
-            found = clean(captions_in(json.loads(text)) if ending == ".json" else re.split(r"\r\n|\n|\r", text))
+            captions = clean(captions_in(json.loads(text)) if ending == ".json" else re.split(r"\r\n|\n|\r", text))
         except FileNotFoundError:
             continue
         except OSError as error:
             raise DataError(f"{beside} cannot be read: {error.strerror}") from None
         except (ValueError, RecursionError) as error:
-            fault = f"{store.printable(beside.name)} cannot be read: {error}"
+            fault = f"{addresses.printable(beside.name)} cannot be read: {error}"
             continue
-        if found:
-            return found
+        if captions:
+            return captions
     return fault
 
 
 def _beside(path: Path, ending: str) -> Path | None:
-    """The file of a picture's name with this ending in any case, such as D.TXT beside D.PNG; that in small letters first."""
+    """The file with a picture's name and this ending in any case, such as D.TXT beside D.PNG; lower case wins."""
     beside = path.with_suffix(ending)
     if store.exists(str(beside)):
         return beside
@@ -81,7 +81,7 @@ def _beside(path: Path, ending: str) -> Path | None:
 
 @lru_cache(maxsize=4)
 def _in_capitals(folder: Path) -> dict[str, str]:
-    """The captions in a folder whose endings are not in small letters, by their names with these."""
+    """The caption files of a folder whose endings are not in lower case, by their names with lower-case endings."""
     try:
         names = sorted(path.name for path in folder.iterdir())
     except OSError as error:
@@ -94,13 +94,13 @@ def _in_capitals(folder: Path) -> dict[str, str]:
 def _pictures(folder: Path, inside: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[tuple[str, int]]:
     """(path within the folder, bytes) of every picture.
 
-    Hidden files and folders are not looked at. Linked folders are, but not where one leads back to a folder that it lies in
+    Hidden files and folders are skipped. Linked folders are entered unless they lead back to a folder that they lie in
     (`above`, by device and inode).
     """
     here = folder / inside
     try:
-        found = here.stat()
-        place = found.st_dev, found.st_ino
+        status = here.stat()
+        place = status.st_dev, status.st_ino
         entries = [] if place in above else [entry for entry in os.scandir(here) if not entry.name.startswith(".")]
     except OSError as error:
         raise DataError(f"{here} cannot be listed: {error.strerror}") from None

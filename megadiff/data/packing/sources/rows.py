@@ -18,15 +18,15 @@ from megadiff.config.errors import UserError
 from megadiff.data.errors import DataError
 from megadiff.data.packing.source import NO_PICTURE, UNREACHABLE, LeaveOut, LeftOut, Raw, captions_in, expand
 from megadiff.data.packing.sources.tars import origins_of
-from megadiff.storage import store
-from megadiff.storage.store import AddressError, MissingError, StorageError
+from megadiff.storage import addresses, local, store
+from megadiff.storage.errors import AddressError, MissingError, StorageError
 
 IMAGE_COLUMNS = ("image", "image_path", "path", "url", "jpg", "png", "file_name")
 CAPTION_COLUMNS = ("captions", "caption", "text", "txt")
 PARQUET, LINES = (".parquet", ".pq"), (".jsonl", ".ndjson")
 
 Row = tuple[int, Mapping[str, Any] | None]
-"""A row's number within its file, and its cells; None if it cannot be read."""
+"""(number of the row within its file, its cells or None if they cannot be read)."""
 
 _BATCH_ROWS = 128
 _BUFFER_BYTES = 2**20
@@ -35,28 +35,28 @@ _AHEAD = 16
 
 @dataclass(frozen=True)
 class Span:
-    """Rows of a table: [start, stop), and where in the file the first one is, if that is known."""
+    """Rows [start, stop) of a table, and the first one's offset in the file, in bytes, for JSON Lines."""
 
     start: int
     stop: int
     offset: int = 0
 
 
-class Table(Protocol):
+class TableFile(Protocol):
     """A file of rows that is read piece by piece."""
 
     address: str
     fault: str
-    """What a row is that cannot be read."""
+    """Ends the sentence about an unreadable row: `row N is ...`."""
 
     @property
     def columns(self) -> Sequence[str]: ...
 
     def holds_bytes(self, column: str) -> bool:
-        """Whether the cells are objects of their own, so that passing over rows costs as much as reading them."""
+        """Whether the cells hold the pictures themselves, so that skipping rows costs as much as reading them."""
 
     def spans(self, rows: int, *, whole_groups: bool) -> list[Span]:
-        """The table in spans of about so many rows."""
+        """Spans of about `rows` rows that cover the table."""
 
     def rows(self, span: Span, columns: Sequence[str]) -> Iterator[Row]:
         """The rows of a span. Raises DataError if the file is damaged."""
@@ -75,20 +75,20 @@ class RowsSource:
         caption_column: str | None = None,
     ) -> None:
         """Raises UserError if there is no table, one has no such columns, or one cannot be read."""
-        addresses = [address for source in sources for address in tables_of(source)]
-        self.origins = origins_of(addresses)
-        self.tables = [open_table(address) for address in addresses]
+        files = [address for source in sources for address in tables_of(source)]
+        self.origins = origins_of(files)
+        self.tables = [open_table(address) for address in files]
         self.image = column_of(self.tables[0], image_column, IMAGE_COLUMNS, "--image-column")
         self.caption = column_of(self.tables[0], caption_column, CAPTION_COLUMNS, "--caption-column")
         with ThreadPoolExecutor(_AHEAD) as pool:
             spans = list(pool.map(partial(self._spans, unit_samples), self.tables))
-            sizes = list(pool.map(store.size, addresses))
-        self.units = [(number, span) for number, found in enumerate(spans) for span in found]
-        first = [number for number, found in enumerate(spans) for number in range(len(found))]
+            sizes = list(pool.map(store.size, files))
+        self.units = [(number, span) for number, spans_of_table in enumerate(spans) for span in spans_of_table]
+        first = [number for spans_of_table in spans for number in range(len(spans_of_table))]
         self.names = [f"{table:05d}-{number:06d}" for (table, _), number in zip(self.units, first, strict=True)]
         listed = "".join(f"{origin}\0{size}\n" for origin, size in zip(self.origins, sizes, strict=True))
         self.identity = {
-            "files": len(addresses),
+            "files": len(files),
             "names_and_sizes": hashlib.blake2b(listed.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest(),
             "image_column": self.image,
             "caption_column": self.caption,
@@ -102,50 +102,50 @@ class RowsSource:
         for row, cells in table.rows(span, [self.image, self.caption]):
             place = f"{origin}/{row:09d}"
             if cells is None:
-                yield LeftOut(store.printable(place), "unreadable row", f"row {row + 1} is {table.fault}")
+                yield LeftOut(addresses.printable(place), "unreadable row", f"row {row + 1} is {table.fault}")
                 continue
-            address = _address(cells.get(self.image), store.parent(table.address))
-            source = store.printable(place if address is None else address)
+            address = _address(cells.get(self.image), addresses.parent(table.address))
+            source = addresses.printable(place if address is None else address)
             yield Raw(place, source, captions_in(cells.get(self.caption)), partial(_bytes, cells.get(self.image), address))
 
-    def _spans(self, unit_samples: int, table: Table) -> list[Span]:
+    def _spans(self, unit_samples: int, table: TableFile) -> list[Span]:
         for column in (self.image, self.caption):
             if isinstance(table, ParquetTable) and column not in table.columns:
-                raise DataError(f"{store.shown(table.address)} has no column {column}; it has {', '.join(table.columns)}")
+                raise DataError(f"{addresses.shown(table.address)} has no column {column}; it has {', '.join(table.columns)}")
         return table.spans(unit_samples, whole_groups=table.holds_bytes(self.image))
 
 
 def tables_of(source: str) -> list[str]:
     """The tables that a pattern, an address or a folder stands for. Raises DataError if there are none."""
-    found = []
+    tables = []
     for address in expand(source):
         if address.lower().endswith(PARQUET + LINES):
-            found.append(address)
+            tables.append(address)
             continue
         names = [name for name in store.list_names(address) if name.lower().endswith(PARQUET + LINES)]
         if not names:
             raise DataError(f"{address} holds no tables ({', '.join(PARQUET + LINES)})")
-        found += [store.join(address, name) for name in names]
-    return found
+        tables += [addresses.join(address, name) for name in names]
+    return tables
 
 
-def open_table(address: str) -> Table:
+def open_table(address: str) -> TableFile:
     return ParquetTable(address) if address.lower().endswith(PARQUET) else LinesTable(address)
 
 
-def column_of(table: Table, asked: str | None, known: Sequence[str], flag: str) -> str:
-    """The column that was asked for, or the first known one. Raises UserError if it is not there."""
-    if asked is not None:
-        if asked not in table.columns:
-            raise UserError(f"{store.shown(table.address)} has no column {asked}; it has {', '.join(table.columns)}")
-        return asked
-    found = next((name for name in known if name in table.columns), None)
-    if found is None:
+def column_of(table: TableFile, name: str | None, usual: Sequence[str], flag: str) -> str:
+    """The column of this name, or without one the first usual column. Raises UserError if the table lacks it."""
+    if name is not None:
+        if name not in table.columns:
+            raise UserError(f"{addresses.shown(table.address)} has no column {name}; it has {', '.join(table.columns)}")
+        return name
+    column = next((column for column in usual if column in table.columns), None)
+    if column is None:
         raise UserError(
-            f"{store.shown(table.address)} has none of the columns {', '.join(known)}; give {flag}, one of its "
+            f"{addresses.shown(table.address)} has none of the columns {', '.join(usual)}; give {flag}, one of its "
             f"{', '.join(table.columns)}"
         )
-    return found
+    return column
 
 
 class ParquetTable:
@@ -167,14 +167,14 @@ class ParquetTable:
     def spans(self, rows: int, *, whole_groups: bool) -> list[Span]:
         ends = list(accumulate(self._group_rows))
         total = ends[-1] if ends else 0
-        found, start = [], 0
+        spans, start = [], 0
         while start < total:
             stop = min(start + rows, total)
             if whole_groups:
                 stop = next(end for end in ends if end >= stop)
-            found.append(Span(start, stop))
+            spans.append(Span(start, stop))
             start = stop
-        return found
+        return spans
 
     def rows(self, span: Span, columns: Sequence[str]) -> Iterator[Row]:
         ends = list(accumulate(self._group_rows, initial=0))
@@ -211,7 +211,7 @@ class ParquetTable:
 
     def _damaged(self, error: Exception) -> DataError:
         reason = " ".join(str(error).split())[:200]
-        return DataError(f"{store.shown(self.address)} is no whole Parquet file ({reason}); write it anew or leave it out")
+        return DataError(f"{addresses.shown(self.address)} is no whole Parquet file ({reason}); write it anew or leave it out")
 
 
 class LinesTable:
@@ -224,29 +224,29 @@ class LinesTable:
 
     @cached_property
     def columns(self) -> Sequence[str]:
-        """Of the first line that is an object."""
+        """The keys of the first line that is an object."""
         with self._open() as file:
             for line in file:
                 cells = _parsed(line)
                 if cells is not None:
                     return tuple(cells)
-        raise DataError(f"{store.shown(self.address)} holds no JSON objects, one a line")
+        raise DataError(f"{addresses.shown(self.address)} holds no JSON objects, one a line")
 
     def holds_bytes(self, column: str) -> bool:
         return False
 
     def spans(self, rows: int, *, whole_groups: bool) -> list[Span]:
-        found, start, offset, at = [], 0, 0, 0
+        spans, start, offset, at = [], 0, 0, 0
         number = -1
         with self._open() as file:
             for number, line in enumerate(file):
                 if number - start == rows:
-                    found.append(Span(start, number, offset))
+                    spans.append(Span(start, number, offset))
                     start, offset = number, at
                 at += len(line)
         if number >= start:
-            found.append(Span(start, number + 1, offset))
-        return found
+            spans.append(Span(start, number + 1, offset))
+        return spans
 
     def rows(self, span: Span, columns: Sequence[str]) -> Iterator[Row]:
         with self._open() as file:
@@ -261,7 +261,7 @@ class LinesTable:
 
 
 def _cells_of(batch: Any) -> list[Mapping[str, Any] | None]:
-    """The rows of a batch of Parquet; None where a text is no UTF-8, which its writer need not have checked."""
+    """The rows of a batch of Parquet; None for a row whose text is not UTF-8, which writers need not check."""
     try:
         rows: list[Mapping[str, Any] | None] = batch.to_pylist()
     except UnicodeDecodeError:
@@ -284,7 +284,7 @@ def _parquet() -> Any:
 
 
 class _Distant(io.RawIOBase):
-    """A distant object as a file that can be sought in; each reading is a request for a range."""
+    """A distant object as a seekable file; each read is a request for a range."""
 
     def __init__(self, address: str) -> None:
         self._address, self._size, self._at = address, store.size(address), 0
@@ -313,32 +313,32 @@ class _Distant(io.RawIOBase):
 
 
 def _raw(address: str) -> io.RawIOBase:
-    if not store.is_local(address):
+    if not addresses.is_local(address):
         return _Distant(address)
     try:
-        return io.FileIO(store.local_path(address))
+        return io.FileIO(addresses.local_path(address))
     except OSError as error:
-        raise store.unreadable(address, error) from None
+        raise local.unreadable(address, error) from None
 
 
 # -------------------------------------------------------------------------------------------------------------- a cell
 
 
 def _address(cell: Any, folder: str) -> str | None:
-    """The address that a cell names, if it does not hold the picture itself."""
+    """The address that a cell names; None if it holds the picture itself or nothing."""
     if isinstance(cell, Mapping):
         path = cell.get("path")
         return path if cell.get("bytes") and isinstance(path, str) else _address(cell.get("bytes") or path, folder)
     if not isinstance(cell, str) or not cell.strip():
         return None
-    return cell if "://" in cell or cell.startswith("/") else store.join(folder, cell)
+    return cell if "://" in cell or cell.startswith("/") else addresses.join(folder, cell)
 
 
 def _bytes(cell: Any, address: str | None) -> bytes:
-    """A cell's picture. Raises LeaveOut; StorageError if storage of our own is out of reach."""
-    held = cell.get("bytes") if isinstance(cell, Mapping) else cell
-    if isinstance(held, bytes) and held:
-        return held
+    """A cell's picture. Raises LeaveOut, or StorageError if storage other than a web server is out of reach."""
+    content = cell.get("bytes") if isinstance(cell, Mapping) else cell
+    if isinstance(content, bytes) and content:
+        return content
     if address is None:
         raise LeaveOut(NO_PICTURE, "the cell is empty" if not cell else f"the cell is a {type(cell).__name__}")
     try:
@@ -346,6 +346,6 @@ def _bytes(cell: Any, address: str | None) -> bytes:
     except (MissingError, AddressError) as error:
         raise LeaveOut(NO_PICTURE, str(error)) from None
     except StorageError as error:
-        if store.is_url(address):
+        if addresses.is_url(address):
             raise LeaveOut(UNREACHABLE, str(error)) from None
         raise

@@ -22,11 +22,11 @@ from tqdm import tqdm
 from megadiff.config.errors import UserError
 from megadiff.data.errors import DataError
 from megadiff.data.packing.source import LeftOut, Raw, captions_in, clean, unit_name
-from megadiff.data.packing.sources.rows import CAPTION_COLUMNS, IMAGE_COLUMNS, LINES, PARQUET, Table, column_of, open_table
+from megadiff.data.packing.sources.rows import CAPTION_COLUMNS, IMAGE_COLUMNS, LINES, PARQUET, TableFile, column_of, open_table
 from megadiff.data.packing.sources.tars import fetched, samples_of
 from megadiff.data.shards.shard import Members, Shard
 from megadiff.files import locked, sha256
-from megadiff.storage import store
+from megadiff.storage import addresses, store
 
 NAME_COLUMNS = (*IMAGE_COLUMNS, "name", "image_id", "id", "key", "__key__")
 _ROWS_AT_ONCE = 10_000
@@ -78,20 +78,20 @@ def read_list(source: str) -> list[Line]:
         text = store.read_bytes(source).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise DataError(f"{source} is no UTF-8 text; give a list of lines `name.tar<TAB>URL`") from None
-    found: dict[str, Line] = {}
+    lines: dict[str, Line] = {}
     for number, line in enumerate(text.splitlines(), 1):
         cells = [cell.strip() for cell in line.split("\t")]
-        if not any(cells) or (not found and number == 1 and not is_list_line(line)):
+        if not any(cells) or (not lines and number == 1 and not is_list_line(line)):
             continue
         if not is_list_line(line):
             raise DataError(f"{source} line {number} is no `name.tar<TAB>URL[<TAB>sha256]`: {cells[0][:60]!r}")
         name, sha256 = cells[0], cells[2].lower() if len(cells) == 3 else None
-        if name in found:
+        if name in lines:
             raise DataError(f"{source} line {number} lists {name} again; take it out")
-        found[name] = Line(name, cells[1], sha256 or None)
-    if not found:
+        lines[name] = Line(name, cells[1], sha256 or None)
+    if not lines:
         raise DataError(f"{source} lists no tars; give lines `name.tar<TAB>URL[<TAB>sha256]`")
-    return list(found.values())
+    return list(lines.values())
 
 
 def is_list_line(line: str) -> bool:
@@ -102,19 +102,19 @@ def is_list_line(line: str) -> bool:
 def _check(line: Line, path: Path) -> None:
     if line.sha256 is None:
         return
-    found = sha256(path)
-    if found != line.sha256:
+    digest = sha256(path)
+    if digest != line.sha256:
         raise DataError(
-            f"{line.name} from {store.shown(line.address)} has the SHA-256 {found[:12]}..., and the list says "
+            f"{line.name} from {addresses.shown(line.address)} has the SHA-256 {digest[:12]}..., and the list says "
             f"{line.sha256[:12]}...; start again, or mend the list"
         )
 
 
 class Captions:
-    """Captions by a picture's name without its ending, on disk: ten million of them are no burden on memory."""
+    """Captions by a picture's name without its ending; on disk, so that ten million of them need no memory."""
 
     def __init__(self, address: str, scratch: Path, image_column: str | None, caption_column: str | None) -> None:
-        """Read the table into a database under `scratch`, unless an earlier start or another process has.
+        """Read the table into a database under `scratch`, unless an earlier start or another process has done so.
 
         Raises:
             UserError: it cannot be read, or holds no captions.
@@ -129,7 +129,7 @@ class Captions:
         ((self.digest,),) = self._database.execute("SELECT text FROM digest")
 
     def of(self, key: str, _: Members) -> Sequence[Any]:
-        """The captions of a tar's sample; none where its name is no text, for the table holds texts alone."""
+        """The captions of a tar's sample; none if its name is no text."""
         if not clean([key]):
             return []
         rows = self._database.execute("SELECT texts FROM captions WHERE name = ? ORDER BY rowid", (_stem(key),))
@@ -188,24 +188,24 @@ def _pairs(address: str, image_column: str | None, caption_column: str | None) -
     records = [record for record in tree if isinstance(record, dict)] if isinstance(tree, list) else []
     if not records:
         raise DataError(f'{address} must hold {{"picture": "caption"}} or a list of objects with a name and a caption each')
-    image = _known(address, records[0], image_column, NAME_COLUMNS)
-    caption = _known(address, records[0], caption_column, CAPTION_COLUMNS)
+    image = _key_of(address, records[0], image_column, NAME_COLUMNS)
+    caption = _key_of(address, records[0], caption_column, CAPTION_COLUMNS)
     yield from ((record.get(image), record.get(caption)) for record in records)
 
 
-def _cells(table: Table, image: str, caption: str) -> Iterator[tuple[Any, Any]]:
+def _cells(table: TableFile, image: str, caption: str) -> Iterator[tuple[Any, Any]]:
     for span in table.spans(1 << 20, whole_groups=True):
         for _, cells in table.rows(span, [image, caption]):
             if cells is not None:
                 yield cells.get(image), cells.get(caption)
 
 
-def _known(address: str, record: dict[str, Any], asked: str | None, known: Sequence[str]) -> str:
-    wanted = [asked] if asked is not None else known
-    found = next((name for name in wanted if name in record), None)
-    if found is None:
-        raise UserError(f"the objects of {address} have no {' or '.join(wanted)}; they have {', '.join(record)}")
-    return found
+def _key_of(address: str, record: dict[str, Any], name: str | None, usual: Sequence[str]) -> str:
+    names = [name] if name is not None else usual
+    key = next((key for key in names if key in record), None)
+    if key is None:
+        raise UserError(f"the objects of {address} have no {' or '.join(names)}; they have {', '.join(record)}")
+    return key
 
 
 def _stem(name: str) -> str:
@@ -216,5 +216,5 @@ def _stem(name: str) -> str:
 def _version(address: str) -> list[Any]:
     changed = 0
     with suppress(OSError):
-        changed = os.stat(store.local_path(address)).st_mtime_ns if store.is_local(address) else 0  # noqa: PTH116
+        changed = os.stat(addresses.local_path(address)).st_mtime_ns if addresses.is_local(address) else 0  # noqa: PTH116
     return [address, store.size(address), changed]

@@ -16,10 +16,10 @@ from megadiff.data.packing.source import NO_PICTURE, LeftOut, Raw, captions_in, 
 from megadiff.data.pictures import PICTURE_ENDINGS
 from megadiff.data.shards.shard import Members, Shard, is_tar, tars_in
 from megadiff.files import locked
-from megadiff.storage import store
+from megadiff.storage import addresses, store
 
 Captions = Callable[[str, Members], Sequence[Any]]
-"""Of a sample with this key and these members."""
+"""A function that gives the captions of a sample, from its key and its members."""
 
 
 class TarsSource:
@@ -30,15 +30,15 @@ class TarsSource:
 
     def __init__(self, sources: Sequence[str], scratch: Path) -> None:
         """Raises UserError if there are no tars, or two with one name."""
-        self.addresses = [address for source in sources for address in tars_of(source)]
-        self.origins = origins_of(self.addresses)
+        self.tars = [address for source in sources for address in tars_of(source)]
+        self.origins = origins_of(self.tars)
         self.names = [unit_name(origin) for origin in self.origins]
         self.identity: dict[str, Any] = {}
         self.scratch = scratch
 
     def samples(self, unit: int) -> Iterator[Raw | LeftOut]:
-        address = self.addresses[unit]
-        if store.is_local(address):
+        address = self.tars[unit]
+        if addresses.is_local(address):
             yield from samples_of(Shard(address, _existing(address)), self.origins[unit], captions_of)
             return
         with fetched(address, self.scratch / f"{self.names[unit]}.tar") as path:
@@ -47,28 +47,28 @@ class TarsSource:
 
 def tars_of(source: str) -> list[str]:
     """The tars that a pattern, an address or a folder stands for. Raises DataError if there are none, or a compressed one."""
-    found: list[str] = []
+    tars: list[str] = []
     for address in expand(source):
-        found += [address] if is_tar(address) else [store.join(address, name) for name in tars_in(address)]
-    return found
+        tars += [address] if is_tar(address) else [addresses.join(address, name) for name in tars_in(address)]
+    return tars
 
 
-def origins_of(addresses: Sequence[str]) -> list[str]:
-    """The shortest ends of the addresses that differ from each other: a set may move and keep its keys."""
-    if len(set(addresses)) < len(addresses):
-        twice = next(address for address in addresses if addresses.count(address) > 1)
+def origins_of(files: Sequence[str]) -> list[str]:
+    """The shortest ends by which the addresses differ: a data set that moves keeps its keys."""
+    if len(set(files)) < len(files):
+        twice = next(address for address in files if files.count(address) > 1)
         raise UserError(f"{twice} is named twice")
-    parts = [address.split("/") for address in addresses]
+    parts = [address.split("/") for address in files]
     for depth in range(1, max(map(len, parts)) + 1):
         ends = ["/".join(part[-depth:]) for part in parts]
         if len(set(ends)) == len(ends):
             return ends
-    raise UserError(f"two of the sources are the same: {', '.join(addresses[:2])}")
+    raise UserError(f"two of the sources are the same: {', '.join(files[:2])}")
 
 
 @contextmanager
 def fetched(address: str, path: Path, check: Callable[[Path], None] | None = None) -> Iterator[Path]:
-    """A distant tar as a local file, which is deleted when it was used to its end; after a kill it is still there.
+    """A distant tar as a local file, which is deleted after its use; a killed process leaves it for the next start.
 
     Raises:
         StorageError: it cannot be had. What `check` raises, after the file was deleted.
@@ -85,7 +85,7 @@ def fetched(address: str, path: Path, check: Callable[[Path], None] | None = Non
         try:
             yield path
         except DataError:
-            path.unlink(missing_ok=True)  # A damaged one must not be found by the next start.
+            path.unlink(missing_ok=True)  # The next start must not reuse a damaged file.
             raise
         path.unlink(missing_ok=True)
 
@@ -95,7 +95,7 @@ def samples_of(shard: Shard, origin: str, captions: Captions) -> Iterator[Raw | 
     for offset in range(len(shard)):
         key = shard.key(offset).removeprefix("./")
         members = shard.members(offset)
-        source = store.printable(f"{origin}/{key}")
+        source = addresses.printable(f"{origin}/{key}")
         picture = picture_in(members)
         if picture is None:
             yield LeftOut(source, NO_PICTURE, f"its members are {', '.join(sorted(members))}"[:200])
@@ -110,16 +110,16 @@ def picture_in(members: Members) -> str | None:
 
 
 def captions_of(_: str, members: Members) -> Sequence[Any]:
-    """Of the json member (`captions` or `caption`), or the whole of the txt member."""
+    """The captions of the json member (`captions` or `caption`), else the whole txt member."""
     try:
-        found = clean(captions_in(json.loads(members["json"]))) if "json" in members else []
+        captions = clean(captions_in(json.loads(members["json"]))) if "json" in members else []
     except (ValueError, RecursionError):
-        found = []
-    return found or [members.get("txt", b"").decode("utf-8-sig", "replace")]
+        captions = []
+    return captions or [members.get("txt", b"").decode("utf-8-sig", "replace")]
 
 
 def _existing(address: str) -> Path:
-    path = store.local_path(address)
+    path = addresses.local_path(address)
     if not os.access(path, os.R_OK) or not path.is_file():
         raise DataError(f"{address} does not exist or cannot be read; mend the name or take it out")
     return path
