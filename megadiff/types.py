@@ -207,7 +207,7 @@ class RowKeys(NamedTuple):
 
 
 class SampledRows(NamedTuple):
-    """Readout: one token drawn at each of R positions, as a `Drawn`; logits exist for a chunk of rows at a time.
+    """Readout: one token drawn at each of R positions, as `TokenDraws`; logits exist for a chunk of rows at a time.
 
     A position may be read in K places of the batch (the branches of guidance), whose logits are added up with weights.
 
@@ -224,7 +224,7 @@ class SampledRows(NamedTuple):
     rule: DrawRule
 
 
-class Drawn(NamedTuple):
+class TokenDraws(NamedTuple):
     """What SampledRows gives.
 
     Attributes:
@@ -253,7 +253,7 @@ class Aligned(NamedTuple):
 Readout = Dense | TokenLosses | RowLogits | SampledRows | Aligned
 
 Prediction = dict[str, Any]
-"""Per modality that was read out what its readout describes: a tensor, a CrossEntropy or a Drawn; `ALIGNMENT` beside them."""
+"""By modality read out, and `ALIGNMENT`: what the readout describes, a tensor, a CrossEntropy or TokenDraws."""
 
 ALIGNMENT = "alignment"
 """The name of the alignment loss among readouts and predictions, and of its part among parameters."""

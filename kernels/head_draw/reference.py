@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megadiff import rng
-from megadiff.types import Drawn, DrawRule, RowKeys
+from megadiff.types import DrawRule, RowKeys, TokenDraws
 
 ROWS_AT_ONCE = 512
 TILE = 128
@@ -19,7 +19,7 @@ TILE = 128
 
 def head_draw(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, weights: Tensor, keys: RowKeys, rule: DrawRule
-) -> Drawn:
+) -> TokenDraws:
     """One token per row from softmax(sum over branches of weight x logits).
 
     The head is linear and a row's weights add up to 1, so branches are mixed before it: one product per row, however many
@@ -43,7 +43,7 @@ def head_draw(
         mixed = branches[0] if len(branches) == 1 else (branches * weights[:, part, None]).sum(0)
         uniforms = rng.uniform_at(keys.keys[part], keys.purpose, keys.places[part])
         parts.append(draw_rows(F.linear(mixed, *head), uniforms, *rule))
-    return Drawn(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return TokenDraws(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def draw_rows(
@@ -53,7 +53,7 @@ def draw_rows(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
-) -> Drawn:
+) -> TokenDraws:
     """One token per row of float32 logits [R, V], by inverse distribution function, its sums in float64.
 
     Gumbel noise in float32 lowers the temperature (Zheng et al., arXiv 2409.02908); one float64 uniform per row does not.
@@ -74,7 +74,7 @@ def draw_rows(
     ids = logs.argmax(-1) if temperature == 0 else _inverse(_shares(logs, temperature, *truncation), uniforms)
     best = shares.topk(min(2, shares.shape[1])).values
     margin = best[:, 0] - best[:, 1:].sum(-1)
-    return Drawn(ids, logs.gather(1, ids[:, None])[:, 0], entropy, margin)
+    return TokenDraws(ids, logs.gather(1, ids[:, None])[:, 0], entropy, margin)
 
 
 def _shares(logs: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:

@@ -18,8 +18,8 @@ from megadiff.diffusion.process import Losses, NoisedState
 from megadiff.types import Dense
 
 BETA_START, BETA_END, DISCRETE_STEPS = 0.00085, 0.012, 1000
-SMALLEST_SHARE = 1e-3
-"""Below this nothing is divided by alpha (the flow and the cosine at t = 1) or by sigma (t = 0)."""
+SMALLEST_DIVISOR = 1e-3
+"""Nothing is divided by an alpha (the flow and the cosine at t = 1) or a sigma (t = 0) below this."""
 
 
 def vp_log_alpha(times: Tensor) -> Tensor:
@@ -77,16 +77,16 @@ class Gaussian:
 
     def noise(self, clean: Tensor, times: Tensor, keys: Tensor) -> NoisedState:
         noise = rng.normal(keys, f"{self.name} noise", clean.shape[1:])
-        alpha, sigma = _wide(self.alpha(times)), _wide(self.sigma(times))
+        alpha, sigma = wide(self.alpha(times)), wide(self.sigma(times))
         return NoisedState(alpha * clean + sigma * noise, self.target(clean, noise, times))
 
     def prior(self, keys: Tensor) -> Tensor:
         return rng.normal(keys, f"{self.name} prior", self.shape)
 
     def renoise(self, state: Tensor, times: Tensor, later: Tensor, keys: Tensor) -> Tensor:
-        ratio = self.alpha(later) / self.alpha(times).clamp_min(SMALLEST_SHARE)
+        ratio = self.alpha(later) / self.alpha(times).clamp_min(SMALLEST_DIVISOR)
         added = (self.sigma(later) ** 2 - (ratio * self.sigma(times)) ** 2).clamp_min(0).sqrt()
-        return _wide(ratio) * state + _wide(added) * rng.normal(keys, f"{self.name} renoise", state.shape[1:])
+        return wide(ratio) * state + wide(added) * rng.normal(keys, f"{self.name} renoise", state.shape[1:])
 
     def pin(self, state: Tensor, clean: Tensor, where: Tensor, times: Tensor, keys: Tensor) -> Tensor:
         return torch.where(where, self.noise(clean, times, keys).state, state)
@@ -139,7 +139,7 @@ class Gaussian:
                 pair = -self.sigma(times), self.alpha(times)
             case "velocity":
                 pair = zero - 1, zero + 1
-        return _wide(pair[0]), _wide(pair[1])
+        return wide(pair[0]), wide(pair[1])
 
     def target(self, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """What the network learns."""
@@ -154,7 +154,7 @@ class Gaussian:
         from clean, noise is divided by sigma, 0 at t = 0. There a prediction's error would be multiplied without bound, so that
         the clean state is taken to be 0, the middle of the data's range, and the noise likewise.
         """
-        alpha, sigma = _wide(self.alpha(times)), _wide(self.sigma(times))
+        alpha, sigma = wide(self.alpha(times)), wide(self.sigma(times))
         if self.config.target == "epsilon":
             return _quotient(state - sigma * prediction, alpha), prediction
         if self.config.target == "clean":
@@ -174,7 +174,7 @@ class Gaussian:
         """The derivative of the state in t itself along the probability-flow ODE: alpha'(t) clean + sigma'(t) noise."""
         clean, noise = self.clean_and_noise(prediction, state, times)
         of_clean, of_noise = self._rates(times)
-        return _wide(of_clean) * clean + _wide(of_noise) * noise
+        return wide(of_clean) * clean + wide(of_noise) * noise
 
     def _rates(self, times: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha'(t), sigma'(t)), [B] each; sigma' of vp grows without bound towards t = 0, and is cut off there."""
@@ -199,14 +199,14 @@ class Gaussian:
         """
         now, then = (self.alpha(at) + self.sigma(at) for at in (times, earlier))
         distance = self.sigma(earlier) / then - self.sigma(times) / now
-        return _wide(then / now) * state + _wide(then * distance) * slope
+        return wide(then / now) * state + wide(then * distance) * slope
 
 
 def _quotient(above: Tensor, below: Tensor) -> Tensor:
     """above / below, 0 where `below` is too small to divide by."""
-    return torch.where(below < SMALLEST_SHARE, 0.0, above / below.clamp_min(SMALLEST_SHARE))
+    return torch.where(below < SMALLEST_DIVISOR, 0.0, above / below.clamp_min(SMALLEST_DIVISOR))
 
 
-def _wide(values: Tensor) -> Tensor:
+def wide(values: Tensor) -> Tensor:
     """[B] -> [B, 1, 1, 1]."""
     return values[:, None, None, None]

@@ -20,7 +20,7 @@ from megadiff.types import ALIGNMENT, Aligned, Batch, Denoiser, LossTerms, Noise
 
 
 @dataclass(frozen=True)
-class Prepared:
+class NoisedBatch:
     """A noised micro-batch.
 
     Attributes:
@@ -40,7 +40,7 @@ class Prepared:
     counts: dict[str, Tensor]
 
 
-class Objective:
+class DiffusionObjective:
     """Decoupled noising of all modalities, and the weighted sum of their own losses."""
 
     def __init__(self, model: Model, stage: Stage, seed: int) -> None:
@@ -49,7 +49,7 @@ class Objective:
         self.scored = [name for name in self.processes if stage.modalities[name].has_loss]
         self.losses = [*self.scored, *([ALIGNMENT] if stage.alignment is not None else [])]
 
-    def prepare(self, batch: Batch) -> Prepared:
+    def prepare(self, batch: Batch) -> NoisedBatch:
         """Draw times and noise, both keyed by the samples."""
         drawn = draw_times(self.stage, batch, self.seed)
         states = {
@@ -67,9 +67,9 @@ class Objective:
             readout[ALIGNMENT] = Aligned(batch.features[self.stage.alignment.modality])
             weights[ALIGNMENT] = batch.weight
             counts[ALIGNMENT] = batch.weight.sum()
-        return Prepared(noised, readout, scored, drawn.times, weights, counts)
+        return NoisedBatch(noised, readout, scored, drawn.times, weights, counts)
 
-    def score(self, prediction: Prediction, prepared: Prepared, normaliser: Mapping[str, Tensor]) -> LossTerms:
+    def score(self, prediction: Prediction, prepared: NoisedBatch, normaliser: Mapping[str, Tensor]) -> LossTerms:
         """The loss terms of one micro-batch.
 
         Args:

@@ -18,10 +18,11 @@ from megadiff import rng
 from megadiff.config import checks
 from megadiff.config.errors import UserError
 from megadiff.config.schema import Model, Sampling
-from megadiff.diffusion.build import build_processes
+from megadiff.diffusion.build import build_processes, build_solver
+from megadiff.diffusion.categorical_solvers import FirstHitting
 from megadiff.diffusion.gaussian import Gaussian
 from megadiff.diffusion.guidance import Guided
-from megadiff.diffusion.solvers import FirstHitting, Solver, Step, build_solver
+from megadiff.diffusion.solvers import Solver, SolverStep
 from megadiff.diffusion.times import SMALLEST_TIME
 from megadiff.types import Denoiser
 
@@ -223,7 +224,7 @@ class _Run:
     def finished(self) -> bool:
         return all(solver.finished(self.states[name]) for name, solver in self.solvers.items())
 
-    def _move(self, now: Times, then: Times, steps: Mapping[str, Step]) -> None:
+    def _move(self, now: Times, then: Times, steps: Mapping[str, SolverStep]) -> None:
         """All generated modalities over one step.
 
         A second evaluation happens at the end point, where every clock stands at `then`: Gaussian modalities at the first one's
@@ -246,7 +247,7 @@ class _Run:
                 ends[name] = self._pinned(name, corrected, steps[name].then)
         self.states = ends
 
-    def _put_noise_back(self, steps: Mapping[str, Step]) -> None:
+    def _put_noise_back(self, steps: Mapping[str, SolverStep]) -> None:
         for name, step in steps.items():
             noisier = self.sampler.processes[name].renoise(self.states[name], step.then, step.now, rng.fold(step.keys, "again"))
             self.states[name] = self._pinned(name, noisier, step.now)
@@ -277,12 +278,12 @@ class _Run:
             return None
         return solver.events(self.states[self.generate[0]]).cpu()
 
-    def _steps(self, now: Times, then: Times, keys: Tensor) -> dict[str, Step]:
+    def _steps(self, now: Times, then: Times, keys: Tensor) -> dict[str, SolverStep]:
         def moved(times: Tensor) -> Tensor:
             return times.to(keys.device, torch.float32)
 
         last = {name: not bool(then[name].any()) for name in self.generate}
-        return {name: Step(moved(now[name]), moved(then[name]), keys, last[name]) for name in self.generate}
+        return {name: SolverStep(moved(now[name]), moved(then[name]), keys, last[name]) for name in self.generate}
 
     def _at(self, name: str) -> Tensor:
         """A generated modality's starting time, float32 [B]."""

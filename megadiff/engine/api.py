@@ -17,7 +17,7 @@ from megadiff.types import Batch, Denoiser, LossTerms, Noised, Prediction, Reado
 QUARTILES = 4
 
 
-class Prepared(Protocol):
+class PreparedBatch(Protocol):
     """A noised micro-batch: what the model reads, what is read out of it, and how many elements are scored."""
 
     @property
@@ -39,7 +39,7 @@ class Objective(Protocol):
     def score(self, prediction: Prediction, prepared: Any, normaliser: Mapping[str, Tensor]) -> LossTerms: ...
 
 
-Score = Callable[[Prediction, Prepared], LossTerms]
+Score = Callable[[Prediction, PreparedBatch], LossTerms]
 """A prediction's loss terms, normalised for the whole step."""
 
 
@@ -67,7 +67,7 @@ class Backend(Protocol):
     """Micro-batches of a step on this replica."""
     pieces: Pieces
 
-    def run(self, prepared: Sequence[Prepared], score: Score, learning_rate: float) -> Outcome:
+    def run(self, prepared: Sequence[PreparedBatch], score: Score, learning_rate: float) -> Outcome:
         """Forward, backward and one optimizer step. Collective; ranks that do not read pass nothing."""
 
     def denoiser(self) -> AbstractContextManager[Denoiser]:

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from megadiff.config.layout import Layout
 from megadiff.distributed.reduce import sum_over_replicas
-from megadiff.engine.api import QUARTILES, Outcome, Prepared, StepResult
+from megadiff.engine.api import QUARTILES, Outcome, PreparedBatch, StepResult
 from megadiff.types import Batch, LossTerms
 
 
 def normaliser_of(
-    prepared: Sequence[Prepared], names: Sequence[str], layout: Layout, accumulation: int, device: torch.device
+    prepared: Sequence[PreparedBatch], names: Sequence[str], layout: Layout, accumulation: int, device: torch.device
 ) -> dict[str, Tensor]:
     """By loss, what its sum over a micro-batch is multiplied by, so that DeepSpeed's means over ranks and micro-batches are the
     mean over the global batch: data ranks x accumulation / global count. Float64 scalars on the device; 0 where nothing counts.

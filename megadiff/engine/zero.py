@@ -15,7 +15,7 @@ from megadiff.config.layout import Layout
 from megadiff.config.parameters import is_trained
 from megadiff.config.schema import Model, Stage
 from megadiff.distributed.ranks import Ranks
-from megadiff.engine.api import Outcome, Prepared, Score
+from megadiff.engine.api import Outcome, PreparedBatch, Score
 from megadiff.engine.engine import Engine
 from megadiff.engine.optimizer import build_optimizer
 from megadiff.engine.start import start_process_group
@@ -61,7 +61,7 @@ class ZeroBackend:
         self.module = self.engine.module
         self.pieces = zero_pieces(self.engine, self.layout.data_ranks, self.layout.data_rank)
 
-    def run(self, prepared: Sequence[Prepared], score: Score, learning_rate: float) -> Outcome:
+    def run(self, prepared: Sequence[PreparedBatch], score: Score, learning_rate: float) -> Outcome:
         for group in self.pieces.optimizer.param_groups:
             group["lr"] = learning_rate
         scored, own_norm = [], 0.0

@@ -17,7 +17,7 @@ from megadiff.data.reading.loader import read_held_out
 from megadiff.diffusion.sampler import Conditions
 from megadiff.distributed.reduce import gather_objects
 from megadiff.generation.tasks import Task, draw, shown_cell, tasks_of
-from megadiff.report.sheet import Cell, Section, contact_sheet
+from megadiff.report.sheet import Cell, SheetSection, contact_sheet
 from megadiff.types import Denoiser, Moment
 
 SEED = 0
@@ -68,7 +68,7 @@ class PeriodicSamples:
 
 def sheet(task: str, cells: Mapping[str, list[Cell]]) -> Image.Image:
     """A task's samples by the weights that drew them; few and large, since TensorBoard shows pictures small."""
-    sections = [Section(f"{task}, {TITLES[kind]}", samples) for kind, samples in cells.items()]
+    sections = [SheetSection(f"{task}, {TITLES[kind]}", samples) for kind, samples in cells.items()]
     return contact_sheet(sections, columns=4, cell_px=128, text_px=16)
 
 

@@ -18,10 +18,10 @@ from megadiff.data.reading.loader import HeldOut, read_held_out
 from megadiff.diffusion.sampler import Conditions
 from megadiff.evaluation.gap import conditioning_gap
 from megadiff.evaluation.results import write_results
-from megadiff.evaluation.table import Table, compare, picture, table_of
+from megadiff.evaluation.table import ColumnArrays, columns_of, compare, picture
 from megadiff.generation.loading import codecs_of, load
 from megadiff.generation.tasks import JOINT, Task, draw, find_task, progress_bar, shown_cell, tasks_of
-from megadiff.report.sheet import Section, contact_sheet, png_bytes
+from megadiff.report.sheet import SheetSection, contact_sheet, png_bytes
 from megadiff.storage import store
 from megadiff.weights.loading import Loaded
 
@@ -92,13 +92,13 @@ def _write_sheet(run: Run, sheet: Image.Image) -> None:
     print(f"samples: {path}")
 
 
-def _rows(states: Mapping[str, Tensor], codecs: Mapping[str, Codec]) -> Table:
+def _rows(states: Mapping[str, Tensor], codecs: Mapping[str, Codec]) -> ColumnArrays:
     """Columns [N] out of states [N, ...]."""
     count = len(next(iter(states.values())))
-    return table_of([{name: codecs[name].decode(state[row]) for name, state in states.items()} for row in range(count)])
+    return columns_of([{name: codecs[name].decode(state[row]) for name, state in states.items()} for row in range(count)])
 
 
-def _section(loaded: Loaded, task: Task, rule: Showcase, held: HeldOut, seed: int, device: torch.device) -> Section:
+def _section(loaded: Loaded, task: Task, rule: Showcase, held: HeldOut, seed: int, device: torch.device) -> SheetSection:
     codecs = codecs_of(loaded)
     given = {name: _condition(name, rule, held, codecs[name]) for name in task.given}
     count = min([rule.count, *(len(state) for state in given.values())])
@@ -108,7 +108,7 @@ def _section(loaded: Loaded, task: Task, rule: Showcase, held: HeldOut, seed: in
         conditions = Conditions(given=moved)
         drawn = draw(loaded.module, loaded.model, rule.sampling, task, keys, conditions, batch=count, progress=report)
     states = {name: state.cpu() for name, state in {**moved, **drawn}.items()}
-    return Section(_title(task), [shown_cell(task, states, index, codecs) for index in range(count)])
+    return SheetSection(_title(task), [shown_cell(task, states, index, codecs) for index in range(count)])
 
 
 def _title(task: Task) -> str:

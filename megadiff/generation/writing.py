@@ -24,7 +24,7 @@ from megadiff.data.codecs.build import table_columns
 from megadiff.data.shards.shard import Manifest, Members, Shard, ShardEntry, write_manifest, write_shard
 from megadiff.generation.planner import Chunk, Item
 from megadiff.generation.tasks import Task, cell_of
-from megadiff.report.sheet import Section, contact_sheet, png_bytes
+from megadiff.report.sheet import SheetSection, contact_sheet, png_bytes
 from megadiff.storage import store
 from megadiff.weights.loading import Loaded
 
@@ -150,5 +150,5 @@ def _write_sheet(writer: SampleWriter, task: Task, records: Sequence[tuple[int, 
     cells = []
     for number, record in records[:SHEET_CELLS]:
         cells.append(cell_of(task, writer.shown(number, record["name"], {**record["given"], **record["generated"]})))
-    sheet = contact_sheet([Section(f"{task.name}, {loaded.source}", cells)])
+    sheet = contact_sheet([SheetSection(f"{task.name}, {loaded.source}", cells)])
     store.write_bytes(str(writer.out / SHEET), png_bytes(sheet))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megadiff.config.schema import Model, TokenSpace
 from megadiff.kernels.streams import Projected, Span
 from megadiff.models.embeddings import rotary_table
-from megadiff.models.layers import Linear, Table
+from megadiff.models.layers import CachedConstant, Linear
 
 
 class Projection(nn.Module):
@@ -31,7 +31,7 @@ class Projection(nn.Module):
         self.query_gain = nn.Parameter(torch.empty(gains)) if config.qk_norm else None
         self.key_gain = nn.Parameter(torch.empty(gains)) if config.qk_norm else None
         rope = modality.positions == "rope"
-        self.rotary = Table(partial(rotary_table, config.head_dim)) if rope else None
+        self.rotary = CachedConstant(partial(rotary_table, config.head_dim)) if rope else None
         self.length = modality.space.length if isinstance(modality.space, TokenSpace) else 0
         self.reset_parameters()
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megadiff.config.parameters import TIME_FEATURES, patch_numbers, token_count
 from megadiff.config.schema import GridSpace, Modality, Model, TokenSpace
-from megadiff.models.layers import INITIAL_DEVIATION, Linear, Table
+from megadiff.models.layers import INITIAL_DEVIATION, CachedConstant, Linear
 from megadiff.types import Noised, Ragged, Rows, Stream
 
 LEAST_SAVED = 0.08
@@ -91,7 +91,7 @@ class PatchEmbedding(nn.Module):
         self.patch = space.patch_sides
         self.projection = Linear(patch_numbers(space), width)
         self.positions = nn.Parameter(torch.empty(token_count(space), width)) if positions == "learned" else None
-        self.fixed = Table(partial(sincos_positions, width)) if positions == "sincos" else None
+        self.fixed = CachedConstant(partial(sincos_positions, width)) if positions == "sincos" else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -25,12 +25,12 @@ from megadiff.types import (
     Aligned,
     CrossEntropy,
     Dense,
-    Drawn,
     Prediction,
     Readout,
     RowLogits,
     SampledRows,
     Stream,
+    TokenDraws,
     TokenLosses,
 )
 
@@ -110,7 +110,7 @@ class TokenHead(Head):
 
     def forward(
         self, tokens: Tensor, conditioning: Tensor, readout: Readout, grid: tuple[int, int] | None = None
-    ) -> Tensor | CrossEntropy | Drawn:
+    ) -> Tensor | CrossEntropy | TokenDraws:
         """[B, S, D], [B, D] -> what the readout describes."""
         hidden = self.normalised(tokens, conditioning)
         match readout:

@@ -127,7 +127,7 @@ class Mlp(nn.Module):
         return lowered
 
 
-class Table:
+class CachedConstant:
     """A constant float32 tensor, made on first use on each device, for each of a few sizes.
 
     Not a buffer: DeepSpeed casts buffers to bfloat16, zero.Init rounds what a constructor computes, and a model on the meta

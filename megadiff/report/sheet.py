@@ -26,7 +26,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Section:
+class SheetSection:
     """Cells under a title."""
 
     title: str
@@ -34,7 +34,7 @@ class Section:
 
 
 def contact_sheet(
-    sections: Sequence[Section],
+    sections: Sequence[SheetSection],
     *,
     columns: int = 8,
     cell_px: int = 96,
@@ -48,7 +48,7 @@ def contact_sheet(
     captions are wrapped under them, at most `caption_lines` lines.
     """
     columns = max(1, min(columns, max((len(section.cells) for section in sections), default=1)))
-    layout = _Layout(columns, cell_px, gap_px, text_px, caption_lines)
+    layout = _SheetLayout(columns, cell_px, gap_px, text_px, caption_lines)
     heights = [layout.height(section) for section in sections]
     sheet = Image.new("RGB", (layout.width(sections), sum(heights) + gap_px), BACKGROUND)
     top = 0
@@ -59,7 +59,7 @@ def contact_sheet(
 
 
 @dataclass(frozen=True)
-class _Layout:
+class _SheetLayout:
     columns: int
     cell_px: int
     gap_px: int
@@ -78,14 +78,14 @@ class _Layout:
     def note_px(self) -> int:
         return round(self.text_px * 0.8)
 
-    def width(self, sections: Sequence[Section]) -> int:
+    def width(self, sections: Sequence[SheetSection]) -> int:
         titles = [round(_font(self.title_px).getlength(section.title)) for section in sections]
         return max([self.columns * (self.cell_px + self.gap_px), *titles]) + self.gap_px
 
-    def height(self, section: Section) -> int:
+    def height(self, section: SheetSection) -> int:
         return self.gap_px + 2 * self.title_px + sum(self._row_height(row) for row in self._rows(section))
 
-    def paint(self, sheet: Image.Image, section: Section, top: int) -> None:
+    def paint(self, sheet: Image.Image, section: SheetSection, top: int) -> None:
         draw = ImageDraw.Draw(sheet)
         draw.text((self.gap_px, top + self.gap_px), section.title, INK, _font(self.title_px))
         top += self.gap_px + 2 * self.title_px
@@ -96,7 +96,7 @@ class _Layout:
                 )
             top += self._row_height(row)
 
-    def _rows(self, section: Section) -> list[Sequence[Cell]]:
+    def _rows(self, section: SheetSection) -> list[Sequence[Cell]]:
         return [section.cells[start : start + self.columns] for start in range(0, len(section.cells), self.columns)]
 
     def _picture_height(self, row: Sequence[Cell]) -> int:

@@ -16,7 +16,7 @@ from megadiff.config.layout import Layout
 from megadiff.config.load import dump_run
 from megadiff.config.schema import Run, Stage
 from megadiff.data.reading.loader import Loader, check_unreadable
-from megadiff.diffusion.objective import Objective
+from megadiff.diffusion.objective import DiffusionObjective
 from megadiff.distributed.ranks import Ranks
 from megadiff.distributed.reduce import barrier, sum_over_replicas
 from megadiff.engine.engine import Engine
@@ -111,7 +111,7 @@ def train_stage(run: Run, stage_name: str, deepspeed: Mapping[str, Any], callbac
         monitor.say(f"{stage.name} resumes from {newest} at step {progress.optimizer_step}")
     training = Training(run, stage, layout, engine, monitor, progress)
     try:
-        _train(training, loader, Objective(run.model, stage, seed), callbacks)
+        _train(training, loader, DiffusionObjective(run.model, stage, seed), callbacks)
     finally:
         loader.close()
         monitor.close()
@@ -120,7 +120,7 @@ def train_stage(run: Run, stage_name: str, deepspeed: Mapping[str, Any], callbac
         paths.done.touch()
 
 
-def _train(training: Training, loader: Loader, objective: Objective, callbacks: Sequence[Callback]) -> None:
+def _train(training: Training, loader: Loader, objective: DiffusionObjective, callbacks: Sequence[Callback]) -> None:
     engine, progress, monitor = training.engine, training.progress, training.monitor
     health = Health()
     for step in _steps(training):

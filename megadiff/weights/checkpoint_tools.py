@@ -31,20 +31,20 @@ def pieces(size: int) -> Iterator[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
-class Part:
-    """The parameters of a modality's tower and head, or of the joint part: how many numbers, trained and frozen."""
+class ParameterCounts:
+    """How many numbers the parameters of one part of the model have, trained and frozen."""
 
     trained: int
     frozen: int
 
 
-def parts(reader: CheckpointReader) -> dict[str, Part]:
-    """By part of the model the sizes of its parameters."""
-    found: dict[str, Part] = {}
+def parameter_counts(reader: CheckpointReader) -> dict[str, ParameterCounts]:
+    """By part of the model (see models.names.part_of)."""
+    counts: dict[str, ParameterCounts] = {}
     for name, (shape, trained) in reader.manifest.parameters.items():
-        size, before = math.prod(shape), found.get(part_of(name), Part(0, 0))
-        found[part_of(name)] = Part(before.trained + size * trained, before.frozen + size * (not trained))
-    return found
+        size, before = math.prod(shape), counts.get(part_of(name), ParameterCounts(0, 0))
+        counts[part_of(name)] = ParameterCounts(before.trained + size * trained, before.frozen + size * (not trained))
+    return counts
 
 
 def faults(reader: CheckpointReader, checked: Callable[[], object]) -> list[str]:

@@ -26,11 +26,12 @@ from megadiff.cli.main import main
 from megadiff.config.load import load_run
 from megadiff.config.schema import GaussianProcess, GridSpace, Model, PixelField, Sampling
 from megadiff.data.codecs.pictures import PixelCodec
-from megadiff.diffusion.build import build_processes
+from megadiff.diffusion.build import build_processes, build_solver
 from megadiff.diffusion.gaussian import Gaussian
+from megadiff.diffusion.gaussian_solvers import GAUSSIAN_SOLVERS
 from megadiff.diffusion.guidance import Guided
 from megadiff.diffusion.sampler import Conditions, Known, Sampler
-from megadiff.diffusion.solvers import CONTINUOUS, Step, build_solver
+from megadiff.diffusion.solvers import SolverStep
 from megadiff.generation import generate as generating
 from megadiff.generation.loading import codecs_of
 from megadiff.generation.planner import Planner
@@ -89,8 +90,8 @@ def at(time: float, count: int) -> Tensor:
     return torch.full((count,), time)
 
 
-def step_of(now: float, then: float, keys: Tensor) -> Step:
-    return Step(at(now, len(keys)), at(then, len(keys)), keys, then == 0)
+def step_of(now: float, then: float, keys: Tensor) -> SolverStep:
+    return SolverStep(at(now, len(keys)), at(then, len(keys)), keys, then == 0)
 
 
 def tokens_of(sampling: Sampling, shares: Tensor = SPREAD, count: int = COUNT) -> Tensor:
@@ -376,7 +377,7 @@ def test_s9_sigma_near_0_has_the_digits_of_float32(time):
         assert released != pytest.approx(truth, rel=1e-5)
 
 
-@pytest.mark.parametrize("solver", sorted(CONTINUOUS.keys() - {"heun_time"}))  # which is the paper's
+@pytest.mark.parametrize("solver", sorted(GAUSSIAN_SOLVERS.keys() - {"heun_time"}))  # which is the paper's
 @pytest.mark.parametrize(("schedule", "target"), KINDS)
 def test_s9_the_step_to_0_multiplies_no_error_of_the_network(schedule, target, solver):
     """S9: an error e in the last prediction moves the result by at most about e, however small the noise in that step."""
