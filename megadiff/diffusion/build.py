@@ -1,4 +1,4 @@
-"""Which process a modality's configuration asks for, and which solver its sampling."""
+"""Processes from the configuration of modalities, and their solvers from that of sampling."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ LOOP_FROM, LOOP_TO, LOOP_SHARE = 0.55, 0.05, 0.1
 
 
 class UnmaskingSolver(SolverBase):
-    """What all orders of unmasking share.
+    """The common part of all orders of unmasking.
 
     Attributes:
         fixed: bool [B, S], positions that are known; None where none are.
@@ -182,8 +182,8 @@ class MaskGIT(UnmaskingSolver):
         if self._initial_count is None:
             self._initial_count = count
         share = self.process.schedule.share(step.then) / self.process.schedule.share(self.start).clamp_min(SMALLEST_SHARE)
-        kept = (self._initial_count * share.clamp_max(1.0) + 1e-4).floor().long()
-        return count if step.last else (count - kept).clamp_min(0)
+        masked = (self._initial_count * share.clamp_max(1.0) + 1e-4).floor().long()
+        return count if step.last else (count - masked).clamp_min(0)
 
 
 class FastDLLM(MaskGIT):

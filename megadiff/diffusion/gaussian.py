@@ -107,10 +107,10 @@ class Gaussian:
         return Losses(errors, self.counts(noised))
 
     def min_snr_weight(self, times: Tensor) -> Tensor:
-        """What makes a squared error of the target weigh min(SNR, gamma) in the clean state, [B]; SNR = alpha^2 / sigma^2.
+        """[B]: the weight of the target's squared error that gives the clean state's min(SNR, gamma); SNR = (alpha / sigma)^2.
 
-        With the noised state given, an error e of the clean state is one of alpha / sigma * e in the noise, e / sigma in v
-        (where alpha^2 + sigma^2 = 1) and (1 + alpha / sigma) * e in the velocity. Source: Hang et al., arXiv 2303.09556.
+        For a given noised state, an error e of the clean state is alpha / sigma * e in the noise, e / sigma in v (where
+        alpha^2 + sigma^2 = 1) and (1 + alpha / sigma) * e in the velocity. Source: Hang et al., arXiv 2303.09556.
         """
         alpha, sigma = self.alpha(times), self.sigma(times).clamp_min(1e-6)
         ratio = alpha / sigma
@@ -142,17 +142,17 @@ class Gaussian:
         return wide(pair[0]), wide(pair[1])
 
     def target(self, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """What the network learns."""
+        """The network's target."""
         of_clean, of_noise = self._mixture(times)
         return of_clean * clean + of_noise * noise
 
     def clean_and_noise(self, prediction: Tensor, state: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-        """(clean, noise) that a prediction stands for: the solution of two linear equations, exact for every target.
+        """(clean, noise) of a prediction: the solution of two linear equations, exact for every target.
 
-        Their determinant is alpha for epsilon, -sigma for clean, alpha^2 + sigma^2 for v and alpha + sigma for the velocity. So
-        the last two are singular nowhere. From epsilon, clean is divided by alpha: 0.069 for vp at t = 1, 0 for the others;
-        from clean, noise is divided by sigma, 0 at t = 0. There a prediction's error would be multiplied without bound, so that
-        the clean state is taken to be 0, the middle of the data's range, and the noise likewise.
+        Their determinant is alpha for epsilon, -sigma for clean, alpha^2 + sigma^2 for v and alpha + sigma for the velocity;
+        the last two are never 0. From epsilon, clean is divided by alpha: 0.069 for vp at t = 1, 0 for the others;
+        from clean, noise is divided by sigma, 0 at t = 0. These divisions would multiply a prediction's error without bound, so
+        the clean state is taken to be 0 there, the middle of the data's range, and the noise likewise.
         """
         alpha, sigma = wide(self.alpha(times)), wide(self.sigma(times))
         if self.config.target == "epsilon":
@@ -177,7 +177,7 @@ class Gaussian:
         return wide(of_clean) * clean + wide(of_noise) * noise
 
     def _rates(self, times: Tensor) -> tuple[Tensor, Tensor]:
-        """(alpha'(t), sigma'(t)), [B] each; sigma' of vp grows without bound towards t = 0, and is cut off there."""
+        """(alpha'(t), sigma'(t)), [B] each; sigma' of vp grows without bound towards t = 0 and is capped there."""
         match self.config.schedule:
             case "vp":
                 root = BETA_START**0.5 + (BETA_END**0.5 - BETA_START**0.5) * times
@@ -194,8 +194,8 @@ class Gaussian:
         """One step of the probability-flow ODE from `times` to `earlier` with a constant slope.
 
         Every schedule is a rectified flow in other units: state / (alpha + sigma) has derivative noise - clean in
-        sigma / (alpha + sigma). So a step is exact where clean and noise stay as they are, nothing is divided by alpha or
-        sigma alone, and a step to t = 0 returns the clean state that the slope stands for.
+        sigma / (alpha + sigma). A step is therefore exact while clean and noise are constant, divides by neither alpha nor
+        sigma alone, and at t = 0 returns the clean state of the slope.
         """
         now, then = (self.alpha(at) + self.sigma(at) for at in (times, earlier))
         distance = self.sigma(earlier) / then - self.sigma(times) / now

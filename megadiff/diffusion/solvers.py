@@ -1,4 +1,4 @@
-"""How one modality moves from a time to an earlier one: what all solvers have in common.
+"""The interface of solvers, which move one modality from a time to an earlier one.
 
 A solver asks for a readout at the step's beginning, moves its state with the answer, and may ask once more at the step's end.
 It knows its own modality only; the sampler keeps all clocks together. A solver belongs to one run of the sampler: some remember

@@ -18,7 +18,7 @@ BACKGROUND, INK, FRAME, SMALL_INK = (255, 255, 255), (24, 24, 27), (228, 228, 23
 
 @dataclass(frozen=True)
 class Cell:
-    """A picture (RGB) with its caption, and a note in small print whose lines are cut; None where there is only text."""
+    """A picture (RGB; None: text only) with its caption, and a note in small print whose lines are cut."""
 
     picture: Image.Image | None
     caption: str = ""
@@ -130,9 +130,9 @@ class _SheetLayout:
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int, most: int) -> list[str]:
-    """Lines no wider than `width_px`; words that are too long are cut; beyond `most` lines it ends in `...`."""
+    """Lines no wider than `width_px`; longer words are broken; text beyond `most` lines is replaced by `...`."""
     lines: list[str] = []
-    longest = (most + 1) * width_px  # letters of a word that are looked at: about all that could be shown
+    longest = (most + 1) * width_px  # letters of a word that could be shown, about
     for match in re.finditer(r"\S+", text):
         word = match[0][:longest]
         joined = f"{lines[-1]} {word}" if lines else word
@@ -154,12 +154,12 @@ def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px
 
 
 def _fitting(word: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int) -> int:
-    """How many letters of a word a line takes, one at least."""
+    """The number of a word's letters that fit a line, at least 1."""
     return max(1, bisect_right(range(1, len(word) + 1), False, key=lambda end: font.getlength(word[:end]) > width_px))
 
 
 def _fitted(picture: Image.Image, side: int) -> Image.Image:
-    """Its longer edge at most `side`: enlarged by a whole factor, or shrunk."""
+    """The picture enlarged by a whole factor, or shrunk, so that its longer edge is at most `side`."""
     longest = max(picture.size)
     if longest <= side:
         factor = side // longest
@@ -170,7 +170,7 @@ def _fitted(picture: Image.Image, side: int) -> Image.Image:
 
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """DejaVu Sans out of matplotlib's data: Pillow's own font has no accents and no arrow."""
+    """DejaVu Sans from matplotlib's data: Pillow's own font has no accents and no arrow."""
     spec = importlib.util.find_spec("matplotlib")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         path = Path(folder) / "mpl-data/fonts/ttf/DejaVuSans.ttf"

@@ -137,7 +137,7 @@ def test_a_table_made_in_inference_mode_serves_training_and_is_not_pickled():
         table(CPU)
     scale = torch.ones(3, requires_grad=True)
     (scale * table(CPU)).sum().backward()
-    assert pickle.loads(pickle.dumps(table)).made == {}
+    assert pickle.loads(pickle.dumps(table)).cache == {}
 
 
 def zeros(device: torch.device) -> torch.Tensor:
