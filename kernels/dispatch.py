@@ -1,9 +1,9 @@
-"""Which implementation of an op runs: the reference, or its Triton twin where there is one that can.
+"""Which implementation of an op runs: the reference, or its Triton twin if there is one that takes the arguments.
 
-A twin is the file kernels/<folder>/triton.py: a function of the op's name for each op of the folder that it has, and
-`refusal(op, *arguments)`, which says why it cannot take such arguments (device, dtype, shape), or None. The environment
-variable MEGADIFF_KERNELS=reference|triton decides for all ops; unset, a twin runs wherever it can. Which one runs, and why, is
-logged once per op.
+A twin is the file kernels/<folder>/triton.py. It has a function of the op's name for some ops of the folder, and
+`refusal(op, *arguments)`, which gives the reason why it cannot take such arguments (device, dtype, shape), or None. The
+environment variable MEGADIFF_KERNELS=reference|triton decides for all ops; if it is not set, a twin runs wherever it can. The
+choice and its reason are logged once per op.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ log = logging.getLogger(__name__)
 
 
 class Twin(NamedTuple):
-    """An op's other implementation, and why it cannot take some arguments; `must`: an error then, not the reference."""
+    """An op's Triton implementation.
+
+    Attributes:
+        refusal: the reason why it cannot take some arguments, or None.
+        must: whether a refusal is an error; else the reference runs.
+    """
 
     run: Callable[..., Any]
     refusal: Callable[..., str | None]
@@ -31,17 +36,17 @@ class Twin(NamedTuple):
 
 
 _OPS: dict[str, Callable[..., Any]] = {}
-"""By name the reference of every op."""
+"""The reference of every op, by name."""
 _TWINS: dict[str, Twin | None] = {}
-"""By name what was decided; None: the reference, whatever the arguments. An op that is not here was not asked for yet."""
-_SAID: set[tuple[str, str]] = set()
+"""The choice for every op that is settled, by name; None: the reference, whatever the arguments."""
+_LOGGED: set[tuple[str, str]] = set()
 
 
 def dispatched(reference: Callable[P, R]) -> Callable[P, R]:
-    """The op that a reference defines; calls go to the implementation that fits their arguments.
+    """The op that a reference defines; calls run the implementation that takes their arguments.
 
     Raises:
-        ValueError: see `settle`; and where Triton must take arguments that it cannot.
+        ValueError: see `settle`; or Triton is required and cannot take the arguments.
     """
     op = reference.__name__
     _OPS[op] = reference
@@ -70,7 +75,7 @@ def settle() -> None:
     """Decide for every op now, not at its first call.
 
     Raises:
-        ValueError: the environment variable is neither of its two values, or asks for what there is not.
+        ValueError: the environment variable is neither of its two values, or requires a kernel that does not exist.
     """
     for op in _OPS:
         if op not in _TWINS:
@@ -78,23 +83,23 @@ def settle() -> None:
 
 
 def _decide(op: str) -> Twin | None:
-    asked = os.environ.get(VARIABLE, "")
-    if asked not in ("", *KINDS):
-        raise ValueError(f"{VARIABLE} ({asked}) must be {' or '.join(KINDS)}, or unset")
+    kind = os.environ.get(VARIABLE, "")
+    if kind not in ("", *KINDS):
+        raise ValueError(f"{VARIABLE} ({kind}) must be {' or '.join(KINDS)}, or unset")
     file = f"{_OPS[op].__module__.rpartition('.')[0]}.triton"
-    module = None if asked == "reference" or importlib.util.find_spec(file) is None else importlib.import_module(file)
+    module = None if kind == "reference" or importlib.util.find_spec(file) is None else importlib.import_module(file)
     run = getattr(module, op, None)
     if module is None or run is None:
-        if asked == "triton":
+        if kind == "triton":
             raise ValueError(f"{VARIABLE} is triton, but {op} has no Triton kernel yet; unset it, or set it to reference")
-        _say(op, "reference", f"{VARIABLE} says so" if asked else "it has no Triton kernel yet")
+        _say(op, "reference", f"{VARIABLE} says so" if kind else "it has no Triton kernel yet")
         _TWINS[op] = None
         return None
-    twin = _TWINS[op] = Twin(run, module.refusal, must=asked == "triton")
+    twin = _TWINS[op] = Twin(run, module.refusal, must=kind == "triton")
     return twin
 
 
 def _say(op: str, kind: str, why: str) -> None:
-    if (op, kind) not in _SAID:
-        _SAID.add((op, kind))
+    if (op, kind) not in _LOGGED:
+        _LOGGED.add((op, kind))
         log.info("%s: %s runs (%s)", op, kind, why)

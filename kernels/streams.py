@@ -1,4 +1,4 @@
-"""What attention and its companions read: the projections of each modality, and how its tokens lie in memory.
+"""The input of attention: the projections of each modality, and the memory layout of its tokens.
 
 Legend: B samples, S tokens of one modality, R rows of packed tokens, H heads, d channels of a head.
 """
@@ -12,15 +12,15 @@ from torch import Tensor
 
 
 class Span(NamedTuple):
-    """How the tokens of one modality lie in memory, and which of them there are.
+    """The memory layout of one modality's tokens, and which of them exist.
 
     Attributes:
         batch: B.
-        longest: the most tokens that a sample can have; of dense tokens S.
-        starts: int32 [B], the row at which a sample's tokens start; None: sample b starts at row b * longest (dense).
-        lengths: int32 [B], tokens of a sample, 0 to `longest`; None: all of them. Rows beyond a sample's length are not
-            computed: they are not seen as keys, their outputs and gradients are zero.
-        visible: bool [B, S] of dense tokens, False hides a position as a key only: it still gets an output. Excludes lengths.
+        longest: the largest number of tokens of a sample; S for dense tokens.
+        starts: int32 [B], the row at which each sample's tokens start; None: sample b starts at row b * longest (dense).
+        lengths: int32 [B], tokens of each sample, 0 to `longest`; None: `longest`. Rows beyond a sample's length are not
+            computed: no query sees them as keys, their outputs and gradients are zero.
+        visible: bool [B, S], for dense tokens without lengths; False hides a position as a key, it still gets an output.
     """
 
     batch: int
@@ -42,20 +42,20 @@ class Span(NamedTuple):
         return torch.arange(self.batch, dtype=torch.int32, device=device) * self.longest
 
     def rows(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(int64 [B, longest], the row of every place, 0 where there is no token; bool [B, longest], whether there is one)."""
+        """(int64 [B, longest], the row of every place, 0 without a token; bool [B, longest], whether there is a token)."""
         place = torch.arange(self.longest, device=device)
         there = place < self.counts(device)[:, None]
         return torch.where(there, self.firsts(device)[:, None].long() + place, 0), there
 
 
 class Projected(NamedTuple):
-    """One modality's projections as the linear map wrote them.
+    """One modality's projections, as the linear map wrote them.
 
     Attributes:
         qkv: [B, S, 3, H, d] or, packed, [R, 3, H, d]; contiguous.
         gains: float [2, H, d], RMS gains of query and key; None: neither is normalised.
-        rotary: float32 [2, n, 1, d / 2], cosines and sines by place in the sequence; None: not turned.
-        span: where the tokens are.
+        rotary: float32 [2, n, 1, d / 2], cosines and sines by place in the sequence; None: no rotation.
+        span: the tokens' memory layout.
     """
 
     qkv: Tensor

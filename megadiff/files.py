@@ -1,4 +1,4 @@
-"""Files of this machine: locks, write-aside, hashes. The standard library alone."""
+"""Files of this machine: locks, atomic writes, hashes. Imports the standard library alone."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 
 
 def sha256(path: Path) -> str:
-    """Of a file, in hexadecimal."""
+    """The hash of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:
-    """See a file or folder on the disk."""
+    """Wait until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -26,7 +26,7 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write aside, then rename: a reader never sees half a file."""
+    """Write to another name, then rename: a reader never sees half a file."""
     aside = path.with_name(path.name + ".partial")
     aside.write_text(text, encoding="utf-8")
     aside.replace(path)
@@ -34,16 +34,16 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Only one process of this machine at a time; a lock ends with its process, and its file with the last holder."""
+    """Admit one process of this machine at a time. A lock ends with its process, its file with the last holder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with path.open("a") as file:
-            with suppress(OSError):  # Some network file systems know no locks.
+            with suppress(OSError):  # Some network file systems have no locks.
                 fcntl.flock(file, fcntl.LOCK_EX)
             try:
                 same = os.path.samestat(os.fstat(file.fileno()), path.stat())
             except FileNotFoundError:
-                same = False  # The one before has deleted it.
+                same = False  # The last holder has deleted it.
             if same:
                 try:
                     yield

@@ -1,7 +1,7 @@
 """Keyed random numbers: one key per sample, Philox-4x32-10, no state.
 
-The numbers of a sample depend on its key, on the purpose and on nothing else: not on the batch it is in, the rank, the
-device or what was drawn before. Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
+The numbers of a sample depend on its key and the purpose alone: not on its batch, the rank, the device or earlier draws.
+Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
 Legend: B samples.
 """
 
@@ -24,7 +24,7 @@ _WIDE, _STEPS = np.array(_MULTIPLIERS, dtype=np.uint64), np.array(_WEYL, dtype=n
 
 
 def purpose_words(purpose: str) -> tuple[int, int]:
-    """A purpose as two 32-bit numbers, the middle two words of a block's counter."""
+    """A purpose as two 32-bit numbers: the middle words of a block's counter."""
     digest = hashlib.blake2b(purpose.encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
@@ -57,7 +57,7 @@ def _words(keys: Tensor, purpose: str, index: Tensor) -> Tensor:
 
 
 def fold(keys: Tensor, value: int | Tensor | str) -> Tensor:
-    """New keys [B] from keys [B] and a number (or one number per sample, int64 [B], or a word)."""
+    """New keys [B] from keys [B] and a number, a number per sample (int64 [B]) or a word."""
     if isinstance(value, str):
         first, second = purpose_words(value)
         value = first | ((second & 0x7FFFFFFF) << 32)
@@ -70,7 +70,7 @@ def fold(keys: Tensor, value: int | Tensor | str) -> Tensor:
 
 
 def _fold_on_cpu(keys: Tensor, value: int | Tensor) -> Tensor:
-    """`fold` in NumPy, whose operations cost a fraction of torch's on a few numbers. Words are 32 bits in uint64."""
+    """`fold` in NumPy, whose operations on a few numbers cost a fraction of torch's. Words are 32 bits in uint64."""
     own = keys.numpy().view(np.uint64)
     number = np.broadcast_to(np.asarray(value, dtype=np.int64), own.shape).view(np.uint64)
     c0, c1, c2, c3 = number & _LOW, number >> _HALF, np.zeros_like(own), np.ones_like(own)

@@ -26,12 +26,12 @@ class Batch:
     Attributes:
         states: per modality the clean state: float [B, C, H, W] for a grid, int64 [B, S] for tokens.
         keys: int64 [B]; one random key per sample, a function of (run seed, epoch, sample index, data step).
-        slots: int64 [B]; the sample's place in the global batch, 0 <= slot < global_samples.
-        weight: float32 [B]; 1 for a sample that was read, 0 for one that could not be (it keeps its slot).
+        slots: int64 [B]; the sample's index in the global batch, 0 <= slot < global_samples.
+        weight: float32 [B]; 0 for a sample that could not be read (it keeps its slot), else 1.
         ids: B names for logs.
-        data_step: which global batch this is part of.
+        data_step: the index of the global batch that this is part of.
         global_samples: samples of the global batch over all ranks and micro-batches.
-        features: by modality precomputed features, float32 [B, S, F], for an alignment loss.
+        features: by modality, precomputed features for an alignment loss, float32 [B, S, F].
     """
 
     states: dict[str, Tensor]
@@ -47,16 +47,16 @@ class Batch:
         """The same batch with its tensors on `device`."""
         states = {name: state.to(device) for name, state in self.states.items()}
         features = {name: values.to(device) for name, values in self.features.items()}
-        moved = {name: getattr(self, name).to(device) for name in ("keys", "slots", "weight")}
-        return replace(self, states=states, features=features, **moved)
+        vectors = {name: getattr(self, name).to(device) for name in ("keys", "slots", "weight")}
+        return replace(self, states=states, features=features, **vectors)
 
 
 class Ragged(NamedTuple):
-    """How many leading positions of a modality there are in each sample; the others are not computed, nor read out.
+    """The number of leading positions of a modality in each sample; the others are neither computed nor read out.
 
     Attributes:
         lengths: int32 [B], at least 1.
-        total: their sum; on the host, so that nobody has to wait for a GPU to learn a shape.
+        total: their sum; on the host, so that no shape waits for a GPU.
         longest: their maximum.
     """
 
@@ -66,15 +66,15 @@ class Ragged(NamedTuple):
 
 
 class Noised(NamedTuple):
-    """What a denoiser reads.
+    """The input of a denoiser.
 
     Attributes:
         states: per modality the noised state, shaped like Batch.states.
-        clocks: per modality float32 [B]; the time input of the network (the process decides: its time t, or its
-            marginal standard deviation at t).
-        visible: per modality bool [B, S], False where a position must be hidden as an attention key, though it is predicted;
-            None for all visible.
-        ragged: the modalities of which only leading positions are there; conditions that end before S.
+        clocks: per modality float32 [B], the network's time input: the time t or, as the process decides, the marginal
+            standard deviation at t.
+        visible: per modality bool [B, S], False for positions that are hidden as attention keys, though predicted; None if
+            all are visible.
+        ragged: the modalities with leading positions only: conditions that end before S.
     """
 
     states: dict[str, Tensor]
@@ -84,12 +84,12 @@ class Noised(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Where the packed rows of a modality come from: sample after sample, each one's leading positions.
+    """The origin of a modality's packed rows: the leading positions of each sample, sample after sample.
 
     Attributes:
-        places: int64 [R] into the flattened [B * S] positions.
-        samples: int64 [R].
-        starts: int32 [B], a sample's first row.
+        places: int64 [R], indices into the flattened [B * S] positions.
+        samples: int64 [R], the sample of each row.
+        starts: int32 [B], each sample's first row.
         length: S.
     """
 
@@ -100,17 +100,16 @@ class Rows(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """What flows between the blocks of a model: tokens per modality and one conditioning vector per modality.
+    """The state between the blocks of a model: tokens per modality and one conditioning vector per modality.
 
     Attributes:
         tokens: per modality [B, S, D], or packed [R, D].
         conditioning: per modality [B, D]; never attended to, never updated.
         visible: per modality bool [B, S] or None (all visible as keys).
-        grids: rows and columns of patches of the modalities that are grids.
-        ragged: how long the samples of some modalities are.
-        rows: where the packed ones lie.
-        tapped: [B, S, F], tokens that the alignment layer tapped and projected, on their way to the last layer; None before
-            that layer, and where it does not run.
+        grids: for modalities that are grids, their rows and columns of patches.
+        ragged: for some modalities, the lengths of their samples.
+        rows: for packed modalities, the origin of their rows.
+        tapped: [B, S, F], tokens that the alignment layer projected for the last layer; None before that layer and without it.
     """
 
     tokens: dict[str, Tensor]
@@ -122,7 +121,7 @@ class Stream(NamedTuple):
     tapped: Tensor | None = None
 
     def dense(self, name: str) -> Tensor:
-        """A modality's tokens [B, S, D], zero where there is none."""
+        """A modality's tokens [B, S, D], zero at positions without one."""
         tokens = self.tokens[name]
         if name not in self.rows:
             return tokens
@@ -132,7 +131,7 @@ class Stream(NamedTuple):
 
 
 class Dense(NamedTuple):
-    """Readout: the whole output. Grid: [B, C, H, W]. Tokens: logits [B, S, V]: only for small vocabularies and tests."""
+    """Readout: the whole output. Grids: [B, C, H, W]. Tokens: logits [B, S, V], for small vocabularies and tests only."""
 
 
 class TokenLosses(NamedTuple):
@@ -141,10 +140,10 @@ class TokenLosses(NamedTuple):
     Attributes:
         targets: int64 [B, S], ids below the vocabulary size.
         scored: bool [B, S].
-        weights: float32 [B, S], what each position's cross entropy is multiplied by in the training loss.
-        number: how many positions are scored; on the host, so that nobody has to wait for a GPU. None: not known.
-        mask_class: of a head with a class for the mask state: what that class adds to the released network's loss, softplus of
-            the mask's logit, is added to the weighted losses, times the weight.
+        weights: float32 [B, S], the factor on each position's cross entropy in the training loss.
+        number: the number of scored positions; on the host, so that nothing waits for a GPU. None: not known.
+        mask_class: for a head with a class for the mask state: add the class's part of the released network's loss, the weight
+            times the softplus of the mask's logit, to the weighted losses.
     """
 
     targets: Tensor
@@ -155,10 +154,10 @@ class TokenLosses(NamedTuple):
 
 
 class CrossEntropy(NamedTuple):
-    """What TokenLosses gives, float32 [B, S] each, zero where not scored.
+    """The answer to TokenLosses, float32 [B, S] each, zero at positions that are not scored.
 
     Attributes:
-        weighted: the training loss of every position.
+        weighted: the training loss of each position.
         unweighted: the cross entropy alone, without a gradient.
     """
 
@@ -180,10 +179,10 @@ class DrawRule(NamedTuple):
     """How a token is drawn from logits.
 
     Attributes:
-        temperature: logits are divided by it; 0 takes the likeliest token.
-        top_k: draw among this many likeliest tokens; 0 is all.
-        top_p: draw among the likeliest tokens that together have this probability.
-        min_p: draw among the tokens that have at least this share of the likeliest one's probability.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: number of likeliest tokens to draw among; 0 is all.
+        top_p: total probability of the likeliest tokens to draw among.
+        min_p: smallest probability of a token to draw, as a share of the likeliest one's.
     """
 
     temperature: float = 1.0
@@ -193,12 +192,12 @@ class DrawRule(NamedTuple):
 
 
 class RowKeys(NamedTuple):
-    """Which random number belongs to each of R rows: the arguments of `rng.uniform_at`.
+    """The random number of each of R rows, as arguments of `rng.uniform_at`.
 
     Attributes:
-        keys: int64 [R], of each row's sample (and step).
+        keys: int64 [R], the key of each row's sample (and step).
         purpose: a few words.
-        places: int64 [R], which of its sample's numbers is a row's.
+        places: int64 [R], the index of each row's number among its sample's.
     """
 
     keys: Tensor
@@ -207,15 +206,15 @@ class RowKeys(NamedTuple):
 
 
 class SampledRows(NamedTuple):
-    """Readout: one token drawn at each of R positions, as a `Drawn`; logits exist for a chunk of rows at a time.
+    """Readout: one token drawn at each of R positions, as `TokenDraws`; logits exist for a chunk of rows at a time.
 
-    A position may be read in K places of the batch (the branches of guidance), whose logits are added up with weights.
+    A position may be read in K branches of guidance in the batch; the logits are their weighted sum.
 
     Attributes:
         rows: int64 [K, R], indices into the flattened [B * S] positions.
         weights: float32 [K, R], each column adding up to 1.
-        keys: what the rows are drawn with.
-        rule: what the draws are made among.
+        keys: the random numbers of the draws.
+        rule: how tokens are drawn from logits.
     """
 
     rows: Tensor
@@ -224,14 +223,14 @@ class SampledRows(NamedTuple):
     rule: DrawRule
 
 
-class Drawn(NamedTuple):
-    """What SampledRows gives.
+class TokenDraws(NamedTuple):
+    """The answer to SampledRows.
 
     Attributes:
         ids: int64 [R], the tokens.
-        log_probability: float32 [R], of the drawn ids before temperature and truncation.
-        entropy: float32 [R] in nats, likewise.
-        margin: float32 [R], by how much the likeliest token's probability exceeds the next one's, likewise.
+        log_probability: float32 [R], of these tokens before temperature and truncation.
+        entropy: float32 [R] in nats, before both.
+        margin: float32 [R], the likeliest token's probability minus the next one's, before both.
     """
 
     ids: Tensor
@@ -241,7 +240,7 @@ class Drawn(NamedTuple):
 
 
 class Aligned(NamedTuple):
-    """Readout: 1 - cosine similarity of a block's projected tokens and features, float32 [B], mean over tokens.
+    """Readout: 1 - cosine similarity of a block's projected tokens and features, mean over tokens, float32 [B].
 
     Attributes:
         features: [B, S, F].
@@ -253,16 +252,16 @@ class Aligned(NamedTuple):
 Readout = Dense | TokenLosses | RowLogits | SampledRows | Aligned
 
 Prediction = dict[str, Any]
-"""Per modality that was read out what its readout describes: a tensor, a CrossEntropy or a Drawn; `ALIGNMENT` beside them."""
+"""By modality read out, and `ALIGNMENT`: what the readout describes, a tensor, a CrossEntropy or TokenDraws."""
 
 ALIGNMENT = "alignment"
-"""The name of the alignment loss among readouts and predictions, and of its part among parameters."""
+"""The alignment loss's name in readouts and predictions, and its part's name in parameters."""
 
 
 class Denoiser(Protocol):
     """A network, or anything that stands in for one (an exact posterior in tests).
 
-    Only the modalities named in `readout` are predicted; towers of the others are not run.
+    It predicts the modalities named in `readout` only, and runs no towers of others.
     """
 
     def __call__(self, noised: Noised, readout: Mapping[str, Readout]) -> Prediction: ...
@@ -270,16 +269,16 @@ class Denoiser(Protocol):
 
 @dataclass(frozen=True)
 class LossTerms:
-    """The loss of one micro-batch, sums and counts apart (divide once, after the reduction over ranks).
+    """The loss of one micro-batch, as sums and counts (divided once, after the reduction over ranks).
 
     Attributes:
-        total: scalar to back-propagate, already scaled for the engine (data ranks x accumulation / global counts).
+        total: the scalar to back-propagate, scaled for the engine (data ranks x accumulation / global counts).
         sums: per modality the detached loss sum over the micro-batch, scalar.
         counts: per modality the number of scored elements, scalar.
         sample_sums: per modality float32 [B], detached.
         sample_counts: per modality float32 [B].
         times: per modality float32 [B].
-        exact: per modality whose training loss is not its likelihood bound, that bound: (sum, count), scalars.
+        exact: for modalities with a likelihood bound, its (sum, count), scalars.
     """
 
     total: Tensor
@@ -293,11 +292,11 @@ class LossTerms:
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure about a network, with everything that it depends on: two figures compare where these agree.
+    """A figure about a network, with everything that it depends on. Two figures compare if these agree.
 
     Attributes:
         name: such as "gap/text" or "fid".
-        low, high: the ends of its 95 % interval, where it has one.
+        low, high: the ends of its 95 % interval; None without one.
         depends: hashes of weights and data, sampler, seeds, counts, and so on, as JSON holds them.
     """
 
@@ -309,7 +308,7 @@ class Metric:
 
 
 class Moment(Protocol):
-    """What is done between two steps of training (samples, evaluation) sees of it, alike on all ranks."""
+    """What callbacks between two training steps (samples, evaluation) see of the training, equal on all ranks."""
 
     @property
     def step(self) -> int:
@@ -317,7 +316,7 @@ class Moment(Protocol):
 
     @property
     def last(self) -> bool:
-        """Whether the stage ends here."""
+        """Whether this is the stage's last step."""
 
     @property
     def layout(self) -> Layout: ...
@@ -326,10 +325,10 @@ class Moment(Protocol):
     def device(self) -> torch.device: ...
 
     def denoiser(self, weights: str | None = None) -> AbstractContextManager[Denoiser]:
-        """The network with its plain weights (`raw`), those of an average by its name, or the first average's. Collective."""
+        """The network with plain weights (`raw`), an average's by its name, or by default the first average's. Collective."""
 
     def scalar(self, tag: str, value: float) -> None:
-        """Record a number; here and below only the rank that leads writes."""
+        """Record a number. Here and below only the leading rank writes."""
 
     def picture(self, tag: str, picture: Image.Image) -> None: ...
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class GatedSum(NamedTuple):
-    """The sum tokens + gate * change, and its normalised and modulated form; both shaped and typed like the tokens."""
+    """The sum tokens + gate * change, and its normalised and modulated form; both have the tokens' shape and dtype."""
 
     tokens: Tensor
     normal: Tensor
@@ -23,9 +23,9 @@ def adaln(tokens: Tensor, shift: Tensor, scale: Tensor, samples: Tensor | None, 
 
     Args:
         tokens: [B, S, D], or packed [R, D].
-        shift, scale: [B, D]; need not be contiguous beyond the last axis.
-        samples: int64 [R], the sample of each row; None where tokens are dense.
-        eps: what is added to the variance.
+        shift, scale: [B, D]; contiguous in the last axis.
+        samples: int64 [R], the sample of each row; None for dense tokens.
+        eps: added to the variance.
         one_plus: scale by 1 + scale.
     """
     shift, scale = spread(shift, samples), spread(scale, samples)
@@ -47,7 +47,7 @@ def gated_adaln(
 
     Args:
         tokens, change: [B, S, D], or packed [R, D].
-        gate, shift, scale: [B, D], of a sample's tokens.
+        gate, shift, scale: [B, D], one row per sample.
         samples, eps, one_plus: see `adaln`.
     """
     summed = tokens + spread(gate, samples) * change
@@ -55,5 +55,5 @@ def gated_adaln(
 
 
 def spread(vectors: Tensor, samples: Tensor | None) -> Tensor:
-    """[B, D] as it broadcasts over [B, S, D] ([B, 1, D]), or for every row of [R, D] ([R, D])."""
+    """Vectors [B, D] for dense tokens as [B, 1, D], for packed rows as [R, D]."""
     return vectors[:, None] if samples is None else vectors.index_select(0, samples)

@@ -1,4 +1,4 @@
-"""The truth for drawing tokens: plain torch, logits in float32 and for a chunk of rows at a time.
+"""The reference for token draws: plain torch, float32 logits, a chunk of rows at a time.
 
 Legend: B samples, S positions, D width, V vocabulary, R rows, K branches of guidance.
 """
@@ -10,19 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megadiff import rng
-from megadiff.types import Drawn, DrawRule, RowKeys
+from megadiff.types import DrawRule, RowKeys, TokenDraws
 
 ROWS_AT_ONCE = 512
 TILE = 128
-"""Probabilities are added up in tiles of this many tokens, then over tiles: part of what is drawn, so not to be tuned."""
+"""Tokens per tile; probabilities are summed within tiles, then over them. The draws depend on it, so do not tune it."""
 
 
 def head_draw(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, weights: Tensor, keys: RowKeys, rule: DrawRule
-) -> Drawn:
+) -> TokenDraws:
     """One token per row from softmax(sum over branches of weight x logits).
 
-    The head is linear and a row's weights add up to 1, so branches are mixed before it: one product per row, however many
+    The head is linear and a row's weights add up to 1, so branches are mixed before it: one product per row for any number of
     branches. Log-probabilities mix like logits: their normalisers are constants of a row.
 
     Args:
@@ -31,8 +31,8 @@ def head_draw(
         bias: [V] or None.
         rows: int64 [K, R], indices into the flattened [B * S] positions.
         weights: float32 [K, R], columns adding up to 1.
-        keys: which random number belongs to each row.
-        rule: what the draws are made among, see `draw_rows`.
+        keys: the random number of each row.
+        rule: see `draw_rows`.
     """
     flat = hidden.flatten(0, 1)
     head = weight.float(), None if bias is None else bias.float()
@@ -43,7 +43,7 @@ def head_draw(
         mixed = branches[0] if len(branches) == 1 else (branches * weights[:, part, None]).sum(0)
         uniforms = rng.uniform_at(keys.keys[part], keys.purpose, keys.places[part])
         parts.append(draw_rows(F.linear(mixed, *head), uniforms, *rule))
-    return Drawn(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return TokenDraws(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def draw_rows(
@@ -53,19 +53,18 @@ def draw_rows(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
-) -> Drawn:
-    """One token per row of float32 logits [R, V], by inverse distribution function, its sums in float64.
+) -> TokenDraws:
+    """One token per row of float32 logits [R, V], by the inverse distribution function, summed in float64.
 
     Gumbel noise in float32 lowers the temperature (Zheng et al., arXiv 2409.02908); one float64 uniform per row does not.
-
-    What is told of the draws is of the untempered, untruncated distribution.
+    Log-probability, entropy and margin are of the distribution before temperature and truncation.
 
     Args:
         uniforms: float64 [R] in (0, 1).
-        temperature: logits are divided by it; 0 takes the likeliest token.
-        top_k: only the likeliest `top_k` tokens can be drawn (more where equal); 0 is all.
-        top_p: of those, only the likeliest tokens that together reach this probability can be drawn (more where equal).
-        min_p: only tokens at least this many times as probable as the likeliest, after the temperature, can be drawn.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: number of likeliest tokens to draw among (more if equal); 0 is all.
+        top_p: total probability that the likeliest of those must reach, to draw among (more if equal).
+        min_p: smallest probability of a token to draw, as a share of the likeliest one's, after the temperature.
     """
     logs = logits.float().log_softmax(-1)
     shares = logs.exp()
@@ -74,7 +73,7 @@ def draw_rows(
     ids = logs.argmax(-1) if temperature == 0 else _inverse(_shares(logs, temperature, *truncation), uniforms)
     best = shares.topk(min(2, shares.shape[1])).values
     margin = best[:, 0] - best[:, 1:].sum(-1)
-    return Drawn(ids, logs.gather(1, ids[:, None])[:, 0], entropy, margin)
+    return TokenDraws(ids, logs.gather(1, ids[:, None])[:, 0], entropy, margin)
 
 
 def _shares(logs: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
@@ -97,11 +96,11 @@ def _inverse(shares: Tensor, uniforms: Tensor) -> Tensor:
     vocabulary = shares.shape[1]
     tiles = F.pad(shares, (0, -vocabulary % TILE)).view(len(shares), -(-vocabulary // TILE), TILE)
     ends = tiles.sum(-1, dtype=torch.float64).cumsum(-1)
-    aim = uniforms[:, None] * ends[:, -1:]
-    tile = torch.searchsorted(ends, aim, right=True).clamp_max(ends.shape[1] - 1)
+    target = uniforms[:, None] * ends[:, -1:]
+    tile = torch.searchsorted(ends, target, right=True).clamp_max(ends.shape[1] - 1)
     before = torch.where(tile > 0, ends.gather(1, (tile - 1).clamp_min(0)), 0.0)
     inside = tiles.gather(1, tile[:, :, None].expand(-1, -1, TILE))[:, 0].double().cumsum(-1)
-    # Rounding may leave the aim beyond a tile's own sum: then the last token of the tile with any share is meant.
-    aim = torch.minimum(aim - before, torch.nextafter(inside[:, -1:], torch.zeros_like(inside[:, -1:])))
-    place = torch.searchsorted(inside, aim, right=True)
+    # Rounding may put the target beyond the tile's own sum: it then means the last token of the tile with any share.
+    target = torch.minimum(target - before, torch.nextafter(inside[:, -1:], torch.zeros_like(inside[:, -1:])))
+    place = torch.searchsorted(inside, target, right=True)
     return (tile * TILE + place)[:, 0].clamp_max(vocabulary - 1)

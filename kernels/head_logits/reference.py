@@ -1,4 +1,4 @@
-"""The truth for logits at chosen positions: plain torch, float32.
+"""The reference for logits at chosen positions: plain torch, float32.
 
 Legend: D width, V vocabulary, R rows.
 """

@@ -1,4 +1,4 @@
-"""The truth for the head's loss: plain torch, float32 inside.
+"""The reference for the head's loss: plain torch, float32 inside.
 
 Legend: B samples, S positions, D width, V vocabulary, R rows.
 """
@@ -22,19 +22,19 @@ def head_loss(
     weights: Tensor,
     count: int | None = None,
 ) -> CrossEntropy:
-    """Cross entropy per position, weighted and not; logits exist for the scored positions only, never as [B, S, V].
+    """Cross entropy per position, weighted and unweighted; logits exist for the scored positions only, never as [B, S, V].
 
-    With no scored position at all the result still depends on hidden, weight and bias, with zero gradients: under ZeRO-3 a
-    rank whose micro-batch scores nothing must run the same backward as the others.
+    Without a scored position the result still depends on hidden, weight and bias, with zero gradients: under ZeRO-3 a rank
+    whose micro-batch scores nothing must run the same backward as the others.
 
     Args:
         hidden: [B, S, D] or [R0, D].
         weight: the head's [V, D].
         bias: [V] or None.
         targets: int64 [B, S] or [R0]; below V where scored, anything elsewhere.
-        scored: bool like `targets`; a scored position may weigh nothing, and is still told of.
+        scored: bool like `targets`; includes positions of weight 0, which are part of the unweighted result.
         weights: float32 like `targets`, of the training loss; finite everywhere.
-        count: how many positions are scored, where the host knows; without it the device must tell.
+        count: the number of scored positions; None asks the device, and waits.
     """
     rows = chosen_rows(scored, count)
     losses = F.cross_entropy(head_logits(hidden, weight, bias, rows), targets.flatten()[rows], reduction="none")
@@ -44,6 +44,6 @@ def head_loss(
 
 
 def chosen_rows(scored: Tensor, count: int | None) -> Tensor:
-    """int64 [R]: indices of the true ones; the host waits for the device only where `count` is unknown."""
+    """int64 [R]: indices of the scored positions; waits for the device if `count` is None."""
     flat = scored.flatten()
     return (flat.nonzero() if count is None else flat.nonzero_static(size=count)).squeeze(1)

@@ -1,4 +1,4 @@
-"""The truth for joint attention: plain torch.
+"""The reference for joint attention: plain torch.
 
 Legend: B samples, S tokens of one modality, N tokens of all modalities, R rows, H heads, d channels of a head.
 """
@@ -20,15 +20,15 @@ SMALLEST_NORM = 1e-12
 def joint_attention(streams: Sequence[Projected]) -> list[Tensor]:
     """Every token attends to every visible token of every modality; the scale is 1 / sqrt(d).
 
-    Runs in the dtype of its inputs (SDPA keeps its softmax in float32), queries and keys are normalised and turned in float32.
-    Where nothing is hidden no mask tensor exists, so that the mask-free kernels can be taken. A sample whose keys are all
-    hidden attends to nothing: zero.
+    Runs in the dtype of its inputs (SDPA keeps its softmax in float32); queries and keys are normalised and rotated in float32.
+    There is no mask tensor if nothing is hidden, so that mask-free kernels can run. A sample whose keys are all hidden gets
+    zeros.
 
     Args:
         streams: per modality its projections.
 
     Returns:
-        Per modality [B, S, H, d], packed ones [R, H, d]; zero where a span says that there is no token.
+        Per modality [B, S, H, d], or packed [R, H, d]; zero at places without a token.
     """
     query, key, value = (
         torch.cat(parts, 1).transpose(1, 2) for parts in zip(*(_heads(stream) for stream in streams), strict=True)
@@ -37,7 +37,7 @@ def joint_attention(streams: Sequence[Projected]) -> list[Tensor]:
     if mask is None:
         attended = F.scaled_dot_product_attention(query, key, value)
     else:
-        blind = ~mask.any(-1, keepdim=True)  # a softmax over no key is not a number, nor is its gradient
+        blind = ~mask.any(-1, keepdim=True)  # a softmax over no key and its gradient are NaN
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask | blind).masked_fill(blind, 0.0)
     places = torch.split(attended.transpose(1, 2), [stream.span.longest for stream in streams], dim=1)
     return [_rows_of(dense, stream) for dense, stream in zip(places, streams, strict=True)]
@@ -50,15 +50,15 @@ def rms_normalise(vectors: Tensor, gain: Tensor) -> Tensor:
 
 
 def rotate(vectors: Tensor, table: Tensor) -> Tensor:
-    """Turn channel pairs (i, i + d/2) of [B, S, H, d] by a table [2, n, 1, d/2]; sequences may be shorter than the table."""
+    """Rotate channel pairs (i, i + d/2) of [B, S, H, d] by a table [2, n, 1, d/2], n >= S."""
     cosine, sine = table[:, : vectors.shape[1]]
     first, second = vectors.float().chunk(2, dim=-1)
-    turned = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
-    return turned.to(vectors.dtype)
+    rotated = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+    return rotated.to(vectors.dtype)
 
 
 def _heads(stream: Projected) -> tuple[Tensor, Tensor, Tensor]:
-    """(query, key, value), each [B, longest, H, d], normalised and turned."""
+    """(query, key, value), each [B, longest, H, d], normalised and rotated."""
     query, key, value = _dense(stream).unbind(-3)
     if stream.gains is not None:
         query, key = rms_normalise(query, stream.gains[0]), rms_normalise(key, stream.gains[1])
@@ -68,7 +68,7 @@ def _heads(stream: Projected) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _dense(stream: Projected) -> Tensor:
-    """[B, longest, 3, H, d]; finite where there is no token, since a weight of zero does not take a NaN away."""
+    """[B, longest, 3, H, d]; finite at places without a token, since a weight of zero does not remove a NaN."""
     if stream.span.starts is None:
         if stream.span.lengths is None:
             return stream.qkv
@@ -89,7 +89,7 @@ def _key_mask(streams: Sequence[Projected], device: torch.device) -> Tensor | No
 
 
 def _rows_of(dense: Tensor, stream: Projected) -> Tensor:
-    """[B, longest, H, d] as the stream's rows lie, zero where there is no token."""
+    """[B, longest, H, d] in the stream's memory layout, zero at places without a token."""
     span = stream.span
     if span.lengths is None and span.starts is None:
         return dense
@@ -98,6 +98,6 @@ def _rows_of(dense: Tensor, stream: Projected) -> Tensor:
         return dense * there[..., None, None].to(dense.dtype)
     if not len(stream.qkv):
         return dense.new_zeros(0, *dense.shape[2:])
-    # Places without a token all name row 0 and add a zero to it: no two tokens share a row, so the order does not matter.
-    kept = (dense * there[..., None, None].to(dense.dtype)).flatten(0, 1)
-    return dense.new_zeros(len(stream.qkv), *dense.shape[2:]).index_add(0, rows.flatten(), kept)
+    # Places without a token add zeros to row 0. No two tokens share a row, so the order does not matter.
+    tokens = (dense * there[..., None, None].to(dense.dtype)).flatten(0, 1)
+    return dense.new_zeros(len(stream.qkv), *dense.shape[2:]).index_add(0, rows.flatten(), tokens)

@@ -73,11 +73,11 @@ def _add_kind(parser: argparse.ArgumentParser) -> None:
 
 
 def run_inspect(arguments: argparse.Namespace) -> int:
-    from megadiff.weights.checkpoint_tools import parts
+    from megadiff.weights.checkpoint_tools import parameter_counts
 
     reader = _open(arguments.checkpoint)
     manifest = reader.manifest
-    sizes = parts(reader)
+    sizes = parameter_counts(reader)
     if arguments.json:
         tree = {
             "folder": str(reader.folder),

@@ -283,7 +283,7 @@ def show(arguments: argparse.Namespace) -> int:
     from megadiff.data.inspection import pictures
     from megadiff.data.inspection.show import draw_samples
     from megadiff.data.shards.shard import read_manifest
-    from megadiff.report.sheet import Section, contact_sheet, png_bytes
+    from megadiff.report.sheet import SheetSection, contact_sheet, png_bytes
     from megadiff.storage import addresses, store
 
     manifest = read_manifest(arguments.shards)
@@ -298,7 +298,7 @@ def show(arguments: argparse.Namespace) -> int:
     cells = [pictures.sample_cell(sample, decode, tokenizer) for sample in samples]
     title = f"{addresses.shown(arguments.shards)}: {len(samples):,} of {manifest.samples:,} samples, seed {arguments.seed}"
     sheet = contact_sheet(
-        [Section(title, cells)], columns=arguments.columns, cell_px=168, gap_px=16, text_px=13, caption_lines=4
+        [SheetSection(title, cells)], columns=arguments.columns, cell_px=168, gap_px=16, text_px=13, caption_lines=4
     )
     store.write_bytes(arguments.out, png_bytes(sheet))
     print(f"sheet: {addresses.shown(arguments.out)} ({len(samples):,} of {manifest.samples:,} samples)")

@@ -1,4 +1,4 @@
-"""What the two categorical processes share: schedules, and what follows a sequence's end mark.
+"""The common part of the two categorical processes: schedules, and positions after a sequence's end mark.
 
 Legend: B samples, S tokens.
 """
@@ -13,10 +13,11 @@ from torch import Tensor
 from megadiff.config.schema import CategoricalSchedule, TokenSpace
 
 CLEAN_TIME = 1e-3
-"""Up to this time the tokens of a condition count as clean: what follows their end mark is not there."""
+"""Up to this time a condition's tokens count as clean: positions after their end mark are left out."""
 SMALLEST_SHARE = 1e-5
+"""Smallest share of tokens, or time, that is divided by."""
 GEOMETRIC = (1e-5, 20.0)
-"""Smallest and largest exponent of the geometric schedule; at t = 1 a share of 2e-9 is not noised, which nobody can tell."""
+"""Smallest and largest exponent of the geometric schedule; it leaves a share of 2e-9 clean at t = 1, which is negligible."""
 
 
 class Schedule:
@@ -72,7 +73,7 @@ class Schedule:
 
 
 def after_end(ids: Tensor, space: TokenSpace) -> Tensor:
-    """bool [B, S]: positions after the first end mark."""
+    """bool [B, S]: the positions after the first end mark."""
     if space.end_id is None:
         return torch.zeros_like(ids, dtype=torch.bool)
     ends = ids == space.end_id
@@ -80,8 +81,8 @@ def after_end(ids: Tensor, space: TokenSpace) -> Tensor:
 
 
 def clean_lengths(ids: Tensor, times: Tensor, space: TokenSpace) -> Tensor | None:
-    """int32 [B]: positions up to and with the end mark where tokens are (almost) clean; None where there is no end mark."""
+    """int32 [B]: positions up to and including the end mark, S for samples that are noised; None without an end mark."""
     if space.end_id is None:
         return None
-    hidden = after_end(ids, space) & (times <= CLEAN_TIME)[:, None]
-    return (ids.shape[1] - hidden.sum(1)).int()
+    absent = after_end(ids, space) & (times <= CLEAN_TIME)[:, None]
+    return (ids.shape[1] - absent.sum(1)).int()

@@ -18,8 +18,8 @@ from megadiff.diffusion.process import Losses, NoisedState
 from megadiff.types import Dense
 
 BETA_START, BETA_END, DISCRETE_STEPS = 0.00085, 0.012, 1000
-SMALLEST_SHARE = 1e-3
-"""Below this nothing is divided by alpha (the flow and the cosine at t = 1) or by sigma (t = 0)."""
+SMALLEST_DIVISOR = 1e-3
+"""Nothing is divided by an alpha (the flow and the cosine at t = 1) or a sigma (t = 0) below this."""
 
 
 def vp_log_alpha(times: Tensor) -> Tensor:
@@ -77,16 +77,16 @@ class Gaussian:
 
     def noise(self, clean: Tensor, times: Tensor, keys: Tensor) -> NoisedState:
         noise = rng.normal(keys, f"{self.name} noise", clean.shape[1:])
-        alpha, sigma = _wide(self.alpha(times)), _wide(self.sigma(times))
+        alpha, sigma = wide(self.alpha(times)), wide(self.sigma(times))
         return NoisedState(alpha * clean + sigma * noise, self.target(clean, noise, times))
 
     def prior(self, keys: Tensor) -> Tensor:
         return rng.normal(keys, f"{self.name} prior", self.shape)
 
     def renoise(self, state: Tensor, times: Tensor, later: Tensor, keys: Tensor) -> Tensor:
-        ratio = self.alpha(later) / self.alpha(times).clamp_min(SMALLEST_SHARE)
+        ratio = self.alpha(later) / self.alpha(times).clamp_min(SMALLEST_DIVISOR)
         added = (self.sigma(later) ** 2 - (ratio * self.sigma(times)) ** 2).clamp_min(0).sqrt()
-        return _wide(ratio) * state + _wide(added) * rng.normal(keys, f"{self.name} renoise", state.shape[1:])
+        return wide(ratio) * state + wide(added) * rng.normal(keys, f"{self.name} renoise", state.shape[1:])
 
     def pin(self, state: Tensor, clean: Tensor, where: Tensor, times: Tensor, keys: Tensor) -> Tensor:
         return torch.where(where, self.noise(clean, times, keys).state, state)
@@ -107,10 +107,10 @@ class Gaussian:
         return Losses(errors, self.counts(noised))
 
     def min_snr_weight(self, times: Tensor) -> Tensor:
-        """What makes a squared error of the target weigh min(SNR, gamma) in the clean state, [B]; SNR = alpha^2 / sigma^2.
+        """[B]: the weight of the target's squared error that gives the clean state's min(SNR, gamma); SNR = (alpha / sigma)^2.
 
-        With the noised state given, an error e of the clean state is one of alpha / sigma * e in the noise, e / sigma in v
-        (where alpha^2 + sigma^2 = 1) and (1 + alpha / sigma) * e in the velocity. Source: Hang et al., arXiv 2303.09556.
+        For a given noised state, an error e of the clean state is alpha / sigma * e in the noise, e / sigma in v (where
+        alpha^2 + sigma^2 = 1) and (1 + alpha / sigma) * e in the velocity. Source: Hang et al., arXiv 2303.09556.
         """
         alpha, sigma = self.alpha(times), self.sigma(times).clamp_min(1e-6)
         ratio = alpha / sigma
@@ -139,22 +139,22 @@ class Gaussian:
                 pair = -self.sigma(times), self.alpha(times)
             case "velocity":
                 pair = zero - 1, zero + 1
-        return _wide(pair[0]), _wide(pair[1])
+        return wide(pair[0]), wide(pair[1])
 
     def target(self, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """What the network learns."""
+        """The network's target."""
         of_clean, of_noise = self._mixture(times)
         return of_clean * clean + of_noise * noise
 
     def clean_and_noise(self, prediction: Tensor, state: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-        """(clean, noise) that a prediction stands for: the solution of two linear equations, exact for every target.
+        """(clean, noise) of a prediction: the solution of two linear equations, exact for every target.
 
-        Their determinant is alpha for epsilon, -sigma for clean, alpha^2 + sigma^2 for v and alpha + sigma for the velocity. So
-        the last two are singular nowhere. From epsilon, clean is divided by alpha: 0.069 for vp at t = 1, 0 for the others;
-        from clean, noise is divided by sigma, 0 at t = 0. There a prediction's error would be multiplied without bound, so that
-        the clean state is taken to be 0, the middle of the data's range, and the noise likewise.
+        Their determinant is alpha for epsilon, -sigma for clean, alpha^2 + sigma^2 for v and alpha + sigma for the velocity;
+        the last two are never 0. From epsilon, clean is divided by alpha: 0.069 for vp at t = 1, 0 for the others;
+        from clean, noise is divided by sigma, 0 at t = 0. These divisions would multiply a prediction's error without bound, so
+        the clean state is taken to be 0 there, the middle of the data's range, and the noise likewise.
         """
-        alpha, sigma = _wide(self.alpha(times)), _wide(self.sigma(times))
+        alpha, sigma = wide(self.alpha(times)), wide(self.sigma(times))
         if self.config.target == "epsilon":
             return _quotient(state - sigma * prediction, alpha), prediction
         if self.config.target == "clean":
@@ -174,10 +174,10 @@ class Gaussian:
         """The derivative of the state in t itself along the probability-flow ODE: alpha'(t) clean + sigma'(t) noise."""
         clean, noise = self.clean_and_noise(prediction, state, times)
         of_clean, of_noise = self._rates(times)
-        return _wide(of_clean) * clean + _wide(of_noise) * noise
+        return wide(of_clean) * clean + wide(of_noise) * noise
 
     def _rates(self, times: Tensor) -> tuple[Tensor, Tensor]:
-        """(alpha'(t), sigma'(t)), [B] each; sigma' of vp grows without bound towards t = 0, and is cut off there."""
+        """(alpha'(t), sigma'(t)), [B] each; sigma' of vp grows without bound towards t = 0 and is capped there."""
         match self.config.schedule:
             case "vp":
                 root = BETA_START**0.5 + (BETA_END**0.5 - BETA_START**0.5) * times
@@ -194,19 +194,19 @@ class Gaussian:
         """One step of the probability-flow ODE from `times` to `earlier` with a constant slope.
 
         Every schedule is a rectified flow in other units: state / (alpha + sigma) has derivative noise - clean in
-        sigma / (alpha + sigma). So a step is exact where clean and noise stay as they are, nothing is divided by alpha or
-        sigma alone, and a step to t = 0 returns the clean state that the slope stands for.
+        sigma / (alpha + sigma). A step is therefore exact while clean and noise are constant, divides by neither alpha nor
+        sigma alone, and at t = 0 returns the clean state of the slope.
         """
         now, then = (self.alpha(at) + self.sigma(at) for at in (times, earlier))
         distance = self.sigma(earlier) / then - self.sigma(times) / now
-        return _wide(then / now) * state + _wide(then * distance) * slope
+        return wide(then / now) * state + wide(then * distance) * slope
 
 
 def _quotient(above: Tensor, below: Tensor) -> Tensor:
     """above / below, 0 where `below` is too small to divide by."""
-    return torch.where(below < SMALLEST_SHARE, 0.0, above / below.clamp_min(SMALLEST_SHARE))
+    return torch.where(below < SMALLEST_DIVISOR, 0.0, above / below.clamp_min(SMALLEST_DIVISOR))
 
 
-def _wide(values: Tensor) -> Tensor:
+def wide(values: Tensor) -> Tensor:
     """[B] -> [B, 1, 1, 1]."""
     return values[:, None, None, None]

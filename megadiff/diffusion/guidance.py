@@ -3,9 +3,9 @@
 The unconditional branch of a modality sees all *other* modalities noised to max(final time, their present time). A final time
 of 1 is classifier-free guidance; below 1 it is the paper's noisy guidance, and it works just as well while the condition is
 itself being generated. The noise of that branch belongs to the sample's key: it is the same at every call, so a deterministic
-solver stays deterministic (the released code draws it anew each time). Autoguidance extrapolates away from a weaker network
-that sees the same: + (v - 1) * (conditional - weaker).
-Tokens: what is mixed are logits, and the mixture is normalised, so that no rate of unmasking is scaled with it.
+solver stays deterministic (the released code draws it anew each time). Autoguidance adds (v - 1) * (conditional - weaker), from
+a weaker network that sees the same. For tokens, logits are mixed and the mixture is normalised, so that guidance scales no rate
+of unmasking.
 Legend: B samples, S tokens, V vocabulary, R rows, K branches.
 """
 
@@ -23,7 +23,7 @@ from megadiff.diffusion.categorical import CLEAN_TIME
 from megadiff.diffusion.objective import assemble, ragged_of
 from megadiff.diffusion.process import Process
 from megadiff.kernels.head_draw import draw_rows
-from megadiff.types import Denoiser, Drawn, Noised, Prediction, Ragged, Readout, RowLogits, SampledRows
+from megadiff.types import Denoiser, Noised, Prediction, Ragged, Readout, RowLogits, SampledRows, TokenDraws
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class Guided:
     _lengths: dict[str, tuple[Tensor, Tensor, Ragged | None]] = field(default_factory=dict)
 
     def __call__(self, states: Mapping[str, Tensor], times: Mapping[str, Tensor], readout: Mapping[str, Readout]) -> Prediction:
-        """What `readout` asks for at states whose clocks stand at `times`, with guidance.
+        """The guided prediction for states whose clocks stand at `times`.
 
-        All branches that are needed run as one batch: the conditional one first, then one per guided modality. Rows of tokens
-        are read in those branches only that their own modality needs.
+        All branches run as one batch: the conditional one first, then one per guided modality. Rows of tokens are read only in
+        the branches that their own modality needs.
 
         Args:
-            times: per modality [B], on the CPU: whether a branch is needed at all is decided without waiting for a GPU.
+            times: per modality [B], on the CPU: which branches are needed is decided without waiting for a GPU.
             readout: Dense or SampledRows with one branch.
         """
         weights = {name: weight for name in readout if (weight := self._weights(name, times)) is not None}
@@ -57,19 +57,19 @@ class Guided:
         own = assemble(self.processes, states, self._vectors(times), ragged)
         noised = _joined([own, *(self._without_conditions(name, states, times, ragged) for name in weights)])
         branch_of = {name: index for index, name in enumerate(weights, 1)}
-        asked = {
+        requests = {
             name: _in_branches(request, states[name], branch_of.get(name), weights.get(name))
             for name, request in readout.items()
         }
         if self.guide is not None and self.sampling.autoguidance != 1:
-            return self._autoguided(self.guide, own, noised, asked, weights, branch_of)
-        found = self.denoiser(noised, asked)
-        return {name: self._mixed(found[name], asked[name], branch_of.get(name), weights.get(name)) for name in readout}
+            return self._autoguided(self.guide, own, noised, requests, weights, branch_of)
+        answers = self.denoiser(noised, requests)
+        return {name: self._mixed(answers[name], branch_of.get(name), weights.get(name)) for name in readout}
 
     def _weights(self, target: str, times: Mapping[str, Tensor]) -> Tensor | None:
-        """w per sample, float32 [B]; None where no second evaluation is worth anything.
+        """w per sample, float32 [B]; None where no sample needs a second evaluation.
 
-        It is inside the interval, and where some condition is to be noised further.
+        A sample needs one inside the interval, if some condition is to be noised further.
         """
         low, high = self.sampling.guidance_interval
         inside = (times[target] >= low) & (times[target] <= high)
@@ -80,18 +80,18 @@ class Guided:
         return torch.where(active, self.sampling.guidance, 1.0).to(self.keys.device)
 
     def _ragged(self, states: Mapping[str, Tensor], times: Mapping[str, Tensor]) -> dict[str, Ragged]:
-        """How long conditions are: asked once for one that stays as it is, since the answer waits for the device."""
-        found: dict[str, Ragged] = {}
+        """How long conditions are. The device is asked, and waited for, once per condition that does not change."""
+        ragged: dict[str, Ragged] = {}
         for name, state in states.items():
             if not bool((times[name] <= CLEAN_TIME).any()):
                 continue
-            before = self._lengths.get(name)
-            if before is None or before[0] is not state or not torch.equal(before[1], times[name]):
+            cached = self._lengths.get(name)
+            if cached is None or cached[0] is not state or not torch.equal(cached[1], times[name]):
                 of_state = ragged_of(self.processes[name], state, times[name].to(state.device, torch.float32), None)
-                self._lengths[name] = before = state, times[name], of_state
-            if before[2] is not None:
-                found[name] = before[2]
-        return found
+                self._lengths[name] = cached = state, times[name], of_state
+            if cached[2] is not None:
+                ragged[name] = cached[2]
+        return ragged
 
     def _without_conditions(
         self, target: str, states: Mapping[str, Tensor], times: Mapping[str, Tensor], ragged: Mapping[str, Ragged]
@@ -105,16 +105,16 @@ class Guided:
             else process.renoise(states[name], at[name], then[name], self.keys)
             for name, process in self.processes.items()
         }
-        as_before = {name: found for name, found in ragged.items() if noisier[name] is states[name]}
+        as_before = {name: lengths for name, lengths in ragged.items() if noisier[name] is states[name]}
         return assemble(self.processes, noisier, then, as_before)
 
-    def _mixed(self, found: Tensor | Drawn, asked: Readout, branch: int | None, weights: Tensor | None) -> Tensor | Drawn:
-        if isinstance(found, Drawn):
-            return found
-        parts = torch.split(found, len(self.keys))
+    def _mixed(self, answer: Tensor | TokenDraws, branch: int | None, weights: Tensor | None) -> Tensor | TokenDraws:
+        if isinstance(answer, TokenDraws):
+            return answer
+        parts = torch.split(answer, len(self.keys))
         if branch is None or weights is None:
             return parts[0]
-        weight = weights.view(-1, *[1] * (found.dim() - 1))
+        weight = weights.view(-1, *[1] * (answer.dim() - 1))
         mixed: Tensor = weight * parts[0] + (1 - weight) * parts[branch]
         return mixed
 
@@ -123,23 +123,23 @@ class Guided:
         guide: Denoiser,
         own: Noised,
         noised: Noised,
-        asked: Mapping[str, Readout],
+        requests: Mapping[str, Readout],
         weights: Mapping[str, Tensor],
         branch_of: Mapping[str, int],
     ) -> Prediction:
-        """Two networks have two heads, so tokens' logits [K, R, V] are mixed here, and drawn from afterwards."""
-        found = self.denoiser(noised, {name: _logits_of(request) for name, request in asked.items()})
-        weaker = guide(own, {name: _logits_of(request, branches=1) for name, request in asked.items()})
+        """Two networks have two heads, so tokens' logits [K, R, V] are mixed here, and tokens are drawn from the mixture."""
+        answers = self.denoiser(noised, {name: _logits_of(request) for name, request in requests.items()})
+        weaker = guide(own, {name: _logits_of(request, branches=1) for name, request in requests.items()})
         away = self.sampling.autoguidance - 1
         mixed: Prediction = {}
-        for name, request in asked.items():
+        for name, request in requests.items():
             if isinstance(request, SampledRows):
-                logits = found[name].view(*request.rows.shape, found[name].shape[-1])
+                logits = answers[name].view(*request.rows.shape, answers[name].shape[-1])
                 guided = (request.weights[..., None] * logits).sum(0) + away * (logits[0] - weaker[name])
                 mixed[name] = draw_rows(guided, rng.uniform_at(*request.keys), *request.rule)
             else:
-                guided = self._mixed(found[name], request, branch_of.get(name), weights.get(name))
-                mixed[name] = guided + away * (found[name][: len(self.keys)] - weaker[name])
+                guided = self._mixed(answers[name], branch_of.get(name), weights.get(name))
+                mixed[name] = guided + away * (answers[name][: len(self.keys)] - weaker[name])
         return mixed
 
     def _vectors(self, times: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -147,7 +147,7 @@ class Guided:
 
 
 def _joined(branches: list[Noised]) -> Noised:
-    """Branches one after the other along B."""
+    """The branches, concatenated along B."""
     if len(branches) == 1:
         return branches[0]
     names = branches[0].states
@@ -174,7 +174,7 @@ def _joined_lengths(name: str, branches: list[Noised]) -> Ragged:
 
 
 def _in_branches(readout: Readout, state: Tensor, branch: int | None, weights: Tensor | None) -> Readout:
-    """The readout of a modality: chosen rows are asked for in the conditional branch and in its own unconditional one."""
+    """A modality's readout: chosen rows are read in the conditional branch and in its own unconditional one."""
     if not isinstance(readout, SampledRows) or branch is None or weights is None:
         return readout
     rows, of_row = readout.rows[0], weights[readout.rows[0] // state.shape[1]]
@@ -182,5 +182,5 @@ def _in_branches(readout: Readout, state: Tensor, branch: int | None, weights: T
 
 
 def _logits_of(readout: Readout, branches: int | None = None) -> Readout:
-    """The logits that draws would be made from."""
+    """The logits behind draws; other readouts as they are."""
     return RowLogits(readout.rows[:branches].flatten()) if isinstance(readout, SampledRows) else readout

@@ -55,38 +55,38 @@ class Masked:
         return torch.where(masked, self.mask_id, state)
 
     def pin(self, state: Tensor, clean: Tensor, where: Tensor, times: Tensor, keys: Tensor) -> Tensor:
-        # Masked diffusion knows which positions are visible: the known ones are, at every time.
+        # The known positions are visible at every time: masked diffusion tells visible positions from masked ones.
         return torch.where(where, clean, state)
 
     # ------------------------------------------------------------------------------------------------------- training
 
     def readout(self, noised: NoisedState, times: Tensor, scored: Tensor) -> TokenLosses:
-        """Every position of the plain loss, else the masked ones. Waits for the device, to tell their number."""
+        """Scores every position for the plain loss, else the masked ones. Waits for the device to count them."""
         rows = torch.ones_like(noised.state, dtype=torch.bool) if self.config.loss == "plain" else noised.state == self.mask_id
-        asked = rows & scored[:, None]
+        positions = rows & scored[:, None]
         weights = self._weights(noised, times, exact=False)
-        return TokenLosses(noised.target, asked, weights, int(asked.sum()), self.config.mask_class)
+        return TokenLosses(noised.target, positions, weights, int(positions.sum()), self.config.mask_class)
 
     def counts(self, noised: NoisedState, *, exact: bool = False) -> Tensor:
         return self._positions(noised.target, exact=exact).sum(1)
 
     def _positions(self, clean: Tensor, *, exact: bool) -> Tensor:
-        """How much each position counts, float32 [B, S]."""
+        """float32 [B, S]: the count of each position."""
         ones = torch.ones_like(clean, dtype=torch.float32)
-        alike = exact or self.config.loss == "plain"
-        return ones if alike else torch.where(after_end(clean, self.space), self.config.after_end_weight, ones)
+        equal = exact or self.config.loss == "plain"
+        return ones if equal else torch.where(after_end(clean, self.space), self.config.after_end_weight, ones)
 
     def losses(self, prediction: CrossEntropy, noised: NoisedState, times: Tensor, *, exact: bool = False) -> Losses:
-        """Cross entropies to the NELBO per token, or their plain mean.
+        """The NELBO per token, or the plain mean of cross entropies.
 
-        The count is that of all positions, not of the masked ones: the weight in time makes up for those that are not.
-        `exact`: the true NELBO, with an uncapped weight and every position counting alike.
+        All positions count, not the masked ones alone: the weight in time makes up for the visible ones.
+        `exact`: the true NELBO, with an uncapped weight; every position counts 1.
         """
         losses = prediction.unweighted * self._weights(noised, times, exact=True) if exact else prediction.weighted
         return Losses(losses.sum(1), self.counts(noised, exact=exact))
 
     def _weights(self, noised: NoisedState, times: Tensor, *, exact: bool) -> Tensor:
-        """What each position's cross entropy is multiplied by, float32 [B, S]."""
+        """float32 [B, S]: the factor on each position's cross entropy."""
         positions = self._positions(noised.target, exact=exact)
         if self.config.loss == "plain" and not exact:
             return positions
@@ -100,8 +100,7 @@ class Masked:
     def unmasking_share(self, times: Tensor, earlier: Tensor) -> Tensor:
         """The probability that a position masked at `times` is visible at `earlier`, [B].
 
-        It does not depend on what the token will be: the exact reverse process. So positions can be chosen first, and the head
-        be asked about those only.
+        It does not depend on the token, so the exact reverse process can choose positions first and run the head on those only.
         """
         now, then = self.schedule.share(times), self.schedule.share(earlier)
         return (now - then) / now.clamp_min(SMALLEST_SHARE)

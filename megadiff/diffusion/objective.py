@@ -20,16 +20,16 @@ from megadiff.types import ALIGNMENT, Aligned, Batch, Denoiser, LossTerms, Noise
 
 
 @dataclass(frozen=True)
-class Prepared:
+class NoisedBatch:
     """A noised micro-batch.
 
     Attributes:
         noised: what the network reads.
-        readout: what is read out of it; the same modalities whatever the samples (ZeRO-3 needs equal calls on all ranks).
+        readout: what is read out; the same modalities for all samples (ZeRO-3 needs equal calls on all ranks).
         states: per scored modality the noised state and its target.
         times: per modality [B].
-        weights: per scored modality float32 [B]; 0 where it is only a condition or the sample could not be read.
-        counts: per scored modality the number of scored elements, scalar; and of samples with features to align with.
+        weights: per scored modality float32 [B]; 0 where the modality is only a condition or the sample could not be read.
+        counts: per loss the number of scored elements, scalar; of the alignment the number of samples.
     """
 
     noised: Noised
@@ -40,7 +40,7 @@ class Prepared:
     counts: dict[str, Tensor]
 
 
-class Objective:
+class DiffusionObjective:
     """Decoupled noising of all modalities, and the weighted sum of their own losses."""
 
     def __init__(self, model: Model, stage: Stage, seed: int) -> None:
@@ -49,31 +49,27 @@ class Objective:
         self.scored = [name for name in self.processes if stage.modalities[name].has_loss]
         self.losses = [*self.scored, *([ALIGNMENT] if stage.alignment is not None else [])]
 
-    def prepare(self, batch: Batch) -> Prepared:
+    def prepare(self, batch: Batch) -> NoisedBatch:
         """Draw times and noise, both keyed by the samples."""
-        drawn = draw_times(self.stage, batch, self.seed)
-        states = {
-            name: process.noise(batch.states[name], drawn.times[name], batch.keys) for name, process in self.processes.items()
-        }
-        weights = {name: batch.weight * drawn.free[name] for name in self.scored}
+        times, free = draw_times(self.stage, batch, self.seed)
+        states = {name: process.noise(batch.states[name], times[name], batch.keys) for name, process in self.processes.items()}
+        weights = {name: batch.weight * free[name] for name in self.scored}
         scored_samples = {name: weight > 0 for name, weight in weights.items()}
-        noised = noised_of(self.processes, {name: s.state for name, s in states.items()}, drawn.times, scored_samples)
-        readout = {
-            name: self.processes[name].readout(states[name], drawn.times[name], scored_samples[name]) for name in self.scored
-        }
+        noised = noised_of(self.processes, {name: s.state for name, s in states.items()}, times, scored_samples)
+        readout = {name: self.processes[name].readout(states[name], times[name], scored_samples[name]) for name in self.scored}
         scored = {name: states[name] for name in self.scored}
         counts = {name: (self.processes[name].counts(scored[name]) * weights[name]).sum() for name in self.scored}
         if self.stage.alignment is not None:
             readout[ALIGNMENT] = Aligned(batch.features[self.stage.alignment.modality])
             weights[ALIGNMENT] = batch.weight
             counts[ALIGNMENT] = batch.weight.sum()
-        return Prepared(noised, readout, scored, drawn.times, weights, counts)
+        return NoisedBatch(noised, readout, scored, times, weights, counts)
 
-    def score(self, prediction: Prediction, prepared: Prepared, normaliser: Mapping[str, Tensor]) -> LossTerms:
+    def score(self, prediction: Prediction, prepared: NoisedBatch, normaliser: Mapping[str, Tensor]) -> LossTerms:
         """The loss terms of one micro-batch.
 
         Args:
-            normaliser: by loss what its sum is multiplied by (data ranks x accumulation / global count), scalars.
+            normaliser: by loss the factor on its sum (data ranks x accumulation / global count), scalars.
         """
         sums: dict[str, Tensor] = {}
         counts: dict[str, Tensor] = {}
@@ -118,13 +114,13 @@ def noised_of(
     times: Mapping[str, Tensor],
     predicted: Mapping[str, Tensor],
 ) -> Noised:
-    """What a network reads at given states and times. Waits for the device once per modality that can be ragged.
+    """A network's input at given states and times. Waits for the device once per modality that can be ragged.
 
     Args:
-        predicted: by modality that is read out, bool [B]: in which samples; no position is left out there.
+        predicted: by modality read out, bool [B]: the samples in which it is; these keep all positions.
     """
     ragged = {name: ragged_of(p, states[name], times[name], predicted.get(name)) for name, p in processes.items()}
-    return assemble(processes, states, times, {name: found for name, found in ragged.items() if found is not None})
+    return assemble(processes, states, times, {name: lengths for name, lengths in ragged.items() if lengths is not None})
 
 
 def assemble(
@@ -133,7 +129,7 @@ def assemble(
     times: Mapping[str, Tensor],
     ragged: Mapping[str, Ragged],
 ) -> Noised:
-    """What a network reads at given states and times, when it is known how long conditions are."""
+    """A network's input at given states and times, with the lengths of conditions."""
     return Noised(
         states=dict(states),
         clocks={name: process.clock(times[name]) for name, process in processes.items()},
@@ -143,7 +139,7 @@ def assemble(
 
 
 def ragged_of(process: Process, state: Tensor, times: Tensor, predicted: Tensor | None) -> Ragged | None:
-    """How many leading positions of a modality there are; None if all of them. Waits for the device."""
+    """A modality's leading positions; None if all of them are there. Waits for the device."""
     lengths = process.lengths(state, times)
     if lengths is None:
         return None
@@ -163,16 +159,16 @@ def conditional_losses(
     given: Collection[str],
     times: int,
 ) -> Tensor:
-    """How badly `target` is predicted while the `given` modalities are held clean: float64 [B], per element.
+    """The loss of `target` given the clean `given` modalities, float64 [B], per element; the other modalities are absent.
 
-    Grids: mean squared error over all times. Tokens: the exact NELBO in nats per token. Modalities that are neither are absent.
+    For grids it is the mean squared error over all times, for tokens the exact NELBO in nats per token.
 
     Args:
         times: strata of the time axis; one time is drawn in each, keyed per sample.
     """
     processes = build_processes(model)
     losses = torch.zeros(len(keys), dtype=torch.float64, device=keys.device)
-    held = {name: torch.full((len(keys),), 0.0 if name in given else 1.0, device=keys.device) for name in processes}
+    fixed = {name: torch.full((len(keys),), 0.0 if name in given else 1.0, device=keys.device) for name in processes}
     absent = {name: p.prior(keys) for name, p in processes.items() if name not in given and name != target}
     for stratum in range(times):
         own = rng.fold(keys, stratum)
@@ -181,7 +177,7 @@ def conditional_losses(
         states = {name: clean[name] if name in given else absent.get(name, noised.state) for name in processes}
         everywhere = torch.ones_like(at, dtype=torch.bool)
         readout = {target: processes[target].readout(noised, at, everywhere)}
-        prediction = denoiser(noised_of(processes, states, {**held, target: at}, {target: everywhere}), readout)
-        found = processes[target].losses(prediction[target], noised, at, exact=True)
-        losses += (found.sums.double() / found.counts.double()) / times
+        prediction = denoiser(noised_of(processes, states, {**fixed, target: at}, {target: everywhere}), readout)
+        exact = processes[target].losses(prediction[target], noised, at, exact=True)
+        losses += (exact.sums.double() / exact.counts.double()) / times
     return losses

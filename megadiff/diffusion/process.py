@@ -1,4 +1,4 @@
-"""What every state space offers to the objective and the sampler.
+"""The interface of a state space to the objective and the sampler.
 
 Legend: B samples, S tokens, C channels, H height, W width. Time t = 0 is clean data, t = 1 the prior.
 """
@@ -13,7 +13,7 @@ from megadiff.types import Readout
 
 
 class NoisedState(NamedTuple):
-    """A state at its time, and what the network is to predict there (its own clean or mixed form; the process knows)."""
+    """A state at its time, and the network's target there (clean tokens, noise, or a mixture; the process decides)."""
 
     state: Tensor
     target: Tensor
@@ -43,22 +43,22 @@ class Process(Protocol):
         """Move states at `times` further to `later` (>= times) with the noise that belongs to the keys."""
 
     def pin(self, state: Tensor, clean: Tensor, where: Tensor, times: Tensor, keys: Tensor) -> Tensor:
-        """The state with its known part, `where` bool [B, ...], as it is at `times` given the clean one."""
+        """The state with its known part (`where`, bool [B, ...]) replaced by a draw at `times` given the clean state."""
 
     def clock(self, times: Tensor) -> Tensor:
-        """What the network is told of the time."""
+        """The network's time input, [B]."""
 
     def visible(self, state: Tensor, times: Tensor) -> Tensor | None:
-        """bool [B, S], False where a position is hidden from attention, though predicted; None if none ever is."""
+        """bool [B, S], False for positions that are hidden from attention, though predicted; None if none ever is."""
 
     def lengths(self, state: Tensor, times: Tensor) -> Tensor | None:
-        """int32 [B], how many leading positions there are where the modality is only a condition; None if always all."""
+        """int32 [B]: how many leading positions a condition of this modality has; None if always all."""
 
     def readout(self, noised: NoisedState, times: Tensor, scored: Tensor) -> Readout:
-        """What the training loss needs from the network; `scored` is bool [B]."""
+        """What the training loss reads out of the network; `scored` is bool [B]."""
 
     def counts(self, noised: NoisedState, *, exact: bool = False) -> Tensor:
-        """How many elements each sample is scored on, float32 [B]; known before any prediction."""
+        """float32 [B]: the number of scored elements per sample, which needs no prediction."""
 
     def losses(self, prediction: Any, noised: NoisedState, times: Tensor, *, exact: bool = False) -> Losses:
-        """The loss of what `readout` gave; `exact` takes the true weight in time instead of the training one."""
+        """The losses of a prediction that `readout` describes; `exact` takes the true weight in time, not the training one."""

@@ -1,7 +1,7 @@
 """Sampling: all clocks of the generated modalities run together to 0; the others stand still.
 
-It needs a Denoiser and nothing else. Random numbers are keyed by sample, step and purpose: the same key gives the same sample
-in any batch, on any rank.
+It needs a Denoiser and nothing else. Random numbers are keyed by sample, step and purpose: a key gives the same sample in any
+batch, on any rank.
 Legend: B samples, S tokens, R rows.
 """
 
@@ -18,10 +18,11 @@ from megadiff import rng
 from megadiff.config import checks
 from megadiff.config.errors import UserError
 from megadiff.config.schema import Model, Sampling
-from megadiff.diffusion.build import build_processes
+from megadiff.diffusion.build import build_processes, build_solver
+from megadiff.diffusion.categorical_solvers import FirstHitting
 from megadiff.diffusion.gaussian import Gaussian
 from megadiff.diffusion.guidance import Guided
-from megadiff.diffusion.solvers import FirstHitting, Solver, Step, build_solver
+from megadiff.diffusion.solvers import Solver, SolverStep
 from megadiff.diffusion.times import SMALLEST_TIME
 from megadiff.types import Denoiser
 
@@ -35,21 +36,21 @@ LARGEST_RATIO, SMALLEST_RATIO = 80.0, 0.002
 
 
 class Known(NamedTuple):
-    """The part of a generated modality that is known: clean states, and where they are, bool of the same shape."""
+    """The known part of a generated modality: clean states, and the places where they are known, bool of the same shape."""
 
     clean: Tensor
     where: Tensor
 
 
 class Conditions(NamedTuple):
-    """What samples are drawn under. Modalities that are neither given nor generated are absent (t = 1).
+    """The conditions of samples. Modalities that are neither given nor generated are absent (t = 1).
 
     Attributes:
         given: clean states [B, ...] of modalities that are not generated.
-        held_at: the time at which each of them is held, 0 by default; above it they are noised once.
+        held_at: the time at which each given modality is held, 0 by default; above 0 it is noised once.
         known: known parts of generated modalities.
         initial: states to start from; the prior's draws by default.
-        start_at: the time at which they stand, and from which their clock runs; 1 by default.
+        start_at: the time of each initial state, from which its clock runs; 1 by default.
     """
 
     given: Mapping[str, Tensor] = {}
@@ -59,14 +60,15 @@ class Conditions(NamedTuple):
     start_at: Mapping[str, float] = {}
 
     def part(self, rows: slice) -> Conditions:
-        """Those of some samples."""
+        """The conditions of some samples."""
         return self._each(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device) -> Conditions:
-        """The same on a device."""
+        """The same conditions on a device."""
         return self._each(lambda tensor: tensor.to(device))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Conditions:
+        """The conditions with `change` applied to every tensor."""
         return self._replace(
             given={name: change(state) for name, state in self.given.items()},
             known={name: Known(*(change(tensor) for tensor in known)) for name, known in self.known.items()},
@@ -81,7 +83,7 @@ class Sampler:
     """Draws any modalities given any others, wholly or in part."""
 
     def __init__(self, model: Model, sampling: Sampling) -> None:
-        """Raises ConfigError if a modality's process cannot go in the order that `sampling` wants."""
+        """Raises ConfigError if a modality's process does not support the order that `sampling` names."""
         checks.require(checks.order_faults(model, sampling))
         self.sampling = sampling
         self.processes = build_processes(model)
@@ -103,18 +105,18 @@ class Sampler:
             keys: int64 [B], one per sample.
             guide: a weaker network for autoguidance.
             progress: called with (steps done, steps in all).
-            after_step: called with (step, where its clocks ended, states); the states that it returns are gone on with.
+            after_step: called with (step, clocks at its end, states); sampling continues from the states that it returns.
 
         Returns:
-            Clean states of the generated modalities, the others as they stood.
+            Clean states of the generated modalities, and the unchanged states of the others.
 
         Raises:
-            UserError: nothing is to be generated, or the conditions contradict that.
+            UserError: nothing is to be generated, or the conditions contradict `generate`.
         """
         self._check(generate, conditions)
         run = _Run(self, keys, generate, conditions, Guided(denoiser, self.processes, self.sampling, keys, guide))
         steps = run.steps()
-        if after_step is None and not conditions.known:  # else the states are not only the solvers' own
+        if after_step is None and not conditions.known:  # else others than the solvers change the states
             run.plan([(now, then, rng.fold(keys, index)) for index, (now, then, _) in enumerate(steps)])
         for index, (now, then, again) in enumerate(steps):
             run.advance(now, then, rng.fold(keys, index), again=again)
@@ -148,13 +150,13 @@ class Sampler:
                 raise UserError(f"times lie between 0 and 1: {', '.join(wrong)}")
 
     def grid(self, generate: Collection[str]) -> list[float]:
-        """What is left of the run at the ends of its steps, from 1 to 0."""
+        """The fraction of the run that is left at the ends of its steps, from 1 to 0."""
         even = torch.linspace(1.0, 0.0, self.sampling.steps + 1, dtype=torch.float64)
         gaussian = [p for name, p in self.processes.items() if name in generate and isinstance(p, Gaussian)]
         kind = self.sampling.grid
         if kind == "auto":
-            # vp's sigma grows as sqrt(t): on an even grid of 50 steps the last one, which is Euler's, would begin at sigma =
-            # 0.13, and Heun's method would be of first order.
+            # vp's sigma grows as sqrt(t). The last step, which is Euler's, would begin at sigma = 0.13 on an even grid of 50
+            # steps, and Heun's method would be of first order.
             kind = "square" if any(process.config.schedule == "vp" for process in gaussian) else "uniform"
         match kind:
             case "square":
@@ -183,7 +185,7 @@ class _Run:
         }
 
     def clocks(self) -> list[Times]:
-        """Where every clock stands at the ends of the steps."""
+        """Every clock at the ends of the steps."""
         events = self._events()
         if events is not None:
             ends = [{self.generate[0]: times} for times in events]
@@ -192,29 +194,29 @@ class _Run:
                 {name: self._full(self.start[name] * self.solvers[name].warp(fraction)) for name in self.generate}
                 for fraction in self.sampler.grid(self.generate)
             ]
-        held = {
+        standing = {
             name: self._full(self.conditions.held_at.get(name, 0.0) if name in self.conditions.given else 1.0)
             for name in self.sampler.processes
         }
-        return [{**held, **end} for end in ends]
+        return [{**standing, **end} for end in ends]
 
     def steps(self) -> list[tuple[Times, Times, bool]]:
-        """(from, to, and whether it is made again) of every step.
+        """(from, to, and whether the step is repeated) of every step.
 
-        Where parts are known, every step is made several times over, its noise put back between: what is not known was moved
-        without looking at the known part's new noise, and only then looks again.
+        RePaint: with known parts every step is made several times, its noise put back in between. The unknown part moved
+        without seeing the known part's new noise, and sees it in the repetition.
         """
         repeats = self.sampler.sampling.resample if self.conditions.known else 1
         return [(now, then, repeat + 1 < repeats) for now, then in pairwise(self.clocks()) for repeat in range(repeats)]
 
     def plan(self, steps: Sequence[tuple[Times, Times, Tensor]]) -> None:
-        """Tell the solvers all steps: from, to, and their keys."""
-        made = [self._steps(*step) for step in steps]
+        """Let the solvers plan all steps: (from, to, keys)."""
+        solver_steps = [self._steps(*step) for step in steps]
         for name, solver in self.solvers.items():
-            solver.plan(self.states[name], [step[name] for step in made])
+            solver.plan(self.states[name], [step[name] for step in solver_steps])
 
     def advance(self, now: Times, then: Times, keys: Tensor, *, again: bool) -> None:
-        """One step; `again`: and its noise put back, so that it can be made once more."""
+        """One step; `again` puts its noise back, so that it can be repeated."""
         steps = self._steps(now, then, keys)
         self._move(now, then, steps)
         if again:
@@ -223,30 +225,29 @@ class _Run:
     def finished(self) -> bool:
         return all(solver.finished(self.states[name]) for name, solver in self.solvers.items())
 
-    def _move(self, now: Times, then: Times, steps: Mapping[str, Step]) -> None:
+    def _move(self, now: Times, then: Times, steps: Mapping[str, SolverStep]) -> None:
         """All generated modalities over one step.
 
-        A second evaluation happens at the end point, where every clock stands at `then`: Gaussian modalities at the first one's
-        prediction, tokens as they have just been unmasked. So the network is only ever asked about states that its training
-        has shown it.
+        A second evaluation is made at the end point, with every clock at `then`: Gaussian modalities stand where the first
+        evaluation led, tokens as just unmasked. So the network only ever sees states as in its training.
         """
         requests = {name: solver.request(self.states[name], steps[name]) for name, solver in self.solvers.items()}
         first = self.guided(self.states, now, requests)
-        moved = {
+        moves = {
             name: solver.move(self.states[name], steps[name], requests[name], first[name])
             for name, solver in self.solvers.items()
         }
-        moved = {name: end._replace(state=self._pinned(name, end.state, steps[name].then)) for name, end in moved.items()}
-        ends = {**self.states, **{name: end.state for name, end in moved.items()}}
-        unfinished = [name for name, end in moved.items() if end.slope is not None]
-        if unfinished:
-            second = self.guided(ends, then, {name: requests[name] for name in unfinished})
-            for name in unfinished:
-                corrected = self.solvers[name].correct(self.states[name], steps[name], moved[name], second[name])
+        moves = {name: end._replace(state=self._pinned(name, end.state, steps[name].then)) for name, end in moves.items()}
+        ends = {**self.states, **{name: end.state for name, end in moves.items()}}
+        second_order = [name for name, end in moves.items() if end.slope is not None]
+        if second_order:
+            second = self.guided(ends, then, {name: requests[name] for name in second_order})
+            for name in second_order:
+                corrected = self.solvers[name].correct(self.states[name], steps[name], moves[name], second[name])
                 ends[name] = self._pinned(name, corrected, steps[name].then)
         self.states = ends
 
-    def _put_noise_back(self, steps: Mapping[str, Step]) -> None:
+    def _put_noise_back(self, steps: Mapping[str, SolverStep]) -> None:
         for name, step in steps.items():
             noisier = self.sampler.processes[name].renoise(self.states[name], step.then, step.now, rng.fold(step.keys, "again"))
             self.states[name] = self._pinned(name, noisier, step.now)
@@ -271,18 +272,18 @@ class _Run:
         return self.conditions.known[name].where if name in self.conditions.known else None
 
     def _events(self) -> Tensor | None:
-        """Clocks [E + 1, B] of a solver that has times of its own; only where no other clock must keep step with it."""
+        """Clocks [E + 1, B] of a solver with times of its own, if it is the only one that runs; else None."""
         solver = self.solvers[self.generate[0]]
         if len(self.generate) > 1 or not isinstance(solver, FirstHitting):
             return None
         return solver.events(self.states[self.generate[0]]).cpu()
 
-    def _steps(self, now: Times, then: Times, keys: Tensor) -> dict[str, Step]:
-        def moved(times: Tensor) -> Tensor:
+    def _steps(self, now: Times, then: Times, keys: Tensor) -> dict[str, SolverStep]:
+        def on_device(times: Tensor) -> Tensor:
             return times.to(keys.device, torch.float32)
 
         last = {name: not bool(then[name].any()) for name in self.generate}
-        return {name: Step(moved(now[name]), moved(then[name]), keys, last[name]) for name in self.generate}
+        return {name: SolverStep(on_device(now[name]), on_device(then[name]), keys, last[name]) for name in self.generate}
 
     def _at(self, name: str) -> Tensor:
         """A generated modality's starting time, float32 [B]."""
@@ -293,9 +294,9 @@ class _Run:
 
 
 def _karras(process: Gaussian, steps: int) -> Tensor:
-    """Times whose sigma / alpha falls evenly in its 7th root, float64 [steps + 1]; the ends are 1 and 0.
+    """Float64 [steps + 1], from 1 to 0: times at which the 7th root of sigma / alpha falls evenly.
 
-    Source: Karras et al. 2022, eq. 5, with the ratio where that paper has sigma (its alpha is 1).
+    Source: Karras et al. 2022, eq. 5, with this ratio for that paper's sigma (its alpha is 1).
     """
 
     def ratio(times: Tensor) -> Tensor:
@@ -303,11 +304,11 @@ def _karras(process: Gaussian, steps: int) -> Tensor:
 
     one = torch.ones(1, dtype=torch.float64)
     ends = [min(float(ratio(one)), LARGEST_RATIO) ** (1 / KARRAS_POWER), SMALLEST_RATIO ** (1 / KARRAS_POWER)]
-    aims = torch.linspace(ends[0], ends[1], max(steps, 2), dtype=torch.float64)[:steps] ** KARRAS_POWER
-    low, high = torch.zeros_like(aims), torch.ones_like(aims)
+    targets = torch.linspace(ends[0], ends[1], max(steps, 2), dtype=torch.float64)[:steps] ** KARRAS_POWER
+    low, high = torch.zeros_like(targets), torch.ones_like(targets)
     for _ in range(60):  # the ratio grows with the time
         middle = (low + high) / 2
-        above = ratio(middle) > aims
+        above = ratio(middle) > targets
         low, high = torch.where(above, low, middle), torch.where(above, middle, high)
     high[0] = 1.0
     return torch.cat([high, torch.zeros(1, dtype=torch.float64)])

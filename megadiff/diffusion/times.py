@@ -27,29 +27,29 @@ class Times(NamedTuple):
 def draw_times(stage: Stage, batch: Batch, seed: int) -> Times:
     """Draw the times of a micro-batch.
 
-    One draw per sample decides whether some modality is only a condition there: held clean at t = 0, or absent at t = 1. It is
-    then not scored (at a fixed time there is nothing to learn, and it would bias the loss over times). All other times follow
-    the modality's distribution. A function of (seed, data step, slot) or of the sample's key, so the same on any rank.
+    One draw per sample decides whether one modality is only a condition there: clean at t = 0, or absent at t = 1. It is then
+    not scored: a fixed time teaches nothing and would bias the loss over times. All other times follow the modality's
+    distribution. Times are a function of (seed, data step, slot) or of the sample's key, so the same on any rank.
     """
     role = _uniforms(stage, batch, seed, "role")
     times: dict[str, Tensor] = {}
     free: dict[str, Tensor] = {}
     below = 0.0
     for name, modality in stage.modalities.items():
-        drawn = quantile(modality.times, _uniforms(stage, batch, seed, f"{name} time"))
+        own = quantile(modality.times, _uniforms(stage, batch, seed, f"{name} time"))
         clean = (role >= below) & (role < below + modality.conditioning.clean)
         below += modality.conditioning.clean
         absent = (role >= below) & (role < below + modality.conditioning.absent)
         below += modality.conditioning.absent
-        times[name] = torch.where(clean, 0.0, torch.where(absent, 1.0, drawn))
+        times[name] = torch.where(clean, 0.0, torch.where(absent, 1.0, own))
         free[name] = ~(clean | absent)
     return Times(times, free)
 
 
 def quantile(distribution: UniformTimes | LogitNormalTimes, uniforms: Tensor) -> Tensor:
-    """Times from uniform numbers by the inverse distribution function, so that evenly spread numbers give evenly spread times.
+    """Times from uniform numbers by the inverse distribution function: evenly spread numbers give evenly spread times.
 
-    logit_normal: a uniform number below the uniform share is spread over all times, the rest through sigmoid(location + scale *
+    For logit_normal, numbers below the uniform share are spread over all times, the rest go through sigmoid(location + scale *
     normal quantile). Source: Esser et al., arXiv 2403.03206, section 3.1.
     """
     if isinstance(distribution, LogitNormalTimes):
@@ -61,11 +61,11 @@ def quantile(distribution: UniformTimes | LogitNormalTimes, uniforms: Tensor) ->
 
 
 def _uniforms(stage: Stage, batch: Batch, seed: int, purpose: str) -> Tensor:
-    """Float32 [B]; spread evenly over the global batch where the stage asks for it."""
+    """Float32 [B], spread evenly over the global batch if the stage has `antithetic_times`."""
     if not stage.antithetic_times:
         return rng.uniform(batch.keys, purpose)
     key = rng.sample_keys(seed, batch.data_step, device=batch.keys.device)
     shift = rng.uniform(key, f"{purpose} shift", dtype=torch.float64)
-    # In float64 no two numbers are equal, so that the order is the same on every device.
+    # No two float64 numbers are equal, so the order is the same on every device.
     places = rng.uniform(key, f"{purpose} order", (batch.global_samples,), dtype=torch.float64)[0].argsort()
     return ((shift + places[batch.slots].double() / batch.global_samples) % 1.0).float()

@@ -1,7 +1,7 @@
 """Categorical diffusion without a mask state: at time t a token is replaced, with probability 1 - alpha(t), by a uniform draw.
 
-The network's softmax is the posterior p(clean | all noised tokens), its own included: what a cross entropy learns. Source of
-the process: Austin et al., arXiv 2107.03006; of the bound in continuous time: Lou et al., arXiv 2310.16834.
+The network's softmax is the posterior p(clean | all noised tokens, its own included), which a cross entropy learns. Sources:
+Austin et al. (D3PM), arXiv 2107.03006, for the process; Lou et al., arXiv 2310.16834, for the bound in continuous time.
 Legend: B samples, S tokens, V vocabulary.
 """
 
@@ -68,11 +68,11 @@ class Uniform:
         return torch.full((len(noised.state),), float(self.space.length), device=noised.state.device)
 
     def losses(self, prediction: Tensor, noised: NoisedState, times: Tensor, *, exact: bool = False) -> Losses:
-        """The cross entropy of the clean tokens, or the bound per token, its weight in time capped; `exact`: not capped."""
+        """The cross entropy of the clean tokens, or the bound per token; `exact`: the bound, its weight in time uncapped."""
         counts = self.counts(noised)
         if self.config.loss == "plain" and not exact:
-            found = prediction.float().log_softmax(-1).gather(2, noised.target[..., None])[..., 0]
-            return Losses(-found.sum(1), counts)
+            log_probability = prediction.float().log_softmax(-1).gather(2, noised.target[..., None])[..., 0]
+            return Losses(-log_probability.sum(1), counts)
         bound = self._bound(prediction, noised, times).sum(1)
         if not exact:
             weight = self.schedule.weight(times)
@@ -104,7 +104,7 @@ class Uniform:
     # ------------------------------------------------------------------------------------------------------- sampling
 
     def backwards(self, state: Tensor, clean: Tensor, times: Tensor, earlier: Tensor, keys: Tensor) -> Tensor:
-        """A draw of the state at `earlier` from q(. | state at `times`, clean), exact.
+        """An exact draw of the state at `earlier` from q(. | state at `times`, clean).
 
         Proportional to (a + b [y = state]) (c + d [y = clean]): a mixture of any token, the state, and the clean token.
         """
@@ -120,9 +120,9 @@ class Uniform:
         return torch.where(place < weights[0], self.any_token(keys, "backwards"), rest)
 
     def leap(self, state: Tensor, clean: Tensor, times: Tensor, earlier: Tensor, keys: Tensor) -> Tensor:
-        """The state after jumps at the rates of q(. | clean) at `times`, held fixed; at `earlier` = 0 the clean tokens.
+        """The state after jumps at the rates of q(. | clean) at `times`, held fixed; the clean tokens where `earlier` is 0.
 
-        Of several jumps in one step the first counts, so none is lost.
+        The first of several jumps in one step counts, so none is lost.
         """
         vocabulary = self.space.vocabulary
         same = self._other_for_own(times)[:, None]
@@ -130,7 +130,7 @@ class Uniform:
         rate = (self.schedule.rate(times) / vocabulary)[:, None]
         leaving = rate * torch.where(alike, (vocabulary - 1) * same, 1 / same + vocabulary - 2)
         jumps = rng.uniform(keys, f"{self.name} leap", self.shape) < -torch.expm1(-leaving * (times - earlier)[:, None])
-        # A jump leads to the clean token with share (1 / same) / (1 / same + V - 2), else to a token that is neither.
+        # A jump's target is the clean token with probability (1 / same) / (1 / same + V - 2), else a token that is neither.
         straight = rng.uniform(keys, f"{self.name} leap to", self.shape) < 1 / (1 + (vocabulary - 2) * same)
         target = torch.where(straight & ~alike, clean, self._neither(state, clean, keys))
         return torch.where((earlier == 0)[:, None], clean, torch.where(jumps, target, state))
@@ -139,6 +139,6 @@ class Uniform:
         """A uniform draw among the tokens that are neither `state` nor `clean`."""
         low, high = torch.minimum(state, clean), torch.maximum(state, clean)
         choices = self.space.vocabulary - torch.where(low == high, 1, 2)
-        drawn = (rng.uniform(keys, f"{self.name} other", self.shape) * choices.clamp_min(1)).long()
-        drawn = drawn + (drawn >= low)
-        return torch.where(low == high, drawn, drawn + (drawn >= high)).clamp_max(self.space.vocabulary - 1)
+        token = (rng.uniform(keys, f"{self.name} other", self.shape) * choices.clamp_min(1)).long()
+        token = token + (token >= low)
+        return torch.where(low == high, token, token + (token >= high)).clamp_max(self.space.vocabulary - 1)

@@ -1,4 +1,4 @@
-"""Who am I among the processes of this run."""
+"""This process's place among the processes of a run."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Ranks:
 
     Attributes:
         rank: 0 <= rank < world, over all machines.
-        world: how many processes there are.
-        local_rank: this process's index on its machine; the device it takes.
+        world: the number of processes.
+        local_rank: this process's index on its machine, and of its device.
     """
 
     rank: int = 0
@@ -26,7 +26,7 @@ class Ranks:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Ranks:
-        """From RANK, WORLD_SIZE and LOCAL_RANK, as launchers set them; one process of its own where none is set.
+        """From RANK, WORLD_SIZE and LOCAL_RANK, as launchers set them; a single process if none is set.
 
         Raises:
             UserError: a value is no whole number, or they contradict each other.
@@ -58,7 +58,7 @@ def _whole(environment: Mapping[str, str], name: str, default: int) -> int:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
+    """A free TCP port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

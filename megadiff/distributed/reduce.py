@@ -1,4 +1,4 @@
-"""The few collectives that are ours. All of them work, and cost nothing, in one process without a process group."""
+"""Our few collectives. In one process without a process group they work and cost nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _several() -> bool:
 
 
 def sum_over_replicas(values: Tensor, layout: Layout) -> Tensor:
-    """Element-wise sum of what each replica's speaker has, float64 [n]; equal on all ranks, which all must call."""
+    """Element-wise sum over one rank per replica, float64 [n], equal on all ranks. Collective."""
     total = values.to(torch.float64).clone() if layout.speaks else torch.zeros_like(values, dtype=torch.float64)
     if _several():
         dist.all_reduce(total)
@@ -27,7 +27,7 @@ def sum_over_replicas(values: Tensor, layout: Layout) -> Tensor:
 
 
 def gather_objects(value: Value) -> list[Value]:
-    """Every rank's value, in rank order, on every rank. For small things."""
+    """Every rank's value, in rank order, on every rank; for small values. Collective."""
     if not _several():
         return [value]
     out: list[Value | None] = [None] * dist.get_world_size()
@@ -41,11 +41,11 @@ def barrier() -> None:
 
 
 def raise_together(error: UserError | None) -> None:
-    """Raise the first rank's error on every rank, so that none waits for one that has stopped. Collective.
+    """Raise an error of one rank on every rank, so that none waits for a rank that has stopped. Collective.
 
     Raises:
-        UserError: of the first rank that has one.
+        UserError: the error of the first rank that has one.
     """
-    for found in gather_objects(error):
-        if found is not None:
-            raise found
+    for fault in gather_objects(error):
+        if fault is not None:
+            raise fault

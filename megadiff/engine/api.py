@@ -1,4 +1,4 @@
-"""What an engine is made of: a Backend distributes the weights, an Objective is the method; neither knows of the other."""
+"""The parts of an engine: a Backend distributes the weights, an Objective is the method; they are independent."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from megadiff.types import Batch, Denoiser, LossTerms, Noised, Prediction, Reado
 QUARTILES = 4
 
 
-class Prepared(Protocol):
-    """A noised micro-batch: what the model reads, what is read out of it, and how many elements are scored."""
+class PreparedBatch(Protocol):
+    """What an objective prepares of a micro-batch: the model's input, what is read out, and numbers of scored elements."""
 
     @property
     def noised(self) -> Noised: ...
@@ -29,27 +29,27 @@ class Prepared(Protocol):
 
 
 class Objective(Protocol):
-    """The method, the same object for every engine; it knows nothing of parallelism."""
+    """The method: the same object for every engine, without any parallelism."""
 
     @property
     def losses(self) -> Sequence[str]:
-        """Names of its losses: the scored modalities, and the alignment's."""
+        """Names of its losses: the scored modalities, and the alignment."""
 
     def prepare(self, batch: Batch) -> Any: ...
     def score(self, prediction: Prediction, prepared: Any, normaliser: Mapping[str, Tensor]) -> LossTerms: ...
 
 
-Score = Callable[[Prediction, Prepared], LossTerms]
-"""A prediction's loss terms, normalised for the whole step."""
+Score = Callable[[Prediction, PreparedBatch], LossTerms]
+"""From a prediction to its loss terms, normalised for the whole step."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a backend did in one optimizer step.
+    """The result of a backend's optimizer step.
 
     Attributes:
-        terms: of every micro-batch, where this rank speaks for its replica; else empty.
-        grad_norm: over all parameters and ranks, before clipping.
+        terms: one per micro-batch if this rank speaks for its replica; else empty.
+        grad_norm: gradient norm over all parameters and ranks, before clipping.
         applied: False if the optimizer skipped the step (non-finite gradients).
     """
 
@@ -59,7 +59,7 @@ class Outcome:
 
 
 class Backend(Protocol):
-    """All that ZeRO, pipeline and tensor parallelism differ in."""
+    """All differences between ZeRO, pipeline and tensor parallelism."""
 
     layout: Layout
     device: torch.device
@@ -67,11 +67,11 @@ class Backend(Protocol):
     """Micro-batches of a step on this replica."""
     pieces: Pieces
 
-    def run(self, prepared: Sequence[Prepared], score: Score, learning_rate: float) -> Outcome:
-        """Forward, backward and one optimizer step. Collective; ranks that do not read pass nothing."""
+    def run(self, prepared: Sequence[PreparedBatch], score: Score, learning_rate: float) -> Outcome:
+        """Forward, backward and one optimizer step. Collective; ranks that read no data pass no batches."""
 
     def denoiser(self) -> AbstractContextManager[Denoiser]:
-        """The model as it is, in evaluation mode and without gradients; equal numbers of calls on all ranks."""
+        """The model with its present weights, in evaluation mode without gradients; equal numbers of calls on all ranks."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,13 @@ class StepResult:
 
     Attributes:
         losses: per modality the mean loss per scored element; NaN if nothing was scored.
-        quartiles: per modality the mean loss in each quarter of the time axis; NaN where nothing fell.
+        quartiles: per modality the mean loss in each quarter of the time axis; NaN for quarters without samples.
         total: the weighted sum that was minimised.
-        grad_norm: before clipping.
-        learning_rate: that was used.
+        grad_norm: gradient norm before clipping.
+        learning_rate: learning rate of the step.
         applied: False if the optimizer skipped the step (non-finite gradients).
-        samples: samples that were scored (readable ones).
-        nelbo: per categorical modality the likelihood bound in nats per token, whatever loss is minimised.
+        samples: number of scored (readable) samples.
+        nelbo: per categorical modality the likelihood bound in nats per token, for any training loss.
     """
 
     losses: dict[str, float]

@@ -32,7 +32,7 @@ class Ema:
         }
 
     def reset(self) -> None:
-        """Start again from the present weights."""
+        """Restart from the present weights."""
         self.updates = 0
         for averages in self.averages.values():
             for average, piece in zip(averages, self.pieces.trained, strict=True):
@@ -40,7 +40,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights of one more applied step."""
+        """Average in the weights of one more applied step."""
         self.updates += 1
         masters = [piece.master for piece in self.pieces.trained]
         for name, profile in self.profiles.items():
@@ -49,15 +49,15 @@ class Ema:
 
     @contextmanager
     def swapped_in(self, profile: str | None = None) -> Iterator[None]:
-        """Within the block the model computes with the averages (of the first profile by default). Collective."""
+        """Make the model compute with the averages (by default the first profile's) within the block. Collective."""
         averages = self.averages[profile or next(iter(self.profiles))]
         masters = [piece.master for piece in self.pieces.trained]
-        kept = [master.clone() for master in masters]
+        originals = [master.clone() for master in masters]
         try:
             self._write(masters, averages)
             yield
         finally:
-            self._write(masters, kept)
+            self._write(masters, originals)
 
     def _write(self, masters: list[Tensor], values: list[Tensor]) -> None:
         with torch.no_grad():

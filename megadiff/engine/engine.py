@@ -19,14 +19,14 @@ from megadiff.types import ALIGNMENT, Batch, Denoiser
 from megadiff.weights.checkpoint import CheckpointError, CheckpointReader, check_names
 
 RAW = "raw"
-"""In place of an EMA profile's name: the plain weights."""
+"""Stands for the plain weights in place of an EMA profile's name."""
 
 
 class Engine:
     """One stage in training. Every method is collective."""
 
     def __init__(self, backend: Backend, stage: Stage, idle: Idle) -> None:
-        """Args: idle: what no loss of the stage reaches; it is neither stepped nor decayed."""
+        """Args: idle: parameters that no loss of the stage reaches; they are neither stepped nor decayed."""
         self.backend, self.stage, self.idle = backend, stage, idle
         self.layout, self.device, self.pieces = backend.layout, backend.device, backend.pieces
         self.parts = {name: part_of(name) for name in self.pieces.shapes}
@@ -37,8 +37,8 @@ class Engine:
     def step(self, batches: Sequence[Batch], objective: Objective) -> StepResult:
         """One optimizer step over this replica's micro-batches; the averages follow if it was applied.
 
-        Masked counts differ between ranks and micro-batches while DeepSpeed averages over both, so everything is prepared
-        first, the counts are summed once, and each micro-batch's sum is scaled to the global mean.
+        Masked counts differ between ranks and micro-batches, and DeepSpeed averages over both. So all micro-batches are
+        prepared first, the counts are summed once, and each micro-batch's sum is scaled to the global mean.
         """
         names = objective.losses
         prepared = [objective.prepare(batch) for batch in batches]
@@ -98,7 +98,7 @@ class Engine:
         )
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Go on where `folder` ended: weights, moments, averages, counters. Returns the saved progress.
+        """Resume from `folder`: weights, moments, averages, counters. Returns the saved progress.
 
         Raises:
             CheckpointError: it is damaged, or its parameters or EMA profiles differ from this stage's.
@@ -119,16 +119,16 @@ class Engine:
             CheckpointError: parameters are missing or unexpected and not declared new or dropped.
         """
         reader = saving.open_checkpoint(folder, self.layout)
-        known = {**{name: part_of(name) for name in reader.manifest.parameters}, **self.parts}
-        names = set(check_names(reader, self.pieces.shapes, new=rule.new, dropped=rule.dropped, parts=known))
+        parts = {**{name: part_of(name) for name in reader.manifest.parameters}, **self.parts}
+        names = set(check_names(reader, self.pieces.shapes, new=rule.new, dropped=rule.dropped, parts=parts))
         saving.load_weights(reader, reader.weight_kind(rule.weights, rule.ema), names, self.pieces)
         self.ema.reset()
         return [name for name in self.parts if name not in names]
 
     def _check_same_trained(self, reader: CheckpointReader) -> None:
-        """Raises CheckpointError if other parameters are trained now than when the checkpoint was written.
+        """Raises CheckpointError if the trained parameters are not those of the checkpoint.
 
-        What is idle now may have been trained there: its moments are not needed any more.
+        Parameters that are idle now may have been trained there: their moments are no longer needed.
         """
         frozen = {piece.name for piece in self.pieces.frozen}
         before = {name: trained and name not in self.idle.whole for name, (_, trained) in reader.manifest.parameters.items()}

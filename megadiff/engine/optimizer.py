@@ -31,7 +31,7 @@ def build_optimizer(module: nn.Module, config: Optimizer, decayed: Iterable[str]
     """AdamW over the trainable parameters.
 
     Args:
-        decayed: names of parameters that are weight-decayed (linear weights) unless `config.decay_all` decays all.
+        decayed: names of the weight-decayed parameters (linear weights); `config.decay_all` decays all.
     """
     names = set(decayed)
     trainable = [(name, parameter) for name, parameter in named_parameters(module) if parameter.requires_grad]
@@ -44,19 +44,19 @@ def build_optimizer(module: nn.Module, config: Optimizer, decayed: Iterable[str]
 
 
 def hold_still(optimizer: torch.optim.Optimizer, pieces: Sequence[Piece], regions: Mapping[str, Region]) -> None:
-    """Let the optimizer's steps leave parts of its tensors as they are: AdamW decays what has no gradient as well.
+    """Keep the optimizer's steps from changing parts of its tensors: AdamW decays parts without a gradient as well.
 
     Args:
-        regions: by parameter name the part that stays.
+        regions: by parameter name, the part that stays unchanged.
     """
     masks = [(piece.master, _within(piece, regions[piece.name])) for piece in pieces if piece.name in regions]
-    kept: list[Tensor] = []
+    originals: list[Tensor] = []
 
     def remember(*_: object) -> None:
-        kept[:] = [master.clone() for master, _ in masks]
+        originals[:] = [master.clone() for master, _ in masks]
 
     def put_back(*_: object) -> None:
-        for (master, mask), value in zip(masks, kept, strict=True):
+        for (master, mask), value in zip(masks, originals, strict=True):
             master.copy_(torch.where(mask, value, master))
 
     optimizer.register_step_pre_hook(remember)
@@ -64,7 +64,7 @@ def hold_still(optimizer: torch.optim.Optimizer, pieces: Sequence[Piece], region
 
 
 def _within(piece: Piece, region: Region) -> Tensor:
-    """Which numbers of a piece lie in a region of its parameter, bool [extent.size]."""
+    """bool [extent.size]: the numbers of a piece that lie in a region of its parameter."""
     mask = torch.zeros(piece.shape, dtype=torch.bool)
     mask[region] = True
     parts = [mask.flatten()[start : start + length] for start, _, length in piece.extent.runs(piece.shape).tolist()]

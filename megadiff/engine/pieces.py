@@ -1,4 +1,4 @@
-"""This rank's part of every parameter, whatever backend holds it: extents by the model's names."""
+"""This rank's part of every parameter, for any backend: extents by the model's names."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Piece:
     """Part of a trained parameter, of which this rank holds the fp32 master and Adam's moments.
 
     Attributes:
-        shape: of the whole parameter.
-        extent: which part.
+        shape: the whole parameter's.
+        extent: the part.
         flat: the tensor that the optimizer steps.
-        offset: where the part begins within it.
-        owned: False on ranks whose copy repeats another rank's (ZeRO-0): they hold it but do not save it.
+        offset: the part's beginning within `flat`.
+        owned: whether this rank saves the piece; False if it repeats another rank's (ZeRO-0).
     """
 
     name: str
@@ -48,13 +48,13 @@ class Piece:
 
 @dataclass
 class FrozenPiece:
-    """A frozen parameter: what this rank's forward reads, and the part of that in fp32 that it saves.
+    """A frozen parameter: the part that this rank's forward reads, and the fp32 part of that which it saves.
 
     Attributes:
         local: flat view of this rank's copy (the whole parameter, its ZeRO-3 partition, its shard), in the model's dtype.
-        local_extent: what of the whole parameter `local` is.
-        extent: what this rank saves: a range within `local_extent`, of the same boxes.
-        master: float32 [extent.size]; kept because the model's copy may have been rounded to bf16.
+        local_extent: the part of the whole parameter that `local` is.
+        extent: the part that this rank saves: a range within `local_extent`, of the same boxes.
+        master: float32 [extent.size]; the model's copy may be rounded to bf16.
     """
 
     name: str
@@ -65,7 +65,7 @@ class FrozenPiece:
     master: Tensor
 
     def write(self, values: Tensor) -> None:
-        """Take new float32 values for the whole of `local`."""
+        """Set the whole of `local` to new float32 values."""
         self.local.copy_(values.to(self.local.device))
         begin = self.extent.start - self.local_extent.start
         self.master = values[begin : begin + self.extent.size].to(self.master.device, torch.float32).clone()
@@ -76,8 +76,8 @@ class Pieces:
     """All pieces of this rank, and the way from changed masters to the weights that forward reads.
 
     Attributes:
-        shapes: by name the whole shape of every parameter of this rank's part of the model, held here or not.
-        write_through: makes what forward reads equal to the masters. Collective.
+        shapes: by name, the whole shape of every parameter in this rank's part of the model, with a piece here or not.
+        write_through: copies the masters to the weights that forward reads. Collective.
     """
 
     optimizer: torch.optim.Optimizer
@@ -87,13 +87,13 @@ class Pieces:
     write_through: Callable[[], None]
 
     def publish(self) -> None:
-        """Make the weights that forward reads equal to the masters. Collective."""
+        """Copy the masters to the weights that forward reads. Collective."""
         with torch.no_grad():
             self.write_through()
 
     @property
     def adam_steps(self) -> int:
-        """How many steps the moments have seen."""
+        """The number of steps in the moments."""
         counts = [
             int(self.optimizer.state[piece.flat]["step"]) for piece in self.trained if self.optimizer.state.get(piece.flat)
         ]

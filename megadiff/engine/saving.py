@@ -34,7 +34,7 @@ def save(
     config: str,
     rule: Checkpointing,
 ) -> Path:
-    """Write and publish a checkpoint; `latest` changes only when all of it is on the disk.
+    """Write and publish a checkpoint; `latest` changes when all of it is on the disk.
 
     Raises:
         CheckpointError: on all ranks, if one cannot write.
@@ -46,8 +46,8 @@ def save(
         entry: FileEntry | None = None
         with all_or_none(checkpoints.root):
             entry = checkpoint.write_rank_file(checkpoints.partial(step), layout.rank, *_tensors(pieces, ema))
-        files = [written for written in gather_objects(entry) if written is not None]
-        parameters = {name: told for part in gather_objects(_parameters(pieces)) for name, told in part.items()}
+        files = [file for file in gather_objects(entry) if file is not None]
+        parameters = {name: parameter for part in gather_objects(_parameters(pieces)) for name, parameter in part.items()}
         with all_or_none(checkpoints.root):
             if layout.leads:
                 manifest = CheckpointManifest(stage, parameters, tuple(ema.profiles), dict(progress), config, tuple(files))
@@ -60,7 +60,7 @@ def save(
 
 
 def open_checkpoint(folder: Path, layout: Layout) -> CheckpointReader:
-    """A reader of a folder whose hashes the ranks have checked between them.
+    """A reader of a folder, after the ranks have checked its hashes between them.
 
     Raises:
         CheckpointError: on all ranks, if it is damaged.
@@ -79,7 +79,7 @@ def open_checkpoint(folder: Path, layout: Layout) -> CheckpointReader:
 
 
 def load_weights(reader: CheckpointReader, kind: str, names: set[str], pieces: Pieces) -> None:
-    """Read the named parameters' masters and publish them."""
+    """Read the masters of the named parameters and publish them."""
     with torch.no_grad():
         for piece in pieces.trained:
             if piece.name in names:
@@ -91,7 +91,7 @@ def load_weights(reader: CheckpointReader, kind: str, names: set[str], pieces: P
 
 
 def load_state(reader: CheckpointReader, pieces: Pieces, ema: Ema) -> None:
-    """Read the moments and the averages, and how many updates each has seen."""
+    """Read the moments and the averages, and their numbers of updates."""
     with torch.no_grad():
         for index, piece in enumerate(pieces.trained):
             for kind in MOMENTS:
@@ -114,7 +114,7 @@ def check_same_profiles(reader: CheckpointReader, profiles: Mapping[str, Any]) -
 
 @contextmanager
 def all_or_none(place: Path) -> Iterator[None]:
-    """Work on the disk: if it fails on one rank, all raise. Collective at its end.
+    """Raise on all ranks if the block's work on the disk fails on one. Collective at its end.
 
     Raises:
         CheckpointError: the disk is full, read-only, or gone.
@@ -128,7 +128,7 @@ def all_or_none(place: Path) -> Iterator[None]:
 
 
 def _tensors(pieces: Pieces, ema: Ema) -> tuple[dict[str, Tensor], dict[str, Extent]]:
-    """What this rank saves, and what of each parameter that is."""
+    """The tensors that this rank saves, and by name the part of the parameter that they are."""
     tensors: dict[str, Tensor] = {}
     extents: dict[str, Extent] = {}
     for index, piece in enumerate(pieces.trained):
@@ -148,6 +148,6 @@ def _tensors(pieces: Pieces, ema: Ema) -> tuple[dict[str, Tensor], dict[str, Ext
 
 
 def _parameters(pieces: Pieces) -> dict[str, tuple[Shape, bool]]:
-    """By name the whole shape, and whether it is trained."""
+    """By name the whole shape, and whether the parameter is trained."""
     frozen = {piece.name for piece in pieces.frozen}
     return {name: (shape, name not in frozen) for name, shape in pieces.shapes.items()}

@@ -1,4 +1,4 @@
-"""How a rank joins the others."""
+"""Joining the other ranks."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def start_process_group(ranks: Ranks) -> torch.device:
     device = torch.device(accelerator.device_name(ranks.local_rank) if accelerator.device_name() != "cpu" else "cpu")
     if device.type != "cpu":
         accelerator.set_device(ranks.local_rank)
-    # Else DeepSpeed probes the compiler for what it could build, and on a CPU builds an all-reduce over shared memory that only
-    # its tensor-parallel inference calls: 40 s, and a file `lock` that outlives a killed rank and stops every later one.
+    # Otherwise DeepSpeed probes the compiler, and on a CPU builds an all-reduce over shared memory that its tensor-parallel
+    # inference alone calls. That takes 40 s, and its file `lock` outlives a killed rank and stops every later one.
     deepspeed.ops.__compatible_ops__ = {}
     # DeepSpeed imports its Muon to ask whether an optimizer is one, and that decorates functions with torch.compile, which
     # imports the compiler: 2 s of CPU at every start. Nothing here is compiled, and Muon computes the same without.

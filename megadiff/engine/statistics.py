@@ -1,4 +1,4 @@
-"""What a step tells of its losses: sums and counts of every loss over all times and by quarter, divided once at the end."""
+"""Loss statistics of a step: sums and counts of every loss over all times and by quarter, divided once at the end."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 from megadiff.config.layout import Layout
 from megadiff.distributed.reduce import sum_over_replicas
-from megadiff.engine.api import QUARTILES, Outcome, Prepared, StepResult
+from megadiff.engine.api import QUARTILES, Outcome, PreparedBatch, StepResult
 from megadiff.types import Batch, LossTerms
 
 
 def normaliser_of(
-    prepared: Sequence[Prepared], names: Sequence[str], layout: Layout, accumulation: int, device: torch.device
+    prepared: Sequence[PreparedBatch], names: Sequence[str], layout: Layout, accumulation: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """By loss, what its sum over a micro-batch is multiplied by, so that DeepSpeed's means over ranks and micro-batches are the
-    mean over the global batch: data ranks x accumulation / global count. Float64 scalars on the device; 0 where nothing counts.
+    """By loss, the factor on its sum over a micro-batch that turns DeepSpeed's means over ranks and micro-batches into the mean
+    over the global batch: data ranks x accumulation / global count. Float64 scalars on the device; 0 for a count of 0.
     """
     own = torch.zeros(len(names), dtype=torch.float64, device=device)
     if prepared:
@@ -34,10 +34,10 @@ def step_result(
     device: torch.device,
     rate: float,
 ) -> StepResult:
-    """One collective, one wait for the device.
+    """The step's result, by one collective and one wait for the device.
 
     Args:
-        weights: by loss its weight in the total.
+        weights: by loss, its weight in the total.
     """
     names = list(weights)
     losses = torch.zeros(len(names), QUARTILES + 1, 2, dtype=torch.float64, device=device)
@@ -83,7 +83,7 @@ def _losses(terms: LossTerms, names: Sequence[str]) -> Tensor:
 
 
 def _bounds(terms: LossTerms, names: Sequence[str]) -> Tensor:
-    """Sum and count of every loss's likelihood bound, zeros where it has none: [losses, 2]."""
+    """Sum and count of every loss's likelihood bound, zeros without one: [losses, 2]."""
     nothing = torch.zeros((), dtype=torch.float64, device=terms.total.device)
     pairs = [terms.exact.get(name, (nothing, nothing)) for name in names]
     return torch.stack([torch.stack([value.to(torch.float64) for value in pair]) for pair in pairs])

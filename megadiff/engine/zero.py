@@ -15,7 +15,7 @@ from megadiff.config.layout import Layout
 from megadiff.config.parameters import is_trained
 from megadiff.config.schema import Model, Stage
 from megadiff.distributed.ranks import Ranks
-from megadiff.engine.api import Outcome, Prepared, Score
+from megadiff.engine.api import Outcome, PreparedBatch, Score
 from megadiff.engine.engine import Engine
 from megadiff.engine.optimizer import build_optimizer
 from megadiff.engine.start import start_process_group
@@ -35,7 +35,7 @@ class ZeroBackend:
         """Build the model (freshly initialised from `seed`) and wrap it. Collective.
 
         Args:
-            tree: the DeepSpeed JSON as read, "auto" still in it.
+            tree: the DeepSpeed JSON as read, with its "auto" values.
 
         Raises:
             ConfigError: the JSON contradicts the stage, or the batch does not divide.
@@ -61,24 +61,24 @@ class ZeroBackend:
         self.module = self.engine.module
         self.pieces = zero_pieces(self.engine, self.layout.data_ranks, self.layout.data_rank)
 
-    def run(self, prepared: Sequence[Prepared], score: Score, learning_rate: float) -> Outcome:
+    def run(self, prepared: Sequence[PreparedBatch], score: Score, learning_rate: float) -> Outcome:
         for group in self.pieces.optimizer.param_groups:
             group["lr"] = learning_rate
-        scored, own_norm = [], 0.0
+        all_terms, own_norm = [], 0.0
         for micro_batch in prepared:
             terms = score(self.engine(micro_batch.noised, micro_batch.readout), micro_batch)
             self.engine.backward(terms.total)
             own_norm = self._gradient_norm()
             self.engine.step()
-            scored.append(terms)
+            all_terms.append(terms)
         return Outcome(
-            scored if self.layout.speaks else [],
+            all_terms if self.layout.speaks else [],
             grad_norm=float(self.engine.get_global_grad_norm() or own_norm),
             applied=bool(self.engine.was_step_applied()),
         )
 
     def _gradient_norm(self) -> float:
-        """In ZeRO-0 DeepSpeed clips by the norm but does not tell it; in the other stages it does."""
+        """The norm in ZeRO-0, where DeepSpeed clips by it but does not report it; 0 in the other stages."""
         if self.engine.optimizer is not self.pieces.optimizer or not self.engine.is_gradient_accumulation_boundary():
             return 0.0
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
@@ -95,6 +95,6 @@ class ZeroBackend:
 
 
 def zero_engine(model: Model, stage: Stage, tree: Mapping[str, Any], *, seed: int, ranks: Ranks) -> Engine:
-    """An engine over ZeroBackend; see there."""
+    """An engine over a ZeroBackend; arguments and errors as there."""
     backend = ZeroBackend(model, stage, tree, seed=seed, ranks=ranks)
     return Engine(backend, stage, backend.idle)

@@ -1,7 +1,7 @@
-"""Where DeepSpeed 0.19.8 keeps the fp32 master weights: the only file that knows.
+"""The fp32 master weights of DeepSpeed 0.19.8; only this file depends on their place.
 
-In ZeRO-3 a flat partition per sub-group, in ZeRO-1/2 and its bf16 optimizer a flat partition per parameter group, in ZeRO-0 the
-parameters themselves.
+They are a flat partition per sub-group in ZeRO-3, a flat partition per parameter group in ZeRO-1/2 and its bf16 optimizer, and
+the parameters themselves in ZeRO-0.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ def zero_pieces(engine: Any, world: int, rank: int) -> Pieces:
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):
         trained = [piece for item in trainable for piece in _zero3_piece(*item, wrapper, rank)]
         parameters = dict(trainable)
-        still = [_zero3_frozen(*item, rank) for item in frozen]
-        return Pieces(optimizer, trained, still, shapes, lambda: _publish_zero3(wrapper, trained, parameters))
-    still = [_whole_frozen(*item, world, rank) for item in frozen]
+        frozen_pieces = [_zero3_frozen(*item, rank) for item in frozen]
+        return Pieces(optimizer, trained, frozen_pieces, shapes, lambda: _publish_zero3(wrapper, trained, parameters))
+    frozen_pieces = [_whole_frozen(*item, world, rank) for item in frozen]
     if wrapper is optimizer:
         return Pieces(
-            optimizer, [_whole_piece(*item, owned=rank == 0) for item in trainable], still, shapes, _nothing_to_publish
+            optimizer, [_whole_piece(*item, owned=rank == 0) for item in trainable], frozen_pieces, shapes, _nothing_to_publish
         )
     flats = getattr(wrapper, "single_partition_of_fp32_groups", None) or wrapper.fp32_groups_flat_partition
     trained = [piece for item in trainable for piece in _linked_piece(*item, flats)]
-    return Pieces(optimizer, trained, still, shapes, wrapper.update_lp_params)
+    return Pieces(optimizer, trained, frozen_pieces, shapes, wrapper.update_lp_params)
 
 
 def _nothing_to_publish() -> None:
@@ -43,7 +43,7 @@ def _nothing_to_publish() -> None:
 
 
 def _partition_range(parameter: Any, rank: int) -> tuple[int, int]:
-    """The range of the whole parameter in this rank's ZeRO-3 partition, without the padding at the end."""
+    """The range of the whole parameter in this rank's ZeRO-3 partition, without padding."""
     size = parameter.ds_tensor.numel()
     return min(rank * size, parameter.ds_numel), min((rank + 1) * size, parameter.ds_numel)
 
@@ -64,7 +64,7 @@ def _zero3_frozen(name: str, parameter: Any, rank: int) -> FrozenPiece:
 
 
 def _publish_zero3(wrapper: Any, pieces: Sequence[Piece], parameters: dict[str, nn.Parameter]) -> None:
-    # Small parameters stay gathered between steps and would hide a changed partition: partition all, write, gather again.
+    # Small parameters stay gathered between steps, which would hide a changed partition: partition all, write, gather again.
     wrapper.checkpoint_event_prologue()
     for piece in pieces:
         parameters[piece.name].ds_tensor[: piece.extent.size].copy_(piece.master)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What is evaluated while a stage trains."""
+"""Evaluation during training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from megadiff.evaluation.periodic import PeriodicSamples
 
 
 def callbacks(run: Run, stage: Stage) -> list[PeriodicSamples]:
-    """What the stage asks for, each of it a training callback.
+    """The training callbacks of a stage.
 
     Raises:
         UserError: the held-out data cannot be read.

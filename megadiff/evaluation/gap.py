@@ -42,7 +42,7 @@ class Gap:
         return self.low > 0
 
     def metric(self, depends: Mapping[str, Any]) -> Metric:
-        """As a figure; `depends` says of what network and data."""
+        """The gap as a metric; `depends` says of which network and data."""
         own = {"pairs": self.pairs, "given": self.given}
         return Metric(f"conditioning gap/{self.target}", self.mean, self.low, self.high, {**depends, **own})
 

@@ -15,10 +15,10 @@ FORMAT, VERSION = "megadiff-results", 1
 
 
 def write_results(path: Path, metrics: Sequence[Metric]) -> None:
-    """Write figures into a file; others that stand in it already, under other names, stay.
+    """Write figures into a file. Figures in it under other names stay.
 
     Raises:
-        UserError: the file is there and is damaged.
+        UserError: the file exists and is damaged.
     """
     before = read_results(path) if path.exists() else {}
     merged = {**before, **{metric.name: metric for metric in metrics}}
@@ -32,7 +32,7 @@ def read_results(path: Path) -> dict[str, Metric]:
         tree = json.loads(path.read_text(encoding="utf-8"))
         if (tree["format"], tree["version"]) != (FORMAT, VERSION):
             raise UserError(f"{path} is a {tree['format']} of version {tree['version']}; this program reads {FORMAT} {VERSION}")
-        metrics = [Metric(**told) for told in tree["metrics"]]
+        metrics = [Metric(**fields) for fields in tree["metrics"]]
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -41,6 +41,6 @@ def read_results(path: Path) -> dict[str, Metric]:
 
 
 def differing(one: Metric, other: Metric) -> list[str]:
-    """What two figures of one name depend on and do not share: where there is any, they do not compare."""
+    """The dependencies in which two figures of one name differ; if there are any, the figures do not compare."""
     keys = {**one.depends, **other.depends}
     return [key for key in keys if one.depends.get(key) != other.depends.get(key)]

@@ -1,4 +1,4 @@
-"""What a finished run shows of itself: one sheet with samples of every task, and whether its conditions are used."""
+"""The showcase of a finished run: a sheet with samples of every task, and whether conditions are used."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from megadiff.data.reading.loader import HeldOut, read_held_out
 from megadiff.diffusion.sampler import Conditions
 from megadiff.evaluation.gap import conditioning_gap
 from megadiff.evaluation.results import write_results
-from megadiff.evaluation.table import Table, compare, picture, table_of
+from megadiff.evaluation.table import ColumnArrays, columns_of, compare, picture
 from megadiff.generation.loading import codecs_of, load
 from megadiff.generation.tasks import JOINT, Task, draw, find_task, progress_bar, shown_cell, tasks_of
-from megadiff.report.sheet import Section, contact_sheet, png_bytes
+from megadiff.report.sheet import SheetSection, contact_sheet, png_bytes
 from megadiff.storage import store
 from megadiff.weights.loading import Loaded
 
@@ -44,42 +44,44 @@ def make_showcase(run: Run) -> int:
     loaded = load(run.folder, "ema", device)
     if table_columns(codecs_of(loaded)):
         return _table(run, rule, loaded, device)
-    held = read_held_out(run.data.reference, run.data, run.model, rule.gap_pairs)
-    if len(held.ids) < rule.gap_pairs:
-        raise UserError(f"showcase.gap_pairs is {rule.gap_pairs}, but the held-out data has {len(held.ids)} pairs")
+    held_out = read_held_out(run.data.reference, run.data, run.model, rule.gap_pairs)
+    if len(held_out.ids) < rule.gap_pairs:
+        raise UserError(f"showcase.gap_pairs is {rule.gap_pairs}, but the held-out data has {len(held_out.ids)} pairs")
     tasks = tasks_of(list(run.model.modalities), loaded.predicted)
-    sections = [_section(loaded, task, rule, held, run.seed, device) for task in tasks]
+    sections = [_section(loaded, task, rule, held_out, run.seed, device) for task in tasks]
     _write_sheet(run, contact_sheet(sections))
-    fine = True
-    states = {name: state.to(device) for name, state in held.states.items()}
+    all_used = True
+    states = {name: state.to(device) for name, state in held_out.states.items()}
     metrics = []
     for target in loaded.predicted:
         with torch.no_grad():
             gap = conditioning_gap(loaded.module, run.model, states, target=target, seed=run.seed)
         print(f"conditioning gap, {gap}", flush=True)
         metrics.append(gap.metric(_depends(run, loaded)))
-        fine &= gap.excludes_zero
+        all_used &= gap.excludes_zero
     write_results(run.paths.results, metrics)
-    return 0 if fine else 1
+    return 0 if all_used else 1
 
 
 def _depends(run: Run, loaded: Loaded) -> dict[str, Any]:
-    """What every figure of the showcase depends on."""
+    """The dependencies of every figure of the showcase."""
     return {"weights": loaded.fingerprint, "data": run.data.reference, "seed": run.seed}
 
 
 def _table(run: Run, rule: Showcase, loaded: Loaded, device: torch.device) -> int:
-    """Compare rows drawn from nothing with the training data's; 0."""
+    """Compare rows drawn without conditions with the training data's; returns 0."""
     joint = find_task(JOINT, list(run.model.modalities), loaded.predicted)
     codecs = codecs_of(loaded)
     keys = rng.sample_keys(run.seed, torch.arange(rule.rows)).to(device)
     with progress_bar("rows") as report, torch.no_grad():
-        drawn = draw(loaded.module, loaded.model, rule.sampling, joint, keys, Conditions(), batch=ROWS_AT_ONCE, progress=report)
-    made = _rows({name: state.cpu() for name, state in drawn.items()}, codecs)
+        states = draw(
+            loaded.module, loaded.model, rule.sampling, joint, keys, Conditions(), batch=ROWS_AT_ONCE, progress=report
+        )
+    drawn = _columns({name: state.cpu() for name, state in states.items()}, codecs)
     sources = (next(iter(run.data.sources.values())), run.data.reference)
-    real, held_out = (_rows(read_held_out(source, run.data, run.model, rule.rows).states, codecs) for source in sources)
-    _write_sheet(run, picture(real, made))
-    errors = compare(real, made, held_out)
+    real, held_out = (_columns(read_held_out(source, run.data, run.model, rule.rows).states, codecs) for source in sources)
+    _write_sheet(run, picture(real, drawn))
+    errors = compare(real, drawn, held_out)
     print(errors, flush=True)
     depends = {**_depends(run, loaded), "rows": rule.rows, "sampling": rule.sampling.model_dump(mode="json")}
     write_results(run.paths.results, errors.metrics(depends))
@@ -92,23 +94,24 @@ def _write_sheet(run: Run, sheet: Image.Image) -> None:
     print(f"samples: {path}")
 
 
-def _rows(states: Mapping[str, Tensor], codecs: Mapping[str, Codec]) -> Table:
-    """Columns [N] out of states [N, ...]."""
+def _columns(states: Mapping[str, Tensor], codecs: Mapping[str, Codec]) -> ColumnArrays:
+    """Columns [N] from states [N, ...]."""
     count = len(next(iter(states.values())))
-    return table_of([{name: codecs[name].decode(state[row]) for name, state in states.items()} for row in range(count)])
+    return columns_of([{name: codecs[name].decode(state[row]) for name, state in states.items()} for row in range(count)])
 
 
-def _section(loaded: Loaded, task: Task, rule: Showcase, held: HeldOut, seed: int, device: torch.device) -> Section:
+def _section(loaded: Loaded, task: Task, rule: Showcase, held_out: HeldOut, seed: int, device: torch.device) -> SheetSection:
     codecs = codecs_of(loaded)
-    given = {name: _condition(name, rule, held, codecs[name]) for name in task.given}
-    count = min([rule.count, *(len(state) for state in given.values())])
+    conditions = {name: _condition(name, rule, held_out, codecs[name]) for name in task.given}
+    count = min([rule.count, *(len(state) for state in conditions.values())])
     keys = rng.sample_keys(seed, torch.arange(count)).to(device)
-    moved = {name: state[:count].to(device) for name, state in given.items()}
+    given = {name: state[:count].to(device) for name, state in conditions.items()}
     with progress_bar(task.name) as report, torch.no_grad():
-        conditions = Conditions(given=moved)
-        drawn = draw(loaded.module, loaded.model, rule.sampling, task, keys, conditions, batch=count, progress=report)
-    states = {name: state.cpu() for name, state in {**moved, **drawn}.items()}
-    return Section(_title(task), [shown_cell(task, states, index, codecs) for index in range(count)])
+        samples = draw(
+            loaded.module, loaded.model, rule.sampling, task, keys, Conditions(given=given), batch=count, progress=report
+        )
+    states = {name: state.cpu() for name, state in {**given, **samples}.items()}
+    return SheetSection(_title(task), [shown_cell(task, states, index, codecs) for index in range(count)])
 
 
 def _title(task: Task) -> str:
@@ -119,7 +122,7 @@ def _title(task: Task) -> str:
     )
 
 
-def _condition(name: str, rule: Showcase, held: HeldOut, codec: Codec) -> Tensor:
+def _condition(name: str, rule: Showcase, held_out: HeldOut, codec: Codec) -> Tensor:
     if rule.prompts and codec.medium == TEXT:
         return torch.stack([codec.encode(prompt) for prompt in rule.prompts])
-    return held.states[name]
+    return held_out.states[name]

@@ -1,6 +1,6 @@
-"""How well a drawn table agrees with a real one: error rates of columns and of pairs of columns, as the literature counts them.
+"""How well a drawn table agrees with a real one: SDMetrics' error rates of columns and of pairs of columns.
 
-Definitions are SDMetrics': shape = 1 - KSComplement (numbers) or 1 - TVComplement (categories); trend =
+Shape = 1 - KSComplement (numbers) or 1 - TVComplement (categories); trend =
 1 - CorrelationSimilarity (two numbers) or 1 - ContingencySimilarity (else; numbers are cut into 10 bins).
 """
 
@@ -17,15 +17,15 @@ from PIL import Image
 
 from megadiff.types import Metric
 
-Table = Mapping[str, NDArray[Any]]
-"""Columns by name: float64 for numbers, text for categories; all of one length."""
+ColumnArrays = Mapping[str, NDArray[Any]]
+"""Columns by name: float64 for numbers, text for categories; all of the same length."""
 
 BINS = 10
 _MOST_BARS = 15
-"""Of a column with more categories, a picture shows the most frequent ones."""
+"""A picture shows this many categories of a column, the most frequent ones."""
 
 
-def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> ColumnArrays:
     """Columns from rows."""
     return {name: _column([row[name] for row in rows]) for name in rows[0]}
 
@@ -38,21 +38,21 @@ def is_number(column: NDArray[Any]) -> bool:
     return column.dtype.kind == "f"
 
 
-def shape_errors(real: Table, drawn: Table) -> dict[str, float]:
+def shape_errors(real: ColumnArrays, drawn: ColumnArrays) -> dict[str, float]:
     """By column: the Kolmogorov-Smirnov statistic of numbers, the total variation distance of categories."""
     return {name: _ks(real[name], drawn[name]) if is_number(real[name]) else _tv(real[name], drawn[name]) for name in real}
 
 
-def trend_errors(real: Table, drawn: Table) -> dict[tuple[str, str], float]:
+def trend_errors(real: ColumnArrays, drawn: ColumnArrays) -> dict[tuple[str, str], float]:
     """By pair of columns: half the difference of the correlations of numbers, else the total variation of the contingency."""
     errors = {}
     for first, second in combinations(real, 2):
         if is_number(real[first]) and is_number(real[second]):
-            found = [_correlation(table[first], table[second]) for table in (real, drawn)]
-            errors[first, second] = abs(found[0] - found[1]) / 2
+            correlations = [_correlation(table[first], table[second]) for table in (real, drawn)]
+            errors[first, second] = abs(correlations[0] - correlations[1]) / 2
         else:
-            cut = [_cut(real[name], drawn[name]) for name in (first, second)]
-            pairs = [np.char.add(np.char.add(cut[0][side], "\x1f"), cut[1][side]) for side in range(2)]
+            categories = [_categories(real[name], drawn[name]) for name in (first, second)]
+            pairs = [np.char.add(np.char.add(categories[0][side], "\x1f"), categories[1][side]) for side in range(2)]
             errors[first, second] = _tv(*pairs)
     return errors
 
@@ -67,9 +67,9 @@ def _tv(real: NDArray[Any], drawn: NDArray[Any]) -> float:
     names = np.unique(np.concatenate([real, drawn]))
     shares = []
     for side in (real, drawn):
-        found, counts = np.unique(side, return_counts=True)
+        present, counts = np.unique(side, return_counts=True)
         share = np.zeros(len(names))
-        share[np.searchsorted(names, found)] = counts / len(side)
+        share[np.searchsorted(names, present)] = counts / len(side)
         shares.append(share)
     return float(np.abs(shares[0] - shares[1]).sum() / 2)
 
@@ -80,8 +80,8 @@ def _correlation(first: NDArray[Any], second: NDArray[Any]) -> float:
     return float(np.corrcoef(first, second)[0, 1])
 
 
-def _cut(real: NDArray[Any], drawn: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Categories as they are; numbers in bins of equal width over the real range, those beyond it in the end bins."""
+def _categories(real: NDArray[Any], drawn: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Categories as they are; numbers by bin, of equal width over the real range; the end bins take those beyond it."""
     if not is_number(real):
         return real, drawn
     inner = np.linspace(real.min(), real.max(), BINS + 1)[1:-1]
@@ -90,7 +90,7 @@ def _cut(real: NDArray[Any], drawn: NDArray[Any]) -> tuple[NDArray[Any], NDArray
 
 @dataclass(frozen=True)
 class TableReport:
-    """Error rates of a drawn table, and of real rows that were held out: what no model can be expected to beat."""
+    """Error rates of a drawn table, and of held-out real rows, which no model can be expected to beat (the floor)."""
 
     shape: dict[str, float]
     trend: dict[tuple[str, str], float]
@@ -98,7 +98,7 @@ class TableReport:
     floor_trend: dict[tuple[str, str], float]
 
     def metrics(self, depends: Mapping[str, Any]) -> list[Metric]:
-        """The means as figures; `depends` says of what network and data."""
+        """The mean errors; `depends` says of which network and data."""
         return [
             Metric("mean shape error", _mean(self.shape), depends=depends),
             Metric("mean trend error", _mean(self.trend), depends=depends),
@@ -118,14 +118,14 @@ def _mean(errors: Mapping[Any, float]) -> float:
     return float(np.mean(list(errors.values()))) if errors else 0.0
 
 
-def compare(real: Table, drawn: Table, held_out: Table) -> TableReport:
+def compare(real: ColumnArrays, drawn: ColumnArrays, held_out: ColumnArrays) -> TableReport:
     """The error rates of drawn rows against real ones, beside those of held-out rows."""
     return TableReport(
         shape_errors(real, drawn), trend_errors(real, drawn), shape_errors(real, held_out), trend_errors(real, held_out)
     )
 
 
-def picture(real: Table, drawn: Table) -> Image.Image:
+def picture(real: ColumnArrays, drawn: ColumnArrays) -> Image.Image:
     """Every column's distribution in both tables, and the error of every pair."""
     # Without pyplot, which would change the backend of a notebook that calls this.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -148,11 +148,11 @@ def picture(real: Table, drawn: Table) -> Image.Image:
     for (first, second), error in trend.items():
         matrix[names.index(first), names.index(second)] = matrix[names.index(second), names.index(first)] = 100 * error
     axis = panels[-1]  # in the last column, where the colour bar takes no other panel's room
-    shown = axis.imshow(matrix, cmap="magma_r", vmin=0)
+    image = axis.imshow(matrix, cmap="magma_r", vmin=0)
     axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     axis.set_yticks(range(len(names)), names, fontsize=7)
     axis.set_title(f"error of pairs, %: mean {100 * _mean(trend):.2f}", fontsize=10)
-    figure.colorbar(shown, ax=axis)
+    figure.colorbar(image, ax=axis)
     for axis in panels[len(names) : -1]:
         axis.axis("off")
     canvas.draw()
@@ -166,7 +166,7 @@ def _panel(axis: Any, real: NDArray[Any], drawn: NDArray[Any]) -> None:
         if low == high:
             low, high = (real.min(), real.max()) if real.min() < real.max() else (low - 0.5, low + 0.5)
         bins = np.linspace(low, high, 41)
-        # What lies beyond stands in the end bins, as in the errors.
+        # The end bins take the values beyond them, as in the errors.
         sides = [(side.clip(low, high), np.full(len(side), 1 / len(side))) for side in (real, drawn)]
         axis.hist(sides[0][0], bins, weights=sides[0][1], color=colours["real"], label="real")
         style = {"histtype": "step", "color": colours["drawn"], "linewidth": 1.4, "label": "drawn"}

@@ -1,1 +1,1 @@
-"""From what is asked for to samples in a folder."""
+"""From a request to samples in a folder."""

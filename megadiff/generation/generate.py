@@ -1,4 +1,4 @@
-"""`megadiff sample`: draw what was asked for, chunk by chunk, on any number of processes; what is finished is kept."""
+"""`megadiff sample`: draw a request's samples chunk by chunk, on any number of processes; finished chunks are kept."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_LOOKS = 10.0, 0.2
 def generate(request: GenerateRequest) -> Path:
     """Draw samples into `request.out`; returns the path of the records.
 
-    With RANK and WORLD_SIZE set (torchrun) the chunks are shared out, and rank 0 joins the records once all are there. Chunks
-    that an earlier, interrupted call has finished are not drawn again.
+    With RANK and WORLD_SIZE set (torchrun) the ranks share the chunks, and rank 0 joins the records when all are stored. Chunks
+    that an interrupted call has finished are not drawn again.
 
     Raises:
         UserError: the checkpoint, the task, a condition or the output folder is at fault.
@@ -53,10 +53,10 @@ def generate(request: GenerateRequest) -> Path:
     mine = [number for number in range(ranks.rank, len(chunks), ranks.world) if not writer.has(number)]
     with _progress(request.task, len(mine), active=ranks.rank == 0) as report, torch.no_grad():
         for done, number in enumerate(mine):
-            items, drawn = _draw(chunks[number], request, loaded, guide, device, _offset(report, done))
-            writer.write(number, chunks[number].task, items, drawn)
+            items, states = _draw(chunks[number], request, loaded, guide, device, _offset(report, done))
+            writer.write(number, chunks[number].task, items, states)
     if ranks.rank == 0:
-        # Other processes may not be done; their launcher ends all if one fails.
+        # Other processes may still draw; their launcher ends all if one fails.
         while not all(writer.has(number) for number in range(len(chunks))):
             time.sleep(SECONDS_BETWEEN_LOOKS)
         join_records(writer, chunks, loaded, identity)
@@ -70,7 +70,7 @@ def _device(ranks: Ranks) -> torch.device:
 
 
 def _check_autoencoders(loaded: Loaded, request: GenerateRequest) -> None:
-    """Before anything is drawn. Raises UserError if latents could not be shown, or `autoencoder` has nothing to decode."""
+    """Raises UserError, before drawing, if latents could not be shown or `autoencoder` has nothing to decode."""
     fields = loaded.data.fields
     checks.require(checks.autoencoder_faults(fields))
     if request.autoencoder is not None and not any(AUTOENCODER in field.FILES for field in fields.values()):
@@ -78,19 +78,19 @@ def _check_autoencoders(loaded: Loaded, request: GenerateRequest) -> None:
 
 
 def _contents(request: GenerateRequest) -> dict[str, str]:
-    """Hashes of the files that samples depend on: a path may name other contents tomorrow."""
-    named = [request.prompts, request.table, request.mask_image, *request.image]
-    paths = [str(path) for path in named if path is not None]
+    """Hashes of the files that samples depend on, since the contents of a path may change."""
+    inputs = [request.prompts, request.table, request.mask_image, *request.image]
+    paths = [str(path) for path in inputs if path is not None]
     if request.data is not None:
         paths.append(request.data if request.data.endswith(".json") else addresses.join(request.data, MANIFEST))
     return {path: hashlib.sha256(store.read_bytes(path)).hexdigest() for path in paths}
 
 
 def _guide(address: str, weights: str, loaded: Loaded, device: torch.device, size: str | None) -> Loaded:
-    """The weaker network for autoguidance. Raises UserError if it models something else."""
+    """The weaker network for autoguidance. Raises UserError if its modalities differ."""
     guide = load(address, weights, device, size=size)
-    same = {name: modality.space for name, modality in guide.model.modalities.items()}
-    if same != {name: modality.space for name, modality in loaded.model.modalities.items()}:
+    spaces = {name: modality.space for name, modality in guide.model.modalities.items()}
+    if spaces != {name: modality.space for name, modality in loaded.model.modalities.items()}:
         raise UserError(
             f"--guide {address} has other modalities than the checkpoint; take an earlier checkpoint of the same run"
         )
@@ -108,7 +108,7 @@ def _draw(
     items, conditions = chunk.load()
     if not items or not chunk.task.generated:
         return items, {}
-    drawn = draw(
+    states = draw(
         loaded.module,
         loaded.model,
         request.sampling,
@@ -119,12 +119,12 @@ def _draw(
         guide=None if guide is None else guide.module,
         progress=report,
     )
-    return items, {name: state.cpu() for name, state in drawn.items()}
+    return items, {name: state.cpu() for name, state in states.items()}
 
 
 @contextmanager
 def _progress(title: str, chunks: int, *, active: bool) -> Iterator[Callable[[float], None]]:
-    """A bar on a terminal, a line now and then in a log; told how many chunks are done."""
+    """A bar on a terminal, a line now and then in a log; call the result with the number of chunks done."""
     on_terminal = sys.stderr.isatty()
     began = last = time.perf_counter()
     with tqdm(total=max(chunks, 1), desc=title, unit="chunk", dynamic_ncols=True, disable=not (active and on_terminal)) as bar:

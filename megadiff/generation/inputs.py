@@ -1,4 +1,4 @@
-"""What people give to sample from: prompts, pictures, rows of a table."""
+"""Input files of sampling: prompts, pictures, rows of a table."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def read_prompts(path: str) -> list[tuple[str, str]]:
 
 
 class _Twice(Exception):
-    """A key of a JSON object that has another value already."""
+    """A key that a JSON object has twice."""
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_rows(path: str, columns: Mapping[str, str]) -> list[dict[str, str]]:
-    """The rows of a CSV by modality, without their empty cells; a column without a name (an index) is passed over.
+    """The rows of a CSV by modality, without empty cells and columns without a name (an index).
 
     Raises:
         UserError: it cannot be read, or a column is unknown.
@@ -71,12 +71,12 @@ def read_rows(path: str, columns: Mapping[str, str]) -> list[dict[str, str]]:
         raise UserError(f"--table {path}, row {long[0]} has more cells than the header has columns")
     if not rows:
         raise UserError(f"--table {path} has no rows under its header")
-    pairs = [zip(header, row, strict=False) for row in rows]  # what a short row lacks is empty
+    pairs = [zip(header, row, strict=False) for row in rows]  # cells that a short row lacks are empty
     return [{columns[column]: cell for column, cell in row if column in columns and cell} for row in pairs]
 
 
 def open_picture(path: str | Image.Image) -> Image.Image:
-    """A picture, or the one in a file, as training opens it. Raises UserError if that is none."""
+    """A picture, or the picture in a file, as training opens it. Raises UserError if the file holds none."""
     try:
         return pictures.plain(path) if isinstance(path, Image.Image) else pictures.open_picture(path)
     except pictures.UNREADABLE as error:
@@ -84,7 +84,7 @@ def open_picture(path: str | Image.Image) -> Image.Image:
 
 
 def checked_text(prompt: str) -> str:
-    """Raises UserError if it is no text."""
+    """The prompt. Raises UserError if it is no valid text."""
     if any("\ud800" <= letter <= "\udfff" for letter in prompt):
         raise UserError("a prompt holds bytes that are no UTF-8 text; write it in UTF-8")
     return prompt

@@ -1,4 +1,4 @@
-"""Weights and their codecs, ready to draw from; with another autoencoder or size of pictures, where one is asked for."""
+"""Weights and their codecs, ready to draw from; optionally with another autoencoder or picture size."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def load(
     """Load weights for sampling; see `megadiff.weights.loading.load`.
 
     Args:
-        autoencoder: takes the place of the one that its latent fields name.
-        size: HEIGHTxWIDTH in pixels of pictures, other than the one that the model names.
+        autoencoder: replaces the one that the latent fields name.
+        size: HEIGHTxWIDTH of pictures in pixels; None takes the model's.
 
     Raises:
-        UserError: nothing loadable is there, or the model has no pictures of that size.
+        UserError: the address holds nothing loadable, or the model cannot make pictures of that size.
     """
     loaded = loading.load(address, weights, device)
     if autoencoder is not None:
@@ -41,12 +41,12 @@ def load(
 
 
 def codecs_of(loaded: Loaded) -> dict[str, Codec]:
-    """By modality what turns its states into values that people read, and back."""
+    """By modality, the codec between its states and values for people."""
     return build_codecs(loaded.data, loaded.model)
 
 
 def _of_size(loaded: Loaded, size: Bucket) -> Model:
-    """The model with its pictures' grids of another size, which only learned positions would stand against."""
+    """The model with its pictures' grids in another size, which learned positions do not allow."""
     modalities, codecs = dict(loaded.model.modalities), codecs_of(loaded)
     for name, modality in loaded.model.modalities.items():
         codec, space = codecs[name], modality.space
@@ -60,21 +60,21 @@ def _of_size(loaded: Loaded, size: Bucket) -> Model:
             raise UserError(f"--size {size} must be made of multiples of {step} pixels for {name}")
         grid = space.model_copy(update={"height": size.height // factor, "width": size.width // factor})
         modalities[name] = modality.model_copy(update={"space": grid})
-        needed, there = _least_bytes(grid, loaded.model.width), _memory()
-        if needed > there:
-            much = f"{needed / 2**30:,.0f} GiB for one picture, and there are {there / 2**30:,.0f}"
+        needed, available = _least_bytes(grid, loaded.model.width), _memory()
+        if needed > available:
+            much = f"{needed / 2**30:,.0f} GiB for one picture, and there are {available / 2**30:,.0f}"
             raise UserError(f"--size {size} takes at least {much}; take a smaller one")
     return loaded.model.model_copy(update={"modalities": modalities})
 
 
 def _least_bytes(space: GridSpace, width: int) -> int:
-    """What one sample takes at least, in float32: its state, a prediction, and one attention's input, q, k and v."""
+    """Least bytes of one sample, in float32: its state, a prediction, and one attention's input, q, k and v."""
     places = space.height * space.width
     return 4 * (2 * space.channels * places + 4 * width * (places // math.prod(space.patch_sides)))
 
 
 def _memory() -> int:
-    """Bytes of the device that samples are drawn on."""
+    """Bytes of memory of the device that draws samples."""
     if torch.cuda.is_available():
         return int(torch.cuda.get_device_properties(0).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,4 +1,4 @@
-"""From prompts, pictures, masks, tables and data sets to what the sampler is given, a chunk of samples at a time."""
+"""From prompts, pictures, masks, tables and data sets to the sampler's conditions, a chunk of samples at a time."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from megadiff.weights.loading import Loaded
 
 DEFAULT_COUNT = 16
 MOST_SAMPLES = 10_000_000
-"""Of one request without a data set: each is an object, and a file."""
+"""Most samples of a request without a data set: each is an object, and a file."""
 LONGEST_LABEL = 60
-"""Bytes of a prompt's or picture's name in a file's."""
+"""Bytes of a prompt's or picture's name in a file name."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One sample to be drawn: its number decides its random key, whatever the batch or the process."""
+    """One sample to be drawn: its number decides its random key, in any batch or process."""
 
     number: int
     name: str
@@ -44,7 +44,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Samples that are drawn and stored together; `load` gives the items (fewer where some cannot be read) and conditions."""
+    """Samples that are drawn and stored together; `load` gives their items (without unreadable ones) and conditions."""
 
     task: Task
     load: Callable[[], tuple[list[Item], Conditions]]
@@ -64,7 +64,7 @@ class Planner:
     keys: Tensor | None = None
 
     def chunks(self) -> list[Chunk]:
-        """All chunks, in an order that does not depend on who draws them.
+        """All chunks, in an order that does not depend on the processes.
 
         Raises:
             UserError: the task, a prompt, a picture or a row is at fault.
@@ -103,17 +103,17 @@ class Planner:
         items, picks = [], []
         for number in range(several * per_source):
             index = number // per_source
-            picked = {name: found[index % len(found)] for name, found in sources.items()}
-            label = "-".join(label for label, _ in picked.values())
-            condition = {name: picked[name][1] for name in task.given}
+            pairs = {name: values[index % len(values)] for name, values in sources.items()}
+            label = "-".join(label for label, _ in pairs.values())
+            condition = {name: pairs[name][1] for name in task.given}
             items.append(Item(number, f"{number:06d}-{_safe(label)}" if label else f"{number:06d}", condition))
             picks.append(index)
-        states = {name: torch.stack([self._state(name, value) for _, value in found]) for name, found in sources.items()}
+        states = {name: torch.stack([self._state(name, value) for _, value in values]) for name, values in sources.items()}
 
         def load(part: slice) -> tuple[list[Item], Conditions]:
-            chosen = torch.tensor(picks[part])
-            taken = {name: state[chosen % len(state)] for name, state in states.items()}
-            return items[part], self._conditions(task, taken, items[part])
+            indices = torch.tensor(picks[part])
+            rows = {name: state[indices % len(state)] for name, state in states.items()}
+            return items[part], self._conditions(task, rows, items[part])
 
         return [Chunk(task, _bound(load, part)) for part in _parts(len(items), request.batch)]
 
@@ -125,12 +125,12 @@ class Planner:
             raise UserError(f"{task.name} takes no condition: leave out --data, or vary the data's samples with --strength")
 
         def load(part: slice) -> tuple[list[Item], Conditions]:
-            found = [(n, sample) for n in range(part.start, part.stop) if (sample := source.read(n)) is not None]
-            items = [Item(n, f"{n:06d}-{_safe(name)}", self._shown(task.given, states)) for n, (name, states) in found]
+            samples = [(n, sample) for n in range(part.start, part.stop) if (sample := source.read(n)) is not None]
+            items = [Item(n, f"{n:06d}-{_safe(name)}", self._shown(task.given, states)) for n, (name, states) in samples]
             if not items:
                 return [], Conditions()
-            taken = {name: torch.stack([self._taken(name, states[name]) for _, (_, states) in found]) for name in needed}
-            return items, self._conditions(task, taken, items)
+            batch = {name: torch.stack([self._condition(name, states[name]) for _, (_, states) in samples]) for name in needed}
+            return items, self._conditions(task, batch, items)
 
         return [
             Chunk(task, _bound(load, part))
@@ -152,21 +152,21 @@ class Planner:
     # --------------------------------------------------------------------------------------------------------- in-painting
 
     def _inpainting(self) -> list[Chunk]:
-        """A picture with a mask, a text with blanks, or both: what is not known is filled in."""
+        """Fill in the unknown parts of a picture with a mask, a text with blanks, or both."""
         request = self.request
         if len(request.image) > 1 or len(request.prompt) > 1:
             raise UserError("in-painting takes one picture, one text, or both; call it once for each")
         parts: dict[str, Known] = {}
-        shown: dict[str, Any] = {}
+        condition: dict[str, Any] = {}
         if request.image:
             name = self._only(PICTURE)
-            shown[name] = open_picture(request.image[0])
+            condition[name] = open_picture(request.image[0])
             mask = open_picture(request.mask_image) if request.mask_image else None
-            parts[name] = Known(*self.codecs[name].encode_partly(shown[name], mask))
+            parts[name] = Known(*self.codecs[name].encode_partly(condition[name], mask))
         if request.prompt:
             name = self._only(TEXT)
-            shown[name] = checked_text(request.prompt[0])
-            parts[name] = Known(*self.codecs[name].encode_partly(shown[name], request.blank_tokens))
+            condition[name] = checked_text(request.prompt[0])
+            parts[name] = Known(*self.codecs[name].encode_partly(condition[name], request.blank_tokens))
         open_parts = {name: part for name, part in parts.items() if not bool(part.where.all())}
         if not open_parts:
             raise UserError("nothing is to be filled in: give --mask-image (white is unknown), or a --text with ___ in it")
@@ -174,7 +174,7 @@ class Planner:
             raise UserError(f"this model cannot make {', '.join(headless)}; it predicts {', '.join(self.loaded.predicted)}")
         task = inpainting([name for name in parts if name not in open_parts], list(open_parts))
         _check_count(request.n or 1)
-        items = [Item(number, f"{number:06d}", shown) for number in range(request.n or 1)]
+        items = [Item(number, f"{number:06d}", condition) for number in range(request.n or 1)]
 
         def load(part: slice) -> tuple[list[Item], Conditions]:
             count = len(items[part])
@@ -188,7 +188,7 @@ class Planner:
     # ---------------------------------------------------------------------------------------------------------- imputation
 
     def _imputing(self) -> list[Chunk]:
-        """The rows of a CSV; rows that lack the same columns are drawn together."""
+        """Complete the rows of a CSV; rows that lack the same columns are drawn together."""
         request, columns = self.request, table_columns(self.codecs)
         if not columns:
             raise UserError("impute fills in the rows of a table, and not all of this model's modalities are columns")
@@ -203,9 +203,9 @@ class Planner:
             task = Task(IMPUTE, tuple(name for name in self.loaded.model.modalities if name not in lacking), lacking)
 
             def load(part: slice, task: Task = task, numbers: list[int] = numbers) -> tuple[list[Item], Conditions]:
-                chosen = numbers[part]
-                items = [Item(number, f"{number:06d}", rows[number]) for number in chosen]
-                given = {name: torch.stack([self._state(name, rows[n][name]) for n in chosen]) for name in task.given}
+                own = numbers[part]
+                items = [Item(number, f"{number:06d}", rows[number]) for number in own]
+                given = {name: torch.stack([self._state(name, rows[n][name]) for n in own]) for name in task.given}
                 return items, Conditions(given=given, held_at=dict.fromkeys(given, request.condition_time))
 
             chunks += [Chunk(task, _bound(load, part)) for part in _parts(len(numbers), request.batch)]
@@ -220,8 +220,8 @@ class Planner:
             if (request.prompts or request.prompt) and name != self._only(TEXT):
                 return []
             prompts = list(enumerate(request.prompt))
-            found = read_prompts(request.prompts) if request.prompts else [(str(index), text) for index, text in prompts]
-            return [(label, checked_text(prompt)) for label, prompt in found]
+            pairs = read_prompts(request.prompts) if request.prompts else [(str(index), text) for index, text in prompts]
+            return [(label, checked_text(prompt)) for label, prompt in pairs]
         if medium == PICTURE and request.image:
             self._only(PICTURE)
             return [
@@ -233,8 +233,8 @@ class Planner:
     def _only(self, medium: str) -> str:
         names = [name for name, codec in self.codecs.items() if codec.medium == medium]
         if len(names) != 1:
-            found = f"has several: {', '.join(names)}; give them with --data MANIFEST" if names else "has none"
-            raise UserError(f"a {medium} is for a model with one modality of that kind, and this one {found}")
+            fault = f"has several: {', '.join(names)}; give them with --data MANIFEST" if names else "has none"
+            raise UserError(f"a {medium} is for a model with one modality of that kind, and this one {fault}")
         return names[0]
 
     def _flags(self, names: Iterable[str]) -> str:
@@ -249,26 +249,26 @@ class Planner:
             value = " ".join([value] * PROMPT_REPEATS)
         return self._limited(name, codec.encode(value))
 
-    def _taken(self, name: str, state: Tensor) -> Tensor:
+    def _condition(self, name: str, state: Tensor) -> Tensor:
         """A data set's state as a condition."""
         if self.request.repeat_prompt and self.codecs[name].medium == TEXT:
             return self._state(name, self.codecs[name].decode(state))
         return self._limited(name, state)
 
     def _limited(self, name: str, state: Tensor) -> Tensor:
-        """Cut tokens after `limit_context_len`: what follows becomes end mark and padding."""
+        """Cut tokens after `limit_context_len`, and put an end mark and padding in their place."""
         limits = self._limits(name)
         if limits is None:
             return state
         limit, end, pad = limits
-        limited = state.clone()
+        cut = state.clone()
         if end not in state[:limit]:
-            limited[limit - 1] = end
-        limited[limit:] = pad
-        return limited
+            cut[limit - 1] = end
+        cut[limit:] = pad
+        return cut
 
     def _padding(self, name: str, count: int) -> Known | None:
-        """What is known of samples that end within `limit_context_len`: the padding after it."""
+        """The known part of samples that end within `limit_context_len`: the padding after it."""
         limits, space = self._limits(name), self.loaded.model.modalities[name].space
         if limits is None or not isinstance(space, TokenSpace):
             return None
@@ -276,7 +276,7 @@ class Planner:
         return Known(torch.full((count, space.length), pad), (torch.arange(space.length) >= limit).expand(count, -1))
 
     def _limits(self, name: str) -> tuple[int, int, int] | None:
-        """`limit_context_len`, end mark and padding of a modality that it shortens."""
+        """(`limit_context_len`, end mark, padding) of a modality that it shortens; else None."""
         space, limit = self.loaded.model.modalities[name].space, self.request.limit_context_len
         if limit is None or not isinstance(space, TokenSpace) or limit >= space.length:
             return None

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 INPAINT_RESAMPLE = 4
-"""How often in-painting makes each step unless told otherwise."""
+"""Default number of times that in-painting makes each step."""
 
 PROMPT_REPEATS = 10
-"""How often `repeat_prompt` gives a caption, as far as the context holds it: so often as the paper's code does."""
+"""Times that `repeat_prompt` repeats a caption, as the paper's code does; the context cuts it."""
 
 PAPER = {"steps": 50, "solver": "heun_time", "grid": "paper", "order": "tau_leaping"}
 

@@ -1,4 +1,4 @@
-"""What `megadiff sample` is asked for."""
+"""A request to `megadiff sample`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megadiff.config.schema import Sampling
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """The flags of `megadiff sample`, one field each (see its help); a program may give pictures instead of files."""
+    """The flags of `megadiff sample`, one field each (see its help); programs may pass pictures instead of files."""
 
     checkpoint: str
     task: str
@@ -40,8 +40,8 @@ class GenerateRequest:
     format: str = "folder"
 
     def record(self) -> dict[str, Any]:
-        """All that the samples depend on, as JSON: a folder of samples goes on only with the same."""
+        """All that the samples depend on, as JSON. A folder of samples is continued only if it is equal."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields["sampling"] = self.sampling.model_dump(mode="json")
-        kept = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
-        return {name: value for name, value in kept.items() if name != "out"}
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+        return {name: value for name, value in values.items() if name != "out"}

@@ -1,4 +1,4 @@
-"""What one set of weights can be asked for: any modality given the others, or all of them from nothing."""
+"""The tasks of one set of weights: any modality given the others, or all of them without conditions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Task:
 
 
 def tasks_of(modalities: Sequence[str], predicted: Collection[str]) -> list[Task]:
-    """Every task that a model with these heads can do: one per predicted modality, and joint where all are predicted."""
+    """Every task of a model with these heads: one per predicted modality, and joint if all are predicted."""
     tasks = []
     for target in modalities:
         given = tuple(name for name in modalities if name != target)
@@ -44,12 +44,12 @@ def tasks_of(modalities: Sequence[str], predicted: Collection[str]) -> list[Task
 
 
 def find_task(name: str, modalities: Sequence[str], predicted: Collection[str]) -> Task:
-    """Raises UserError naming what the model can do."""
-    known = tasks_of(modalities, predicted)
-    for task in known:
+    """The task of a name. Raises UserError, listing the model's tasks, if it has no such task."""
+    tasks = tasks_of(modalities, predicted)
+    for task in tasks:
         if task.name == name:
             return task
-    raise UserError(f"this model cannot do {name}; it can do: {', '.join(task.name for task in known)}")
+    raise UserError(f"this model cannot do {name}; it can do: {', '.join(task.name for task in tasks)}")
 
 
 def inpainting(given: Sequence[str], generated: Sequence[str]) -> Task:
@@ -72,10 +72,10 @@ def draw(
     """Samples for a task, in batches.
 
     Args:
-        keys: int64 [N]; the sample of a key is the same in any batch.
-        conditions: of all N samples.
+        keys: int64 [N]; a key gives the same sample in any batch.
+        conditions: those of all N samples.
         guide: a weaker network for autoguidance.
-        progress: called with (samples' steps done, in all).
+        progress: called with (steps done, steps in all), over all batches.
 
     Returns:
         The generated modalities' states, [N, ...].
@@ -85,7 +85,7 @@ def draw(
     batches = [slice(start, start + batch) for start in range(0, len(keys), batch)]
     for index, part in enumerate(batches):
         report = None if progress is None else _offset(progress, index, len(batches))
-        drawn = sampler.sample(
+        states = sampler.sample(
             denoiser,
             keys[part],
             generate=task.generated,
@@ -93,12 +93,12 @@ def draw(
             guide=guide,
             progress=report,
         )
-        parts.append({name: drawn[name] for name in task.generated})
+        parts.append({name: states[name] for name in task.generated})
     return {name: torch.cat([part[name] for part in parts]) for name in task.generated}
 
 
 def cell_of(task: Task, values: Mapping[str, Image.Image | str]) -> Cell:
-    """A cell of a contact sheet from what codecs show of a task's modalities; generated texts stand behind an arrow."""
+    """A contact sheet's cell from pictures and texts by modality; an arrow precedes generated texts."""
     pictures = [value for value in values.values() if isinstance(value, Image.Image)]
     texts = [
         ("→ " if name in task.generated else "") + value for name, value in values.items() if not isinstance(value, Image.Image)
@@ -107,13 +107,13 @@ def cell_of(task: Task, values: Mapping[str, Image.Image | str]) -> Cell:
 
 
 def shown_cell(task: Task, states: Mapping[str, Tensor], index: int, codecs: Mapping[str, Codec]) -> Cell:
-    """`cell_of` sample `index` of states [N, ...] of a task's modalities."""
+    """The `cell_of` sample `index`, from states [N, ...] of a task's modalities."""
     return cell_of(task, {name: codecs[name].shown(codecs[name].decode(state[index])) for name, state in states.items()})
 
 
 @contextmanager
 def progress_bar(title: str, *, active: bool = True) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, as the `progress` of `draw`."""
+    """A bar on a terminal, for the `progress` of `draw`."""
     with tqdm(desc=title, unit="step", dynamic_ncols=True, disable=None if active else True) as bar:
 
         def report(done: int, total: int) -> None:

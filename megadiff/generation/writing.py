@@ -1,4 +1,4 @@
-"""The folder of samples: a request that it belongs to, chunks that are whole or absent, and what they are joined to.
+"""The folder of samples: its request, chunks that are whole or absent, and the files that join them.
 
 Layout: `request.json`, `.parts/` (one file of records per finished chunk), the pictures (or one tar shard per chunk), and, once
 all chunks are there, `samples.jsonl`, `sheet.png`, for tables `samples.csv`, for tars `manifest.json`.
@@ -24,7 +24,7 @@ from megadiff.data.codecs.build import table_columns
 from megadiff.data.shards.shard import Manifest, Members, Shard, ShardEntry, write_manifest, write_shard
 from megadiff.generation.planner import Chunk, Item
 from megadiff.generation.tasks import Task, cell_of
-from megadiff.report.sheet import Section, contact_sheet, png_bytes
+from megadiff.report.sheet import SheetSection, contact_sheet, png_bytes
 from megadiff.storage import store
 from megadiff.weights.loading import Loaded
 
@@ -33,12 +33,12 @@ RECORDS, SHEET, TABLE, REQUEST, PARTS = "samples.jsonl", "sheet.png", "samples.c
 
 
 def open_folder(out: Path, identity: Mapping[str, Any]) -> None:
-    """Make the folder, or go on in one that holds part of the same request. Several processes may do so at once."""
+    """Make the folder, or continue one with part of the same request. Several processes may do so at once."""
     path = out / REQUEST
     try:
         (out / PARTS).mkdir(parents=True, exist_ok=True)
         strangers = [entry.name for entry in out.iterdir() if entry.name != PARTS and REQUEST not in entry.name]
-        if not path.exists():  # looked for after the listing: another process writes it before anything else
+        if not path.exists():  # after the listing: another process writes it before anything else
             if strangers:
                 raise UserError(f"--out {out} holds other files ({min(strangers)}); name a new folder")
             store.write_bytes(str(path), json.dumps(identity, indent=1, ensure_ascii=False).encode())
@@ -55,7 +55,7 @@ def open_folder(out: Path, identity: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class SampleWriter:
-    """Stores chunks; a chunk's records come last, so that a chunk that has them is whole."""
+    """Stores chunks. A chunk's records are written last, so a chunk with records is whole."""
 
     out: Path
     codecs: Mapping[str, Codec]
@@ -64,12 +64,12 @@ class SampleWriter:
     def has(self, number: int) -> bool:
         return self._records_path(number).exists()
 
-    def write(self, number: int, task: Task, items: Sequence[Item], drawn: Mapping[str, Tensor]) -> None:
+    def write(self, number: int, task: Task, items: Sequence[Item], states: Mapping[str, Tensor]) -> None:
         lines: list[dict[str, Any]] = []
         shard: dict[str, Members] = {}
         for index, item in enumerate(items):
             files: Members = {}
-            values = {name: self.codecs[name].decode(state[index]) for name, state in drawn.items()}
+            values = {name: self.codecs[name].decode(state[index]) for name, state in states.items()}
             given = self._stored(item.condition, item.name, ".given", files)
             generated = self._stored(values, item.name, "", files)
             record = {"number": item.number, "name": item.name, "task": task.name, "given": given, "generated": generated}
@@ -92,12 +92,12 @@ class SampleWriter:
         return None if tree["shard"] is None else ShardEntry(**tree["shard"]), tree["records"]
 
     def shown(self, number: int, sample: str, stored: Mapping[str, Mapping[str, Any]]) -> dict[str, Image.Image | str]:
-        """What the entries of a record of a chunk look like, by modality."""
+        """By modality, a picture or text for the entries of a chunk's record."""
         read = partial(self._file, number, sample)
         return {name: self.codecs[name].shown(self.codecs[name].restored(entry, read)) for name, entry in stored.items()}
 
     def _file(self, number: int, sample: str, name: str) -> bytes:
-        """A file of a sample, by the name that its record gives."""
+        """The contents of a sample's file, by its name in the record."""
         if self.format == "folder":
             return (self.out / name).read_bytes()
         path = self.out / self.shard_name(number)
@@ -106,11 +106,11 @@ class SampleWriter:
         return bytes(shard.members(offset)[name.removeprefix(f"{sample}.")])
 
     def _stored(self, values: Mapping[str, Any], sample: str, ending: str, files: Members) -> dict[str, dict[str, Any]]:
-        """By modality a value as a record holds it; what it takes files for goes to `files`, by their whole names."""
-        stored = {name: self.codecs[name].stored(value, f"{sample}.{name}{ending}") for name, value in values.items()}
-        for each in stored.values():
+        """By modality, a value's entry in a record; its files are added to `files`, by their whole names."""
+        entries = {name: self.codecs[name].stored(value, f"{sample}.{name}{ending}") for name, value in values.items()}
+        for each in entries.values():
             files.update(each.files)
-        return {name: each.entry for name, each in stored.items()}
+        return {name: each.entry for name, each in entries.items()}
 
     def shard_name(self, number: int) -> str:
         return f"samples-{number:06d}.tar"
@@ -120,8 +120,9 @@ class SampleWriter:
 
 
 def join_records(writer: SampleWriter, chunks: Sequence[Chunk], loaded: Loaded, identity: Mapping[str, Any]) -> None:
+    """Join the chunks of a folder: its records, and a sheet or a table."""
     parts = [writer.read(number) for number in range(len(chunks))]
-    records = [(chunk, record) for chunk, (_, found) in enumerate(parts) for record in found]
+    records = [(chunk, record) for chunk, (_, lines) in enumerate(parts) for record in lines]
     records.sort(key=lambda pair: int(pair[1]["number"]))
     if not records:
         raise UserError("not one sample could be read from --data; see the warnings above")
@@ -150,5 +151,5 @@ def _write_sheet(writer: SampleWriter, task: Task, records: Sequence[tuple[int, 
     cells = []
     for number, record in records[:SHEET_CELLS]:
         cells.append(cell_of(task, writer.shown(number, record["name"], {**record["given"], **record["generated"]})))
-    sheet = contact_sheet([Section(f"{task.name}, {loaded.source}", cells)])
+    sheet = contact_sheet([SheetSection(f"{task.name}, {loaded.source}", cells)])
     store.write_bytes(str(writer.out / SHEET), png_bytes(sheet))

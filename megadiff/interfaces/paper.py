@@ -48,10 +48,10 @@ _OPTIMIZER = Optimizer(
     learning_rate=2e-4, betas=(0.9, 0.9), weight_decay=0.03, decay_all=True, warmup_steps=WARMUP_STEPS, gradient_clip=1.0
 )
 _PACKAGES = {"open_clip": "open_clip_torch", "clip": "clip-anytorch"}
-"""Packages that hold CLIP's vocabulary, with the names under which they are installed."""
+"""Packages with CLIP's vocabulary, and the names to install them by."""
 _VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 _PREFIXES = ("module.", "_orig_mod.", "net.")
-"""What wrappers (DistributedDataParallel, torch.compile, the released code's own) put before the names."""
+"""Prefixes that wrappers (DistributedDataParallel, torch.compile, the released code's own) add to names."""
 
 
 def import_paper(
@@ -64,16 +64,16 @@ def import_paper(
 ) -> tuple[str, ...]:
     """Write released weights as the run folder `out`, with one stage; returns the modalities that it predicts.
 
-    A snapshot with AdamW's moments is taken whole: plain and averaged weights, moments and step; the stage goes on from them
-    once the run's data is named. Of anything else the averaged weights are taken, and the stage is done.
+    A snapshot with AdamW's moments is imported whole, with plain and averaged weights, moments and step: the stage resumes from
+    them once the run names its data. From other sources the averaged weights are imported, and the stage is done.
 
     Args:
         weights: a Hugging Face folder (config.json, model.safetensors), hf:ORG/NAME (such a folder in a Hugging Face
             repository), or a snapshot (.pt) of the released code.
         tokenizer: CLIP's vocabulary (see data.codecs.clip.build_clip_tokenizer); None takes that of an installed open_clip or
             clip.
-        autoencoder: a local folder with the autoencoder of the latents; it can be named later as well.
-        use: these weights of a snapshot, and nothing else.
+        autoencoder: a local folder with the autoencoder of the latents; None: to be named later.
+        use: import these weights of a snapshot alone.
 
     Raises:
         UserError: the weights are not the released network's, a snapshot's optimizer does not fit them, the vocabulary does not
@@ -82,9 +82,9 @@ def import_paper(
     with new_folder(out):
         path = local_path(weights)
         snapshot: Mapping[str, Any] = {} if path.is_dir() else _load_snapshot(path)
-        tensors, given = _read_folder(path, use) if path.is_dir() else _read_snapshot(path, snapshot, use or "ema")
+        tensors, config = _read_folder(path, use) if path.is_dir() else _read_snapshot(path, snapshot, use or "ema")
         training = _training(path, snapshot) if use is None else None
-        model = official_config.model_from_config({**official_config.config_from_tensors(tensors), **given})
+        model = official_config.model_from_config({**official_config.config_from_tensors(tensors), **config})
         stored = _stored(tensors, training, model)
         words = build_clip_tokenizer(Path(tokenizer) if tokenizer else _installed_vocabulary())
         vocabulary = official_config.vocabulary(model)
@@ -152,26 +152,26 @@ def _load_snapshot(path: Path) -> Any:
 def _read_snapshot(path: Path, snapshot: Any, use: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A dict with the state dicts `model` and `ema`, or one state dict alone."""
     key = {"ema": "ema", "raw": "model"}[use]
-    found = snapshot if _is_state(snapshot) else snapshot.get(key) if isinstance(snapshot, Mapping) else None
-    if found is None or not _is_state(found):
-        held = ", ".join(map(str, snapshot)) if isinstance(snapshot, Mapping) else type(snapshot).__name__
-        raise UserError(f"{path} has no tensors by name under `{key}` (it holds {held}); try --use {_OTHER[use]}")
-    return _plain_names(found), _config_beside(path.parent)
+    state = snapshot if _is_state(snapshot) else snapshot.get(key) if isinstance(snapshot, Mapping) else None
+    if state is None or not _is_state(state):
+        keys = ", ".join(map(str, snapshot)) if isinstance(snapshot, Mapping) else type(snapshot).__name__
+        raise UserError(f"{path} has no tensors by name under `{key}` (it holds {keys}); try --use {_OTHER[use]}")
+    return _plain_names(state), _config_beside(path.parent)
 
 
 _OTHER = {"ema": "raw", "raw": "ema"}
 
 
 def _training(path: Path, snapshot: Any) -> TrainingState | None:
-    """What training goes on from, of a snapshot that has it."""
+    """The training state of a snapshot; None without one."""
     if not isinstance(snapshot, Mapping) or not _is_state(snapshot.get("model")):
         return None
     weights, _ = _read_snapshot(path, snapshot, "raw")
     return training_state(snapshot, weights)
 
 
-def _is_state(found: Any) -> bool:
-    return isinstance(found, Mapping) and bool(found) and all(isinstance(value, Tensor) for value in found.values())
+def _is_state(tree: Any) -> bool:
+    return isinstance(tree, Mapping) and bool(tree) and all(isinstance(value, Tensor) for value in tree.values())
 
 
 def _plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -186,7 +186,7 @@ def _plain(name: str) -> str:
 
 
 def _config_beside(folder: Path) -> dict[str, Any]:
-    """What config.json or mmdit.yaml says; nothing where neither is there, as the weights' shapes tell as much."""
+    """The values in config.json or mmdit.yaml; empty without either, since the weights' shapes suffice."""
     for name in (CONFIG, NETWORK):
         path = folder / name
         if path.exists():
@@ -216,7 +216,7 @@ def _installed_vocabulary() -> Path:
 
 
 def _stored(tensors: Mapping[str, Tensor], training: TrainingState | None, model: Model) -> dict[str, dict[str, Tensor]]:
-    """Our tensors by the kind under which a checkpoint holds them; of weights alone only those."""
+    """Our tensors, by their kind in a checkpoint; weights alone without a training state."""
 
     def ours(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.float() for name, tensor in official.from_official(theirs, model).items()}
@@ -231,7 +231,7 @@ def _stored(tensors: Mapping[str, Tensor], training: TrainingState | None, model
 
 
 def _check_frozen(stored: Mapping[str, Mapping[str, Tensor]], stage: Stage) -> None:
-    """A checkpoint holds one value of what is frozen. Raises UserError if the snapshot's averages of it are others."""
+    """Raises UserError if averages of frozen parameters differ from the weights: a checkpoint holds one value of them."""
     averages = stored.get(f"ema.{EMA}", {})
     for name, average in averages.items():
         part = part_of(name)
@@ -243,7 +243,7 @@ def _check_frozen(stored: Mapping[str, Mapping[str, Tensor]], stage: Stage) -> N
 
 
 def _run(model: Model, predicted: tuple[str, ...], out: Path, autoencoder: str | None, training: TrainingState | None) -> Run:
-    """The run that these weights could have come from, with the settings of the released code, or of its snapshot."""
+    """A run for these weights, with the settings of the released code or of its snapshot."""
     out = out.absolute()
     caption = CaptionField(tokenizer=str(out / TOKENIZER), cleaning="clip")
     freeze = () if training is None else training.freeze
@@ -265,8 +265,8 @@ def _run(model: Model, predicted: tuple[str, ...], out: Path, autoencoder: str |
 
 
 def _write_checkpoint(run: Run, stored: Mapping[str, Mapping[str, Tensor]], training: TrainingState | None) -> None:
-    """The run's stage as far as it is. Of weights alone nothing counts as trained here: then a checkpoint holds neither moments
-    nor averages, and its averages are its weights."""
+    """Write the checkpoint of the run's stage. Without a training state all parameters count as frozen, which saves moments and
+    averages."""
     stage = run.stages[0]
     checkpoints, step = run.paths.stage(stage.name).checkpoints, 0 if training is None else training.optimizer_step
     trained = {name: training is not None and is_trained(part_of(name), stage) for name in stored["weight"]}
@@ -291,9 +291,9 @@ def _write_checkpoint(run: Run, stored: Mapping[str, Mapping[str, Tensor]], trai
 
 
 def _progress(training: TrainingState | None) -> dict[str, Any]:
-    """Of a training that goes on all counters of ours; which data it had seen is not known, and begins anew."""
+    """The counters of a checkpoint. The data that a snapshot had seen is not known: it begins anew."""
     if training is None:
         return {"optimizer_step": 0}
-    seen = {"data_step": 0, "samples": 0, "loader": {}, "skipped": []}
+    data = {"data_step": 0, "samples": 0, "loader": {}, "skipped": []}
     updates = {"adam_steps": training.adam_steps, "ema_updates": training.optimizer_step}
-    return {"optimizer_step": training.optimizer_step, **seen, **updates}
+    return {"optimizer_step": training.optimizer_step, **data, **updates}

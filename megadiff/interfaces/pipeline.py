@@ -34,7 +34,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 @dataclass
 class MegadiffOutput(BaseOutput):  # type: ignore[misc]
-    """What a call gives.
+    """The result of a call.
 
     Attributes:
         images: N pictures; for output_type np float [N, H, W, C] and for pt [N, C, H, W], in [0, 1]; None if none were made.
@@ -62,7 +62,7 @@ class MegadiffPipeline(DiffusionPipeline):  # type: ignore[misc]
         """Load an export, a run, a checkpoint, or a repository of the Hugging Face hub (ORG/NAME).
 
         Raises:
-            UserError: nothing loadable is there.
+            UserError: the source holds nothing loadable.
         """
         address = str(source)
         if not Path(address).exists() and address.count("/") == 1 and not address.startswith(HUB):
@@ -105,13 +105,13 @@ class MegadiffPipeline(DiffusionPipeline):  # type: ignore[misc]
         """Draw samples.
 
         Args:
-            prompt: captions; with `mask_image`, or with ___ in it, what is to be filled in.
+            prompt: captions; with `mask_image`, or with ___ in it, the text to complete.
             image: pictures to caption, to fill in, or (with `strength`) to start from.
-            mask_image: white is to be filled in.
-            task: by default what the arguments amount to: text to image, image to text, in-painting, or pairs from nothing.
-            generator: where the samples' seeds come from; one per sample, or one for all; torch's own by default.
-            callback_on_step_end: called with (pipeline, step, clocks by modality, {"states": ...}); states that it returns are
-                gone on with.
+            mask_image: white marks the places to fill in.
+            task: by default the one that the arguments imply: text to image, image to text, in-painting, or pairs from nothing.
+            generator: the source of the samples' seeds; one per sample, or one for all; torch's own by default.
+            callback_on_step_end: called with (pipeline, step, clocks by modality, {"states": ...}); sampling continues from the
+                states that it returns.
             **sampling: other fields of `megadiff.config.schema.Sampling`: order="confidence", guidance_interval=(0.3, 0.8), ...
 
         Raises:
@@ -125,16 +125,16 @@ class MegadiffPipeline(DiffusionPipeline):  # type: ignore[misc]
         images = () if image is None else (image,) if isinstance(image, Image.Image) else tuple(image)
         if not all(isinstance(each, Image.Image) for each in images):
             raise UserError("image takes PIL pictures, or a list of them")
-        asked = task or self._task_of(prompts, images, mask_image, strength)
+        name = task or self._task_of(prompts, images, mask_image, strength)
         request = GenerateRequest(
             checkpoint=self.loaded.source,
-            task=asked,
+            task=name,
             out="",
             prompt=prompts,
             image=images,
             mask_image=mask_image,
             strength=strength,
-            sampling=_sampling(asked, num_inference_steps, guidance_scale, sampling),
+            sampling=_sampling(name, num_inference_steps, guidance_scale, sampling),
             n=num_images_per_prompt,
             batch=2**31,  # one chunk: the caller chooses how many samples go together
         )
@@ -146,7 +146,7 @@ class MegadiffPipeline(DiffusionPipeline):  # type: ignore[misc]
             keys.to(self.device),
             generate=chunk.task.generated,
             conditions=conditions.to(self.device),
-            after_step=None if callback_on_step_end is None else self._told(callback_on_step_end),
+            after_step=None if callback_on_step_end is None else self._after_step(callback_on_step_end),
         )
         output = self._output(chunk.task, states, output_type)
         return output if return_dict else (output.images, output.texts)
@@ -162,15 +162,15 @@ class MegadiffPipeline(DiffusionPipeline):  # type: ignore[misc]
             return INPAINT
         if not prompts and (not images or strength is not None):
             return JOINT
-        made = [name for name in self.loaded.model.modalities if self._is_picture(name) == bool(prompts)]
-        given = [name for name in self.loaded.model.modalities if name not in made]
-        name = f"{'+'.join(given)}-to-{'+'.join(made)}"
+        targets = [name for name in self.loaded.model.modalities if self._is_picture(name) == bool(prompts)]
+        conditions = [name for name in self.loaded.model.modalities if name not in targets]
+        name = f"{'+'.join(conditions)}-to-{'+'.join(targets)}"
         return find_task(name, list(self.loaded.model.modalities), self.loaded.predicted).name
 
     def _is_picture(self, name: str) -> bool:
         return codec_of(self.loaded.data.fields[name]).medium == PICTURE
 
-    def _told(self, callback: Callable[..., dict[str, Any] | None]) -> Callable[[int, Times, States], States]:
+    def _after_step(self, callback: Callable[..., dict[str, Any] | None]) -> Callable[[int, Times, States], States]:
         def after_step(step: int, clocks: Times, states: States) -> States:
             answer = callback(self, step, clocks, {"states": states}) or {}
             changed: States = answer.get("states", states)
@@ -179,14 +179,14 @@ class MegadiffPipeline(DiffusionPipeline):  # type: ignore[misc]
         return after_step
 
     def _output(self, task: Task, states: States, output_type: str) -> MegadiffOutput:
-        made = {name: states[name] for name in task.generated}
+        outputs = {name: states[name] for name in task.generated}
         if output_type == "latent":
-            return MegadiffOutput(images=None, texts=None, states=made)
+            return MegadiffOutput(images=None, texts=None, states=outputs)
         codecs = codecs_of(self.loaded)
-        shown = {name: [codecs[name].decode(state.cpu()) for state in made[name]] for name in made}
-        pictures = next((values for name, values in shown.items() if self._is_picture(name)), None)
-        texts = next((values for name, values in shown.items() if not self._is_picture(name)), None)
-        return MegadiffOutput(images=_as(output_type, pictures), texts=texts, states=made)
+        values_of = {name: [codecs[name].decode(state.cpu()) for state in outputs[name]] for name in outputs}
+        pictures = next((values for name, values in values_of.items() if self._is_picture(name)), None)
+        texts = next((values for name, values in values_of.items() if not self._is_picture(name)), None)
+        return MegadiffOutput(images=_as(output_type, pictures), texts=texts, states=outputs)
 
 
 def _sampling(task: str, steps: int, guidance: float, others: dict[str, Any]) -> Sampling:

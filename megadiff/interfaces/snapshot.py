@@ -1,8 +1,8 @@
-"""A training snapshot of the released code: two sets of weights, AdamW's moments, and how far the training is.
+"""A training snapshot of the released code: two sets of weights, AdamW's moments, and the training's progress.
 
 It is a dict: `model` and `ema` are state dicts, `optimizer` and `scheduler` the states of torch's AdamW and of the warm-up.
-The optimizer names a parameter by its place among those that were trained, in the network's order: that of `model`, without
-the fixed positions and without a tensor's second name. Which ones were frozen is not written down; it follows from the shapes.
+The optimizer names a parameter by its index among the trained ones, in the order of `model` without the fixed positions and
+without a tensor's second name. The frozen ones are not recorded; they follow from the shapes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megadiff.weights.official_config import IMAGE, TEXT
 
 JOINT = "joint"
 WARMUP_STEPS = 2500
-"""Of the released code, unless the scheduler's state says otherwise."""
+"""The released code's default; the scheduler's state may hold another."""
 _EMBEDDINGS = {
     TEXT: ("text_embedder.", "text_pos_embed.", "text_time_encoder."),
     IMAGE: ("image_embedder.", "image_time_encoder."),
@@ -33,20 +33,20 @@ _FROZEN_BY = {
     IMAGE: (*_EMBEDDINGS[IMAGE], "image_dit.", "image_final_layer."),
     TEXT: (*_EMBEDDINGS[TEXT], "text_dit.", "text_final_layer."),
 }
-"""What the flags --freeze_joint, --freeze_image and --freeze_text of the released code freeze."""
+"""Parameters frozen by the released flags --freeze_joint, --freeze_image and --freeze_text, by prefix."""
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What training goes on from.
+    """The state that training continues from.
 
     Attributes:
-        weights: the plain ones, by released name.
-        moments: by kind (MOMENTS) and released name; zeros of what has had no gradient.
-        freeze: our parts that were frozen.
-        adam_steps: steps that the moments have seen.
-        optimizer_step: steps of the training, over all that it was resumed from.
-        optimizer: its settings.
+        weights: the plain weights, by released name.
+        moments: by kind (MOMENTS) and released name; zeros for parameters that have had no gradient.
+        freeze: the frozen parts, by our names.
+        adam_steps: number of steps in the moments.
+        optimizer_step: steps of the whole training, over all resumptions.
+        optimizer: the optimizer's settings.
     """
 
     weights: Mapping[str, Tensor]
@@ -58,7 +58,7 @@ class TrainingState:
 
 
 def training_state(snapshot: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TrainingState | None:
-    """The training's state in a snapshot, or None where AdamW has no moments in it.
+    """The training's state in a snapshot; None without AdamW's moments.
 
     Args:
         tensors: the plain weights by their released names, in the snapshot's order.
@@ -105,7 +105,7 @@ def training_state(snapshot: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
 def _trained(
     tensors: Mapping[str, Tensor], count: int, shapes: Mapping[int, tuple[int, ...]]
 ) -> tuple[tuple[str, ...], list[str]]:
-    """The flags under which so many parameters are trained, those with moments of these shapes; and their names."""
+    """The flags with which `count` parameters are trained, with moments of these shapes; and their names."""
     fitting: dict[tuple[str, ...], tuple[str, ...]] = {}
     for flags in chain.from_iterable(combinations(_FROZEN_BY, size) for size in range(len(_FROZEN_BY) + 1)):
         names = tuple(_names(tensors, flags))
@@ -126,7 +126,7 @@ def _names(tensors: Mapping[str, Tensor], flags: Collection[str]) -> Iterator[st
 
 
 def _parts(flags: Collection[str]) -> tuple[str, ...]:
-    """Raises UserError if the embeddings of a modality were frozen and the joint blocks were not: here they are one part."""
+    """Our frozen parts. Raises UserError for embeddings frozen without the joint blocks: here both are one part."""
     if flags and JOINT not in flags:
         raise _unfit(
             f"it was trained with --freeze_{' and --freeze_'.join(flags)} but without --freeze_joint, which is no part here"
@@ -135,6 +135,4 @@ def _parts(flags: Collection[str]) -> tuple[str, ...]:
 
 
 def _unfit(reason: str) -> UserError:
-    return UserError(
-        f"the snapshot's training cannot be gone on with: {reason}; take its weights alone by --use ema or --use raw"
-    )
+    return UserError(f"the snapshot's training cannot be resumed: {reason}; take its weights alone by --use ema or --use raw")

@@ -17,7 +17,7 @@ from megadiff.types import Stream
 
 
 class Aligner(nn.Module):
-    """The layer that taps the stream: one modality's tokens, projected, travel on beside it to the last layer."""
+    """The layer that taps the stream: one modality's projected tokens travel in it to the last layer."""
 
     def __init__(self, config: Alignment, width: int) -> None:
         super().__init__()

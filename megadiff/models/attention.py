@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from megadiff.config.schema import Model, TokenSpace
 from megadiff.kernels.streams import Projected, Span
 from megadiff.models.embeddings import rotary_table
-from megadiff.models.layers import Linear, Table
+from megadiff.models.layers import CachedConstant, Linear
 
 
 class Projection(nn.Module):
-    """One fused linear map to queries, keys and values, and what attention normalises and turns them by.
+    """One fused linear map to queries, keys and values, with their RMS gains and rotary table.
 
     The map's rows are laid out (query | key | value, head, channel).
     """
@@ -31,7 +31,7 @@ class Projection(nn.Module):
         self.query_gain = nn.Parameter(torch.empty(gains)) if config.qk_norm else None
         self.key_gain = nn.Parameter(torch.empty(gains)) if config.qk_norm else None
         rope = modality.positions == "rope"
-        self.rotary = Table(partial(rotary_table, config.head_dim)) if rope else None
+        self.rotary = CachedConstant(partial(rotary_table, config.head_dim)) if rope else None
         self.length = modality.space.length if isinstance(modality.space, TokenSpace) else 0
         self.reset_parameters()
 
@@ -41,11 +41,11 @@ class Projection(nn.Module):
                 nn.init.ones_(gain)
 
     def forward(self, tokens: Tensor, span: Span, grid: tuple[int, int] | None = None) -> Projected:
-        """Tokens [B, S, D] or [R, D] that lie as `span` says; `grid` is the rows and columns of patches, if it is one."""
+        """Tokens [B, S, D] or [R, D] in the layout `span`; `grid` is their rows and columns of patches, if they have any."""
         qkv = self.linear(tokens).unflatten(-1, (3, self.heads, self.head_dim))
         gains = None
         if self.query_gain is not None and self.key_gain is not None:
-            # A tensor of its own: after this forward ZeRO-3 empties the parameters, and attention runs later.
+            # A new tensor: after this forward ZeRO-3 empties the parameters, and attention runs later.
             gains = torch.stack([self.query_gain, self.key_gain])
         rotary = None if self.rotary is None else self.rotary(tokens.device, *(grid or (self.length,)))
         return Projected(qkv, gains, rotary, span)

@@ -1,4 +1,4 @@
-"""Blocks of the MMDiT. A joint block and a tower's block are the same thing over several modalities or one.
+"""Blocks of the MMDiT. A joint block has several modalities, a tower's block one.
 
 Legend: B samples, S tokens of one modality, R packed rows, D width. Source: Esser et al., "Scaling Rectified Flow Transformers"
 (MMDiT), arXiv 2403.03206, figure 2b; adaLN-Zero from Peebles and Xie (DiT).
@@ -35,7 +35,7 @@ class Modulated(NamedTuple):
 
 
 class BlockPart(nn.Module):
-    """One modality's weights in a block. Owns modules only, never a parameter: its two halves are not a forward."""
+    """One modality's weights in a block. It owns modules, but no parameter, since its two halves are not a forward."""
 
     def __init__(self, config: Model, name: str) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class BlockPart(nn.Module):
         self.mlp = Mlp(width, mlp_hidden(config, name), config.mlp)
 
     def project(self, tokens: Tensor, conditioning: Tensor, placing: Placing) -> tuple[Modulated, Projected]:
-        """Before attention: the block's modulation, and what attention reads."""
+        """Before attention: the block's modulation, and attention's input."""
         vectors = Modulated(*self.modulation(conditioning))
         normal = adaln(
             tokens, vectors.attention_shift, vectors.attention_scale, placing.samples, BLOCK_NORM_EPS, self.one_plus_scale
@@ -58,7 +58,7 @@ class BlockPart(nn.Module):
         return vectors, self.projection(normal, placing.span, placing.grid)
 
     def finish(self, tokens: Tensor, attended: Tensor, vectors: Modulated, placing: Placing) -> Tensor:
-        """After attention: its gated residual, then the MLP's."""
+        """After attention: its gated residual, then that of the MLP."""
         change: Tensor = self.output(attended.flatten(-2))
         gates = vectors.attention_gate, vectors.mlp_shift, vectors.mlp_scale
         tokens, normal = gated_adaln(tokens, change, *gates, placing.samples, BLOCK_NORM_EPS, self.one_plus_scale)
@@ -67,7 +67,13 @@ class BlockPart(nn.Module):
 
 
 class Placing(NamedTuple):
-    """How a modality's tokens lie: for attention, by sample (int64 [R]; None: dense), and as rows and columns of patches."""
+    """The layout of a modality's tokens.
+
+    Attributes:
+        span: for attention.
+        samples: int64 [R], the sample of each packed row; None: dense.
+        grid: rows and columns of patches, if it is a grid.
+    """
 
     span: Span
     samples: Tensor | None
@@ -75,7 +81,7 @@ class Placing(NamedTuple):
 
 
 def placing_of(stream: Stream, name: str) -> Placing:
-    """How a modality's tokens lie in a stream."""
+    """The layout of a modality's tokens in a stream."""
     rows = stream.rows.get(name)
     lengths = stream.ragged[name].lengths if name in stream.ragged else None
     longest = stream.tokens[name].shape[1] if rows is None else stream.ragged[name].longest
@@ -85,7 +91,7 @@ def placing_of(stream: Stream, name: str) -> Placing:
 
 
 class Block(nn.Module):
-    """Attention over the tokens of the block's modalities, then an MLP for each; other modalities pass unchanged."""
+    """Attention over the tokens of the block's modalities, then an MLP for each; it leaves other modalities unchanged."""
 
     def __init__(self, config: Model, names: Sequence[str]) -> None:
         super().__init__()
@@ -97,7 +103,7 @@ class Block(nn.Module):
         projected = {
             name: part.project(stream.tokens[name], stream.conditioning[name], placings[name]) for name, part in parts.items()
         }
-        attended = joint_attention([read for _, read in projected.values()])
+        attended = joint_attention([projection for _, projection in projected.values()])
         tokens = dict(stream.tokens)
         for (name, part), rows in zip(parts.items(), attended, strict=True):
             tokens[name] = part.finish(tokens[name], rows, projected[name][0], placings[name])

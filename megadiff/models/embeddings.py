@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from megadiff.config.parameters import TIME_FEATURES, patch_numbers, token_count
 from megadiff.config.schema import GridSpace, Modality, Model, TokenSpace
-from megadiff.models.layers import Linear, Table, fill_normal
+from megadiff.models.layers import CachedConstant, Linear, fill_normal
 from megadiff.types import Noised, Ragged, Rows, Stream
 
 LEAST_SAVED = 0.08
-"""Tokens are packed where that spares at least this share of all modalities' tokens: gathering them costs a little."""
+"""Smallest share of all modalities' tokens that packing must save, since gathering rows has a cost."""
 TOKEN_ROTARY_BASE = 10000.0
 GRID_ROTARY_BASE = 100.0
-"""Grids are tens of patches wide: with 10,000 most channels of a small head would hardly turn at all."""
+"""Grids are tens of patches wide: at 10,000 most channels of a small head would hardly rotate."""
 
 
 # ------------------------------------------------------------------------------------------------------------- patches
@@ -59,7 +59,7 @@ def sincos_positions(width: int, device: torch.device, rows: int, columns: int) 
 def rotary_table(head_dim: int, device: torch.device, *sizes: int) -> Tensor:
     """Cosines and sines of the rotary angles, float32 [2, S, 1, d/2].
 
-    `sizes` are the length of a sequence, or the rows and columns of a grid. Tokens turn by their index; grids by their row in
+    `sizes` are the length of a sequence, or the rows and columns of a grid. Tokens rotate by their index; grids by their row in
     the first half of the angles and by their column in the second.
     Source: Su et al., "RoFormer", arXiv 2104.09864, and its usual extension to two axes.
     """
@@ -91,7 +91,7 @@ class PatchEmbedding(nn.Module):
         self.patch = space.patch_sides
         self.projection = Linear(patch_numbers(space), width)
         self.positions = nn.Parameter(torch.empty(token_count(space), width)) if positions == "learned" else None
-        self.fixed = Table(partial(sincos_positions, width)) if positions == "sincos" else None
+        self.fixed = CachedConstant(partial(sincos_positions, width)) if positions == "sincos" else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -99,7 +99,7 @@ class PatchEmbedding(nn.Module):
             fill_normal(self.positions)
 
     def forward(self, grid: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, S, D]; of any height and width where positions are not learned."""
+        """[B, C, H, W] -> [B, S, D]; without learned positions, of any height and width."""
         tokens: Tensor = self.projection(patchify(grid, self.patch))
         if self.positions is not None:
             tokens = tokens + self.positions
@@ -162,8 +162,8 @@ class Embed(nn.Module):
     """The first layer: a Noised to a Stream.
 
     Attributes:
-        packs: where a good part of a modality's positions is not there, its tokens are packed into rows, so that no layer
-            computes the others. Off, shapes are constant.
+        packs: whether the tokens of a modality with many absent positions are packed into rows, so that no layer computes
+            those. If not, shapes are constant.
     """
 
     def __init__(self, config: Model) -> None:
@@ -210,7 +210,7 @@ class Embed(nn.Module):
 
 
 def rows_of(ragged: Ragged, ids: Tensor) -> Rows:
-    """The packed rows of [B, S] positions; nothing waits for the device."""
+    """The packed rows of [B, S] positions. Does not wait for the device."""
     lengths, total = ragged.lengths.long(), ragged.total
     ends = lengths.cumsum(0)
     starts = ends - lengths

@@ -25,12 +25,12 @@ from megadiff.types import (
     Aligned,
     CrossEntropy,
     Dense,
-    Drawn,
     Prediction,
     Readout,
     RowLogits,
     SampledRows,
     Stream,
+    TokenDraws,
     TokenLosses,
 )
 
@@ -77,7 +77,7 @@ class GridHead(Head):
         self.space = space
 
     def forward(self, tokens: Tensor, conditioning: Tensor, readout: Readout, grid: tuple[int, int] | None = None) -> Tensor:
-        """[B, S, D], [B, D] -> [B, C, H, W], of so many rows and columns of patches; None takes the space's."""
+        """[B, S, D], [B, D] -> [B, C, H, W]; `grid` is its rows and columns of patches, by default the space's."""
         if not isinstance(readout, Dense):
             raise self.refuse(readout)
         rows, columns = grid or self.space.patches
@@ -89,8 +89,8 @@ class GridHead(Head):
 class TokenHead(Head):
     """Reads out losses, draws at chosen rows, their logits, or all logits; over the vocabulary, without the mask state.
 
-    The released network's head has one more row, for the mask state. Here it is a parameter of its own, so that no logits
-    have to be cut, and it is only ever part of that network's loss.
+    The released network's head has one more row, for the mask state. Here that row is a parameter of its own, which only the
+    released loss reads, so that no logits have to be cut.
     """
 
     def __init__(self, config: Model, name: str) -> None:
@@ -110,7 +110,7 @@ class TokenHead(Head):
 
     def forward(
         self, tokens: Tensor, conditioning: Tensor, readout: Readout, grid: tuple[int, int] | None = None
-    ) -> Tensor | CrossEntropy | Drawn:
+    ) -> Tensor | CrossEntropy | TokenDraws:
         """[B, S, D], [B, D] -> what the readout describes."""
         hidden = self.normalised(tokens, conditioning)
         match readout:
@@ -132,8 +132,8 @@ class TokenHead(Head):
     def _of_mask_class(self, hidden: Tensor, scored: Tensor) -> Tensor:
         """softplus of the mask's logit, float32 [B, S], where scored.
 
-        The released loss is a cross entropy over the log-probabilities of the tokens and the mask's logit m beside them, so
-        log(1 + exp(m)) more than that over the tokens alone.
+        The released loss is a cross entropy over the log-probabilities of the tokens and the mask's logit m, which is that over
+        the tokens alone plus log(1 + exp(m)).
         """
         if self.mask_weight is None or self.mask_bias is None:
             raise TypeError(f"the head of {self.name} has no class for the mask state")
@@ -144,7 +144,7 @@ class TokenHead(Head):
 class Heads(nn.ModuleDict):
     """The last layer: a Stream and what to read out of it to a Prediction, in the model's order of modalities.
 
-    The alignment loss needs no weights here: what was tapped is compared as it came.
+    The alignment loss needs no weights here: it compares the tapped tokens as they are.
     """
 
     def __init__(self, config: Model, names: Sequence[str]) -> None:

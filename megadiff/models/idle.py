@@ -1,6 +1,6 @@
-"""What no loss of a stage reaches. It stays as it is, neither stepped nor decayed, for a stage that needs it later.
+"""Idle parameters: those that no loss of a stage reaches. They are neither stepped nor decayed, for a later stage.
 
-config/parameters.py counts the same; a test holds both equal to what gets no gradient in the built model.
+config/parameters.py counts them too; a test compares both with the parameters without a gradient in the built model.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from megadiff.config.parameters import PROJECTION_SLOTS, TIME_FEATURES, always_a
 from megadiff.config.schema import MaskedProcess, Model, Stage, TokenSpace
 
 Region = tuple[slice, ...]
-"""Part of a tensor, as it is indexed."""
+"""A part of a tensor, as an index."""
 
 
 class Idle(NamedTuple):
-    """By parameter name: those that are idle as a whole, and the idle part of others."""
+    """Names of the parameters that are idle as a whole, and by name the idle part of others."""
 
     whole: frozenset[str]
     partial: dict[str, Region]
 
 
 def idle_parameters(config: Model, stage: Stage, names: Iterable[str]) -> Idle:
-    """What is idle among the parameters `names` of a stage's model; what is frozen is not left out."""
+    """The idle ones among the parameters `names` of a stage's model, frozen ones included."""
     prefixes = tuple(_prefixes(config, stage))
-    known = set(names)
-    whole = frozenset(name for name in known if name.startswith(prefixes))
-    regions = {name: region for name, region in _regions(config, stage) if name in known - whole}
+    present = set(names)
+    whole = frozenset(name for name in present if name.startswith(prefixes))
+    regions = {name: region for name, region in _regions(config, stage) if name in present - whole}
     return Idle(whole, regions)
 
 
@@ -43,7 +43,7 @@ def _prefixes(config: Model, stage: Stage) -> Iterator[str]:
 
 
 def _regions(config: Model, stage: Stage) -> Iterator[tuple[str, Region]]:
-    """Rows of the last joint block that only act after its attention, and inputs that never come."""
+    """Rows of the last joint block that act after its attention only, and weights of inputs that never occur."""
     queries = slice(config.heads * config.head_dim)
     for name, modality in config.modalities.items():
         after_attention = slice(PROJECTION_SLOTS * config.width_of(name), None)
@@ -62,5 +62,5 @@ def _regions(config: Model, stage: Stage) -> Iterator[tuple[str, Region]]:
 
 
 def _last_block(config: Model, name: str) -> str:
-    """A modality's part of the last joint block; it is in no model that has none."""
+    """The name of a modality's part of the last joint block; no parameter has it in a model without joint blocks."""
     return f"joint.{config.joint_depth - 1}.parts.{name}"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from megadiff.kernels.joint_attention.reference import rms_normalise
 
 Rule = Literal["xavier", "normal", "torch", "zero"]
-"""How a linear map starts: xavier uniform; normal with deviation 0.02; torch's nn.Linear default; zero. Biases start at 0
+"""Initialisation of a linear map: xavier uniform, normal with deviation 0.02, torch's nn.Linear default, or zero. Biases are 0
 (torch: its default)."""
 
 INITIAL_DEVIATION = 0.02
@@ -48,7 +48,7 @@ def initialise_linear(weight: Tensor, bias: Tensor | None, rule: Rule) -> None:
         case "zero":
             nn.init.zeros_(weight)
         case "torch":
-            bound = weight.shape[1] ** -0.5  # what nn.Linear's kaiming_uniform_(a=sqrt(5)) amounts to
+            bound = weight.shape[1] ** -0.5  # equals nn.Linear's kaiming_uniform_(a=sqrt(5))
             nn.init.uniform_(weight, -bound, bound)
             if bias is not None:
                 nn.init.uniform_(bias, -bound, bound)
@@ -67,7 +67,7 @@ def fill_normal(parameter: Tensor) -> None:
 
 
 class Modulation(Linear):
-    """adaLN: shifts, scales and gates out of a conditioning vector, by one linear map of its SiLU.
+    """adaLN: shifts, scales and gates from a conditioning vector, by one linear map of its SiLU.
 
     Source: Peebles and Xie, "Scalable Diffusion Models with Transformers" (DiT), section 3.2.
     """
@@ -90,9 +90,9 @@ class Modulation(Linear):
 
 
 class HiddenProjection(nn.Module):
-    """Two linear maps, SiLU between them, that the paper's network computes beside a tower and whose result it drops.
+    """Two linear maps, SiLU between them, whose result the paper's network computes and drops beside a tower.
 
-    They have no forward: their weights are kept, so that such a network can be given back whole.
+    They have no forward: their weights are kept for exporting such a network whole.
     """
 
     def __init__(self, width: int, outputs: int) -> None:
@@ -136,27 +136,27 @@ class Mlp(nn.Module):
         return lowered
 
 
-class Table:
-    """A constant float32 tensor, made on first use on each device, for each of a few sizes.
+class CachedConstant:
+    """A constant float32 tensor, computed on first use for each device and size, of which there are few.
 
     Not a buffer: DeepSpeed casts buffers to bfloat16, zero.Init rounds what a constructor computes, and a model on the meta
     device would lose them.
     """
 
-    def __init__(self, make: Callable[..., Tensor]) -> None:
-        """`make` takes a device and sizes."""
-        self.make = make
-        self.made: dict[tuple[object, ...], Tensor] = {}
+    def __init__(self, compute: Callable[..., Tensor]) -> None:
+        """`compute` takes a device and sizes."""
+        self.compute = compute
+        self.cache: dict[tuple[object, ...], Tensor] = {}
 
     def __call__(self, device: torch.device, *sizes: int) -> Tensor:
-        if (device, *sizes) in self.made:
-            return self.made[(device, *sizes)]
-        # An inference-mode tensor, once cached, could not be used in training later.
+        if (device, *sizes) in self.cache:
+            return self.cache[(device, *sizes)]
+        # A cached inference-mode tensor could not be used in training later.
         with torch.inference_mode(False), torch.no_grad():
-            table = self.make(device, *sizes)
-        if type(table) is torch.Tensor and not torch.compiler.is_compiling():  # fake tensors must not outlive their mode
-            self.made[(device, *sizes)] = table
-        return table
+            constant = self.compute(device, *sizes)
+        if type(constant) is torch.Tensor and not torch.compiler.is_compiling():  # fake tensors must not outlive their mode
+            self.cache[(device, *sizes)] = constant
+        return constant
 
     def __getstate__(self) -> dict[str, object]:
-        return {"make": self.make, "made": {}}
+        return {"compute": self.compute, "cache": {}}

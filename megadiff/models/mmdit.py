@@ -28,7 +28,7 @@ from megadiff.types import ALIGNMENT, Noised, Prediction, Readout, Stream
 class MMDiT(nn.Module):
     """A denoiser of several modalities: embeddings, joint blocks, then a tower and a head per predicted modality.
 
-    With an `alignment`, a layer that taps one modality's tokens after one joint block.
+    An `alignment` adds a layer that taps one modality's tokens after one joint block.
 
     Attributes:
         activation_checkpointing: recompute blocks in the backward pass instead of keeping their activations.
@@ -54,16 +54,16 @@ class MMDiT(nn.Module):
     def forward(self, noised: Noised, readout: Mapping[str, Readout]) -> Prediction:
         """Predict the modalities named in `readout`; the towers and heads of others are not run.
 
-        The same modalities in `readout` run the same modules in the same order, whatever the data: ZeRO-3 gathers weights
-        module by module on all ranks at once.
+        The modalities in `readout` alone decide which modules run, in which order: ZeRO-3 gathers weights module by module on
+        all ranks at once.
 
         Raises:
             UserError: a modality has no head.
         """
-        known = [*self.predicted, *([] if self.alignment is None else [ALIGNMENT])]
-        missing = [name for name in readout if name not in known]
+        outputs = [*self.predicted, *([] if self.alignment is None else [ALIGNMENT])]
+        missing = [name for name in readout if name not in outputs]
         if missing:
-            raise UserError(f"the model has no head for {', '.join(missing)}; it predicts {', '.join(known)}")
+            raise UserError(f"the model has no head for {', '.join(missing)}; it predicts {', '.join(outputs)}")
         embed, *layers, heads = self.layers(readout)
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         stream: Stream = embed(noised)
@@ -77,7 +77,7 @@ class MMDiT(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are; diffusers' pipelines ask their components for it."""
+        """The weights' device; diffusers' pipelines read it of their components."""
         return next(self.parameters()).device
 
     @property
@@ -93,10 +93,9 @@ class MMDiT(nn.Module):
         return layers if self.trunk_norm is None else [*layers, self.trunk_norm]
 
     def layers(self, read: Collection[str] | None = None) -> list[nn.Module]:
-        """The layers that forward runs in order when `read` is read out: modalities, and `ALIGNMENT`; None: all there are.
+        """The layers that forward runs, in order, to read out the modalities and `ALIGNMENT` in `read`; None: all layers.
 
-        The first takes a Noised to a Stream, the last a Stream and the readout to a Prediction, those between a Stream to a
-        Stream.
+        The first takes a Noised to a Stream, the last a Stream and a readout to a Prediction, the others a Stream to a Stream.
         """
         wanted = [*self.predicted, ALIGNMENT] if read is None else read
         trunk = [layer for layer in self.trunk if layer is not self.alignment or ALIGNMENT in wanted]
@@ -108,12 +107,12 @@ def build_model(config: Model, predicted: Collection[str], alignment: Alignment 
     """A freshly initialised model, deterministic under torch.manual_seed; also inside deepspeed.zero.Init or on meta.
 
     Args:
-        predicted: modalities that get a tower and a head; the others are only read.
+        predicted: modalities that get a tower and a head; the others are read only.
         alignment: adds its projection.
 
     Raises:
         ConfigError: a modality is unknown.
-        UserError: MEGADIFF_KERNELS asks for kernels that there are not.
+        UserError: MEGADIFF_KERNELS requires a kernel that does not exist.
     """
     unknown = [name for name in predicted if name not in config.modalities]
     if unknown:

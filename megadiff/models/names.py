@@ -1,8 +1,7 @@
-"""What parameters are called: by the model, whatever wraps it or holds its layers.
+"""The names of parameters: those of the model, for any wrapper of it or list of its layers.
 
-A checkpoint, an average, `freeze` and weight decay know a parameter by the name that it has in the MMDiT (listed there).
-Engines wrap the model (`module.`), recompute layers in wrappers, or hold some of its layers in a list of their own; none of
-that is part of a name.
+Checkpoints, averages, `freeze` and weight decay identify a parameter by its name in the MMDiT (listed there). Engines wrap the
+model (`module.`), recompute layers in wrappers, or hold some layers in a list of their own; names contain none of that.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from megadiff.types import ALIGNMENT
 
 JOINT = "joint"
 _LAYER = "_layer_name"
-"""The attribute in which a layer keeps its own name: it goes with it into any wrapper, list or copy."""
+"""The attribute that holds a layer's name; it goes with the layer into any wrapper, list or copy."""
 _WRAPPED = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
-"""What wrappers call the one module in them."""
+"""Names that wrappers give the one module in them."""
 
 
 def name_layers(model: nn.Module, layers: Iterable[nn.Module]) -> None:
-    """Let layers of a model keep the names that they have in it."""
+    """Store in each layer the name that it has in the model."""
     named = {id(module): name for name, module in model.named_modules()}
     for layer in layers:
         setattr(layer, _LAYER, named[id(layer)])
@@ -32,18 +31,18 @@ def name_layers(model: nn.Module, layers: Iterable[nn.Module]) -> None:
 
 def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters by the model's names, in the module's order: of a model, a wrapper around it, or some of its layers."""
-    known: dict[str, tuple[str, nn.Module]] = {}
-    told: set[int] = set()
+    outer: dict[str, tuple[str, nn.Module]] = {}
+    seen: set[int] = set()
     for path, child in module.named_modules():
-        name = _name_of(path, child, known)
-        known[path] = name, child
+        name = _name_of(path, child, outer)
+        outer[path] = name, child
         for own, parameter in child.named_parameters(recurse=False):
-            if id(parameter) not in told:
-                told.add(id(parameter))
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
                 yield f"{name}.{own}" if name else own, parameter
 
 
-def _name_of(path: str, module: nn.Module, known: dict[str, tuple[str, nn.Module]]) -> str:
+def _name_of(path: str, module: nn.Module, outer: dict[str, tuple[str, nn.Module]]) -> str:
     """The model's name of a module at a path, from those of the modules around it."""
     if _LAYER in vars(module):
         name: str = vars(module)[_LAYER]
@@ -51,14 +50,14 @@ def _name_of(path: str, module: nn.Module, known: dict[str, tuple[str, nn.Module
     if not path:
         return ""
     before, _, part = path.rpartition(".")
-    outside, owner = known[before]
+    outside, owner = outer[before]
     if part in _WRAPPED and not isinstance(owner, nn.ModuleDict):  # a modality may be called like that
         return outside
     return f"{outside}.{part}" if outside else part
 
 
 def part_of(parameter_name: str) -> str:
-    """What a parameter belongs to, as `freeze` names it: a modality (tower and head), `alignment`, or `joint` (all else).
+    """The part of a parameter, as `freeze` names it: a modality (tower and head), `alignment`, or `joint` (all else).
 
     `hidden_projections` are a part that no stage trains.
     """
@@ -69,6 +68,6 @@ def part_of(parameter_name: str) -> str:
 
 
 def decayed_names(module: nn.Module) -> list[str]:
-    """Names of the parameters that weight decay is for: weights of linear maps, not embeddings, gains or biases."""
+    """Names of the weight-decayed parameters: weights of linear maps, not embeddings, gains or biases."""
     decayed = {id(child.weight) for child in module.modules() if isinstance(child, Linear | Head)}
     return [name for name, parameter in named_parameters(module) if id(parameter) in decayed]

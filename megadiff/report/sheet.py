@@ -18,7 +18,7 @@ BACKGROUND, INK, FRAME, SMALL_INK = (255, 255, 255), (24, 24, 27), (228, 228, 23
 
 @dataclass(frozen=True)
 class Cell:
-    """A picture (RGB) with its caption, and a note in small print whose lines are cut; None where there is only text."""
+    """A picture (RGB; None: text only) with its caption, and a note in small print whose lines are cut."""
 
     picture: Image.Image | None
     caption: str = ""
@@ -26,7 +26,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Section:
+class SheetSection:
     """Cells under a title."""
 
     title: str
@@ -34,7 +34,7 @@ class Section:
 
 
 def contact_sheet(
-    sections: Sequence[Section],
+    sections: Sequence[SheetSection],
     *,
     columns: int = 8,
     cell_px: int = 96,
@@ -48,7 +48,7 @@ def contact_sheet(
     captions are wrapped under them, at most `caption_lines` lines.
     """
     columns = max(1, min(columns, max((len(section.cells) for section in sections), default=1)))
-    layout = _Layout(columns, cell_px, gap_px, text_px, caption_lines)
+    layout = _SheetLayout(columns, cell_px, gap_px, text_px, caption_lines)
     heights = [layout.height(section) for section in sections]
     sheet = Image.new("RGB", (layout.width(sections), sum(heights) + gap_px), BACKGROUND)
     top = 0
@@ -59,7 +59,7 @@ def contact_sheet(
 
 
 @dataclass(frozen=True)
-class _Layout:
+class _SheetLayout:
     columns: int
     cell_px: int
     gap_px: int
@@ -78,14 +78,14 @@ class _Layout:
     def note_px(self) -> int:
         return round(self.text_px * 0.8)
 
-    def width(self, sections: Sequence[Section]) -> int:
+    def width(self, sections: Sequence[SheetSection]) -> int:
         titles = [round(_font(self.title_px).getlength(section.title)) for section in sections]
         return max([self.columns * (self.cell_px + self.gap_px), *titles]) + self.gap_px
 
-    def height(self, section: Section) -> int:
+    def height(self, section: SheetSection) -> int:
         return self.gap_px + 2 * self.title_px + sum(self._row_height(row) for row in self._rows(section))
 
-    def paint(self, sheet: Image.Image, section: Section, top: int) -> None:
+    def paint(self, sheet: Image.Image, section: SheetSection, top: int) -> None:
         draw = ImageDraw.Draw(sheet)
         draw.text((self.gap_px, top + self.gap_px), section.title, INK, _font(self.title_px))
         top += self.gap_px + 2 * self.title_px
@@ -96,7 +96,7 @@ class _Layout:
                 )
             top += self._row_height(row)
 
-    def _rows(self, section: Section) -> list[Sequence[Cell]]:
+    def _rows(self, section: SheetSection) -> list[Sequence[Cell]]:
         return [section.cells[start : start + self.columns] for start in range(0, len(section.cells), self.columns)]
 
     def _picture_height(self, row: Sequence[Cell]) -> int:
@@ -130,9 +130,9 @@ class _Layout:
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int, most: int) -> list[str]:
-    """Lines no wider than `width_px`; words that are too long are cut; beyond `most` lines it ends in `...`."""
+    """Lines no wider than `width_px`; longer words are broken; text beyond `most` lines is replaced by `...`."""
     lines: list[str] = []
-    longest = (most + 1) * width_px  # letters of a word that are looked at: about all that could be shown
+    longest = (most + 1) * width_px  # letters of a word that could be shown, about
     for match in re.finditer(r"\S+", text):
         word = match[0][:longest]
         joined = f"{lines[-1]} {word}" if lines else word
@@ -154,12 +154,12 @@ def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px
 
 
 def _fitting(word: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int) -> int:
-    """How many letters of a word a line takes, one at least."""
+    """The number of a word's letters that fit a line, at least 1."""
     return max(1, bisect_right(range(1, len(word) + 1), False, key=lambda end: font.getlength(word[:end]) > width_px))
 
 
 def _fitted(picture: Image.Image, side: int) -> Image.Image:
-    """Its longer edge at most `side`: enlarged by a whole factor, or shrunk."""
+    """The picture enlarged by a whole factor, or shrunk, so that its longer edge is at most `side`."""
     longest = max(picture.size)
     if longest <= side:
         factor = side // longest
@@ -170,7 +170,7 @@ def _fitted(picture: Image.Image, side: int) -> Image.Image:
 
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """DejaVu Sans out of matplotlib's data: Pillow's own font has no accents and no arrow."""
+    """DejaVu Sans from matplotlib's data: Pillow's own font has no accents and no arrow."""
     spec = importlib.util.find_spec("matplotlib")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         path = Path(folder) / "mpl-data/fonts/ttf/DejaVuSans.ttf"

@@ -1,4 +1,4 @@
-"""Stops a run whose numbers have gone bad. All inputs are equal on all ranks, so all ranks decide alike."""
+"""Stops a run with non-finite numbers. All inputs are equal on all ranks, so all ranks decide alike."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from megadiff.engine.api import StepResult
 log = logging.getLogger(__name__)
 
 MOST_SKIPPED_IN_A_ROW = 10
+"""Consecutive skipped steps after which the run stops; every applied step resets the count."""
 
 
 class Diverged(UserError):
-    """The run produced numbers that training cannot go on from."""
+    """The run's numbers are non-finite; training cannot continue."""
 
 
 class Health:

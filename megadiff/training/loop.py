@@ -16,7 +16,7 @@ from megadiff.config.layout import Layout
 from megadiff.config.load import dump_run
 from megadiff.config.schema import Run, Stage
 from megadiff.data.reading.loader import Loader, check_unreadable
-from megadiff.diffusion.objective import Objective
+from megadiff.diffusion.objective import DiffusionObjective
 from megadiff.distributed.ranks import Ranks
 from megadiff.distributed.reduce import barrier, sum_over_replicas
 from megadiff.engine.engine import Engine
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Progress:
-    """How far a stage is. `skipped` holds ranges of data steps that were passed over."""
+    """Counters of a stage. `skipped` holds ranges of data steps that were left out."""
 
     optimizer_step: int = 0
     data_step: int = 0
@@ -42,7 +42,7 @@ class Progress:
 
 @dataclass
 class Training:
-    """A stage as it is being trained; for callbacks a Moment."""
+    """A stage in training; callbacks see it as a Moment."""
 
     run: Run
     stage: Stage
@@ -80,7 +80,7 @@ class Training:
 
 
 class Callback(Protocol):
-    """Something done between steps, at the same steps on every rank."""
+    """Work between steps, at the same steps on every rank."""
 
     def due(self, moment: Moment) -> bool: ...
     def __call__(self, moment: Moment) -> None: ...
@@ -90,7 +90,7 @@ def train_stage(run: Run, stage_name: str, deepspeed: Mapping[str, Any], callbac
     """Train a stage to its end, from its newest checkpoint if it has one. Runs on every rank.
 
     Raises:
-        UserError: the configuration, the data or a checkpoint is at fault; one sentence.
+        UserError: the configuration, the data or a checkpoint is at fault.
     """
     stage, paths, ranks = run.stage(stage_name), run.paths.stage(stage_name), Ranks.from_environment()
     seed = stage_seed(run, stage)
@@ -102,7 +102,7 @@ def train_stage(run: Run, stage_name: str, deepspeed: Mapping[str, Any], callbac
     else:
         saved = engine.load(newest)
         progress = Progress(**{key: saved[key] for key in asdict(Progress())})
-    if layout.leads and not run.paths.run.exists():  # the launcher has written it, torchrun has not
+    if layout.leads and not run.paths.run.exists():  # written by the launcher, but not by torchrun
         run.paths.root.mkdir(parents=True, exist_ok=True)
         run.paths.run.write_text(dump_run(run), encoding="utf-8")
     loader = _loader(run, stage, layout, seed, progress)
@@ -111,7 +111,7 @@ def train_stage(run: Run, stage_name: str, deepspeed: Mapping[str, Any], callbac
         monitor.say(f"{stage.name} resumes from {newest} at step {progress.optimizer_step}")
     training = Training(run, stage, layout, engine, monitor, progress)
     try:
-        _train(training, loader, Objective(run.model, stage, seed), callbacks)
+        _train(training, loader, DiffusionObjective(run.model, stage, seed), callbacks)
     finally:
         loader.close()
         monitor.close()
@@ -120,7 +120,7 @@ def train_stage(run: Run, stage_name: str, deepspeed: Mapping[str, Any], callbac
         paths.done.touch()
 
 
-def _train(training: Training, loader: Loader, objective: Objective, callbacks: Sequence[Callback]) -> None:
+def _train(training: Training, loader: Loader, objective: DiffusionObjective, callbacks: Sequence[Callback]) -> None:
     engine, progress, monitor = training.engine, training.progress, training.monitor
     health = Health()
     for step in _steps(training):
@@ -139,7 +139,7 @@ def _train(training: Training, loader: Loader, objective: Objective, callbacks: 
             if callback.due(training):
                 callback(training)
         if step % training.stage.checkpoint.every_steps == 0 or step == training.stage.steps:
-            save(training)  # last: what was due at a step is done before the step will not be repeated
+            save(training)  # last: a resumed run does not repeat the step, so its callbacks must have run
         monitor.resume(paused)
 
 
@@ -154,10 +154,10 @@ def save(training: Training) -> None:
 
 
 def _check_data(training: Training, loader: Loader) -> int:
-    """How many samples could not be read, over all ranks.
+    """The number of unreadable samples over all ranks.
 
     Raises:
-        DataError: on all ranks alike, if it is too large a share.
+        DataError: on all ranks, if their share is too large.
     """
     stats = loader.stats()
     own = torch.tensor([stats.read, stats.unreadable], dtype=torch.float64, device=training.engine.device)
@@ -185,7 +185,7 @@ def _loader(run: Run, stage: Stage, layout: Layout, seed: int, progress: Progres
 
 
 def _features(run: Run, stage: Stage) -> dict[str, tuple[int, int]]:
-    """Shapes of the precomputed features that a stage aligns with."""
+    """Shapes of the precomputed features for a stage's alignment."""
     rule = stage.alignment
     return {} if rule is None else {rule.modality: (derived.tokens(run.model)[rule.modality], rule.features)}
 

@@ -1,4 +1,4 @@
-"""What people watch while a stage trains: a progress bar or plain lines, TensorBoard, and metrics.jsonl."""
+"""Records of a stage in training for people: a progress bar or plain lines, TensorBoard, and metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "
 
 
 def peak_flops(device: torch.device) -> float:
-    """FLOP/s that utilisation is measured against: the data sheet's on a known GPU, else what a matrix product reaches here."""
+    """FLOP/s at full utilisation: the data sheet's on a known GPU, else those of a matrix product here."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for model, peak in PEAK_FLOPS.items():
@@ -50,7 +50,7 @@ def peak_flops(device: torch.device) -> float:
 
 
 class Monitor:
-    """Records steps on rank 0; on other ranks nothing is written and every call is cheap."""
+    """Records steps on rank 0; on other ranks it writes nothing and every call is cheap."""
 
     def __init__(
         self,
@@ -90,14 +90,14 @@ class Monitor:
         self._bar = tqdm(**bar, dynamic_ncols=True, disable=hidden)
 
     def writes_at(self, step: int) -> bool:
-        """Whether the means since the last time are written out at a step: every `log_every` steps, and at the end."""
+        """Whether a step writes the means since the last time: every `log_every` steps, and at the end."""
         return step % self.log_every == 0 or step == self.total_steps
 
     def record(self, step: int, result: StepResult, *, data_wait_s: float, unreadable: int) -> None:
-        """Take in one step (step 1 is the first).
+        """Record one step (step 1 is the first).
 
         Args:
-            unreadable: samples that could not be read so far; looked at where `writes_at` says so.
+            unreadable: unreadable samples so far; used at the steps of `writes_at`.
         """
         if not self.active:
             return
@@ -112,15 +112,15 @@ class Monitor:
             return
         elapsed = max(time.perf_counter() - self._since, 1e-9)
         rate = len(self._results) * self.global_samples / elapsed
-        averaged = average(self._results)
+        means = average(self._results)
         with self._spared(events=True):
-            self._write(step, averaged, rate, self._waited / elapsed, unreadable)
-        self._show(step, averaged, rate)
+            self._write(step, means, rate, self._waited / elapsed, unreadable)
+        self._show(step, means, rate)
         self._since, self._waited = time.perf_counter(), 0.0
         self._results.clear()
 
     def pause(self) -> float:
-        """The clock, before something that is no training (a checkpoint, samples); give it back to `resume`."""
+        """The clock before a pause in training (a checkpoint, samples), for `resume`."""
         return time.perf_counter()
 
     def resume(self, paused_at: float) -> None:
@@ -132,7 +132,7 @@ class Monitor:
                 self._writer.add_scalar(tag, value, step)
 
     def picture(self, tag: str, image: Image.Image, step: int) -> None:
-        """To TensorBoard, and as a PNG into the stage's folder."""
+        """Write a picture to TensorBoard, and as a PNG into the stage's folder."""
         if self.active:
             with self._spared(events=True):
                 self._writer.add_image(tag, np.asarray(image.convert("RGB")), step, dataformats="HWC")
@@ -145,14 +145,14 @@ class Monitor:
                 self._writer.add_text(tag, text, step)
 
     def metric(self, metric: Metric, step: int) -> None:
-        """To TensorBoard, and as a line with what it depends on into the stage's results."""
+        """Write a figure to TensorBoard, and with what it depends on as a line into the stage's results."""
         self.scalar(f"7 results/{metric.name}", metric.value, step)
         if self.active:
             with self._spared():
                 self._measured.append(json.dumps({"step": step, **asdict(metric)}))
 
     def say(self, message: str) -> None:
-        """A line above the progress bar, or in the log."""
+        """Print a line above the progress bar, or in the log."""
         if self.active:
             tqdm.write(message, file=sys.stderr)
 
@@ -166,10 +166,10 @@ class Monitor:
 
     @contextmanager
     def _spared(self, *, events: bool = False) -> Iterator[None]:
-        """Training goes on where its records cannot be written, a full disk above all; that is said once.
+        """Continue training if its records cannot be written (a full disk), and say so once.
 
         Args:
-            events: it is TensorBoard's that are written; their writer never writes again once it has failed.
+            events: whether TensorBoard's events are written; their writer is unusable after a failure.
         """
         try:
             yield
@@ -181,7 +181,7 @@ class Monitor:
 
     def _open_events(self, purge_step: int | None) -> None:
         for path in self.paths.tensorboard.iterdir():
-            if path.stat().st_size == 0:  # of a writer that found the disk full
+            if path.stat().st_size == 0:  # left by a writer on a full disk
                 path.unlink()
         # Imported here: other ranks need none of it, and it takes most of a second.
         from torch.utils.tensorboard import SummaryWriter
@@ -229,7 +229,7 @@ class Monitor:
 
 
 def average(results: Sequence[StepResult]) -> StepResult:
-    """The means over several steps; a step in which nothing was scored does not count."""
+    """The means over several steps, without steps that scored nothing."""
     last = results[-1]
     names = last.losses
     return replace(
@@ -243,8 +243,8 @@ def average(results: Sequence[StepResult]) -> StepResult:
 
 
 def _mean(values: Sequence[float]) -> float:
-    counted = [value for value in values if not math.isnan(value)]
-    return sum(counted) / len(counted) if counted else math.nan
+    numbers = [value for value in values if not math.isnan(value)]
+    return sum(numbers) / len(numbers) if numbers else math.nan
 
 
 def _row(result: StepResult) -> dict[str, Any]:
@@ -260,12 +260,12 @@ def _row(result: StepResult) -> dict[str, Any]:
 
 
 def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
-    """JSON has no NaN."""
+    """Non-finite numbers as None, since JSON has no NaN."""
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def _drop_after(metrics: Path, step: int) -> None:
-    """A run that resumes at `step` repeats what came after it: those lines go (and lines cut off by a crash or a full disk)."""
+    """Delete the lines after `step`, which a resumed run repeats, and a last line cut off by a crash or a full disk."""
     if not metrics.exists():
         return
     write_text(metrics, "".join(line + "\n" for line in read_lines(metrics) if json.loads(line)["step"] <= step))
@@ -277,7 +277,7 @@ def read_lines(metrics: Path) -> Sequence[str]:
 
 
 class LineFile:
-    """A file that grows by whole lines only, also on a disk that is full at times."""
+    """A file that grows by whole lines only, even on a disk that is full at times."""
 
     def __init__(self, path: Path) -> None:
         """Raises OSError if it cannot be opened."""
@@ -285,7 +285,7 @@ class LineFile:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def append(self, line: str) -> None:
-        """Raises OSError if the line cannot be written; nothing of it is left then."""
+        """Raises OSError if the line cannot be written whole; then none of it is."""
         data = (line + "\n").encode()
         size = os.fstat(self._descriptor).st_size
         if os.write(self._descriptor, data) != len(data):

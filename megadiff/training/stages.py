@@ -1,4 +1,4 @@
-"""Where a stage lives on the disk and where its weights come from."""
+"""A stage's seed, and the origin of its weights."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ log = logging.getLogger(__name__)
 
 
 def stage_seed(run: Run, stage: Stage) -> int:
-    """Every stage has its own order of samples and noise, a function of the run's seed and the stage's name."""
+    """The seed of a stage's order of samples and noise, a function of the run's seed and the stage's name."""
     digest = hashlib.blake2b(f"{run.seed}/{stage.name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 2
 
 
 def initialise(engine: Engine, run: Run, stage: Stage) -> None:
-    """Give a stage that starts its first weights, by its `initialise` rule.
+    """Set the first weights of a stage by its `initialise` rule.
 
     Raises:
         CheckpointError: the source is missing, damaged, or does not fit.

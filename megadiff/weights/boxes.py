@@ -1,7 +1,7 @@
-"""Which numbers of a parameter a flat tensor holds, whatever has split the parameter.
+"""The part of a parameter that a flat tensor holds, for any way of splitting it.
 
-Tensor parallelism cuts a parameter into boxes (a fused query-key-value map into three a rank), ZeRO cuts what a rank has of it
-into flat ranges. An extent is both: a range of boxes laid end to end.
+Tensor parallelism cuts a parameter into boxes (a fused query-key-value map into three per rank), ZeRO cuts a rank's boxes into
+flat ranges. An extent describes both: a range of boxes laid end to end.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Extent:
         return self.stop - self.start
 
     def runs(self, shape: Sequence[int]) -> NDArray[np.int64]:
-        """[n, 3]: where a run of numbers starts in the parameter (C order), where in this extent, and its length.
+        """[n, 3]: each run of numbers' start in the parameter (C order), its start in this extent, and its length.
 
         Args:
             shape: the whole parameter's.
@@ -47,8 +47,8 @@ class Extent:
             inside = whole + length * np.arange(len(firsts))
             whole += length * len(firsts)
             low, high = np.maximum(inside, self.start), np.minimum(inside + length, self.stop)
-            kept = np.stack([firsts + low - inside, low - self.start, high - low], 1)
-            parts.append(kept[high > low])
+            inner = np.stack([firsts + low - inside, low - self.start, high - low], 1)
+            parts.append(inner[high > low])
         return np.concatenate(parts) if parts else np.empty((0, 3), np.int64)
 
 
@@ -58,7 +58,7 @@ def whole(shape: Sequence[int]) -> Extent:
 
 
 def overlaps(one: Extent, other: Extent, shape: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(start in one, start in the other, length) of each run of numbers that both hold."""
+    """(start in one, start in the other, length) of each run of numbers in both."""
     left, right = (runs[runs[:, 0].argsort()].tolist() for runs in (one.runs(shape), other.runs(shape)))
     i = j = 0
     while i < len(left) and j < len(right):
@@ -73,9 +73,9 @@ def overlaps(one: Extent, other: Extent, shape: Sequence[int]) -> Iterator[tuple
 
 
 def _runs_of(box: Box, shape: Sequence[int]) -> tuple[NDArray[np.int64], int]:
-    """Where the runs of a box start in the parameter, in the box's order; and their length, which all have."""
+    """The starts of a box's runs in the parameter, in the box's order, and their common length."""
     sizes = [stop - start for start, stop in box]
-    cut = len(shape)  # behind it every dimension is whole
+    cut = len(shape)  # every dimension from here on is whole
     while cut and sizes[cut - 1] == shape[cut - 1]:
         cut -= 1
     outer = max(cut - 1, 0)

@@ -1,4 +1,4 @@
-"""The model card of an export: what it is, how it was trained, how to use it."""
+"""The model card of an export: its contents, training and use."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def model_card(run: Run, stage: Stage, *, step: int, weights: str) -> str:
     """Markdown.
 
     Args:
-        step: how many optimizer steps of the stage the weights have seen.
-        weights: what they are, for people.
+        step: optimizer steps of the stage.
+        weights: a description of the weights, for people.
     """
     predicted = parameters.predicted(stage)
     names = list(run.model.modalities)

@@ -2,8 +2,8 @@
 
 A checkpoint is a folder: one safetensors file of flat fp32 tensors per rank (weight, exp_avg, exp_avg_sq and one average per
 EMA profile for trained parameters; weight for frozen ones), and manifest.json with their extents, sizes and hashes. It is
-written under a hidden name and renamed when whole; then `latest` is replaced to name it. There is no state of a random
-generator in it: all random numbers of a run are functions of its seed and of the progress stored here (megadiff.rng).
+written under a hidden name and renamed when whole; then `latest` is replaced to name it. It holds no random generator's state:
+all random numbers of a run are functions of its seed and of the stored progress (megadiff.rng).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One rank's file: `extents` says by a parameter's name what it holds of it."""
+    """One rank's file; `extents` are the parts of parameters in it, by name."""
 
     name: str
     bytes: int
@@ -53,11 +53,11 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class CheckpointManifest:
-    """What a checkpoint holds.
+    """The contents of a checkpoint.
 
     Attributes:
-        parameters: by name the whole shape and whether the parameter was trained.
-        ema: names of the EMA profiles, the first is the default.
+        parameters: by name, the whole shape and whether the parameter was trained.
+        ema: names of the EMA profiles; the first is the default.
         progress: counters of the run (see megadiff.training.loop.Progress) and of the optimizer.
         config: the resolved run as YAML.
     """
@@ -74,7 +74,7 @@ class CheckpointManifest:
 
 
 def write_rank_file(folder: Path, rank: int, tensors: Mapping[str, Tensor], extents: Mapping[str, Extent]) -> FileEntry:
-    """Write one rank's tensors (keys `kind:parameter`, see `tensor_key`) and see them on the disk."""
+    """Write one rank's tensors (keys `kind:parameter`, see `tensor_key`) and wait until they are on the disk."""
     name = f"rank_{rank:05d}.safetensors"
     path = folder / name
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
@@ -88,7 +88,7 @@ def tensor_key(kind: str, parameter: str) -> str:
 
 
 def begin(checkpoints: CheckpointsFolder, step: int) -> None:
-    """Make an empty folder to write into; what an interrupted save left is removed. For one process."""
+    """Make an empty folder to write into and remove what an interrupted save left. For one process."""
     checkpoints.root.mkdir(parents=True, exist_ok=True)
     for leftover in checkpoints.partials():
         _clear(leftover)
@@ -96,20 +96,20 @@ def begin(checkpoints: CheckpointsFolder, step: int) -> None:
 
 
 def abandon(checkpoints: CheckpointsFolder, step: int) -> None:
-    """Remove what a failed save has written: on a full disk it would stand in the way of the next one. For one process."""
+    """Remove the files of a failed save, which would fill the disk for the next one. For one process."""
     _clear(checkpoints.partial(step))
 
 
 def publish(checkpoints: CheckpointsFolder, step: int, manifest: CheckpointManifest, rule: Checkpointing) -> Path:
     """Give a wholly written folder its name, point `latest` at it, retire older ones. For one process.
 
-    What lies there under the names of later steps is left alone: a copy, or of a run that then went on from an earlier step.
+    Folders of later steps stay: they are copies, or of a run that then resumed from an earlier step.
 
     Returns:
         The folder.
     """
     partial, final = checkpoints.partial(step), checkpoints.step(step)
-    tree = {"format": FORMAT, "version": VERSION, **asdict(manifest), "files": [_told(entry) for entry in manifest.files]}
+    tree = {"format": FORMAT, "version": VERSION, **asdict(manifest), "files": [_entry_tree(entry) for entry in manifest.files]}
     (partial / MANIFEST).write_text(json.dumps(tree), encoding="utf-8")
     sync(partial / MANIFEST)
     sync(partial)
@@ -133,7 +133,7 @@ def publish(checkpoints: CheckpointsFolder, step: int, manifest: CheckpointManif
 
 
 def _clear(path: Path) -> None:
-    """Delete what was left under a name that only saves use."""
+    """Delete whatever has a name that only saves use."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -142,30 +142,30 @@ def _clear(path: Path) -> None:
 
 
 def _set_aside(path: Path) -> None:
-    """Give another name to something that is not ours, if there is something."""
+    """Rename whatever stands at a path; it is not ours."""
     if path.exists() or path.is_symlink():
         path.rename(path.with_name(f"{path.name}.{time.time_ns()}"))
 
 
 def _remove(folder: Path, step: int) -> None:
-    """Delete what the save of a step wrote there; links, copies and all else stay, and no fault matters to the new save."""
+    """Delete the files that the save of a step wrote; links, copies and all else stay. Faults are logged only."""
     if folder.is_symlink():
         return
     try:
         manifest = _read_manifest(folder)
         if manifest.progress.get("optimizer_step") != step:
             return
-        (folder / MANIFEST).rename(folder / f".{MANIFEST}")  # from here on it is no checkpoint, whatever happens
+        (folder / MANIFEST).rename(folder / f".{MANIFEST}")  # from here on it is no checkpoint
         for name in (*(entry.name for entry in manifest.files), f".{MANIFEST}"):
             (folder / name).unlink(missing_ok=True)
-        with suppress(OSError):  # something else lies there
+        with suppress(OSError):  # it holds other files
             folder.rmdir()
     except (OSError, CheckpointError) as error:
         log.warning("an old checkpoint could not be removed: %s", error)
 
 
 def retired(steps: Iterable[int], rule: Checkpointing) -> list[int]:
-    """Which of the checkpoints so far go: all but the newest `keep` and multiples of `keep_every_steps`."""
+    """The steps of checkpoints to delete: all but the newest `keep` and multiples of `keep_every_steps`."""
     newest_first = sorted(steps, reverse=True)
     stays = set(newest_first[: rule.keep])
     if rule.keep_every_steps:
@@ -188,17 +188,17 @@ class CheckpointReader:
             path = folder / entry.name
             size = path.stat().st_size if path.exists() else -1
             if size != entry.bytes:
-                found = "is missing" if size < 0 else f"has {size} bytes instead of {entry.bytes}"
-                raise CheckpointError(f"{path} {found}; delete {folder} to go on from the checkpoint before it")
+                fault = "is missing" if size < 0 else f"has {size} bytes instead of {entry.bytes}"
+                raise CheckpointError(f"{path} {fault}; delete {folder} to go on from the checkpoint before it")
 
     def damaged(self, files: Sequence[FileEntry]) -> list[str]:
-        """Names of those files whose hash is wrong (reads them whole)."""
+        """Names of the files with a wrong hash (reads them whole)."""
         return [entry.name for entry in files if sha256(self.folder / entry.name) != entry.sha256]
 
     def read(self, kind: str, parameter: str, extent: Extent) -> Tensor:
-        """Float32 [extent.size]: part of one parameter, whatever parts it was written in.
+        """Float32 [extent.size]: a part of one parameter, however it was split when written.
 
-        The `ema.*` of a parameter that was frozen is its weight; moments it has none.
+        A frozen parameter's `ema.*` is its weight; it has no moments.
 
         Raises:
             CheckpointError: some of it is in no file.
@@ -265,20 +265,20 @@ def check_names(
     dropped: Sequence[str] = (),
     parts: Mapping[str, str],
 ) -> list[str]:
-    """The names to load out of `reader`; everything that does not fit is listed and refused.
+    """The names to load from `reader`; lists and refuses everything that does not fit.
 
     Args:
-        wanted: by name the shape of every parameter of the model.
-        new, dropped: parts or name patterns that may be missing on either side.
-        parts: by name the part a parameter belongs to, for both sides.
+        wanted: by name, the shape of every parameter of the model.
+        new, dropped: parts or name patterns that may be missing in the checkpoint, or in the model.
+        parts: by name, the part of every parameter of both.
 
     Raises:
         CheckpointError: parameters are missing, unexpected, or have other shapes.
     """
-    held = {name: shape for name, (shape, _) in reader.manifest.parameters.items()}
-    missing = [name for name in wanted if name not in held and not _matches(name, parts, new)]
-    unexpected = [name for name in held if name not in wanted and not _matches(name, parts, dropped)]
-    shapes = [f"{name} {held[name]} -> {wanted[name]}" for name in wanted if name in held and held[name] != wanted[name]]
+    stored = {name: shape for name, (shape, _) in reader.manifest.parameters.items()}
+    missing = [name for name in wanted if name not in stored and not _matches(name, parts, new)]
+    unexpected = [name for name in stored if name not in wanted and not _matches(name, parts, dropped)]
+    shapes = [f"{name} {stored[name]} -> {wanted[name]}" for name in wanted if name in stored and stored[name] != wanted[name]]
     faults = []
     for title, names, way_out in (
         ("lacks", missing, "name them under initialise.new to start them fresh"),
@@ -290,25 +290,25 @@ def check_names(
             faults.append(f"{title} {', '.join(names[:5])}{more} ({way_out})")
     if faults:
         raise CheckpointError(f"{reader.folder} does not fit this stage: it " + "; it ".join(faults))
-    return [name for name in wanted if name in held and not _matches(name, parts, new)]
+    return [name for name in wanted if name in stored and not _matches(name, parts, new)]
 
 
 def _matches(name: str, parts: Mapping[str, str], patterns: Collection[str]) -> bool:
     return parts.get(name) in patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _told(entry: FileEntry) -> dict[str, Any]:
-    """A file's entry as the manifest holds it: an extent is [start, stop] or [start, stop, boxes]."""
+def _entry_tree(entry: FileEntry) -> dict[str, Any]:
+    """A file's entry in the manifest; an extent is [start, stop] or [start, stop, boxes]."""
     extents = {name: [each.start, each.stop, *([each.boxes] if each.boxes else [])] for name, each in entry.extents.items()}
     return {"name": entry.name, "bytes": entry.bytes, "sha256": entry.sha256, "extents": extents}
 
 
-def _file_entry(told: Mapping[str, Any]) -> FileEntry:
+def _file_entry(tree: Mapping[str, Any]) -> FileEntry:
     extents = {}
-    for name, (start, stop, *boxes) in told.get("extents", told.get("ranges")).items():
+    for name, (start, stop, *boxes) in tree.get("extents", tree.get("ranges")).items():
         cut = tuple(tuple((low, high) for low, high in box) for box in boxes[0]) if boxes else None
         extents[name] = Extent(start, stop, cut)
-    return FileEntry(told["name"], told["bytes"], told["sha256"], extents)
+    return FileEntry(tree["name"], tree["bytes"], tree["sha256"], extents)
 
 
 def _read_manifest(folder: Path) -> CheckpointManifest:
@@ -323,7 +323,7 @@ def _read_manifest(folder: Path) -> CheckpointManifest:
             ema=tuple(tree["ema"]),
             progress=tree["progress"],
             config=tree["config"],
-            files=tuple(_file_entry(told) for told in tree["files"]),
+            files=tuple(_file_entry(entry) for entry in tree["files"]),
         )
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}") from None

@@ -1,6 +1,6 @@
-"""What people do with checkpoints on a machine without a GPU: look, compare, and put one together in one file.
+"""Tools for checkpoints on a machine without a GPU: inspect, compare, and consolidate into one file.
 
-All of it is streamed: a piece of one parameter is in memory at a time, however large the checkpoint is.
+All of them stream: a piece of one parameter is in memory at a time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megadiff.weights.boxes import Extent
 from megadiff.weights.checkpoint import MOMENTS, CheckpointError, CheckpointReader
 
 PIECE = 16 * 2**20
-"""Elements that are read at once: 64 MiB of float32."""
+"""Elements per read: 64 MiB of float32."""
 
 
 def pieces(size: int) -> Iterator[tuple[int, int]]:
@@ -31,43 +31,43 @@ def pieces(size: int) -> Iterator[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
-class Part:
-    """The parameters of a modality's tower and head, or of the joint part: how many numbers, trained and frozen."""
+class ParameterCounts:
+    """How many numbers the parameters of one part of the model have, trained and frozen."""
 
     trained: int
     frozen: int
 
 
-def parts(reader: CheckpointReader) -> dict[str, Part]:
-    """By part of the model the sizes of its parameters."""
-    found: dict[str, Part] = {}
+def parameter_counts(reader: CheckpointReader) -> dict[str, ParameterCounts]:
+    """By part of the model (see models.names.part_of)."""
+    counts: dict[str, ParameterCounts] = {}
     for name, (shape, trained) in reader.manifest.parameters.items():
-        size, before = math.prod(shape), found.get(part_of(name), Part(0, 0))
-        found[part_of(name)] = Part(before.trained + size * trained, before.frozen + size * (not trained))
-    return found
+        size, before = math.prod(shape), counts.get(part_of(name), ParameterCounts(0, 0))
+        counts[part_of(name)] = ParameterCounts(before.trained + size * trained, before.frozen + size * (not trained))
+    return counts
 
 
 def faults(reader: CheckpointReader, checked: Callable[[], object]) -> list[str]:
-    """What is wrong with a checkpoint's files, one sentence each: hashes, and numbers that no file or two files hold.
+    """The faults of a checkpoint's files, one sentence each: wrong hashes, and elements that no file or two files hold.
 
     Args:
         checked: called after each file.
     """
-    found = []
+    sentences = []
     for entry in reader.manifest.files:
         if reader.damaged([entry]):
-            found.append(f"{entry.name} is damaged (its hash differs)")
+            sentences.append(f"{entry.name} is damaged (its hash differs)")
         checked()
     for name, (shape, _) in reader.manifest.parameters.items():
         runs = [entry.extents[name].runs(shape).tolist() for entry in reader.manifest.files if name in entry.extents]
-        covered = 0
+        end = 0
         for start, stop in sorted((start, start + length) for part in runs for start, _, length in part):
-            if start != covered:
-                found.append(f"{name}: elements {covered} to {start} are {'missing' if start > covered else 'held twice'}")
-            covered = max(covered, stop)
-        if covered != math.prod(shape):
-            found.append(f"{name}: {covered} of {math.prod(shape)} elements are held")
-    return found
+            if start != end:
+                sentences.append(f"{name}: elements {end} to {start} are {'missing' if start > end else 'held twice'}")
+            end = max(end, stop)
+        if end != math.prod(shape):
+            sentences.append(f"{name}: {end} of {math.prod(shape)} elements are held")
+    return sentences
 
 
 # ---------------------------------------------------------------------------------------------------------- comparing
@@ -75,7 +75,7 @@ def faults(reader: CheckpointReader, checked: Callable[[], object]) -> list[str]
 
 @dataclass(frozen=True)
 class Difference:
-    """How one parameter differs: |a - b| / |a| over all its numbers, and the largest |a - b|; or why it cannot be told."""
+    """The difference of one parameter: |a - b| / |a| over all its numbers, and the largest |a - b|; or why there is none."""
 
     name: str
     relative: float
@@ -84,18 +84,18 @@ class Difference:
 
 
 def differences(one: CheckpointReader, other: CheckpointReader, kind: str) -> Iterator[Difference]:
-    """Every parameter of either checkpoint that is not the same to the bit in the other.
+    """Every parameter of either checkpoint that is not equal to the bit in the other.
 
     Args:
         kind: weight, ema.<profile>, exp_avg or exp_avg_sq.
     """
-    held = [reader.manifest.parameters for reader in (one, other)]
-    for name in sorted({*held[0], *held[1]}):
-        missing = [reader.folder for reader, parameters in zip((one, other), held, strict=True) if name not in parameters]
+    both = [reader.manifest.parameters for reader in (one, other)]
+    for name in sorted({*both[0], *both[1]}):
+        missing = [reader.folder for reader, parameters in zip((one, other), both, strict=True) if name not in parameters]
         if missing:
             yield Difference(name, math.inf, math.inf, f"is not in {missing[0]}")
             continue
-        (shape, trained), (other_shape, other_trained) = held[0][name], held[1][name]
+        (shape, trained), (other_shape, other_trained) = both[0][name], both[1][name]
         if shape != other_shape:
             yield Difference(name, math.inf, math.inf, f"has shape {shape} and {other_shape}")
             continue
@@ -115,10 +115,10 @@ def differences(one: CheckpointReader, other: CheckpointReader, kind: str) -> It
 
 
 def consolidate(reader: CheckpointReader, kind: str, out: Path, wrote: Callable[[], object]) -> None:
-    """Write all parameters whole, float32, to one safetensors file; it appears under its name when it is complete.
+    """Write all parameters whole, float32, to one safetensors file, which gets its name when it is complete.
 
     Args:
-        kind: as for `differences`; frozen parameters have no moments and are left out of those.
+        kind: as for `differences`; moments leave out frozen parameters, which have none.
         wrote: called after each parameter.
 
     Raises:
@@ -128,8 +128,8 @@ def consolidate(reader: CheckpointReader, kind: str, out: Path, wrote: Callable[
         raise CheckpointError(f"{out} is there already; name a new file")
     header: dict[str, dict[str, object]] = {}
     offset = 0
-    held = {name: shape for name, (shape, trained) in reader.manifest.parameters.items() if trained or kind not in MOMENTS}
-    for name, shape in held.items():
+    shapes = {name: shape for name, (shape, trained) in reader.manifest.parameters.items() if trained or kind not in MOMENTS}
+    for name, shape in shapes.items():
         end = offset + 4 * math.prod(shape)
         header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
@@ -140,7 +140,7 @@ def consolidate(reader: CheckpointReader, kind: str, out: Path, wrote: Callable[
         out.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
-            for name, shape in held.items():
+            for name, shape in shapes.items():
                 for start, stop in pieces(math.prod(shape)):
                     file.write(reader.read(kind, name, Extent(start, stop)).numpy().tobytes())
                 wrote()

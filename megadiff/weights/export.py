@@ -1,4 +1,4 @@
-"""An export: one set of weights with its configuration and tokenizers, in one folder that needs nothing else."""
+"""An export: one set of weights with its configuration and tokenizers, in one self-contained folder."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Exported:
 
 
 class _File(BaseModel):
-    """What megadiff.yaml holds."""
+    """The contents of megadiff.yaml."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -52,10 +52,10 @@ class _File(BaseModel):
 
 
 def write(out: Path, exported: Exported) -> None:
-    """Write an export; tokenizers and whatever else its fields name are copied beside the weights.
+    """Write an export; copies tokenizers and other files that its fields name beside the weights.
 
     Raises:
-        UserError: `out` is there already or cannot be written, or such a file is not there.
+        UserError: `out` exists already or cannot be written, or such a file is missing.
     """
     fields: dict[str, Any] = {}
     copies: dict[str, str] = {}
@@ -85,20 +85,20 @@ def write(out: Path, exported: Exported) -> None:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[None]:
-    """A folder that is filled inside the block; if that fails, nothing stays, so that the same command can be given again.
+    """A folder to be filled in the block; if that fails, it is emptied, so that the same command can be given again.
 
     Raises:
-        UserError: it is there already with something in it, or it cannot be written.
+        UserError: it exists already and is not empty, or it cannot be written.
     """
-    was_there = out.is_dir()
-    if out.exists() and (not was_there or any(out.iterdir())):
+    existed = out.is_dir()
+    if out.exists() and (not existed or any(out.iterdir())):
         raise UserError(f"{out} is there already; name a new folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException as error:
         _empty(out)
-        if not was_there and out.is_dir():
+        if not existed and out.is_dir():
             out.rmdir()
         if reason := _unwritable(error, out):
             raise UserError(
@@ -116,14 +116,14 @@ def _empty(folder: Path) -> None:
 
 
 def _unwritable(error: BaseException, folder: Path) -> str:
-    """Why a file in the folder could not be written, if that is what went wrong."""
+    """Why a file in the folder could not be written; empty for other errors."""
     if isinstance(error, shutil.Error):  # of copying a folder: (from, to, why) for each of its files
         return str(error.args[0][0][2])
     if isinstance(error, OSError) and (error.filename is None or Path(error.filename).is_relative_to(folder)):
         return error.strerror or str(error)
-    # Libraries in Rust (safetensors, tokenizers) raise errors of their own, and say it in words.
-    told = re.search(r"([^:(]+) \(os error \d+\)", str(error)) if isinstance(error, Exception) else None
-    return told[1].strip() if told else ""
+    # Libraries in Rust (safetensors, tokenizers) raise errors of their own, with the reason in words.
+    match = re.search(r"([^:(]+) \(os error \d+\)", str(error)) if isinstance(error, Exception) else None
+    return match[1].strip() if match else ""
 
 
 def read(folder: Path) -> Exported:
@@ -142,6 +142,6 @@ def read(folder: Path) -> Exported:
 
 
 def _beside(source: FieldSource, folder: Path) -> FieldSource:
-    """A field whose files lie in the export's folder."""
+    """The field with its files in the export's folder."""
     paths = {key: getattr(source, key) for key in source.FILES}
     return source.model_copy(update={key: str(folder / path) for key, path in paths.items() if path is not None})

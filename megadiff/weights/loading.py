@@ -1,4 +1,4 @@
-"""A network to sample from, or its tensors to export: out of a run, a checkpoint, an export, or a Hugging Face repository."""
+"""A network to sample from, or its tensors to export, from a run, a checkpoint, an export, or a Hugging Face repository."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from megadiff.weights.posthoc import Combination, Profile, combine, power_expone
 HUB = "hf:"
 AUTOENCODER = "autoencoder"
 LONGEST_EMA = 0.29
-"""Relative standard deviations of power-function profiles end at sqrt(1/12), where they are flat."""
+"""The relative standard deviation of power-function profiles is below sqrt(1/12), at which they are flat."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Loaded:
     """A network in evaluation mode.
 
     Attributes:
-        predicted: the modalities that it has heads for.
-        source: what was loaded, for people.
+        predicted: the modalities with heads.
+        source: a description of the origin, for people.
         fingerprint: a hash of the weights.
         card: the model card's text.
     """
@@ -56,10 +56,10 @@ def load(address: str, weights: str = "ema", device: torch.device | str = "cpu")
     Args:
         address: a run's folder (its newest checkpoint), a checkpoint's folder, an export's folder, or hf:ORG/NAME (an export
             in a Hugging Face repository).
-        weights: `ema` or `raw`; an export holds one of the two and is taken as it is.
+        weights: `ema` or `raw`; without effect on an export, which holds one set.
 
     Raises:
-        UserError: nothing loadable is there.
+        UserError: the address holds nothing loadable.
     """
     folder = local_path(address)
     if not folder.is_dir():
@@ -82,8 +82,8 @@ def from_checkpoint(folder: Path, weights: str) -> export.Exported:
     """A checkpoint's configuration and whole tensors on the CPU."""
     reader = _checked(folder)
     kind = reader.weight_kind(weights)
-    shown = "plain weights" if weights == "raw" else f"averaged weights ({kind})"
-    return _exported(reader, lambda name: reader.read_whole(kind, name), shown)
+    description = "plain weights" if weights == "raw" else f"averaged weights ({kind})"
+    return _exported(reader, lambda name: reader.read_whole(kind, name), description)
 
 
 def _checked(folder: Path) -> CheckpointReader:
@@ -95,53 +95,53 @@ def _checked(folder: Path) -> CheckpointReader:
     return reader
 
 
-def _exported(reader: CheckpointReader, read: Callable[[str], torch.Tensor], shown: str) -> export.Exported:
-    """A checkpoint's configuration with tensors that `read` gives by name; `shown` says in the card which weights they are."""
+def _exported(reader: CheckpointReader, read: Callable[[str], torch.Tensor], description: str) -> export.Exported:
+    """A checkpoint's configuration with tensors that `read` gives by name; the card has the weights' `description`."""
     run = validate(yaml.safe_load(reader.manifest.config), f"{reader.folder / MANIFEST} (config)")
     stage = run.stage(reader.manifest.stage)
     needed = [name for name in reader.manifest.parameters if part_of(name) != ALIGNMENT]  # that part is for training only
-    card = model_card(run, stage, step=reader.manifest.progress["optimizer_step"], weights=shown)
+    card = model_card(run, stage, step=reader.manifest.progress["optimizer_step"], weights=description)
     tensors = {name: read(name) for name in needed}
     return export.Exported(run.model, _with_own_files(run.data, reader.folder), parameters.predicted(stage), tensors, card)
 
 
 def _with_own_files(data: Data, checkpoint: Path) -> Data:
-    """The data section with its tokenizers and the like where they are found, whatever folder this program is started in.
+    """The data section with the paths of its tokenizers and other files on this machine.
 
     A run names them relative to the folder that it was trained in, which is mostly one above its own.
 
     Raises:
-        UserError: one is nowhere.
+        UserError: a file is missing.
     """
     fields = {}
     for name, field in data.fields.items():
         paths = {key: path for key in field.FILES if (path := getattr(field, key)) is not None and addresses.is_local(path)}
-        found = {key: _nearest(path, checkpoint) for key, path in paths.items()}
-        for key, path in found.items():
+        nearest = {key: _nearest(path, checkpoint) for key, path in paths.items()}
+        for key, path in nearest.items():
             if path is None and key != AUTOENCODER:  # that one has a flag, and is not always needed
                 above = list(checkpoint.absolute().parents)[:3][-1]
                 raise UserError(
                     f"{checkpoint} needs the {key} of {name}, {paths[key]}, which lies neither in this folder nor in {above} "
                     "or above; start where the run was trained, or copy the file there"
                 )
-        fields[name] = field.model_copy(update={key: path for key, path in found.items() if path is not None})
+        fields[name] = field.model_copy(update={key: path for key, path in nearest.items() if path is not None})
     return data.model_copy(update={"fields": fields})
 
 
 def _nearest(path: str, checkpoint: Path) -> str | None:
-    """A file or folder by the name that a run gives it: beside the checkpoint or in a folder above it, else in this folder."""
+    """A file or folder that a run names: beside the checkpoint or in a folder above it, else in the working folder."""
     named = addresses.local_path(path)
     above = [folder / named for folder in checkpoint.absolute().parents]
-    # What import-paper writes lies in the run's own folder, which may have been moved since.
+    # import-paper writes into the run's own folder, which may have been moved since.
     own = [folder / named.name for folder in list(checkpoint.absolute().parents)[:3]] if named.is_absolute() else []
     return next((str(candidate) for candidate in (*above, *own, named) if candidate.exists()), None)
 
 
 def export_average(source: str, out: str, length: float, stage_name: str | None) -> Combination:
-    """Export an average of any length, made of those that a stage's checkpoints hold.
+    """Export an average of any length, reconstructed from those in a stage's checkpoints.
 
     Raises:
-        UserError: there is none to make it of, the length is out of range, or `out` is not empty.
+        UserError: the checkpoints hold none, the length is out of range, or `out` is not empty.
     """
     if not 0 < length < LONGEST_EMA:
         raise UserError(f"--length {length:g} must lie between 0 and {LONGEST_EMA}")
@@ -155,10 +155,11 @@ def export_average(source: str, out: str, length: float, stage_name: str | None)
     for path in {snapshot.reader.folder for snapshot in snapshots}:
         _checked(path)
     wanted = Profile(snapshots[-1].profile.updates, power_exponent(length))
-    found = combine([snapshot.profile for snapshot in snapshots], wanted)
-    shown = f"an average of length {length:g}, reconstructed from {len(snapshots)} averages (profile within {found.error:.1%})"
-    export.write(Path(out), _exported(reader, lambda name: reconstruct(snapshots, found.coefficients, name), shown))
-    return found
+    combination = combine([snapshot.profile for snapshot in snapshots], wanted)
+    parts = f"reconstructed from {len(snapshots)} averages (profile within {combination.error:.1%})"
+    description = f"an average of length {length:g}, {parts}"
+    export.write(Path(out), _exported(reader, lambda name: reconstruct(snapshots, combination.coefficients, name), description))
+    return combination
 
 
 def export_run(source: str, out: str, weights: str = "ema") -> None:
@@ -196,9 +197,9 @@ def _newest(folder: Path) -> Path:
 def _build(model: Model, predicted: tuple[str, ...], tensors: dict[str, torch.Tensor], device: torch.device | str) -> MMDiT:
     with torch.device("meta"):
         module = build_model(model, predicted)
-    wanted, held = dict(module.named_parameters()), set(tensors)
-    if set(wanted) != held:
-        differing = sorted(set(wanted) ^ held)
+    names = {name for name, _ in module.named_parameters()}
+    if names != set(tensors):
+        differing = sorted(names ^ set(tensors))
         raise UserError(f"the weights do not fit their own configuration: {', '.join(differing[:5])} stand on one side only")
     with torch.device(device):
         module = build_model(model, predicted)
@@ -207,10 +208,10 @@ def _build(model: Model, predicted: tuple[str, ...], tensors: dict[str, torch.Te
 
 
 def local_path(address: str | Path) -> Path:
-    """A path as it is; of hf:ORG/NAME the folder with what the Hugging Face repository holds.
+    """The path itself; for hf:ORG/NAME the folder with the downloaded Hugging Face repository.
 
     Raises:
-        UserError: the repository cannot be had.
+        UserError: the repository cannot be downloaded.
     """
     repository = str(address).removeprefix(HUB)
     return Path(_download(repository) if repository != str(address) else address)

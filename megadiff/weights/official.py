@@ -45,38 +45,38 @@ from megadiff.weights.official_config import IMAGE, POSITIONS, TEXT, depth_of, g
 
 POSITIONS_TOLERANCE = 1e-5
 _REPEATED = re.compile(r"(.*cond_dict\.)to_post_branch_gammas_(\d+)\.2\.(weight|bias)")
-"""The second name of a tensor, and below it the first."""
+"""The second name of a tensor; its first is cond_linear_*."""
 _LISTED = 4
-"""Names that an error tells of each kind."""
+"""Names of each kind in an error message."""
 
 
 def from_official(tensors: Mapping[str, Tensor], model: Model) -> dict[str, Tensor]:
     """Released tensors under our names, in their dtype; `model` as model_from_config makes it.
 
     Raises:
-        UserError: names are missing or unknown, shapes or the fixed positions differ, or a tensor that stands under two names
-            has two values.
+        UserError: names are missing or unknown, shapes or the fixed positions differ, or a tensor with two names has two
+            values.
     """
     require_released_kind(model)
     predicted = predicted_of(tensors)
     require_towers(model, predicted)
     rules = list(_rules(model, predicted))
-    held = _without_repeats(tensors)
-    wanted = _shapes(_exported(rules, _meta_parameters(model, predicted)))
-    wanted[POSITIONS] = tuple(_positions(model, torch.device("meta")).shape)
-    _check(wanted, held, "the released weights do not fit their configuration")
-    _check_positions(held[POSITIONS], model)
+    released = _without_repeats(tensors)
+    shapes = _shapes(_exported(rules, _meta_parameters(model, predicted)))
+    shapes[POSITIONS] = tuple(_positions(model, torch.device("meta")).shape)
+    _check(shapes, released, "the released weights do not fit their configuration")
+    _check_positions(released[POSITIONS], model)
     return {
         name: tensor
         for rule in rules
-        for name, tensor in zip(rule.ours, rule.take([held[n] for n in rule.theirs]), strict=True)
+        for name, tensor in zip(rule.ours, rule.take([released[n] for n in rule.theirs]), strict=True)
     }
 
 
 def to_official(ours: Mapping[str, Tensor], model: Model) -> dict[str, Tensor]:
-    """Our tensors under the released names, with the fixed positions; what has two names there stands under the first alone.
+    """Our tensors under the released names, with the fixed positions; a tensor with two names has the first alone.
 
-    So a safetensors file wants it: loading refuses one that holds a shared tensor twice.
+    Loading refuses a safetensors file with a shared tensor twice.
 
     Raises:
         UserError: names or shapes are not those of `model`, or its network is not of the released kind.
@@ -96,13 +96,13 @@ def predicted_of(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
 
 
 def parameter_names(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of the released network's parameters, each once, in the order in which its weights are given."""
+    """The names of the released network's parameters, each once, in the order of its weights."""
     return [name for name in _without_repeats(tensors) if name != POSITIONS]
 
 
 def unread_prefixes(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """How the names of those parameters begin that the released code never trains, since nothing reads what they make: of a
-    modality without a head, all that follows the last joint attention."""
+    """Prefixes of the parameters that the released code never trains, since nothing reads their results: those after the last
+    joint attention, of a modality without a head."""
     block = f"joint_embedding.blocks.{depth_of(tensors, 'joint_embedding') - 1}"
     unread = [number for number, name in enumerate((TEXT, IMAGE)) if name not in predicted_of(tensors)]
     return tuple(
@@ -139,8 +139,8 @@ def _rules(model: Model, predicted: Collection[str]) -> Iterator[_Rule]:
     yield _Rule(
         (f"embed.states.{IMAGE}.projection.weight",),
         ("image_embedder.proj.weight",),
-        take=lambda held: [held[0].permute(0, 2, 3, 1).flatten(1)],
-        give=lambda held: [held[0].reshape(-1, patch, patch, channels).permute(0, 3, 1, 2).contiguous()],
+        take=lambda theirs: [theirs[0].permute(0, 2, 3, 1).flatten(1)],
+        give=lambda ours: [ours[0].reshape(-1, patch, patch, channels).permute(0, 3, 1, 2).contiguous()],
     )
     yield _same(f"embed.states.{IMAGE}.projection.bias", "image_embedder.proj.bias")
     for name in (TEXT, IMAGE):
@@ -190,19 +190,19 @@ def _linear(ours: str, theirs: str) -> list[_Rule]:
 
 def _gain(ours: str, theirs: str) -> _Rule:
     return _Rule(
-        (ours,), (theirs,), take=lambda held: [held[0].squeeze(1)], give=lambda held: [held[0].unsqueeze(1).contiguous()]
+        (ours,), (theirs,), take=lambda theirs: [theirs[0].squeeze(1)], give=lambda ours: [ours[0].unsqueeze(1).contiguous()]
     )
 
 
 def _modulation(ours: str, block: str, number: int, kind: str) -> _Rule:
     """Our slots (models.blocks.Modulated) are shift, scale, gate of the attention, then of the MLP."""
 
-    def take(held: list[Tensor]) -> list[Tensor]:
-        (gamma, beta), (mlp_gamma, mlp_beta), (gate, mlp_gate) = (tensor.chunk(2) for tensor in held)
+    def take(theirs: list[Tensor]) -> list[Tensor]:
+        (gamma, beta), (mlp_gamma, mlp_beta), (gate, mlp_gate) = (tensor.chunk(2) for tensor in theirs)
         return [torch.cat([beta, gamma, gate, mlp_beta, mlp_gamma, mlp_gate])]
 
-    def give(held: list[Tensor]) -> list[Tensor]:
-        beta, gamma, gate, mlp_beta, mlp_gamma, mlp_gate = held[0].chunk(6)
+    def give(ours: list[Tensor]) -> list[Tensor]:
+        beta, gamma, gate, mlp_beta, mlp_gamma, mlp_gate = ours[0].chunk(6)
         return [torch.cat(pair) for pair in ((gamma, beta), (mlp_gamma, mlp_beta), (gate, mlp_gate))]
 
     modules = (f"attn_layernorms.{number}.to_cond.2", f"ff_layernorms.{number}.to_cond.2", f"cond_dict.cond_linear_{number}")
@@ -213,8 +213,8 @@ def _last_row(tokens: str, mask: str, theirs: str) -> _Rule:
     return _Rule(
         (tokens, mask),
         (theirs,),
-        take=lambda held: [held[0][:-1], held[0][-1:].clone()],
-        give=lambda held: [torch.cat(held)],
+        take=lambda theirs: [theirs[0][:-1], theirs[0][-1:].clone()],
+        give=lambda ours: [torch.cat(ours)],
     )
 
 
@@ -227,14 +227,14 @@ def _exported(rules: Sequence[_Rule], ours: Mapping[str, Tensor]) -> dict[str, T
 
 
 def _without_repeats(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Only the first of a tensor's two names. Raises UserError if they hold different numbers."""
-    held = {name: tensor for name, tensor in tensors.items() if not _REPEATED.fullmatch(name)}
+    """The tensors, each under its first name. Raises UserError if two names hold different numbers."""
+    firsts = {name: tensor for name, tensor in tensors.items() if not _REPEATED.fullmatch(name)}
     for name, tensor in tensors.items():
         if match := _REPEATED.fullmatch(name):
             first = f"{match[1]}cond_linear_{match[2]}.{match[3]}"
-            if not torch.equal(held.setdefault(first, tensor), tensor):
+            if not torch.equal(firsts.setdefault(first, tensor), tensor):
                 raise UserError(f"{name} and {first} are one tensor in the released network, but hold different numbers here")
-    return held
+    return firsts
 
 
 def _meta_parameters(model: Model, predicted: Collection[str]) -> dict[str, Tensor]:
@@ -242,10 +242,10 @@ def _meta_parameters(model: Model, predicted: Collection[str]) -> dict[str, Tens
         return {name: parameter.detach() for name, parameter in build_model(model, predicted).named_parameters()}
 
 
-def _check_positions(given: Tensor, model: Model) -> None:
-    ours = _positions(model, torch.device("cpu")).to(given.dtype)
-    rounding = torch.finfo(given.dtype).eps if given.is_floating_point() else 0.0
-    difference = float((given.float() - ours.float()).abs().max())
+def _check_positions(positions: Tensor, model: Model) -> None:
+    ours = _positions(model, torch.device("cpu")).to(positions.dtype)
+    rounding = torch.finfo(positions.dtype).eps if positions.is_floating_point() else 0.0
+    difference = float((positions.float() - ours.float()).abs().max())
     if not difference <= POSITIONS_TOLERANCE + rounding:
         raise UserError(
             f"{POSITIONS} differs by {difference:.2g} from the released network's sines and cosines, which are fixed here; "
@@ -263,18 +263,18 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _check(wanted: Mapping[str, tuple[int, ...]], held: Mapping[str, Tensor], what: str) -> None:
+def _check(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], what: str) -> None:
     """Raises UserError with the first names that are missing, unknown or of another shape."""
-    missing = [name for name in wanted if name not in held]
-    unknown = [name for name in held if name not in wanted]
-    shapes = [
-        f"{name} is {list(held[name].shape)}, not {list(shape)}"
-        for name, shape in wanted.items()
-        if name in held and tuple(held[name].shape) != shape
+    missing = [name for name in shapes if name not in tensors]
+    unknown = [name for name in tensors if name not in shapes]
+    differing = [
+        f"{name} is {list(tensors[name].shape)}, not {list(shape)}"
+        for name, shape in shapes.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
     ]
     faults = [
         f"{title} {', '.join(names[:_LISTED])}" + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
-        for title, names in (("missing:", missing), ("unknown:", unknown), ("other shapes:", shapes))
+        for title, names in (("missing:", missing), ("unknown:", unknown), ("other shapes:", differing))
         if names
     ]
     if faults:

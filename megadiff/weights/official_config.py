@@ -14,19 +14,19 @@ from megadiff.config.schema import GridSpace, Model, TokenSpace
 
 TEXT, IMAGE = "text", "image"
 HEADS, HEAD_DIM = 8, 64
-"""Of the released network, whose config does not name them."""
+"""The released network's, which its config does not name."""
 POSITIONS = "pos_embed"
 _KEYS = ("img_resolution", "patch_size", "img_channels", "vocab_size", "context_len", "depth", "text_depth", "image_depth")
 _WIDTH_KEYS = ("dim_modalities", "dim_conds")
 _OPTIONAL_KEYS = ("heads", "dim_head", "qk_rmsnorm", "project_hidden")
 _HIDDEN_OUTPUTS = {TEXT: 768, IMAGE: 1024}
-"""Of the released network's hidden projections."""
+"""Outputs of the released network's hidden projections."""
 
 
 def model_from_config(config: Mapping[str, Any]) -> Model:
-    """Our model for a released config.json; its values may stand under a sub-key, further keys do not matter.
+    """Our model for a released config.json; its values may stand under a sub-key, other keys are ignored.
 
-    `heads` and `dim_head` are 8 and 64 where they are not given; `dim_joint_attn` has no effect on the released network.
+    `heads` and `dim_head` are 8 and 64 by default; `dim_joint_attn` has no effect on the released network.
 
     Raises:
         UserError: keys are missing or no sizes of a network, or the time vectors have other widths than the tokens.
@@ -97,7 +97,7 @@ def _model(values: Mapping[str, Any]) -> Model:
 
 
 def config_from_model(model: Model, predicted: Collection[str] = (TEXT, IMAGE)) -> dict[str, Any]:
-    """A released config.json; a modality that is not predicted gets the depth 0.
+    """A released config.json; modalities that are not predicted have depth 0.
 
     Raises:
         UserError: the network is not of the released kind.
@@ -115,11 +115,13 @@ def require_towers(model: Model, predicted: Collection[str]) -> None:
 
 
 def require_released_kind(model: Model) -> None:
-    """Raises UserError that names the first setting in which a model's network differs from the released kind."""
+    """Raises UserError naming the first setting in which a model's network differs from the released kind."""
     spaces = {name: modality.space.kind for name, modality in model.modalities.items()}
     if list(spaces.items()) != [(TEXT, "tokens"), (IMAGE, "grid")]:
-        found = ", ".join(f"{name} ({kind})" for name, kind in spaces.items())
-        raise UserError(f"model.modalities is {found}; the released network has text (tokens), image (grid), in this order")
+        modalities = ", ".join(f"{name} ({kind})" for name, kind in spaces.items())
+        raise UserError(
+            f"model.modalities is {modalities}; the released network has text (tokens), image (grid), in this order"
+        )
     if len(set(grid_of(model).patch_sides)) > 1:
         raise UserError(f"model.modalities.{IMAGE}.space.patch is not square; the released network's patches are")
     released = _leaves(model_from_config(_config(model, (TEXT, IMAGE))).model_dump(mode="json"))
@@ -139,12 +141,12 @@ _NOT_OF_THE_NETWORK = frozenset(
         *(f"modalities.{IMAGE}.process.{name}" for name in ("loss_weight", "min_snr_gamma")),
     }
 )
-"""Settings that decide how weights start, are trained or what data they see, not what they compute; and widths, which are free
-and may stand in two places."""
+"""Settings of initialisation, training and data, which do not change what the network computes; and widths, which are free and
+may stand in two places."""
 
 
 def config_from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the shapes of released weights say of their configuration.
+    """The configuration of released weights, from their shapes.
 
     Raises:
         UserError: they are no released weights.
@@ -178,7 +180,7 @@ def config_from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def known_values(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a released configuration what matters here, by its own key however deep it stands."""
+    """The values of a released configuration that we use, by their own key, at any depth."""
     values = _flat(config)
     return {key: values[key] for key in (*_KEYS, *_WIDTH_KEYS, *_OPTIONAL_KEYS) if values.get(key) is not None}
 
@@ -216,13 +218,13 @@ def _config(model: Model, predicted: Collection[str]) -> dict[str, Any]:
 
 
 def depth_of(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    """How many blocks released weights hold under a prefix."""
-    found = [int(match[1]) for name in tensors if (match := re.match(rf"{prefix}\.blocks\.(\d+)\.", name))]
-    return max(found, default=-1) + 1
+    """The number of released blocks under a prefix."""
+    indices = [int(match[1]) for name in tensors if (match := re.match(rf"{prefix}\.blocks\.(\d+)\.", name))]
+    return max(indices, default=-1) + 1
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """All values by their own key, however deep; what stands higher wins, then what stands first."""
+    """All values by their own key, at any depth; of equal keys the highest, then the first counts."""
     values = {key: value for key, value in config.items() if not isinstance(value, Mapping)}
     for section in config.values():
         if isinstance(section, Mapping):

@@ -1,6 +1,6 @@
-"""An average of any length after training, out of the averages that checkpoints kept.
+"""An average of any length after training, from the averages in checkpoints.
 
-Power-function profiles of several lengths at several steps span the profile of a length that was never tracked, nearly: least
+Power-function profiles of several lengths at several steps nearly span the profile of a length that was not tracked. Least
 squares of the profiles give the coefficients of the weights. Source: Karras et al., "Analyzing and Improving the Training
 Dynamics of Diffusion Models", CVPR 2024, section 3.2 and algorithm 3.
 """
@@ -63,10 +63,10 @@ def combine(snapshots: Sequence[Profile], wanted: Profile) -> Combination:
     """The least-squares coefficients of `wanted` in terms of the snapshots' profiles."""
     gram = np.array([[inner_product(one, other) for other in snapshots] for one in snapshots])
     sides = np.array([inner_product(one, wanted) for one in snapshots])
-    scale = 1 / np.sqrt(gram.diagonal())  # profiles of like sizes: the system is ill-conditioned enough as it is
-    solved = scale * np.linalg.lstsq(gram * scale * scale[:, None], sides * scale, rcond=1e-12)[0]
-    rest = inner_product(wanted, wanted) - 2 * solved @ sides + solved @ gram @ solved
-    return Combination(tuple(solved.tolist()), math.sqrt(max(rest, 0.0) / inner_product(wanted, wanted)))
+    scale = 1 / np.sqrt(gram.diagonal())  # profiles of equal norm, since the system is ill-conditioned
+    coefficients = scale * np.linalg.lstsq(gram * scale * scale[:, None], sides * scale, rcond=1e-12)[0]
+    rest = inner_product(wanted, wanted) - 2 * coefficients @ sides + coefficients @ gram @ coefficients
+    return Combination(tuple(coefficients.tolist()), math.sqrt(max(rest, 0.0) / inner_product(wanted, wanted)))
 
 
 @dataclass(frozen=True)
@@ -86,19 +86,19 @@ def tracked_averages(checkpoints: CheckpointsFolder, profiles: Mapping[str, EmaP
     """
     power = {name: power_exponent(profile.length) for name, profile in profiles.items() if isinstance(profile, PowerEma)}
     readers = [CheckpointReader(folder) for folder in checkpoints.published().values()]
-    found = [
+    averages = [
         TrackedAverage(reader, f"ema.{name}", Profile(reader.manifest.progress["ema_updates"], exponent))
         for reader in readers
         for name, exponent in power.items()
         if name in reader.manifest.ema and reader.manifest.progress["ema_updates"]
     ]
-    if not found:
+    if not averages:
         raise CheckpointError(
             f"{checkpoints.root} holds no average that can be reconstructed from: give the stage profiles of kind power "
             "(ema: {short: {kind: power, length: 0.05}, long: {kind: power, length: 0.1}}) and keep checkpoints "
             "(checkpoint.keep_every_steps)"
         )
-    return found
+    return averages
 
 
 def reconstruct(snapshots: Sequence[TrackedAverage], coefficients: Sequence[float], name: str) -> Tensor:

@@ -18,7 +18,7 @@ from megadiff.diffusion.gaussian import Gaussian
 from megadiff.diffusion.masked import Masked
 from megadiff.diffusion.uniform import Uniform
 from megadiff.kernels.head_draw import draw_rows
-from megadiff.types import CrossEntropy, Dense, Drawn, Noised, Prediction, Readout, RowLogits, SampledRows, TokenLosses
+from megadiff.types import CrossEntropy, Dense, Noised, Prediction, Readout, RowLogits, SampledRows, TokenDraws, TokenLosses
 
 # Points 0 and 1 share the grid, points 1 and 2 the tokens: neither modality determines the other.
 GRIDS = torch.tensor([[-1.0, -0.6], [-1.0, -0.6], [0.9, 0.8], [1.0, -0.9], [-0.1, 0.9]]).view(5, 1, 1, 2)
@@ -88,7 +88,7 @@ class IdealDenoiser:
         return self.grid.target(clean, noise, times).float()
 
 
-def drawn_from(logits: Tensor, request: SampledRows) -> Drawn:
+def drawn_from(logits: Tensor, request: SampledRows) -> TokenDraws:
     """What a head gives that has these logits [B, S, V]."""
     mixed = (request.weights[..., None] * logits.flatten(0, 1)[request.rows]).sum(0)
     return draw_rows(mixed, rng.uniform_at(*request.keys), *request.rule)

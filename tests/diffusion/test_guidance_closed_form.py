@@ -22,7 +22,7 @@ from megadiff.diffusion.build import build_processes
 from megadiff.diffusion.gaussian import Gaussian
 from megadiff.diffusion.guidance import Guided
 from megadiff.diffusion.sampler import Conditions, Sampler
-from megadiff.types import Dense, Drawn, DrawRule, Noised, Prediction, Readout, RowKeys, RowLogits, SampledRows
+from megadiff.types import Dense, DrawRule, Noised, Prediction, Readout, RowKeys, RowLogits, SampledRows, TokenDraws
 from tests.diffusion.ideal import drawn_from
 
 MEANS, DEVIATION = torch.tensor([-1.0, 0.8], dtype=torch.float64), 0.3
@@ -417,7 +417,7 @@ def test_numbers_and_words_are_autoguided_together_each_with_its_own_branch():
     assert (labels[1:] == UNKNOWN).all()
     expected = guided_words(2.0, label=0) * (TABLE[0] / weak.table[0]) ** 0.5
     expected = expected / expected.sum()
-    assert isinstance(found["word"], Drawn)
+    assert isinstance(found["word"], TokenDraws)
     wanted = drawn_from(expected.log().expand(count, 1, 4), rows)
     assert torch.equal(found["word"].ids, wanted.ids)
     torch.testing.assert_close(found["word"].log_probability, wanted.log_probability.float(), atol=1e-5, rtol=1e-5)

@@ -10,10 +10,11 @@ import torch
 from megadiff import rng
 from megadiff.config.schema import Model, Sampling
 from megadiff.diffusion.build import build_process, build_processes
+from megadiff.diffusion.categorical_solvers import Ancestral, draws
 from megadiff.diffusion.masked import Masked
 from megadiff.diffusion.objective import conditional_losses
 from megadiff.diffusion.process import Process
-from megadiff.diffusion.solvers import Ancestral, Step, draws
+from megadiff.diffusion.solvers import SolverStep
 from megadiff.kernels.head_draw import draw_rows
 from megadiff.types import Noised, Prediction, Readout, RowKeys
 from tests.diffusion.ideal import IdealDenoiser, draw_pairs
@@ -32,8 +33,8 @@ def drawn(process: Process, what: str) -> torch.Tensor:
         found = {
             "noise": lambda: process.noise(clean, half, KEYS).state,
             "guidance": lambda: process.renoise(clean, 0 * half, half, KEYS),
-            "unmask": lambda: _rows(Ancestral(process, Sampling()).request(masks, Step(one, half, KEYS, False)).rows[0]),
-            "token": lambda: _numbers(draws(process.name, Sampling(), masks > 0, Step(one, half, KEYS, False)).keys),
+            "unmask": lambda: _rows(Ancestral(process, Sampling()).request(masks, SolverStep(one, half, KEYS, False)).rows[0]),
+            "token": lambda: _numbers(draws(process.name, Sampling(), masks > 0, SolverStep(one, half, KEYS, False)).keys),
         }[what]()
     else:
         clean = torch.zeros(COUNT, 1, 1, 2)

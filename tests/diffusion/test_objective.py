@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megadiff import rng
-from megadiff.diffusion.objective import Objective, conditional_losses
+from megadiff.diffusion.objective import DiffusionObjective, conditional_losses
 from megadiff.types import Batch, LossTerms, TokenLosses
 from tests.diffusion.ideal import GRIDS, SHARES, TOKENS, IdealDenoiser, draw_pairs
 from tests.diffusion.small import batch_of, model_of, part_of, stage_of
@@ -26,7 +26,7 @@ def pairs(count: int) -> Batch:
     return batch_of({"tokens": drawn["tokens"], "grid": drawn["grid"]})
 
 
-def losses_of(objective: Objective, parts: list[Batch]) -> list[LossTerms]:
+def losses_of(objective: DiffusionObjective, parts: list[Batch]) -> list[LossTerms]:
     """As an engine does it: counts of all micro-batches first, then every one with the same normaliser."""
     prepared = [objective.prepare(part) for part in parts]
     counts = {name: sum(one.counts[name] for one in prepared) for name in objective.scored}
@@ -37,7 +37,7 @@ def losses_of(objective: Objective, parts: list[Batch]) -> list[LossTerms]:
 @pytest.mark.parametrize("parts", [2, 3, 12])
 @pytest.mark.parametrize("config", [{}, {"loss": "plain"}, {"end_id": 4, "after_end_weight": 0.5}])
 def test_the_loss_is_the_same_for_any_split_into_micro_batches(parts, config):
-    objective = Objective(model_of(**config), stage_of(12, **MIXED), seed=1)
+    objective = DiffusionObjective(model_of(**config), stage_of(12, **MIXED), seed=1)
     batch = pairs(12)
     batch = replace(batch, weight=torch.tensor([1.0, 0.0] + [1.0] * 10))
     (whole,) = losses_of(objective, [batch])
@@ -49,7 +49,7 @@ def test_the_loss_is_the_same_for_any_split_into_micro_batches(parts, config):
 
 
 def test_the_total_is_the_weighted_sum_of_the_mean_losses():
-    objective = Objective(MODEL, stage_of(32, **MIXED), seed=1)
+    objective = DiffusionObjective(MODEL, stage_of(32, **MIXED), seed=1)
     (terms,) = losses_of(objective, [pairs(32)])
     expected = 0.3 * terms.sums["tokens"] / terms.counts["tokens"] + terms.sums["grid"] / terms.counts["grid"]
     assert terms.total.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -59,7 +59,7 @@ def test_the_total_is_the_weighted_sum_of_the_mean_losses():
 
 
 def test_counts_before_the_prediction_are_those_after_it():
-    objective = Objective(model_of(end_id=4), stage_of(12, **MIXED), seed=1)
+    objective = DiffusionObjective(model_of(end_id=4), stage_of(12, **MIXED), seed=1)
     prepared = objective.prepare(pairs(12))
     terms = objective.score(DENOISER(prepared.noised, prepared.readout), prepared, ONES)
     for name in objective.scored:
@@ -67,7 +67,7 @@ def test_counts_before_the_prediction_are_those_after_it():
 
 
 def test_the_loss_gives_gradients_to_scored_samples_only_and_the_terms_carry_none():
-    objective = Objective(MODEL, stage_of(64, grid={"conditioning": {"clean": 0.5}}), seed=1)
+    objective = DiffusionObjective(MODEL, stage_of(64, grid={"conditioning": {"clean": 0.5}}), seed=1)
     prepared = objective.prepare(pairs(64))
     prediction = DENOISER(prepared.noised, prepared.readout)
     leaves = {"tokens": prediction["tokens"].weighted.requires_grad_(), "grid": prediction["grid"].requires_grad_()}
@@ -82,7 +82,7 @@ def test_the_loss_gives_gradients_to_scored_samples_only_and_the_terms_carry_non
 
 
 def test_the_noise_of_a_sample_is_the_same_in_any_batch():
-    objective = Objective(MODEL, stage_of(16), seed=1)
+    objective = DiffusionObjective(MODEL, stage_of(16), seed=1)
     batch = pairs(16)
     rows = torch.tensor([9, 2, 14])
     whole, part = objective.prepare(batch), objective.prepare(part_of(batch, rows))
@@ -92,7 +92,7 @@ def test_the_noise_of_a_sample_is_the_same_in_any_batch():
 
 
 def test_a_sample_of_weight_0_changes_nothing_whatever_it_holds():
-    objective = Objective(MODEL, stage_of(8), seed=1)
+    objective = DiffusionObjective(MODEL, stage_of(8), seed=1)
     batch = replace(pairs(8), weight=torch.tensor([1.0, 1, 1, 0, 1, 1, 1, 1]))
     junk = {name: state.clone() for name, state in batch.states.items()}
     junk["grid"][3], junk["tokens"][3] = 1e3, 0
@@ -110,7 +110,7 @@ def test_a_sample_of_weight_0_changes_nothing_whatever_it_holds():
 def test_the_same_modalities_are_read_out_whatever_the_samples():
     """ZeRO-3 gathers weights in the order of calls: a rank that skipped a head would wait for ever."""
     for share in (0.0, 0.5, 1.0):
-        objective = Objective(MODEL, stage_of(8, tokens={"conditioning": {"clean": share}}), seed=1)
+        objective = DiffusionObjective(MODEL, stage_of(8, tokens={"conditioning": {"clean": share}}), seed=1)
         for weight in (torch.ones(8), torch.zeros(8)):
             prepared = objective.prepare(replace(pairs(8), weight=weight))
             assert list(prepared.readout) == ["tokens", "grid"]
@@ -122,7 +122,7 @@ def test_the_same_modalities_are_read_out_whatever_the_samples():
 def test_a_modality_that_is_not_scored_is_not_read_out_but_is_still_noised_at_its_times__released_code_fault_t1(section):
     """The released code's stage 1 left the text clean: its `use_all_times` noised the image alone (PAPER.md, T1)."""
     count = 4000
-    objective = Objective(MODEL, stage_of(count, tokens=section), seed=1)
+    objective = DiffusionObjective(MODEL, stage_of(count, tokens=section), seed=1)
     prepared = objective.prepare(pairs(count))
     assert list(prepared.readout) == ["grid"]
     times = prepared.noised.clocks["tokens"]
@@ -139,7 +139,7 @@ def test_a_modality_that_is_not_scored_is_not_read_out_but_is_still_noised_at_it
     "config", [{}, {"loss": "plain"}, {"loss": "plain", "mask_class": True}, {"end_id": 4, "after_end_weight": 0.5}]
 )
 def test_the_readout_tells_how_many_positions_are_scored(config):
-    objective = Objective(model_of(**config), stage_of(12, **MIXED), seed=1)
+    objective = DiffusionObjective(model_of(**config), stage_of(12, **MIXED), seed=1)
     prepared = objective.prepare(replace(pairs(12), weight=torch.tensor([1.0, 0.0] + [1.0] * 10)))
     readout = prepared.readout["tokens"]
     assert isinstance(readout, TokenLosses)
@@ -148,7 +148,7 @@ def test_the_readout_tells_how_many_positions_are_scored(config):
 
 def test_a_caption_that_is_only_a_condition_ends_at_its_end_mark():
     model = model_of(end_id=4)
-    objective = Objective(model, stage_of(64, tokens={"conditioning": {"clean": 0.5}}), seed=1)
+    objective = DiffusionObjective(model, stage_of(64, tokens={"conditioning": {"clean": 0.5}}), seed=1)
     batch = pairs(64)
     batch.states["tokens"][:, 1:] = 4
     prepared = objective.prepare(batch)

@@ -11,11 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megadiff import rng
 from megadiff.config.errors import UserError
 from megadiff.config.schema import GaussianProcess, GridSpace, Sampling
-from megadiff.diffusion.build import build_processes
+from megadiff.diffusion.build import build_processes, build_solver
+from megadiff.diffusion.categorical_solvers import Ancestral
 from megadiff.diffusion.gaussian import Gaussian
+from megadiff.diffusion.gaussian_solvers import Heun
 from megadiff.diffusion.sampler import Conditions, Sampler
-from megadiff.diffusion.solvers import Ancestral, Heun, Solver, Step, build_solver
-from megadiff.types import Dense, Drawn, SampledRows
+from megadiff.diffusion.solvers import Solver, SolverStep
+from megadiff.types import Dense, SampledRows, TokenDraws
 from tests.diffusion.ideal import GRIDS, TOKENS, IdealDenoiser
 from tests.diffusion.small import model_of
 
@@ -23,18 +25,18 @@ KEYS = rng.sample_keys(4, torch.arange(200))
 PROCESSES = build_processes(model_of())
 
 
-def step_of(now: float, then: float, keys: torch.Tensor = KEYS) -> Step:
+def step_of(now: float, then: float, keys: torch.Tensor = KEYS) -> SolverStep:
     count = len(keys)
-    return Step(torch.full((count,), now), torch.full((count,), then), keys, then == 0)
+    return SolverStep(torch.full((count,), now), torch.full((count,), then), keys, then == 0)
 
 
 def solver_of(name: str, keys: torch.Tensor = KEYS, **sampling) -> Solver:
     return build_solver(PROCESSES[name], Sampling(**sampling), keys, torch.ones(len(keys)))
 
 
-def drawn_at(request: SampledRows, token: int = 0) -> Drawn:
+def drawn_at(request: SampledRows, token: int = 0) -> TokenDraws:
     count = request.rows.shape[1]
-    return Drawn(torch.full((count,), token), *torch.zeros(3, count))
+    return TokenDraws(torch.full((count,), token), *torch.zeros(3, count))
 
 
 def test_heun_asks_twice_except_in_the_step_to_0():

@@ -13,7 +13,7 @@ from megadiff.config.schema import GaussianProcess, GridSpace, MaskedProcess, To
 from megadiff.diffusion.categorical import Schedule
 from megadiff.diffusion.gaussian import Gaussian
 from megadiff.diffusion.masked import Masked
-from megadiff.diffusion.objective import Objective
+from megadiff.diffusion.objective import DiffusionObjective
 from megadiff.diffusion.process import NoisedState
 from megadiff.diffusion.uniform import Uniform
 from tests.diffusion.ideal import IdealDenoiser, draw_pairs
@@ -232,7 +232,7 @@ def test_the_plain_loss_with_a_mask_class_is_the_released_cross_entropy():
 @pytest.mark.parametrize("tokens", [{"weight_cap": 2.0}, {"loss": "plain"}, {"kind": "uniform"}], ids=str)
 def test_the_true_bound_is_reported_beside_whatever_loss_is_trained(tokens):
     model = model_of(**tokens)
-    objective = Objective(model, stage_of(400), seed=0)
+    objective = DiffusionObjective(model, stage_of(400), seed=0)
     states = draw_pairs(400)
     prepared = objective.prepare(batch_of({"tokens": states["tokens"], "grid": states["grid"]}))
     prediction = IdealDenoiser(model)(prepared.noised, prepared.readout)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from megadiff.config.layout import Layout
 from megadiff.config.run_folder import CheckpointsFolder
 from megadiff.config.schema import Batching, ConstantEma, Initialise, Optimizer, Stage
-from megadiff.engine.api import Outcome, Prepared, Score
+from megadiff.engine.api import Outcome, PreparedBatch, Score
 from megadiff.engine.engine import RAW, Engine
 from megadiff.engine.pieces import FrozenPiece, Piece, Pieces
 from megadiff.models.idle import Idle
@@ -60,7 +60,7 @@ class FakeBackend:
             lambda: None,
         )
 
-    def run(self, prepared: Sequence[Prepared], score: Score, learning_rate: float) -> Outcome:
+    def run(self, prepared: Sequence[PreparedBatch], score: Score, learning_rate: float) -> Outcome:
         self.rates.append(learning_rate)
         self.optimizer.param_groups[0]["lr"] = learning_rate
         self.optimizer.zero_grad()
@@ -85,7 +85,7 @@ class Sums:
         first = int(batch.slots[0]) == 0
         counts = {"grid": torch.tensor(2.0), "tokens": torch.tensor(0.0 if first else 2.0)}
         noised = batch.weight * (1.0 if first else 3.0)
-        return type("Prepared", (), {"noised": noised, "readout": {}, "counts": counts, "first": first})
+        return type("PreparedBatch", (), {"noised": noised, "readout": {}, "counts": counts, "first": first})
 
     def score(self, prediction: Any, prepared: Any, normaliser: Any) -> LossTerms:
         scored = {"grid": 1.0, "tokens": 0.0 if prepared.first else 1.0}

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megadiff.evaluation.table import compare, picture, shape_errors, table_of, trend_errors
+from megadiff.evaluation.table import columns_of, compare, picture, shape_errors, trend_errors
 
 RNG = np.random.default_rng(0)
 ROOT = Path(__file__).parents[2]
 
 
 def test_shape_is_the_largest_gap_of_distribution_functions_or_the_total_variation():
-    real = table_of([{"n": float(i), "c": "ab"[i % 2]} for i in range(4)])
-    drawn = table_of([{"n": float(i) + 1, "c": "a" if i else "c"} for i in range(4)])
+    real = columns_of([{"n": float(i), "c": "ab"[i % 2]} for i in range(4)])
+    drawn = columns_of([{"n": float(i) + 1, "c": "a" if i else "c"} for i in range(4)])
     # n: {0, 1, 2, 3} against {1, 2, 3, 4}: a quarter lies below 1. c: a 1/2 -> 3/4, b 1/2 -> 0, c 0 -> 1/4.
     assert shape_errors(real, drawn) == pytest.approx({"n": 0.25, "c": 0.5})
 

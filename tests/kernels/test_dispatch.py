@@ -24,7 +24,7 @@ def refusal(op, number):
 def _undecided(monkeypatch):
     monkeypatch.delenv(dispatch.VARIABLE, raising=False)
     monkeypatch.setattr(dispatch, "_TWINS", {})
-    monkeypatch.setattr(dispatch, "_SAID", set())
+    monkeypatch.setattr(dispatch, "_LOGGED", set())
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from megadiff import rng
 from megadiff.config import derived, parameters
 from megadiff.config.schema import Model, Stage
-from megadiff.diffusion.objective import Objective
+from megadiff.diffusion.objective import DiffusionObjective
 from megadiff.models.idle import idle_parameters
 from megadiff.models.mmdit import MMDiT, build_model
 from megadiff.models.names import part_of
@@ -82,7 +82,7 @@ def back_propagate(module: MMDiT, model: Model, chosen: Stage) -> None:
     features = {name: torch.randn(SAMPLES, count, FEATURES) for name, count in derived.tokens(model).items()}
     ids = tuple(map(str, range(SAMPLES)))
     batch = Batch(states, keys, torch.arange(SAMPLES), torch.ones(SAMPLES), ids, 0, SAMPLES, features)
-    objective = Objective(model, chosen, seed=0)
+    objective = DiffusionObjective(model, chosen, seed=0)
     prepared = objective.prepare(batch)
     normaliser = {name: 1 / count.clamp_min(1.0) for name, count in prepared.counts.items()}
     objective.score(module(prepared.noised, prepared.readout), prepared, normaliser).total.backward()

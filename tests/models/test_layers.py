@@ -20,7 +20,7 @@ from megadiff.models.embeddings import (
     time_features,
     unpatchify,
 )
-from megadiff.models.layers import Linear, Mlp, Modulation, Table
+from megadiff.models.layers import CachedConstant, Linear, Mlp, Modulation
 
 SPACE = GridSpace(channels=3, height=8, width=12, patch=2)
 CPU = torch.device("cpu")
@@ -132,12 +132,12 @@ def test_modulation_starts_with_the_named_slots_at_one_whatever_the_conditioning
 
 
 def test_a_table_made_in_inference_mode_serves_training_and_is_not_pickled():
-    table = Table(zeros)
+    table = CachedConstant(zeros)
     with torch.inference_mode():
         table(CPU)
     scale = torch.ones(3, requires_grad=True)
     (scale * table(CPU)).sum().backward()
-    assert pickle.loads(pickle.dumps(table)).made == {}
+    assert pickle.loads(pickle.dumps(table)).cache == {}
 
 
 def zeros(device: torch.device) -> torch.Tensor:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFont
 
-from megadiff.report.sheet import Cell, Section, _font, contact_sheet, wrap
+from megadiff.report.sheet import Cell, SheetSection, _font, contact_sheet, wrap
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -24,22 +24,22 @@ def count(sheet: Image.Image, colour: tuple[int, int, int]) -> int:
 def test_a_small_picture_is_enlarged_by_a_whole_factor_without_smoothing() -> None:
     picture = Image.new("RGB", (32, 32), RED)
     picture.putpixel((0, 0), BLUE)
-    sheet = contact_sheet([Section("", [Cell(picture)])])
+    sheet = contact_sheet([SheetSection("", [Cell(picture)])])
     assert count(sheet, BLUE) == 3 * 3
     assert count(sheet, RED) == 96 * 96 - 9
 
 
 @pytest.mark.parametrize("size", [(400, 200), (200, 400)])
 def test_a_large_picture_is_shrunk_to_the_cell_and_keeps_its_shape(size: tuple[int, int]) -> None:
-    sheet = contact_sheet([Section("", [Cell(Image.new("RGB", size, RED))])])
+    sheet = contact_sheet([SheetSection("", [Cell(Image.new("RGB", size, RED))])])
     assert count(sheet, RED) == 96 * 48
 
 
 def test_cells_stand_in_rows_and_sections_below_each_other() -> None:
     cells = [Cell(Image.new("RGB", (32, 32), RED), "one")] * 5
-    narrow = contact_sheet([Section("a", cells)], columns=2)
-    wide = contact_sheet([Section("a", cells)], columns=5)
-    twice = contact_sheet([Section("a", cells), Section("b", cells)], columns=5)
+    narrow = contact_sheet([SheetSection("a", cells)], columns=2)
+    wide = contact_sheet([SheetSection("a", cells)], columns=5)
+    twice = contact_sheet([SheetSection("a", cells), SheetSection("b", cells)], columns=5)
     assert narrow.width < wide.width == twice.width
     assert narrow.height > wide.height
     assert wide.height < twice.height < 2 * wide.height
@@ -48,21 +48,21 @@ def test_cells_stand_in_rows_and_sections_below_each_other() -> None:
 
 def test_a_caption_is_drawn_under_its_picture_and_not_over_it() -> None:
     picture = Image.new("RGB", (32, 32), RED)
-    bare, captioned = (contact_sheet([Section("", [Cell(picture, text)])]) for text in ("", "a red square"))
+    bare, captioned = (contact_sheet([SheetSection("", [Cell(picture, text)])]) for text in ("", "a red square"))
     assert captioned.height > bare.height
     assert count(captioned, RED) == count(bare, RED)
     assert (pixels(captioned).sum(-1) < 300).sum() > (pixels(bare).sum(-1) < 300).sum()
 
 
 def test_a_cell_of_text_alone_takes_no_room_for_a_picture() -> None:
-    text = contact_sheet([Section("captions", [Cell(None, "black cat")])])
-    both = contact_sheet([Section("captions", [Cell(Image.new("RGB", (8, 8)), "black cat")])])
+    text = contact_sheet([SheetSection("captions", [Cell(None, "black cat")])])
+    both = contact_sheet([SheetSection("captions", [Cell(Image.new("RGB", (8, 8)), "black cat")])])
     assert text.height + 96 == both.height
 
 
 def test_an_empty_sheet_is_a_picture() -> None:
     assert contact_sheet([]).height > 0
-    assert contact_sheet([Section("nothing", [])]).height > 0
+    assert contact_sheet([SheetSection("nothing", [])]).height > 0
 
 
 @given(st.text(st.characters(codec="utf-8"), max_size=120), st.integers(1, 5))
