@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import time
@@ -116,7 +117,7 @@ def measure(name: str, model: Model, lengths: Tensor, repeats: int) -> list[dict
 
 def image_tokens(model: Model) -> int:
     space = model.modalities["image"].space
-    return space.height * space.width // space.patch**2
+    return math.prod(space.patches)
 
 
 def main() -> None:

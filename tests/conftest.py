@@ -11,8 +11,6 @@ from hypothesis import settings
 TIMEOUT_S = 600
 """The last resort: whatever a test starts has a limit of its own (tests.ranks.LAUNCH_S)."""
 
-pytest_plugins = ["tests.exports"]
-
 _RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LAUNCHERS = ("MEGADIFF_ERROR_FILE", "MEGADIFF_LAUNCHER")
 _CREDENTIALS = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "GOOGLE_APPLICATION_CREDENTIALS")

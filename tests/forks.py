@@ -70,7 +70,8 @@ class Forked:
 
     def _ended(self, timeout: float | None) -> int | None:
         if self.returncode is None and select.select([self._ending], [], [], timeout)[0]:
-            self.returncode = int(os.read(self._ending, 32))
+            code = _message(self._ending)
+            self.returncode = int(code) if code else -signal.SIGKILL  # its watcher was killed
             os.close(self._ending)
         return self.returncode
 
@@ -98,7 +99,7 @@ class Server:
         descriptors = [*(file.fileno() for file in outputs), written]
         socket.send_fds(self._connection, [json.dumps(request).encode()], descriptors)
         os.close(written)
-        pid = os.read(ending, 32)
+        pid = _message(ending)
         assert pid, "the server of forks has ended"
         return Forked([sys.executable, *arguments], int(pid), ending, outputs)
 
@@ -123,6 +124,14 @@ def start_forked(arguments: list[str], *, cwd: Path = ROOT, environment: dict[st
     return _servers[turn % 2].start(arguments, cwd, environment)
 
 
+def _message(descriptor: int) -> bytes:
+    """What stands before the next newline; nothing where the writer has ended."""
+    text = b""
+    while (byte := os.read(descriptor, 1)) not in (b"", b"\n"):
+        text += byte
+    return text
+
+
 def serve(requests: socket.socket) -> list[str]:
     """Fork until the tests have ended. Returns only in a child: what it shall run."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # watchers are not waited for
@@ -145,9 +154,9 @@ def _watched(request: dict[str, Any], out: int, err: int, ending: int) -> list[s
     """In the server's child: fork once more, tell the grandchild's number and then its exit code. Returns in the grandchild."""
     child = os.fork()
     if child:
-        os.write(ending, b"%d" % child)
+        os.write(ending, b"%d\n" % child)
         _, status = os.waitpid(child, 0)
-        os.write(ending, b"%d" % os.waitstatus_to_exitcode(status))
+        os.write(ending, b"%d\n" % os.waitstatus_to_exitcode(status))
         os._exit(0)
     os.setsid()
     os.close(ending)

@@ -68,16 +68,10 @@ def field_faults(name: str, field: FieldSource, space: Space) -> list[str]:
     return [f"data.fields.{name} is {reason}"] if reason else []
 
 
-def autoencoder_faults(fields: Mapping[str, FieldSource]) -> list[str]:
-    """Latents cannot be shown without their autoencoder, nor be made from pictures."""
-    return [no_autoencoder(name) for name, field in fields.items() if not field.can_be_shown]
-
-
-def no_autoencoder(name: str) -> str:
-    return (
-        f"data.fields.{name}.autoencoder is not set, and it takes an autoencoder to read or show pictures; set it, or give "
-        "--autoencoder FOLDER (a diffusers AutoencoderKL such as stabilityai/sd-vae-ft-mse)"
-    )
+def showing_faults(fields: Mapping[str, FieldSource]) -> list[str]:
+    """What is drawn can be shown: latents not without their autoencoder."""
+    reasons = [field.unshown(f"data.fields.{name}") for name, field in fields.items()]
+    return [reason for reason in reasons if reason]
 
 
 def mixture_faults(mixture: Mapping[str, float], sources: Collection[str]) -> list[str]:
@@ -200,4 +194,4 @@ def order_faults(model: Model, sampling: Sampling) -> list[str]:
 
 def _shown_faults(sampling: Sampling, model: Model, data: Data) -> list[str]:
     """Samples can be drawn, and then be shown."""
-    return autoencoder_faults(data.fields) + order_faults(model, sampling)
+    return showing_faults(data.fields) + order_faults(model, sampling)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from megadiff.config.errors import ConfigError
 from megadiff.config.run_folder import RUN, RunFolder
 from megadiff.config.schema import Run
+from megadiff.config.schema.data import OTHER
 
 Tree = dict[str, Any]
 
@@ -160,7 +161,7 @@ def _nodes(tree: Any, parts: Sequence[str], override: str) -> Iterable[Any]:
 
 
 def _explain(fault: Any) -> str:
-    location = [str(part) for part in fault["loc"]]
+    location = [str(part) for part in fault["loc"] if part != OTHER]
     place = ".".join(location)
     if fault["type"] == "extra_forbidden":
         known = _known_keys(fault["loc"][:-1])

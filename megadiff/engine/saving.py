@@ -74,6 +74,8 @@ def open_checkpoint(folder: Path, layout: Layout) -> CheckpointReader:
             error = CheckpointError(f"{folder}: {', '.join(damaged)} is damaged (its hash differs); delete {folder}")
     except CheckpointError as fault:
         error = fault
+    except OSError as fault:
+        error = CheckpointError(f"{folder} cannot be read: {fault}")
     raise_together(error)
     return reader  # type: ignore[return-value]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from megadiff.config.schema import Run, Showcase
 from megadiff.data.codecs.base import TEXT, Codec
 from megadiff.data.codecs.build import table_columns
 from megadiff.data.reading.loader import HeldOut, read_held_out
+from megadiff.data.shards.shard import manifest_of
 from megadiff.diffusion.sampler import Conditions
 from megadiff.evaluation.gap import conditioning_gap
 from megadiff.evaluation.results import write_results
@@ -57,15 +59,16 @@ def make_showcase(run: Run) -> int:
         with torch.no_grad():
             gap = conditioning_gap(loaded.module, run.model, states, target=target, seed=run.seed)
         print(f"conditioning gap, {gap}", flush=True)
-        metrics.append(gap.metric(_depends(run, loaded)))
+        metrics.append(gap.metric(_depends(run, loaded, run.data.reference)))
         all_used &= gap.excludes_zero
     write_results(run.paths.results, metrics)
     return 0 if all_used else 1
 
 
-def _depends(run: Run, loaded: Loaded) -> dict[str, Any]:
-    """The dependencies of every figure of the showcase."""
-    return {"weights": loaded.fingerprint, "data": run.data.reference, "seed": run.seed}
+def _depends(run: Run, loaded: Loaded, source: str) -> dict[str, Any]:
+    """The dependencies of a figure that compares with a source of data."""
+    data = hashlib.sha256(store.read_bytes(manifest_of(source))).hexdigest()
+    return {"weights": loaded.fingerprint, "data": source, "data_hash": data, "seed": run.seed}
 
 
 def _table(run: Run, rule: Showcase, loaded: Loaded, device: torch.device) -> int:
@@ -83,7 +86,7 @@ def _table(run: Run, rule: Showcase, loaded: Loaded, device: torch.device) -> in
     _write_sheet(run, picture(real, drawn))
     errors = compare(real, drawn, held_out)
     print(errors, flush=True)
-    depends = {**_depends(run, loaded), "rows": rule.rows, "sampling": rule.sampling.model_dump(mode="json")}
+    depends = {**_depends(run, loaded, sources[0]), "rows": rule.rows, "sampling": rule.sampling.model_dump(mode="json")}
     write_results(run.paths.results, errors.metrics(depends))
     return 0
 

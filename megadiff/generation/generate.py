@@ -16,14 +16,14 @@ from tqdm import tqdm
 
 from megadiff.config import checks
 from megadiff.config.errors import UserError
-from megadiff.data.shards.shard import MANIFEST
+from megadiff.data.shards.shard import manifest_of
 from megadiff.distributed.ranks import Ranks
 from megadiff.generation.loading import codecs_of, load
 from megadiff.generation.planner import Chunk, Item, Planner, keys_of
 from megadiff.generation.request import GenerateRequest
 from megadiff.generation.tasks import draw
 from megadiff.generation.writing import RECORDS, SampleWriter, join_records, open_folder
-from megadiff.storage import addresses, store
+from megadiff.storage import store
 from megadiff.weights.loading import AUTOENCODER, Loaded
 
 SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_LOOKS = 10.0, 0.2
@@ -41,7 +41,7 @@ def generate(request: GenerateRequest) -> Path:
     ranks = Ranks.from_environment()
     device = _device(ranks)
     loaded = load(request.checkpoint, request.weights, device, autoencoder=request.autoencoder, size=request.size)
-    guide = None if request.guide is None else _guide(request.guide, request.weights, loaded, device, request.size)
+    guide = None if request.guide is None else _guide(request, loaded, device)
     _check_autoencoders(loaded, request)
     codecs = codecs_of(loaded)
     chunks = Planner(request, loaded, codecs).chunks()
@@ -72,7 +72,7 @@ def _device(ranks: Ranks) -> torch.device:
 def _check_autoencoders(loaded: Loaded, request: GenerateRequest) -> None:
     """Raises UserError, before drawing, if latents could not be shown or `autoencoder` has nothing to decode."""
     fields = loaded.data.fields
-    checks.require(checks.autoencoder_faults(fields))
+    checks.require(checks.showing_faults(fields))
     if request.autoencoder is not None and not any(AUTOENCODER in field.FILES for field in fields.values()):
         raise UserError("--autoencoder is for models of latents, and this model has none; leave it out")
 
@@ -82,13 +82,14 @@ def _contents(request: GenerateRequest) -> dict[str, str]:
     inputs = [request.prompts, request.table, request.mask_image, *request.image]
     paths = [str(path) for path in inputs if path is not None]
     if request.data is not None:
-        paths.append(request.data if request.data.endswith(".json") else addresses.join(request.data, MANIFEST))
+        paths.append(manifest_of(request.data))
     return {path: hashlib.sha256(store.read_bytes(path)).hexdigest() for path in paths}
 
 
-def _guide(address: str, weights: str, loaded: Loaded, device: torch.device, size: str | None) -> Loaded:
+def _guide(request: GenerateRequest, loaded: Loaded, device: torch.device) -> Loaded:
     """The weaker network for autoguidance. Raises UserError if its modalities differ."""
-    guide = load(address, weights, device, size=size)
+    address = str(request.guide)
+    guide = load(address, request.weights, device, autoencoder=request.autoencoder, size=request.size)
     spaces = {name: modality.space for name, modality in guide.model.modalities.items()}
     if spaces != {name: modality.space for name, modality in loaded.model.modalities.items()}:
         raise UserError(

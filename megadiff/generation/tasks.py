@@ -99,7 +99,9 @@ def draw(
 
 def cell_of(task: Task, values: Mapping[str, Image.Image | str]) -> Cell:
     """A contact sheet's cell from pictures and texts by modality; an arrow precedes generated texts."""
-    pictures = [value for value in values.values() if isinstance(value, Image.Image)]
+    # A sheet has room for one picture: a generated one before a given one.
+    names = sorted(values, key=lambda name: name not in task.generated)
+    pictures = [value for name in names if isinstance(value := values[name], Image.Image)]
     texts = [
         ("→ " if name in task.generated else "") + value for name, value in values.items() if not isinstance(value, Image.Image)
     ]

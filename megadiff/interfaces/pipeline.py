@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megadiff.config.errors import UserError
 from megadiff.config.schema import Sampling
-from megadiff.data.codecs.base import PICTURE
+from megadiff.data.codecs.base import PICTURE, TEXT
 from megadiff.data.codecs.build import codec_of
 from megadiff.diffusion.sampler import Sampler, States, Times
 from megadiff.generation.loading import codecs_of, load
@@ -162,13 +162,15 @@ class MegadiffPipeline(DiffusionPipeline):  # type: ignore[misc]
             return INPAINT
         if not prompts and (not images or strength is not None):
             return JOINT
-        targets = [name for name in self.loaded.model.modalities if self._is_picture(name) == bool(prompts)]
+        targets = self._of_medium(PICTURE if prompts else TEXT)
         conditions = [name for name in self.loaded.model.modalities if name not in targets]
         name = f"{'+'.join(conditions)}-to-{'+'.join(targets)}"
         return find_task(name, list(self.loaded.model.modalities), self.loaded.predicted).name
 
-    def _is_picture(self, name: str) -> bool:
-        return codec_of(self.loaded.data.fields[name]).medium == PICTURE
+    def _of_medium(self, medium: str) -> list[str]:
+        """The modalities whose values are of a medium."""
+        fields = self.loaded.data.fields
+        return [name for name in self.loaded.model.modalities if codec_of(fields[name]).medium == medium]
 
     def _after_step(self, callback: Callable[..., dict[str, Any] | None]) -> Callable[[int, Times, States], States]:
         def after_step(step: int, clocks: Times, states: States) -> States:
@@ -184,8 +186,9 @@ class MegadiffPipeline(DiffusionPipeline):  # type: ignore[misc]
             return MegadiffOutput(images=None, texts=None, states=outputs)
         codecs = codecs_of(self.loaded)
         values_of = {name: [codecs[name].decode(state.cpu()) for state in outputs[name]] for name in outputs}
-        pictures = next((values for name, values in values_of.items() if self._is_picture(name)), None)
-        texts = next((values for name, values in values_of.items() if not self._is_picture(name)), None)
+        pictures, texts = (
+            next((values_of[name] for name in self._of_medium(medium) if name in values_of), None) for medium in (PICTURE, TEXT)
+        )
         return MegadiffOutput(images=_as(output_type, pictures), texts=texts, states=outputs)
 
 

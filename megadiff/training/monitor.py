@@ -82,7 +82,7 @@ class Monitor:
             for lines in (paths.metrics, paths.results):
                 _drop_after(lines, first_step)
             self._open_events(purge_step=first_step + 1 if first_step else None)
-            self._metrics, self._measured = LineFile(paths.metrics), LineFile(paths.results)
+            self._metrics = LineFile(paths.metrics)
         except OSError as error:
             raise UserError(f"the records of stage {paths.name} cannot be written: {error}") from None
         hidden = not sys.stderr.isatty()
@@ -149,7 +149,9 @@ class Monitor:
         self.scalar(f"7 results/{metric.name}", metric.value, step)
         if self.active:
             with self._spared():
-                self._measured.append(json.dumps({"step": step, **asdict(metric)}))
+                lines = LineFile(self.paths.results)
+                lines.append(json.dumps({"step": step, **asdict(metric)}))
+                lines.close()
 
     def say(self, message: str) -> None:
         """Print a line above the progress bar, or in the log."""
@@ -160,7 +162,6 @@ class Monitor:
         if self.active:
             self._bar.close()
             self._metrics.close()
-            self._measured.close()
             with self._spared(events=True):
                 self._writer.close()
 

@@ -305,7 +305,7 @@ def _entry_tree(entry: FileEntry) -> dict[str, Any]:
 
 def _file_entry(tree: Mapping[str, Any]) -> FileEntry:
     extents = {}
-    for name, (start, stop, *boxes) in tree.get("extents", tree.get("ranges")).items():
+    for name, (start, stop, *boxes) in tree["extents" if "extents" in tree else "ranges"].items():
         cut = tuple(tuple((low, high) for low, high in box) for box in boxes[0]) if boxes else None
         extents[name] = Extent(start, stop, cut)
     return FileEntry(tree["name"], tree["bytes"], tree["sha256"], extents)
@@ -316,7 +316,9 @@ def _read_manifest(folder: Path) -> CheckpointManifest:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         if tree["format"] != FORMAT or tree["version"] not in READ_VERSIONS:
-            raise CheckpointError(f"{path} is a {tree['format']} of version {tree['version']}; this program reads {VERSION}")
+            raise CheckpointError(
+                f"{path} is a {tree['format']} of version {tree['version']}; this program reads 1 to {VERSION}"
+            )
         return CheckpointManifest(
             stage=tree["stage"],
             parameters={name: (tuple(shape), bool(trained)) for name, (shape, trained) in tree["parameters"].items()},
@@ -327,5 +329,5 @@ def _read_manifest(folder: Path) -> CheckpointManifest:
         )
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); delete {folder}") from None

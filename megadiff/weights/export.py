@@ -133,7 +133,8 @@ def read(folder: Path) -> Exported:
         file = _File.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
         tensors = load_file(folder / WEIGHTS)
     except (ValidationError, yaml.YAMLError, SafetensorError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder} is no whole export: {str(error).splitlines()[0]}") from None
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error).splitlines()[0]
+        raise UserError(f"{folder} is no whole export: {reason.removeprefix('Value error, ')}") from None
     if (file.format, file.version) != (FORMAT, VERSION):
         raise UserError(f"{path} is a {file.format} of version {file.version}; this program reads {FORMAT} {VERSION}")
     fields = {name: _beside(source, folder) for name, source in file.fields.items()}

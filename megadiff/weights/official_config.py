@@ -54,7 +54,7 @@ def _model(values: Mapping[str, Any]) -> Model:
     # CLIP's last two ids; the released code hides every visible id 49407 from attention, which ends and pads its captions.
     space = {"kind": "tokens", "vocabulary": vocabulary, "length": int(values["context_len"])}
     marks = {"start_id": vocabulary - 2, "end_id": vocabulary - 1, "pad_id": vocabulary - 1}
-    grid = {"channels": values["img_channels"], "height": side, "width": side, "patch": values["patch_size"]}
+    grid = {"channels": values["img_channels"], "height": side, "width": side, "patch": int(values["patch_size"])}
     return Model.model_validate(
         {
             "width": width,

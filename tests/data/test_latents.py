@@ -13,6 +13,8 @@ from PIL import Image
 
 from megadiff.config.errors import ConfigError
 from megadiff.config.schema import Data, GridSpace, LatentField
+from megadiff.data import npy
+from megadiff.data.buckets import Bucket
 from megadiff.data.codecs.build import build_codecs
 from megadiff.data.codecs.latents import LatentCodec
 from megadiff.data.errors import SampleError
@@ -125,3 +127,20 @@ def test_a_field_of_latents_gets_its_codec() -> None:
     data, model = tiny()
     data = Data(train="", fields={**data.fields, "image": LatentField()})
     assert isinstance(build_codecs(data, model)["image"], LatentCodec)
+
+
+@pytest.mark.parametrize(
+    ("array", "fault"),
+    [
+        (np.zeros((4, 6, 4), "<f4"), "not of the sides of its bucket"),
+        (np.zeros((3, 4, 4, 6), "<f4"), "not a mean and a deviation"),
+        (np.zeros((3, 4, 6), "<f4"), "without 4 channels"),
+        (np.zeros((4, 4, 6), ">f4"), "finite floating-point numbers"),
+        (np.zeros((4, 4, 6), np.longdouble), "finite floating-point numbers"),
+    ],
+)
+def test_latents_that_a_bucket_cannot_take_are_unreadable_samples(array: np.ndarray, fault: str) -> None:
+    members = {"latents.npy": npy.dump(array)}
+    with pytest.raises(SampleError, match=fault):
+        codec().load(members, 0, Bucket(32, 48))
+    assert codec().load({"latents.npy": npy.dump(np.zeros((2, 4, 8, 12), "<f2"))}, 0, Bucket(64, 96)).shape == (2, 4, 8, 12)

@@ -19,3 +19,10 @@ def test_a_cell_shows_a_transparent_picture_on_white_and_generated_texts_behind_
 def test_a_cell_without_a_picture_has_only_text() -> None:
     cell = cell_of(Task("joint", (), ("a", "b")), {"a": "3", "b": "blue"})
     assert (cell.picture, cell.caption) == (None, "\u2192 3 \u2192 blue")
+
+
+def test_a_generated_picture_is_shown_rather_than_the_given_one() -> None:
+    given, generated = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
+    cell = cell_of(Task("image-to-signal", ("image",), ("signal",)), {"image": given, "signal": generated})
+    assert cell.picture is not None
+    assert cell.picture.getpixel((0, 0)) == (0, 0, 255)

@@ -171,7 +171,11 @@ def test_a_changed_byte_is_found_by_the_hash(tmp_path: Path) -> None:
     assert reader.damaged(reader.manifest.files) == ["rank_00000.safetensors"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "megadiff-checkpoint", "version": 1}', '{"format": "x"}'])
+HEAD = '"format": "megadiff-checkpoint", "version": 2, "stage": "a", "ema": [], "progress": {}, "config": ""'
+LAME = [f'{{{HEAD}, "parameters": [], "files": []}}', f'{{{HEAD}, "parameters": {{}}, "files": [{{"name": "a"}}]}}']
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "megadiff-checkpoint", "version": 1}', '{"format": "x"}', *LAME])
 def test_a_damaged_manifest_is_one_sentence(tmp_path: Path, text: str) -> None:
     folder = publish(tmp_path, 1)
     (folder / "manifest.json").write_text(text)

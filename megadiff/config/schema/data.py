@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -27,10 +28,9 @@ class DataField(Section):
         """Why it cannot fill a space; empty if it can."""
         return ""
 
-    @property
-    def can_be_shown(self) -> bool:
-        """Whether its states can be turned into something that people can look at."""
-        return True
+    def unshown(self, where: str) -> str:
+        """Why its states cannot be shown to people; empty if they can. `where` is its place in the run, for the sentence."""
+        return ""
 
 
 class PixelField(DataField):
@@ -64,9 +64,13 @@ class LatentField(DataField):
     def misfit(self, space: Space) -> str:
         return "" if isinstance(space, GridSpace) else _wrong_kind(self, space)
 
-    @property
-    def can_be_shown(self) -> bool:
-        return self.autoencoder is not None
+    def unshown(self, where: str) -> str:
+        if self.autoencoder is not None:
+            return ""
+        return (
+            f"{where}.autoencoder is not set, and it takes an autoencoder to read or show pictures; set it, or give "
+            "--autoencoder FOLDER (a diffusers AutoencoderKL such as stabilityai/sd-vae-ft-mse)"
+        )
 
 
 class CaptionField(DataField):
@@ -127,13 +131,13 @@ def _wrong_kind(field: DataField, space: Space) -> str:
     return f"{field.kind}, which cannot fill a {space.kind} space"
 
 
-_OTHER = "module:Class"
+OTHER = "module:Class"
 _KINDS = ("pixels", "latents", "caption", "number", "class")
 
 
 def _kind_of(value: Any) -> Any:
     kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
-    return _OTHER if isinstance(kind, str) and ":" in kind else kind
+    return OTHER if isinstance(kind, str) and ":" in kind else kind
 
 
 def _imported(value: Any) -> Any:
@@ -144,15 +148,23 @@ def _imported(value: Any) -> Any:
     module, _, name = kind.partition(":")
     try:
         field = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"kind {kind} cannot be imported ({error}); PYTHONPATH must name the folder of its module") from None
+    except Exception as error:  # a module may fail in any way
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"kind {kind} cannot be imported ({reason}); PYTHONPATH must name the folder of its module") from None
     if not (isinstance(field, type) and issubclass(field, DataField) and field.CODEC):
         raise ValueError(f"kind {kind} is no subclass of megadiff.config.schema.DataField with a CODEC")
     try:
         return field.model_validate(value)
     except ValidationError as error:
-        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
-        raise ValueError("; ".join(faults)) from None
+        raise ValueError("; ".join(_fault_of(field, fault) for fault in error.errors())) from None
+
+
+def _fault_of(field: type[DataField], fault: Any) -> str:
+    place = ".".join(map(str, fault["loc"]))
+    if fault["type"] != "extra_forbidden":
+        return f"{place}: {fault['msg']}"
+    near = difflib.get_close_matches(place, field.model_fields, n=1, cutoff=0.5)
+    return f"unknown key {place}; " + (f"did you mean {near[0]}?" if near else f"known here: {', '.join(field.model_fields)}")
 
 
 FieldSource = Annotated[
@@ -161,11 +173,11 @@ FieldSource = Annotated[
     | Annotated[CaptionField, Tag("caption")]
     | Annotated[NumberField, Tag("number")]
     | Annotated[ClassField, Tag("class")]
-    | Annotated[SerializeAsAny[DataField], BeforeValidator(_imported), Tag(_OTHER)],
+    | Annotated[SerializeAsAny[DataField], BeforeValidator(_imported), Tag(OTHER)],
     Discriminator(
         _kind_of,
         custom_error_type="unknown_kind",
-        custom_error_message=f"kind must be one of {', '.join(_KINDS)}, or the {_OTHER} of another field",
+        custom_error_message=f"kind must be one of {', '.join(_KINDS)}, or the {OTHER} of another field",
     ),
 ]
 

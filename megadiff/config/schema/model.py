@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megadiff.config.schema.base import Name, NotNegative, Positive, Section, Share
 
@@ -20,6 +20,11 @@ class GridSpace(Section):
     width: Positive
     patch: Positive | tuple[Positive, Positive] = 1
     """Side of the patches that become tokens; [height, width] if they are not square."""
+
+    @field_validator("patch")
+    @classmethod
+    def _one_side_is_enough(cls, patch: int | tuple[int, int]) -> int | tuple[int, int]:
+        return patch[0] if isinstance(patch, tuple) and patch[0] == patch[1] else patch
 
     @model_validator(mode="after")
     def _patches_fit(self) -> GridSpace:

@@ -44,10 +44,13 @@ def codec_of(field: DataField) -> type[Codec]:
     module, _, name = field.CODEC.partition(":")
     try:
         codec = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"the codec of {field.kind} fields, {field.CODEC}, cannot be imported: {error}") from None
-    if not (isinstance(codec, type) and issubclass(codec, Codec)):
-        raise ConfigError(f"the codec of {field.kind} fields, {field.CODEC}, is no megadiff.data.codecs.base.Codec")
+    except Exception as error:  # a module may fail in any way
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"the codec of {field.kind} fields, {field.CODEC}, cannot be imported: {reason}") from None
+    if not (isinstance(codec, type) and issubclass(codec, Codec) and hasattr(codec, "medium")):
+        raise ConfigError(
+            f"the codec of {field.kind} fields, {field.CODEC}, is no megadiff.data.codecs.base.Codec with a `medium`"
+        )
     return codec
 
 

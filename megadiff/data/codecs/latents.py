@@ -13,7 +13,6 @@ from PIL import Image
 from torch import Tensor
 
 from megadiff import rng
-from megadiff.config import checks
 from megadiff.config.errors import ConfigError
 from megadiff.config.schema import GridSpace, LatentField, PixelField
 from megadiff.data.buckets import Bucket
@@ -24,6 +23,7 @@ from megadiff.data.shards.shard import Views
 from megadiff.distributed.ranks import Ranks
 
 PICTURE_CHANNELS = 3
+_FLOATS = tuple(map(np.dtype, ("<f2", "<f4", "<f8")))
 
 
 class LatentCodec(PictureCodec):
@@ -112,11 +112,13 @@ class LatentCodec(PictureCodec):
     def _fault(self, array_shape: Sequence[int], bucket: Bucket | None) -> str:
         """The fault of an array's shape; empty for latents [C, H, W] and their moments [2, C, H, W]."""
         shape = (self.space.channels, self.space.height, self.space.width)
-        if bucket is None and tuple(array_shape) not in (shape, (2, *shape)):
-            return f"not {list(shape)} or {[2, *shape]}"
+        if bucket is None:
+            return "" if tuple(array_shape) in (shape, (2, *shape)) else f"not {list(shape)} or {[2, *shape]}"
         if len(array_shape) not in (3, 4) or array_shape[-3] != shape[0]:
             return f"without {shape[0]} channels"
-        return ""
+        if array_shape[-2] * bucket.width != array_shape[-1] * bucket.height:
+            return f"not of the sides of its bucket ({bucket})"
+        return "" if len(array_shape) == 3 or array_shape[0] == 2 else "not a mean and a deviation"
 
     def _autoencoder(self) -> tuple[Any, PixelCodec]:
         """The autoencoder, and the codec of pictures of its size."""
@@ -128,7 +130,7 @@ class LatentCodec(PictureCodec):
     def _load(self) -> tuple[Any, PixelCodec]:
         where, folder = f"data.fields.{self.name}.autoencoder", self.field.autoencoder
         if folder is None:
-            raise ConfigError(checks.no_autoencoder(self.name))
+            raise ConfigError(self.field.unshown(f"data.fields.{self.name}"))
         network = load_autoencoder(folder, where)
         channels = int(network.config.latent_channels)
         if channels != self.space.channels:
@@ -168,8 +170,10 @@ def own_device() -> torch.device:
 
 
 def _finite(values: Array) -> bool:
-    """Whether all are finite floating-point numbers."""
+    """Whether all are finite floating-point numbers that torch takes."""
+    if values.dtype not in _FLOATS:
+        return False
     if values.dtype != np.float16:
-        return values.dtype.kind == "f" and bool(np.isfinite(values).all())
+        return bool(np.isfinite(values).all())
     exponents = values.view(np.uint16) & 0x7C00  # many times faster than isfinite
     return bool(exponents.max() < 0x7C00)

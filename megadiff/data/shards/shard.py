@@ -72,6 +72,11 @@ class Manifest:
         return sum(map(_SAMPLES, self.shards))
 
 
+def manifest_of(address: str) -> str:
+    """The address of a manifest: its own, or that of the folder it lies in."""
+    return address if addresses.is_json(address) else addresses.join(address, MANIFEST)
+
+
 def read_manifest(address: str) -> Manifest:
     """Read manifest.json (its own address, or that of the folder it lies in).
 
@@ -79,7 +84,7 @@ def read_manifest(address: str) -> Manifest:
         StorageError: it is not there.
         DataError: it is no manifest, or lists no samples.
     """
-    address = address if addresses.is_json(address) else addresses.join(address, MANIFEST)
+    address = manifest_of(address)
     try:
         with _without_collection():
             tree = json.loads(store.read_bytes(address))
