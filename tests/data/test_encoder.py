@@ -28,7 +28,7 @@ from megadiff.data.packing.encoding import Encoder, Encoding, encode_shards
 from megadiff.data.reading.loader import Loader
 from megadiff.data.shards.shard import Manifest, Members, Shard, read_manifest, write_manifest, write_shard
 from tests.data.small import TOKENIZER, make_autoencoder, png, sample, tiny, write_source
-from tests.ranks import ROOT
+from tests.ranks import ROOT, fork_megadiff
 
 FACTOR = 4
 SCALE = 0.18215
@@ -260,7 +260,7 @@ def test_two_processes_that_are_killed_and_started_again_make_each_shard_once(tm
     records = {path.name: path.stat().st_mtime_ns for path in out.glob(".units/0*.json")}
     assert records
     assert not (out / "manifest.json").exists() or len(records) == 12
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=150)
+    done = fork_megadiff(*verb, world=2)
     assert done.returncode == 0, done.stderr
     assert f"encoded: {out} (36 samples in 12 shards)" in done.stdout
     for name, written in records.items():

@@ -172,11 +172,12 @@ RESERVED_NAMES = frozenset({
     "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook",
     "register_load_state_dict_post_hook", "register_load_state_dict_pre_hook", "register_module", "register_parameter",
     "register_state_dict_post_hook", "register_state_dict_pre_hook", "requires_grad_", "set_extra_state", "set_submodule",
-    "share_memory", "state_dict", "to", "to_empty", "train", "training", "type", "update", "values", "xpu", "zero_grad",
+    "share_memory", "smart_apply", "state_dict", "to", "to_empty", "train", "training", "type", "update", "values", "xpu",
+    "zero_grad",
 })
 # fmt: on
 """Names that no modality may have: the first three are parts of the model (`joint` is a task as well), the others attributes of
-torch's ModuleDict, whose modules cannot have such names; a test compares them with the installed torch."""
+torch's ModuleDict (transformers adds `smart_apply`), whose modules cannot have such names; a test compares them."""
 
 
 class Model(Section):
