@@ -24,8 +24,8 @@ lint: $(VENV)/.installed-test  ## ruff and mypy
 test: lint  ## lint, and the tests that need neither a GPU nor many minutes
 	$(PYTEST) -m "not gpu and not slow and not slurm"
 
-test-fast: $(VENV)/.installed-test  ## for the inner loop: the tests that start no processes and no servers
-	$(PYTEST) -m "not gpu and not slow and not slurm and not distributed and not s3"
+test-fast: $(VENV)/.installed-test  ## for the inner loop: no processes, no servers, no distributions
+	$(PYTEST) -m "not gpu and not slow and not slurm and not distributed and not s3 and not thorough"
 
 test-s3: $(VENV)/.installed-test  ## the tests of S3, most of them against a real server (tests/s3/README.md); part of `make test`
 	$(PYTEST) -m s3

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.distributed
+
 HEAD = "import pytest\n"
 PASSES = "def test_passes():\n    pass\n"
 SKIPS = "def test_skips():\n    pytest.skip('no reason that counts')\n"

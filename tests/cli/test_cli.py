@@ -315,6 +315,7 @@ def test_launch_says_what_may_stand_where(capsys: pytest.CaptureFixture[str], ar
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.distributed
 def test_launch_runs_another_verb_as_several_processes(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert cli.main(["launch", "--processes", "2", "--", "data", "verify", str(tmp_path)]) == 2
     assert capfd.readouterr().err.count("manifest.json cannot be read") == 1

@@ -21,6 +21,8 @@ from megadiff.data.inspection.stats import Seen, Stats, measure
 from megadiff.data.shards.shard import Manifest, Members, read_manifest, write_manifest
 from tests.data.small import TOKENIZER, TRAIN, make_autoencoder, sample, write_source
 
+pytestmark = pytest.mark.thorough
+
 RED = (255, 0, 0)
 
 

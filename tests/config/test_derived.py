@@ -17,6 +17,8 @@ from megadiff.models.names import part_of
 from megadiff.types import Dense, Noised, TokenLosses
 from tests.config.small import MODELS, run, small, stage
 
+pytestmark = pytest.mark.thorough
+
 # --------------------------------------------------------------------------------------------------------------- FLOPs
 
 

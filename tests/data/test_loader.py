@@ -22,6 +22,8 @@ from megadiff.types import Batch
 from tests.data.small import TRAIN, data_of, sample, tiny, write_source
 from tests.ranks import ROOT, run_ranks
 
+pytestmark = pytest.mark.thorough
+
 WORKER = ROOT / "tests" / "data" / "loader_worker.py"
 GLOBAL = 16
 

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +14,8 @@ from megadiff.config.schema import CaptionField, Data, Model
 from megadiff.data.reading.loader import Loader
 from megadiff.data.shards.shard import Manifest, write_manifest, write_shard
 from tests.data.small import TOKENIZER, tiny
+
+pytestmark = pytest.mark.thorough
 
 MODEL = Model.model_validate(
     {

@@ -16,6 +16,8 @@ from megadiff.data.reading.mixture import Mixture
 from megadiff.data.reading.order import Order
 from megadiff.data.shards.shard import Manifest, ShardEntry
 
+pytestmark = pytest.mark.thorough
+
 SIZES = st.lists(st.integers(0, 23), min_size=1, max_size=9).filter(lambda sizes: sum(sizes) > 0)
 SEEDS = st.integers(0, 2**62 - 1)
 BLOCKS = st.integers(1, 12)

@@ -25,6 +25,8 @@ from megadiff.diffusion.sampler import Conditions, Sampler
 from megadiff.types import Dense, DrawRule, Noised, Prediction, Readout, RowKeys, RowLogits, SampledRows, TokenDraws
 from tests.diffusion.ideal import drawn_from
 
+pytestmark = pytest.mark.thorough
+
 MEANS, DEVIATION = torch.tensor([-1.0, 0.8], dtype=torch.float64), 0.3
 SHARES = torch.tensor([0.4, 0.6], dtype=torch.float64)
 TABLE = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.1, 0.2, 0.3, 0.4]], dtype=torch.float64)

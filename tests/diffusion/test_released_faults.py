@@ -26,6 +26,8 @@ from tests.diffusion.ideal import IdealDenoiser
 from tests.diffusion.probes import KEYS, KINDS, MASK, MODEL, ORDERS, PAIRS, SPREAD, Constant, Watched, at, step_of
 from tests.diffusion.small import model_of
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.mark.parametrize("steps", [10, 25, 50])
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])

@@ -30,6 +30,8 @@ from megadiff.weights.loading import Loaded
 from tests.diffusion.ideal import SHARES, IdealDenoiser, cells
 from tests.diffusion.probes import COUNT, KEYS, MASK, MODEL, PAIRS, SPREAD, Constant, Watched
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -18,6 +18,8 @@ from megadiff.types import Dense, Noised, Prediction, Readout, SampledRows
 from tests.diffusion.ideal import GRIDS, SHARES, TOKENS, IdealDenoiser, cells, draw_pairs
 from tests.diffusion.small import model_of
 
+pytestmark = pytest.mark.thorough
+
 COUNT = 3000
 KINDS = [("rectified_flow", "velocity"), ("vp", "epsilon"), ("vp", "velocity")]
 POINTS = len(SHARES)

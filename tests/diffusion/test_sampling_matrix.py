@@ -15,6 +15,8 @@ from megadiff.diffusion.sampler import Conditions, Known, Sampler
 from tests.diffusion.ideal import GRIDS, SHARES, TOKENS, IdealDenoiser, cells, draw_pairs
 from tests.diffusion.small import model_of
 
+pytestmark = pytest.mark.thorough
+
 COUNT = 1500
 KEYS = rng.sample_keys(1, torch.arange(COUNT))
 POINTS = len(SHARES)

@@ -19,6 +19,8 @@ from megadiff.diffusion.uniform import Uniform
 from tests.diffusion.ideal import IdealDenoiser, draw_pairs
 from tests.diffusion.small import batch_of, model_of, stage_of, told
 
+pytestmark = pytest.mark.thorough
+
 GRID = GridSpace(channels=1, height=1, width=2)
 GAUSSIAN_SCHEDULES = ("vp", "cosine", "rectified_flow")
 TARGETS = ("epsilon", "clean", "v", "velocity")

@@ -11,6 +11,8 @@ from megadiff.diffusion.times import draw_times, quantile
 from megadiff.types import Batch
 from tests.diffusion.small import batch_of, part_of, stage_of
 
+pytestmark = pytest.mark.thorough
+
 COUNT = 20_000
 SEED = 7
 

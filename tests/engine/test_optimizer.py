@@ -11,6 +11,8 @@ from megadiff.engine.optimizer import build_optimizer, hold_still, learning_rate
 from megadiff.engine.pieces import Piece
 from megadiff.weights.boxes import Extent
 
+pytestmark = pytest.mark.thorough
+
 
 def test_the_warm_up_is_linear_and_reaches_the_peak() -> None:
     config = Optimizer(learning_rate=1.0, warmup_steps=4)

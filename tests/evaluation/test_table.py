@@ -11,6 +11,8 @@ import pytest
 
 from megadiff.evaluation.table import columns_of, compare, picture, shape_errors, trend_errors
 
+pytestmark = pytest.mark.thorough
+
 RNG = np.random.default_rng(0)
 ROOT = Path(__file__).parents[2]
 

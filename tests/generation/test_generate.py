@@ -31,6 +31,8 @@ from megadiff.launcher.local import free_port
 from megadiff.weights import loading as weights_loading
 from megadiff.weights.loading import load
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).parents[2]
 HELD_OUT = str(ROOT / "examples/emoji32/held_out")
 FEW = Sampling(steps=3)

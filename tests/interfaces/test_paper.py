@@ -29,6 +29,8 @@ from megadiff.weights.loading import export_run, load
 from tests.data.clip_reference import merges, vocabulary
 from tests.weights.test_official import PROJECTING, SMALL, UNEQUAL, released_state
 
+pytestmark = pytest.mark.thorough
+
 SIZE = len(vocabulary())
 CONFIG = {**SMALL, "vocab_size": SIZE + 1}
 CHECKPOINT = "released/checkpoints/step_00000000"

@@ -22,6 +22,8 @@ from megadiff.weights.official_config import model_from_config
 from tests.interfaces.test_paper import CONFIG, same_network, words
 from tests.weights.test_official import PROJECTING, UNEQUAL, released_state
 
+pytestmark = pytest.mark.thorough
+
 __all__ = ["words"]  # a fixture
 ADAM_STEPS, ITERATIONS = 3, 7
 FROZEN_BY = {

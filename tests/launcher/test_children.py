@@ -16,6 +16,8 @@ from megadiff.launcher import children
 from megadiff.launcher.children import Command, Signals
 from tests.ranks import finish, start_python, wait_until
 
+pytestmark = pytest.mark.distributed
+
 # A launcher of two, each of which has a rank below it that only watches the launcher, as under DeepSpeed's launcher.
 RANK = """
 import pathlib, os, sys, time

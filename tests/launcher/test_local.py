@@ -262,6 +262,7 @@ def test_two_launches_cannot_share_a_folder(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.distributed
 def test_a_launch_waits_for_what_a_killed_one_left_behind(tmp_path: Path) -> None:
     run = minimal_run(tmp_path)
     with folder.locked(run) as lock:

@@ -140,6 +140,7 @@ def test_a_codec_without_a_medium_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         codec_of(field)
 
 
+@pytest.mark.distributed
 def test_an_export_says_which_module_it_lacks(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     export_run(str(trained), str(tmp_path / "export"))

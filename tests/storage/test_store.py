@@ -22,6 +22,8 @@ from tests.data.small import data_of, tiny, write_source
 from tests.ranks import free_port
 from tests.storage.servers import Mood, server_of
 
+pytestmark = pytest.mark.s3
+
 SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY"
 
 

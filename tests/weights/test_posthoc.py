@@ -16,6 +16,8 @@ from megadiff.weights.boxes import Extent
 from megadiff.weights.checkpoint import CheckpointError, CheckpointManifest, tensor_key
 from megadiff.weights.posthoc import Profile, combine, inner_product, reconstruct, tracked_averages
 
+pytestmark = pytest.mark.thorough
+
 UPDATES = 2000
 PROFILES = {"short": PowerEma(length=0.05), "long": PowerEma(length=0.10)}
 
