@@ -19,7 +19,7 @@ install: $(VENV)/.installed  ## make .venv with megadiff in it
 lint: $(VENV)/.installed-test  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy megadiff
+	$(BIN)/mypy
 
 test: lint  ## lint, and the tests that need neither a GPU nor many minutes
 	$(PYTEST) -m "not gpu and not slow and not slurm"

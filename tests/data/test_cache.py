@@ -158,7 +158,7 @@ def test_a_shard_that_could_not_be_had_is_tried_again(tmp_path: Path) -> None:
     manifest = read_manifest(write_source(tmp_path, [1]))
     reader = ShardReader(str(tmp_path), Manifest(manifest.shards))
     (tmp_path / "000.tar").rename(tmp_path / "aside")
-    with pytest.raises(module.DataError, match=r"000\.tar cannot be read"):
+    with pytest.raises(module.DataError, match=r"000\.tar cannot be read"):  # type: ignore[attr-defined]
         reader.shard(0)
     (tmp_path / "aside").rename(tmp_path / "000.tar")
     assert reader.members(0, 0) == sample(0)

@@ -316,9 +316,11 @@ def test_an_epoch_reads_each_shard_about_as_often_as_lanes_pass_it(
 ) -> None:
     """Each lane of a rank has a block of shards open; with too few places every sample would open a shard anew."""
     read: list[str] = []
-    original = loader_module.ShardReader._read
+    original = loader_module.ShardReader._read  # type: ignore[attr-defined]
     monkeypatch.setattr(
-        loader_module.ShardReader, "_read", lambda self, index: read.append(str(index)) or original(self, index)
+        loader_module.ShardReader,  # type: ignore[attr-defined]
+        "_read",
+        lambda self, index: read.append(str(index)) or original(self, index),  # type: ignore[attr-defined]
     )
     # 32 lanes of 12 samples in blocks of 4 shards: about 160 shards are open at once on one rank.
     data = data_of(write_source(tmp_path, [3] * 128), lanes=32, block_shards=4, workers=0)

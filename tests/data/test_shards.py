@@ -89,7 +89,7 @@ def far_away(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[str]:
 
     monkeypatch.setattr(store, "_chunks", chunks)
     monkeypatch.setattr(clients, "client_and_key", lambda address: (None, address))
-    monkeypatch.setattr(store.obstore, "get", _broken)
+    monkeypatch.setattr(store.obstore, "get", _broken)  # type: ignore[attr-defined]
     return downloaded
 
 
@@ -256,7 +256,7 @@ def test_a_reader_keeps_few_shards_open_and_reads_each_once_while_it_is_open(
 ) -> None:
     address = write_source(tmp_path, [1, 1, 1])
     opened: list[str] = []
-    original = reader_module.Shard
+    original = reader_module.Shard  # type: ignore[attr-defined]
     monkeypatch.setattr(
         reader_module, "Shard", lambda address, source: opened.append(Path(address).name) or original(address, source)
     )

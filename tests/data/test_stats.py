@@ -252,7 +252,7 @@ def test_few_shards_are_opened_for_a_draw_and_large_ones_more_often(tmp_path: Pa
     address = write_source(tmp_path, [1] * 40 + [60])
     manifest = read_manifest(address)
     opened: list[str] = []
-    original = reader_module.Shard
+    original = reader_module.Shard  # type: ignore[attr-defined]
     monkeypatch.setattr(
         reader_module, "Shard", lambda address, source: opened.append(Path(address).name) or original(address, source)
     )

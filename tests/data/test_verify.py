@@ -16,7 +16,7 @@ import pytest
 
 from megadiff.data.errors import DataError
 from megadiff.data.inspection import verify as module
-from megadiff.data.inspection.show import in_order
+from megadiff.data.inspection.show import in_order  # type: ignore[attr-defined]
 from megadiff.data.inspection.verify import Fault, Kind, verify
 from megadiff.data.shards.shard import Manifest, Members, ShardEntry, index_shards, read_manifest, write_manifest, write_shard
 from megadiff.storage import store
@@ -272,7 +272,7 @@ def test_keys_whose_hashes_collide_are_no_duplicates(tmp_path: Path, monkeypatch
         def digest(self) -> bytes:
             return bytes(8)
 
-    monkeypatch.setattr(module.hashlib, "blake2b", Constant)
+    monkeypatch.setattr(module.hashlib, "blake2b", Constant)  # type: ignore[attr-defined]
     contents = module._Contents(str(tmp_path))
     for number, name in enumerate(("x.tar", "y.tar")):
         keys = ["a", "b", "c"] if number == 0 else ["c", "d"]

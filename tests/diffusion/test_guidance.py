@@ -206,12 +206,12 @@ def test_the_joint_task_guides_every_modality_by_noising_the_others():
         torch.testing.assert_close(branch[target][1], torch.full((COUNT,), 0.4))
         torch.testing.assert_close(branch[other][1], torch.full((COUNT,), 0.9))
     ideal = IdealDenoiser(MODEL)
-    logits = {"tokens": RowLogits(readout["tokens"].rows[0]), "grid": Dense()}
+    logits = {"tokens": RowLogits(readout["tokens"].rows[0]), "grid": Dense()}  # type: ignore[attr-defined]
     plain = ideal(noised_at(states, times), logits)
     weaker = ideal(noised_at({name: for_grid[name][0] for name in states}, {"tokens": 0.9, "grid": 0.4}), logits)
     torch.testing.assert_close(mixed["grid"], 2 * plain["grid"] - weaker["grid"], atol=1e-5, rtol=0)
     other = ideal(noised_at({name: for_tokens[name][0] for name in states}, {"tokens": 0.4, "grid": 0.9}), logits)
-    expected = 2 * plain["tokens"].log_softmax(-1) - other["tokens"].log_softmax(-1)
+    expected = 2 * plain["tokens"].log_softmax(-1) - other["tokens"].log_softmax(-1)  # type: ignore[attr-defined]
     torch.testing.assert_close(watched.mixture, expected.log_softmax(-1), atol=1e-4, rtol=1e-4)
 
 

@@ -81,7 +81,7 @@ class Exact:
                 clean = (shares * (MEANS + alpha[:, None] * self.deviation**2 / variance * gap)).sum(1)
                 noise = (state - alpha * clean) / sigma.clamp_min(1e-12)
                 wide = [value[:, None, None, None] for value in (clean, noise)]
-                found[name] = self.process.target(*wide, noised.clocks["number"].double()).float()
+                found[name] = self.process.target(*wide, noised.clocks["number"].double()).float()  # type: ignore[call-arg]
                 continue
             # A label is known by its own token, too: the head of a visible position is never asked.
             probability = shares if name == "label" else shares @ self.table

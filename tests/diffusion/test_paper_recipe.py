@@ -35,7 +35,7 @@ assert isinstance(PROCESS, Gaussian)
 
 def shares(times: Tensor) -> tuple[Tensor, Tensor]:
     """(alpha, sigma), [B, 1, 1, 1] each."""
-    return PROCESS.alpha(times).view(-1, 1, 1, 1), PROCESS.sigma(times).view(-1, 1, 1, 1)
+    return PROCESS.alpha(times).view(-1, 1, 1, 1), PROCESS.sigma(times).view(-1, 1, 1, 1)  # type: ignore[attr-defined]
 
 
 def of_two_normals(state: Tensor, times: Tensor) -> Tensor:

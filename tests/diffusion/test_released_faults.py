@@ -169,7 +169,7 @@ def test_s7_nothing_can_land_in_the_place_of_a_mode():
     assert [p.name for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY] == ["denoiser", "keys"]
     tokenizer = object()
     with pytest.raises(TypeError, match="positional"):
-        Sampler(MODEL, Sampling()).sample(IdealDenoiser(MODEL), KEYS[:2], tokenizer)
+        Sampler(MODEL, Sampling()).sample(IdealDenoiser(MODEL), KEYS[:2], tokenizer)  # type: ignore[call-arg]
     # What else takes arguments by position takes objects of types of their own: the modes are in Sampling, all of them.
     for function in (Guided, build_solver, Sampler):
         assert all(parameter.annotation not in ("str", "Any") for parameter in inspect.signature(function).parameters.values())
@@ -182,7 +182,7 @@ def test_s7_nothing_can_land_in_the_place_of_a_mode():
         with pytest.raises(ValidationError):
             setattr(Sampling(), mode, tokenizer)
     with pytest.raises(ValidationError):
-        Sampling(mode="multimodal")
+        Sampling(mode="multimodal")  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(("schedule", "target"), KINDS)

@@ -52,7 +52,7 @@ def test_a_repeated_prompt_stands_there_ten_times_and_no_more(untrained, prompt)
     request = GenerateRequest(checkpoint="", task="text-to-image", out="", prompt=(prompt,), repeat_prompt=True)
     codec = codecs_of(untrained)["text"]
     (chunk,) = Planner(request, untrained, codecs_of(untrained)).chunks()
-    ids = codec.ids(" ".join([prompt] * 10))
+    ids = codec.ids(" ".join([prompt] * 10))  # type: ignore[attr-defined]
     assert len(ids) == 10 or prompt != "a"
     assert chunk.load()[1].given["text"][0].tolist() == [*ids[:15], 1, *[0] * (15 - len(ids))]
 

@@ -164,15 +164,15 @@ def test_positions_to_unmask_are_counted_before_the_run_and_no_step_waits_for_th
             expected = plain.move(expected, step, request, drawn_at(request)).state
         assert waits.count > 0
         assert torch.equal(state, expected)
-    assert not (state == process.mask_id).any()
+    assert not (state == process.mask_id).any()  # type: ignore[attr-defined]
 
 
 def test_where_states_may_be_changed_from_outside_nothing_is_planned():
     sampler = Sampler(model_of(), Sampling(steps=4))
 
     def masks_again(index, clocks, states):
-        masked = torch.full_like(states["tokens"], PROCESSES["tokens"].mask_id)
+        masked = torch.full_like(states["tokens"], PROCESSES["tokens"].mask_id)  # type: ignore[attr-defined]
         return {**states, "tokens": masked if index == 1 else states["tokens"]}
 
     drawn = sampler.sample(IdealDenoiser(model_of()), KEYS[:10], generate=["tokens"], after_step=masks_again)
-    assert not (drawn["tokens"] == PROCESSES["tokens"].mask_id).any()
+    assert not (drawn["tokens"] == PROCESSES["tokens"].mask_id).any()  # type: ignore[attr-defined]

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from megadiff.config.schema import ConstantEma, Optimizer, PowerEma
-from megadiff.engine.ema import decay, power_exponent
+from megadiff.engine.ema import decay
 from megadiff.engine.optimizer import build_optimizer, hold_still, learning_rate
 from megadiff.engine.pieces import Piece
 from megadiff.weights.boxes import Extent
+from megadiff.weights.posthoc import power_exponent
 
 pytestmark = pytest.mark.thorough
 

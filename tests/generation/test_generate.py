@@ -108,7 +108,7 @@ def test_two_processes_draw_what_one_draws(exported, tmp_path):
 
 def test_finished_chunks_are_not_drawn_again_and_an_interrupted_one_is(exported, tmp_path, monkeypatch):
     drawn: list[int] = []
-    draw = module.draw
+    draw = module.draw  # type: ignore[attr-defined]
 
     def watched(*arguments: Any, **named: Any) -> Any:
         if len(drawn) == 2:

@@ -282,7 +282,7 @@ def test_a_file_system_without_locks_keeps_nobody_from_training(tmp_path: Path, 
     def unknown(*_: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    monkeypatch.setattr(folder.fcntl, "flock", unknown)
+    monkeypatch.setattr(folder.fcntl, "flock", unknown)  # type: ignore[attr-defined]
     run = minimal_run(tmp_path)
     os.close(folder.join(run.paths))
     with folder.locked(run):

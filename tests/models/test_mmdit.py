@@ -93,7 +93,7 @@ def test_the_class_for_the_mask_state_adds_to_the_weighted_losses_alone():
     for layer in model.layers(["words"])[:-1]:
         stream = layer(stream)
     head = model.heads["words"]
-    mask_logit = F.linear(hidden(stream.tokens["words"], stream.conditioning["words"]), head.mask_weight, head.mask_bias)[
+    mask_logit = F.linear(hidden(stream.tokens["words"], stream.conditioning["words"]), head.mask_weight, head.mask_bias)[  # type: ignore[attr-defined]
         ..., 0
     ]
     extra = F.softplus(mask_logit) * wanted.scored * wanted.weights
@@ -119,7 +119,7 @@ def test_the_same_modules_run_in_the_same_order_whatever_the_readout_asks_or_its
 
 def test_the_four_parts_of_a_model_are_its_layers_in_order():
     model = small_model(VARIANTS["paper"])
-    towers = [layer for tower in model.towers.values() for layer in tower]
+    towers = [layer for tower in model.towers.values() for layer in tower]  # type: ignore[attr-defined]
     assert model.layers() == [model.embed, *model.trunk, *towers, model.heads]
     assert model.trunk == [*model.joint, model.trunk_norm]
 

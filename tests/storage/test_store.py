@@ -214,7 +214,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(store.os, "fsync", full)
+    monkeypatch.setattr(store.os, "fsync", full)  # type: ignore[attr-defined]
     with server_of(Mood(b"content")) as url, pytest.raises(FullError, match="No space left"):
         store.download(f"{url}/x.tar", tmp_path / "copy")
     assert not list(tmp_path.iterdir())
@@ -418,17 +418,17 @@ def test_an_object_of_s3_that_is_replaced_between_two_ranges_is_an_error_that_sa
 ) -> None:
     address = addresses.join(s3_folder, "x.tar")
     store.write_bytes(address, b"1" * 3000)
-    original = store.obstore.get
+    original = store.obstore.get  # type: ignore[attr-defined]
 
     def broken(*arguments: Any, **options: Any) -> Any:
         original(*arguments, **options)
-        monkeypatch.setattr(store.obstore, "get", original)
+        monkeypatch.setattr(store.obstore, "get", original)  # type: ignore[attr-defined]
         store.write_bytes(address, b"2" * 3000)
         raise OSError("the connection is gone")
 
     version = store._Version()
     assert b"".join(chunk for _, chunk in store._chunks(address, 0, 1000, version)) == b"1" * 1000
-    monkeypatch.setattr(store.obstore, "get", broken)
+    monkeypatch.setattr(store.obstore, "get", broken)  # type: ignore[attr-defined]
     with pytest.raises(StorageError, match=r"x\.tar changed while it was read"):
         list(store._chunks(address, 1000, None, version))
 
