@@ -1,6 +1,6 @@
 """S1 to S4 and S7 to S10, the sampling faults of the paper's released code in steps and draws: each is impossible here.
 
-Each test fails where its fault is put in. S5, S6, S11 and S12: test_released_request_faults.py.
+Each test fails where its fault is put in. S5, S6, S11 and S12: ../generation/test_released_request_faults.py.
 """
 
 import inspect

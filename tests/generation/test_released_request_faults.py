@@ -1,6 +1,6 @@
 """S5, S6, S11 and S12, the sampling faults of the paper's released code in requests and outputs: each is impossible here.
 
-Each test fails where its fault is put in. S1 to S4 and S7 to S10: test_released_faults.py.
+Each test fails where its fault is put in. S1 to S4 and S7 to S10: tests/diffusion/test_released_faults.py.
 """
 
 import io

@@ -1,0 +1,5 @@
+"""The fixture of tests/data/packs.py."""
+
+from tests.data.packs import folder
+
+__all__ = ["folder"]
