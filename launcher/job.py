@@ -86,9 +86,10 @@ def missing_files(run: Run) -> list[str]:
 def describe(plan: Plan) -> str:
     """The exact commands, as a shell would take them."""
     lines = []
+    ranks = f", {plan.processes} processes on {plan.devices}"  # the launcher takes them encoded
     for number, stage in enumerate(plan.run.stages, 1):
         state = " (done already)" if plan.run.paths.stage(stage.name).done.exists() else ""
-        lines += [f"# stage {number} of {len(plan.run.stages)}, {stage.name}: {stage.steps:,} steps{state}"]
+        lines += [f"# stage {number} of {len(plan.run.stages)}, {stage.name}: {stage.steps:,} steps{state or ranks}"]
         if not state:
             lines += [f"{_shell(plan.environment)} {shlex.join(plan.command(stage, 'PORT'))}"]
     if plan.run.showcase:

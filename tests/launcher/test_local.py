@@ -76,9 +76,9 @@ def test_the_commands_are_these(tmp_path: Path) -> None:
         "--master_port PORT --no_local_rank --log_level critical --module megadiff train runs/minimal/run.yaml"
     )
     assert text.splitlines() == [
-        "# stage 1 of 2, first: 4 steps",
+        "# stage 1 of 2, first: 4 steps, 2 processes on the CPU",
         f"{launcher} --stage first --deepspeed runs/minimal/deepspeed.json",
-        "# stage 2 of 2, second: 4 steps",
+        "# stage 2 of 2, second: 4 steps, 2 processes on the CPU",
         f"{launcher} --stage second --deepspeed runs/minimal/deepspeed.json",
         "# samples",
         "DS_ACCELERATOR=cpu OMP_NUM_THREADS=2 python -m megadiff showcase runs/minimal/run.yaml",

@@ -91,16 +91,21 @@ class CaptionField(DataField):
         return "" if isinstance(space, TokenSpace) else _wrong_kind(self, space)
 
 
-class NumberField(DataField):
+class ColumnField(DataField):
+    """A modality read from a column of a table."""
+
+    FILES: ClassVar = ("columns",)
+    member: str = "json"
+    column: str
+    columns: str
+    """Path of the columns.json that `megadiff data table` writes."""
+
+
+class NumberField(ColumnField):
     """A 1 x 1 x 1 modality read from a column of numbers, by its rank among the training data's as a normal quantile."""
 
     CODEC: ClassVar = "megadiff.data.codecs.columns:NumberCodec"
     kind: Literal["number"] = "number"
-    member: str = "json"
-    column: str
-    FILES: ClassVar = ("columns",)
-    columns: str
-    """Path of the columns.json that `megadiff data table` writes."""
 
     def misfit(self, space: Space) -> str:
         if not isinstance(space, GridSpace):
@@ -109,16 +114,11 @@ class NumberField(DataField):
         return "" if single else "a number, which fills a grid of 1 x 1 x 1"
 
 
-class ClassField(DataField):
+class ClassField(ColumnField):
     """A modality of one token read from a column of categories."""
 
     CODEC: ClassVar = "megadiff.data.codecs.columns:ClassCodec"
     kind: Literal["class"] = "class"
-    member: str = "json"
-    column: str
-    FILES: ClassVar = ("columns",)
-    columns: str
-    """Path of the columns.json that `megadiff data table` writes."""
 
     def misfit(self, space: Space) -> str:
         if not isinstance(space, TokenSpace):
