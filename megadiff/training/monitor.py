@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -148,10 +148,8 @@ class Monitor:
         """Write a figure to TensorBoard, and with what it depends on as a line into the stage's results."""
         self.scalar(f"7 results/{metric.name}", metric.value, step)
         if self.active:
-            with self._spared():
-                lines = LineFile(self.paths.results)
+            with self._spared(), closing(LineFile(self.paths.results)) as lines:
                 lines.append(json.dumps({"step": step, **asdict(metric)}))
-                lines.close()
 
     def say(self, message: str) -> None:
         """Print a line above the progress bar, or in the log."""
