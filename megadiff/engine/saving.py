@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +20,12 @@ from megadiff.engine.pieces import Pieces, Shape
 from megadiff.weights import checkpoint
 from megadiff.weights.boxes import Extent
 from megadiff.weights.checkpoint import MOMENTS, CheckpointError, CheckpointManifest, CheckpointReader, FileEntry, tensor_key
+
+
+class WeightReader(Protocol):
+    """What weights come from."""
+
+    def read(self, kind: str, parameter: str, extent: Extent) -> Tensor: ...
 
 
 def save(
@@ -80,7 +86,7 @@ def open_checkpoint(folder: Path, layout: Layout) -> CheckpointReader:
     return reader  # type: ignore[return-value]
 
 
-def load_weights(reader: CheckpointReader, kind: str, names: set[str], pieces: Pieces) -> None:
+def load_weights(reader: WeightReader, kind: str, names: set[str], pieces: Pieces) -> None:
     """Read the masters of the named parameters and publish them."""
     with torch.no_grad():
         for piece in pieces.trained:

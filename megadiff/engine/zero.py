@@ -17,11 +17,13 @@ from megadiff.config.schema import Model, Stage
 from megadiff.distributed.ranks import Ranks
 from megadiff.engine.api import Outcome, PreparedBatch, Score
 from megadiff.engine.engine import Engine
+from megadiff.engine.initial import InitialValues
 from megadiff.engine.optimizer import build_optimizer
+from megadiff.engine.saving import load_weights
 from megadiff.engine.start import start_process_group
 from megadiff.engine.zero_pieces import zero_pieces
 from megadiff.models.idle import Idle, idle_parameters
-from megadiff.models.mmdit import build_model
+from megadiff.models.mmdit import build_model, initial_distributions
 from megadiff.models.names import decayed_names, named_parameters, part_of
 from megadiff.types import Denoiser
 
@@ -50,8 +52,8 @@ class ZeroBackend:
         self.accumulation: int = config["gradient_accumulation_steps"]
         predicted = [name for name, modality in stage.modalities.items() if modality.predicted]
         with deepspeed.zero.Init(config_dict_or_path=config, enabled=zero_stage(config) == 3):
-            torch.manual_seed(seed)
-            module = build_model(model, predicted, stage.alignment)
+            module = build_model(model, predicted, stage.alignment, seed=None)
+        distributions = initial_distributions(module)
         module.activation_checkpointing = stage.activation_checkpointing
         self.idle: Idle = idle_parameters(model, stage, [name for name, _ in named_parameters(module)])
         for name, parameter in named_parameters(module):
@@ -60,6 +62,7 @@ class ZeroBackend:
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self.module = self.engine.module
         self.pieces = zero_pieces(self.engine, self.layout.data_ranks, self.layout.data_rank)
+        load_weights(InitialValues(seed, distributions, self.pieces.shapes), "weight", set(distributions), self.pieces)
 
     def run(self, prepared: Sequence[PreparedBatch], score: Score, learning_rate: float) -> Outcome:
         for group in self.pieces.optimizer.param_groups:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megadiff.config.schema import Model, TokenSpace
 from megadiff.kernels.streams import Projected, Span
 from megadiff.models.embeddings import rotary_table
+from megadiff.models.initial import ONE, Initial
 from megadiff.models.layers import CachedConstant, Linear
 
 
@@ -33,12 +34,9 @@ class Projection(nn.Module):
         rope = modality.positions == "rope"
         self.rotary = CachedConstant(partial(rotary_table, config.head_dim)) if rope else None
         self.length = modality.space.length if isinstance(modality.space, TokenSpace) else 0
-        self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        for gain in (self.query_gain, self.key_gain):
-            if gain is not None:
-                nn.init.ones_(gain)
+    def initial(self) -> dict[str, Initial]:
+        return {"query_gain": ONE, "key_gain": ONE}
 
     def forward(self, tokens: Tensor, span: Span, grid: tuple[int, int] | None = None) -> Projected:
         """Tokens [B, S, D] or [R, D] in the layout `span`; `grid` is their rows and columns of patches, if they have any."""

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from megadiff.config.parameters import TIME_FEATURES, patch_numbers, token_count
 from megadiff.config.schema import GridSpace, Modality, Model, TokenSpace
-from megadiff.models.layers import CachedConstant, Linear, fill_normal
+from megadiff.models.initial import Initial, Normal
+from megadiff.models.layers import INITIAL_DEVIATION, CachedConstant, Linear
 from megadiff.types import Noised, Ragged, Rows, Stream
 
 LEAST_SAVED = 0.08
@@ -92,11 +93,9 @@ class PatchEmbedding(nn.Module):
         self.projection = Linear(patch_numbers(space), width)
         self.positions = nn.Parameter(torch.empty(token_count(space), width)) if positions == "learned" else None
         self.fixed = CachedConstant(partial(sincos_positions, width)) if positions == "sincos" else None
-        self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        if self.positions is not None:
-            fill_normal(self.positions)
+    def initial(self) -> dict[str, Initial]:
+        return {"positions": Normal(INITIAL_DEVIATION)}
 
     def forward(self, grid: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, S, D]; without learned positions, of any height and width."""
@@ -120,12 +119,9 @@ class TokenEmbedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(space.vocabulary + 1, width))
         self.positions = nn.Parameter(torch.empty(space.length, width)) if positions == "learned" else None
-        self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        fill_normal(self.weight)
-        if self.positions is not None:
-            fill_normal(self.positions)
+    def initial(self) -> dict[str, Initial]:
+        return dict.fromkeys(("weight", "positions"), Normal(INITIAL_DEVIATION))
 
     def forward(self, ids: Tensor, rows: Rows | None = None) -> Tensor:
         """int64 [B, S] -> [B, S, D], or the packed [R, D]; sequences may be shorter than the space's length."""

@@ -19,7 +19,8 @@ from megadiff.kernels.head_logits import head_logits
 from megadiff.kernels.head_loss import head_loss
 from megadiff.models.alignment import misalignment
 from megadiff.models.embeddings import unpatchify
-from megadiff.models.layers import Modulation, Rule, initialise_linear
+from megadiff.models.initial import Initial
+from megadiff.models.layers import Modulation, Rule, linear_initial
 from megadiff.types import (
     ALIGNMENT,
     Aligned,
@@ -49,16 +50,15 @@ class Head(nn.Module):
         ones = [1] if self.rule == "zero" and not self.one_plus_scale else []
         width = config.width_of(name)
         self.modulation = Modulation(width, 2, rule=self.rule, ones=ones)
-        outputs = head_outputs(config.modalities[name].space)
-        self.make_parameters(outputs, width)
-        self.reset_parameters()
+        self.sizes = head_outputs(config.modalities[name].space), width
+        self.make_parameters(*self.sizes)
 
     def make_parameters(self, outputs: int, width: int) -> None:
         self.weight = nn.Parameter(torch.empty(outputs, width))
         self.bias = nn.Parameter(torch.empty(outputs))
 
-    def reset_parameters(self) -> None:
-        initialise_linear(self.weight, self.bias, self.rule)
+    def initial(self) -> dict[str, Initial]:
+        return linear_initial(*self.sizes, self.rule)
 
     def normalised(self, tokens: Tensor, conditioning: Tensor) -> Tensor:
         """LayerNorm and modulation of [B, S, D]."""
@@ -103,10 +103,9 @@ class TokenHead(Head):
         self.mask_weight = nn.Parameter(torch.empty(1, width)) if self.has_mask_class else None
         self.mask_bias = nn.Parameter(torch.empty(1)) if self.has_mask_class else None
 
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        if self.mask_weight is not None:
-            initialise_linear(self.mask_weight, self.mask_bias, self.rule)
+    def initial(self) -> dict[str, Initial]:
+        own = super().initial()
+        return {**own, "mask_weight": own["weight"], "mask_bias": own["bias"]}
 
     def forward(
         self, tokens: Tensor, conditioning: Tensor, readout: Readout, grid: tuple[int, int] | None = None

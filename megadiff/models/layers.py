@@ -1,4 +1,4 @@
-"""The smallest modules. Each initialises its own parameters, so that a model can be built under zero.Init or on meta.
+"""The smallest modules. Each says how its own parameters start (initial.py).
 
 Legend: B samples, S tokens of one modality, D width.
 
@@ -8,6 +8,7 @@ nn.Linear or nn.Parameter, uses them only in its own forward, and never touches 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megadiff.kernels.joint_attention.reference import rms_normalise
+from megadiff.models.initial import ONE, ZERO, Constant, Initial, Normal, Uniform
 
 Rule = Literal["xavier", "normal", "torch", "zero"]
 """Initialisation of a linear map: xavier uniform, normal with deviation 0.02, torch's nn.Linear default, or zero. Biases are 0
@@ -28,42 +30,31 @@ class Linear(nn.Linear):
     """nn.Linear with an initialisation rule; inputs are cast to the weight's dtype."""
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool = True, rule: Rule = "xavier") -> None:
-        self.rule: Rule = rule  # before nn.Linear's own __init__, which calls reset_parameters
         super().__init__(inputs, outputs, bias=bias)
+        self.rule: Rule = rule
 
     def reset_parameters(self) -> None:
-        initialise_linear(self.weight, self.bias, self.rule)
+        """Nothing: nn.Linear's constructor calls this."""
+
+    def initial(self) -> dict[str, Initial]:
+        return linear_initial(self.out_features, self.in_features, self.rule)
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input.to(self.weight.dtype), self.weight, self.bias)
 
 
-def initialise_linear(weight: Tensor, bias: Tensor | None, rule: Rule) -> None:
-    """Fill a linear map's parameters in place by `rule`."""
+def linear_initial(outputs: int, inputs: int, rule: Rule) -> dict[str, Initial]:
+    """The distributions of a linear map's weight and bias."""
     match rule:
         case "xavier":
-            nn.init.xavier_uniform_(weight)
+            return {"weight": Uniform(math.sqrt(6 / (inputs + outputs))), "bias": ZERO}
         case "normal":
-            fill_normal(weight)
+            return {"weight": Normal(INITIAL_DEVIATION), "bias": ZERO}
         case "zero":
-            nn.init.zeros_(weight)
+            return {"weight": ZERO, "bias": ZERO}
         case "torch":
-            bound = weight.shape[1] ** -0.5  # equals nn.Linear's kaiming_uniform_(a=sqrt(5))
-            nn.init.uniform_(weight, -bound, bound)
-            if bias is not None:
-                nn.init.uniform_(bias, -bound, bound)
-            return
-    if bias is not None:
-        nn.init.zeros_(bias)
-
-
-def fill_normal(parameter: Tensor) -> None:
-    """Fill a parameter in place with N(0, INITIAL_DEVIATION^2); on the meta device, where it holds nothing, do nothing.
-
-    There torch 2.13 would import its compiler to compute a shape: 3 s of CPU whenever weights are loaded.
-    """
-    if not parameter.is_meta:
-        nn.init.normal_(parameter, std=INITIAL_DEVIATION)
+            bound = inputs**-0.5  # equals nn.Linear's kaiming_uniform_(a=sqrt(5))
+            return {"weight": Uniform(bound), "bias": Uniform(bound)}
 
 
 class Modulation(Linear):
@@ -78,11 +69,10 @@ class Modulation(Linear):
         self.ones = tuple(ones)
         super().__init__(width, slots * width, rule=rule)
 
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        with torch.no_grad():
-            for slot in self.ones:
-                self.bias[slot * self.in_features : (slot + 1) * self.in_features].fill_(1.0)
+    def initial(self) -> dict[str, Initial]:
+        ones = tuple((slot * self.in_features, (slot + 1) * self.in_features) for slot in self.ones)
+        before = super().initial()
+        return {**before, "bias": Constant(0.0, ones)} if ones else before
 
     def forward(self, input: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         """[B, D] -> `slots` tensors [B, D]."""
@@ -107,10 +97,9 @@ class RmsNorm(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.gain = nn.Parameter(torch.empty(width))
-        self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.gain)
+    def initial(self) -> dict[str, Initial]:
+        return {"gain": ONE}
 
     def forward(self, tokens: Tensor) -> Tensor:
         return rms_normalise(tokens, self.gain)

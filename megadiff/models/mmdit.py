@@ -8,6 +8,7 @@ Its four parts are `embed`, `trunk`, `towers` and `heads`. Parameters are called
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -20,9 +21,12 @@ from megadiff.models.alignment import Aligner
 from megadiff.models.blocks import Block, StreamNorm
 from megadiff.models.embeddings import Embed
 from megadiff.models.heads import Heads
+from megadiff.models.initial import Initial, initial_range
 from megadiff.models.layers import HiddenProjection
-from megadiff.models.names import name_layers
+from megadiff.models.names import name_layers, named_owners, named_parameters
 from megadiff.types import ALIGNMENT, Noised, Prediction, Readout, Stream
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class MMDiT(nn.Module):
@@ -103,12 +107,13 @@ class MMDiT(nn.Module):
         return [self.embed, *trunk, *towers, self.heads]
 
 
-def build_model(config: Model, predicted: Collection[str], alignment: Alignment | None = None) -> MMDiT:
-    """A freshly initialised model, deterministic under torch.manual_seed; also inside deepspeed.zero.Init or on meta.
+def build_model(config: Model, predicted: Collection[str], alignment: Alignment | None = None, seed: int | None = 0) -> MMDiT:
+    """A freshly initialised model; on the meta device or, without a seed, one whose values are open.
 
     Args:
         predicted: modalities that get a tower and a head; the others are read only.
         alignment: adds its projection.
+        seed: of the initial values; None for who sets them later.
 
     Raises:
         ConfigError: a modality is unknown.
@@ -121,7 +126,24 @@ def build_model(config: Model, predicted: Collection[str], alignment: Alignment 
         settle()
     except ValueError as error:
         raise UserError(str(error)) from None
-    return MMDiT(config, predicted, alignment)
+    model = MMDiT(config, predicted, alignment)
+    return model if seed is None else initialise(model, seed)
+
+
+def initial_distributions(module: nn.Module) -> dict[str, Initial]:
+    """By the model's names, the distribution of every parameter's initial values; also of a model on the meta device."""
+    return {name: owner.initial()[own] for name, owner, own, _ in named_owners(module)}  # type: ignore[operator]
+
+
+def initialise(module: M, seed: int) -> M:
+    """Fill all parameters in place, and return the module; on the meta device there is nothing to fill."""
+    distributions = initial_distributions(module)
+    with torch.no_grad():
+        for name, parameter in named_parameters(module):
+            if not parameter.is_meta:
+                values = initial_range(distributions[name], seed, name, 0, parameter.numel())
+                parameter.copy_(values.view(parameter.shape))
+    return module
 
 
 def _tower(config: Model, name: str) -> nn.ModuleList:

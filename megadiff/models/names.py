@@ -31,6 +31,12 @@ def name_layers(model: nn.Module, layers: Iterable[nn.Module]) -> None:
 
 def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters by the model's names, in the module's order: of a model, a wrapper around it, or some of its layers."""
+    for name, _, _, parameter in named_owners(module):
+        yield name, parameter
+
+
+def named_owners(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """As `named_parameters`: (the model's name, the module that owns the parameter, its name there, the parameter)."""
     outer: dict[str, tuple[str, nn.Module]] = {}
     seen: set[int] = set()
     for path, child in module.named_modules():
@@ -39,7 +45,7 @@ def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         for own, parameter in child.named_parameters(recurse=False):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                yield f"{name}.{own}" if name else own, parameter
+                yield (f"{name}.{own}" if name else own), child, own, parameter
 
 
 def _name_of(path: str, module: nn.Module, outer: dict[str, tuple[str, nn.Module]]) -> str:
