@@ -66,7 +66,7 @@ def plan_launch(run: Run, deepspeed: Mapping[str, Any], environment: Mapping[str
     check_local_manifests(run)
     devices = find_devices(environment)
     processes = processes_for(run.launch, devices)
-    resolve_run(deepspeed, run, data_ranks=processes, accelerator=devices.accelerated)
+    resolve_run(deepspeed, run, ranks=processes, accelerator=devices.accelerated)
     added = {"OMP_NUM_THREADS": str(threads_for(run.launch, processes, environment))}
     if not devices.accelerated:
         added = {"DS_ACCELERATOR": "cpu", **added}

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from megadiff.config.deepspeed import Tree, check, load_deepspeed
+from megadiff.config.layouts import with_sizes
+
 Verbs = Any
 """What argparse's add_subparsers returns (its class is private)."""
 
@@ -33,6 +36,33 @@ def add_run(parser: argparse.ArgumentParser, *, overrides: bool = True, required
             nargs="*",
             help="values that win over the file; stages by name (stages.joint.steps=100) or all at once (stages.*.steps=100)",
         )
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """Flags that win over the layout's sizes in the DeepSpeed JSON."""
+    parser.add_argument(
+        "--pipeline-stages",
+        metavar="P",
+        type=positive,
+        help="cut the layers over P ranks (default: the JSON's pipeline.stages, or 1)",
+    )
+    parser.add_argument(
+        "--tensor-parallel",
+        metavar="T",
+        type=positive,
+        help="cut every layer over T ranks (default: the JSON's tensor_model_parallel_size, or 1)",
+    )
+
+
+def deepspeed_tree(arguments: argparse.Namespace) -> Tree:
+    """The DeepSpeed JSON of --deepspeed with the sizes of `add_sizes`.
+
+    Raises:
+        ConfigError: see load_deepspeed; or a size does not go with the JSON.
+    """
+    tree = with_sizes(load_deepspeed(arguments.deepspeed), arguments.pipeline_stages, arguments.tensor_parallel)
+    check(tree)
+    return tree
 
 
 def positive(text: str) -> int:

@@ -6,17 +6,20 @@ import argparse
 import json
 from typing import Any
 
-from megadiff.cli.arguments import Verbs, add_run, add_verb, positive
+from megadiff.cli.arguments import Verbs, add_run, add_sizes, add_verb, deepspeed_tree, positive
 from megadiff.config.alignment import check_local_manifests
-from megadiff.config.deepspeed import load_deepspeed, resolve_run, zero_stage
+from megadiff.config.deepspeed import resolve_run, zero_stage
 from megadiff.config.derived import Precision, bytes_per_rank, summary
+from megadiff.config.layout import Layout
+from megadiff.config.layouts import layout_of
 from megadiff.config.load import load_run
 from megadiff.config.schema import Run
 from megadiff.launcher.devices import find_devices, processes_for
 
 EXAMPLES = """\
   megadiff check-config configs/run/quickstart.yaml
-  megadiff check-config configs/run/quickstart.yaml --deepspeed ds_configs/zero3.json --processes 2
+  megadiff check-config configs/run/quickstart.yaml --deepspeed ds_configs/zero3.json --ranks 2
+  megadiff check-config configs/run/quickstart.yaml --deepspeed ds_configs/zero1.json --ranks 4 --pipeline-stages 2
   megadiff check-config configs/run/quickstart.yaml --json stages.joint.steps=500
 """
 
@@ -34,7 +37,8 @@ def add(verbs: Verbs) -> None:
     )
     add_run(parser)
     parser.add_argument("--deepspeed", metavar="DS.json", help="check this DeepSpeed JSON against every stage")
-    parser.add_argument("--processes", metavar="N", type=positive, help="data-parallel ranks (default: as launch)")
+    add_sizes(parser)
+    parser.add_argument("--ranks", metavar="N", type=positive, help="all ranks of the run (default: as launch)")
     parser.add_argument("--json", action="store_true", help="print the resolved configuration and the derived numbers as JSON")
     parser.set_defaults(run=run)
 
@@ -43,21 +47,22 @@ def run(arguments: argparse.Namespace) -> int:
     loaded = load_run(arguments.run_file, arguments.overrides)
     check_local_manifests(loaded)
     devices = find_devices()
-    ranks = arguments.processes or processes_for(loaded.launch, devices)
+    layout = Layout(0, arguments.ranks or processes_for(loaded.launch, devices))
     resolved = None
     if arguments.deepspeed:
-        tree = load_deepspeed(arguments.deepspeed)
-        resolved = resolve_run(tree, loaded, data_ranks=ranks, accelerator=devices.accelerated)
-    stages = [summary(loaded, stage, ranks) for stage in loaded.stages]
+        tree = deepspeed_tree(arguments)
+        layout = layout_of(tree, layout.world)
+        resolved = resolve_run(tree, loaded, ranks=layout.world, accelerator=devices.accelerated)
+    stages = [summary(loaded, stage, layout.data_ranks) for stage in loaded.stages]
     if arguments.json:
         report = {"run": loaded.model_dump(mode="json"), "deepspeed": resolved, "stages": stages}
         print(json.dumps(report, indent=2, ensure_ascii=False))
     else:
-        print(table(loaded, stages, ranks, resolved))
+        print(table(loaded, stages, layout, resolved))
     return 0
 
 
-def table(loaded: Run, stages: list[dict[str, Any]], ranks: int, resolved: dict[str, Any] | None) -> str:
+def table(loaded: Run, stages: list[dict[str, Any]], layout: Layout, resolved: dict[str, Any] | None) -> str:
     """The report for people: one column per stage."""
     rows: list[tuple[str, list[str]]] = [
         ("stage", [s["stage"] for s in stages]),
@@ -84,8 +89,8 @@ def table(loaded: Run, stages: list[dict[str, Any]], ranks: int, resolved: dict[
         ("FLOPs per step", [_flops(s["flops_per_step"]) for s in stages]),
     ]
     if resolved is not None:
-        rows += _sharing(loaded, ranks, resolved)
-    text = f"run {loaded.name}, folder {loaded.folder}, seed {loaded.seed}, {ranks} data-parallel rank{'s' * (ranks > 1)}\n\n"
+        rows += _sharing(loaded, layout.data_ranks, resolved)
+    text = f"run {loaded.name}, folder {loaded.folder}, seed {loaded.seed}, {layout.world} rank{'s' * (layout.world > 1)}\n\n"
     return text + _columns(rows) + "\n\nsound"
 
 

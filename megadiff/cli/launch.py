@@ -6,8 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megadiff.cli.arguments import Verbs, add_run, add_verb, positive
-from megadiff.config.deepspeed import load_deepspeed
+from megadiff.cli.arguments import Verbs, add_run, add_sizes, add_verb, deepspeed_tree, positive
 from megadiff.config.errors import UserError
 from megadiff.config.load import load_run
 from megadiff.launcher import folder, job, local
@@ -35,6 +34,7 @@ def add(verbs: Verbs) -> None:
     )
     add_run(parser, required=False)
     parser.add_argument("--deepspeed", metavar="DS.json", help="how ranks share the work")
+    add_sizes(parser)
     parser.add_argument(
         "--processes", metavar="N", type=positive, help="processes of the verb after --; a run has launch.processes"
     )
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.parser.error("give RUN.yaml and --deepspeed DS.json, or -- and another verb")
     if arguments.processes is not None:
         arguments.parser.error("--processes is of a verb after --; a run takes launch.processes=N")
-    plan = job.plan_launch(load_run(arguments.run_file, arguments.overrides), load_deepspeed(arguments.deepspeed))
+    plan = job.plan_launch(load_run(arguments.run_file, arguments.overrides), deepspeed_tree(arguments))
     if not arguments.dry_run:
         return local.launch(plan, allow_changes=arguments.allow_changes, say=_say)
     if not arguments.allow_changes:
@@ -70,7 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _launch_verb(arguments: argparse.Namespace) -> int:
-    if arguments.run_file or arguments.deepspeed or arguments.dry_run or arguments.allow_changes:
+    of_a_run = ("run_file", "deepspeed", "pipeline_stages", "tensor_parallel", "dry_run", "allow_changes")
+    if any(getattr(arguments, name) for name in of_a_run):
         arguments.parser.error("before -- only --processes N may stand")
     if arguments.command[0] in ("launch", "train"):
         raise UserError(f"launch starts {arguments.command[0]} by RUN.yaml and --deepspeed, not after --")

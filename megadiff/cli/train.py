@@ -10,8 +10,7 @@ import threading
 from pathlib import Path
 
 from megadiff.cli import errors
-from megadiff.cli.arguments import Verbs, add_run, add_verb
-from megadiff.config.deepspeed import load_deepspeed
+from megadiff.cli.arguments import Verbs, add_run, add_sizes, add_verb, deepspeed_tree
 from megadiff.config.errors import UserError
 from megadiff.config.load import load_run
 from megadiff.distributed.ranks import Ranks
@@ -30,12 +29,13 @@ def add(verbs: Verbs) -> None:
     add_run(parser)
     parser.add_argument("--stage", metavar="NAME", required=True, help="the stage to train")
     parser.add_argument("--deepspeed", metavar="DS.json", required=True, help="how the ranks share the work")
+    add_sizes(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     loaded = load_run(arguments.run_file, arguments.overrides)
-    tree = load_deepspeed(arguments.deepspeed)
+    tree = deepspeed_tree(arguments)
     ranks = Ranks.from_environment()
     stage = loaded.stage(arguments.stage)
     folder.join(loaded.paths)

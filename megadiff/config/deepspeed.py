@@ -7,13 +7,13 @@ The known keys are those of DeepSpeed 0.19.8; a test compares the ZeRO ones with
 
 from __future__ import annotations
 
-import copy
 import difflib
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from megadiff.config import layouts
 from megadiff.config.derived import accumulation, lanes_per_rank
 from megadiff.config.errors import ConfigError
 from megadiff.config.schema import Run, Stage
@@ -55,8 +55,7 @@ REFUSED: Mapping[str, str] = {
     "autotuning": _LATER,
     "compile": _LATER,
     "hybrid_engine": _LATER,
-    "pipeline": _LATER,
-    "tensor_parallel": _LATER,
+    "tensor_parallel": "it starts DeepSpeed's own splitting; write tensor_model_parallel_size: T instead",
     "expert_parallel": _LATER,
     "sequence_parallel_size": _LATER,
     "weight_quantization": _LATER,
@@ -89,6 +88,8 @@ KNOWN = (
     "bf16",
     "fp16",
     "zero_optimization",
+    layouts.PIPELINE,
+    layouts.TENSOR,
     "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
     "communication_data_type",
@@ -222,6 +223,7 @@ def check(tree: Tree) -> None:
     if not faults:
         faults += [_unknown(key, KNOWN_BF16, "bf16.") for key in tree.get("bf16", {}) if key not in KNOWN_BF16]
         faults += _fp16_faults(tree) + _zero_faults(tree.get("zero_optimization", {})) + _misplaced_auto(tree, ())
+        faults += layouts.faults(tree)
         if tree.get("gradient_allreduce_op", "mean") != "mean":
             faults.append("gradient_allreduce_op must be mean: losses are scaled for an average over ranks")
         if tree.get("zero_force_ds_cpu_optimizer") and "offload_optimizer" in tree.get("zero_optimization", {}):
@@ -233,7 +235,7 @@ def check(tree: Tree) -> None:
 
 
 def resolve(tree: Mapping[str, Any], stage: Stage, *, data_ranks: int, accelerator: bool) -> Tree:
-    """The tree that DeepSpeed gets: every "auto" filled in from the stage.
+    """The tree that DeepSpeed gets: every "auto" filled in from the stage, without the keys that are megadiff's own.
 
     Args:
         data_ranks: ranks that read different samples.
@@ -242,8 +244,8 @@ def resolve(tree: Mapping[str, Any], stage: Stage, *, data_ranks: int, accelerat
     Raises:
         ConfigError: `check` refuses the tree, the batch does not divide, or a number contradicts the stage's.
     """
-    resolved = copy.deepcopy(dict(tree))
-    check(resolved)
+    check(dict(tree))
+    resolved = layouts.without_sizes(tree)
     precision = stage.precision
     if precision == AUTO:
         precision = "bf16" if accelerator else "fp32"
@@ -269,13 +271,14 @@ def resolve(tree: Mapping[str, Any], stage: Stage, *, data_ranks: int, accelerat
     return resolved
 
 
-def resolve_run(tree: Mapping[str, Any], run: Run, *, data_ranks: int, accelerator: bool) -> dict[str, Tree]:
-    """`resolve` for every stage, by stage name.
+def resolve_run(tree: Mapping[str, Any], run: Run, *, ranks: int, accelerator: bool) -> dict[str, Tree]:
+    """`resolve` for every stage, by stage name, on this many ranks.
 
     Raises:
-        ConfigError: the faults of all stages, each once; or the ranks do not divide the lanes.
+        ConfigError: the faults of all stages, each once; or the ranks do not divide into the layout, or the lanes.
     """
     check(dict(tree))
+    data_ranks = layouts.layout_of(tree, ranks).data_ranks
     faults: dict[str, None] = {}
     try:
         lanes_per_rank(run, data_ranks)

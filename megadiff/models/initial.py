@@ -1,7 +1,7 @@
 """Initial values: each number of a parameter is a function of (seed, the parameter's name, its index) alone.
 
-So a rank that holds a part of a parameter makes that part, and every layout of ranks starts from the same weights. A module that
-owns parameters leaves their values open, and has a method `initial`: by its own name, the distribution of each of them.
+So a rank that holds a part of a parameter makes that part, and every layout of ranks starts from the same weights. A module
+that owns parameters leaves their values open, and has a method `initial`: by its own name, the distribution of each of them.
 """
 
 from __future__ import annotations

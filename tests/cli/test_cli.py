@@ -61,7 +61,7 @@ def test_check_config_prints_a_column_per_stage(run_file: str, json_file: str, c
 def test_check_config_json_holds_the_resolved_run_and_the_derived_numbers(
     run_file: str, json_file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["check-config", run_file, "--deepspeed", json_file, "--processes", "4", "--json", "stages.*.steps=10"]
+    arguments = ["check-config", run_file, "--deepspeed", json_file, "--ranks", "4", "--json", "stages.*.steps=10"]
     assert cli.main(arguments) == 0
     report = json.loads(capsys.readouterr().out)
     assert [stage["steps"] for stage in report["run"]["stages"]] == [10, 10]
@@ -177,7 +177,7 @@ def test_a_rank_leaves_its_sentence_to_the_launcher_and_the_first_wins(
         ["launch"],
         ["launch", "run.yaml"],
         ["launch", "run.yaml", "--deepspeed", "x.json", "--nonsense"],
-        ["check-config", "run.yaml", "--processes", "0"],
+        ["check-config", "run.yaml", "--ranks", "0"],
         ["sample", "--checkpoint", "x", "--task", "joint"],
         ["sample", "--checkpoint", "x", "--task", "joint", "--out", "y", "left over"],
         ["data"],

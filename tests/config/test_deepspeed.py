@@ -149,7 +149,7 @@ def test_offload_does_not_ask_for_deepspeeds_own_optimizer(stage: Stage) -> None
 def test_a_batch_or_lanes_that_do_not_divide_are_said_once_for_all_stages(tmp_path: Path) -> None:
     run = minimal_run(tmp_path)
     with pytest.raises(ConfigError) as caught:
-        resolve_run(ZERO3, run, data_ranks=3, accelerator=False)
+        resolve_run(ZERO3, run, ranks=3, accelerator=False)
     assert str(caught.value).count("data.lanes (8)") == 1
     assert "stage first: batch.global_samples (16)" in str(caught.value)
     assert "stage second: batch.global_samples (16)" in str(caught.value)

@@ -143,7 +143,7 @@ def test_every_run_that_ships_goes_with_every_deepspeed_json(run_path: Path, jso
             if run.data.lanes % ranks == 0 and all(
                 s.batch.global_samples % (s.batch.micro_batch * ranks) == 0 for s in run.stages
             ):
-                resolved = resolve_run(load_deepspeed(json_path), run, data_ranks=ranks, accelerator=accelerator)
+                resolved = resolve_run(load_deepspeed(json_path), run, ranks=ranks, accelerator=accelerator)
                 assert list(resolved) == [stage.name for stage in run.stages]
 
 
