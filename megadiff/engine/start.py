@@ -8,14 +8,24 @@ import warnings
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import default_pg_timeout
 
 from megadiff.config.errors import UserError
+from megadiff.distributed.joining import Facts, join
 from megadiff.distributed.ranks import Ranks, free_port
 
 
-def start_process_group(ranks: Ranks) -> torch.device:
-    """Join the other ranks (nccl on GPUs, gloo on CPUs) and return this rank's device."""
+def start_process_group(ranks: Ranks, facts: Facts | None = None) -> torch.device:
+    """Join the other ranks (nccl on GPUs, gloo on CPUs) and return this rank's device.
+
+    Args:
+        facts: what must be equal on all ranks.
+
+    Raises:
+        UserError: on all ranks, if a rank is missing or differs.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed 0.19.8 calls collectives by the names that torch 2.13 renamed, at every step.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
@@ -35,5 +45,8 @@ def start_process_group(ranks: Ranks) -> torch.device:
     # imports the compiler: 2 s of CPU at every start. Nothing here is compiled, and Muon computes the same without.
     deepspeed.runtime.compiler.compile = lambda: deepspeed.runtime.compiler.dummy_decorator
     backend = accelerator.communication_backend_name() if device.type != "cpu" else "gloo"
+    if not dist.is_initialized():
+        store = dist.PrefixStore("group", join(ranks, facts or {}))
+        dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=default_pg_timeout)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return device

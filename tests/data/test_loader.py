@@ -297,6 +297,22 @@ def test_a_wrong_number_of_samples_is_one_sentence_with_both_numbers(tmp_path: P
     assert "001.tar holds 16 samples, and the manifest says 17" in mistake(opened, data_of(address))
 
 
+def test_a_rank_that_does_not_read_counts_the_steps_and_opens_no_shard(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(loader_module.ShardReader, "shard", read)
+    idle = opened(reads=False)
+    assert [idle.take(), idle.take()] == [[], []]
+    assert (idle.data_step, idle.stats()) == (2, LoaderStats(0, 0))
+
+
+def test_the_fingerprint_is_that_of_the_manifests(tmp_path: Path, opened: Any) -> None:
+    sources = [data_of(write_source(tmp_path / name, [4, samples])) for name, samples in (("a", 4), ("b", 4), ("c", 5))]
+    prints = [opened(source).fingerprint() for source in (*sources, sources[0])]
+    assert prints[0] == prints[3] != prints[2]
+
+
 def test_a_micro_batch_that_does_not_divide_a_ranks_share_is_refused_with_the_numbers(opened: Any) -> None:
     with pytest.raises(ConfigError, match=r"global_samples \(16\) must be .* micro_batch \(3\) x data ranks \(2\) = 6"):
         opened(micro_batch=3, data_ranks=2)

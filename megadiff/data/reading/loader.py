@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 import time
@@ -124,10 +125,12 @@ class Loader:
         data_step: int = 0,
         features: Mapping[str, tuple[int, int]] | None = None,
         mixture: Mapping[str, float] | None = None,
+        reads: bool = True,
     ) -> None:
         """Start with global batch number `data_step`.
 
         Args:
+            reads: whether this rank takes samples; one that does not counts the steps alone.
             features: modalities whose precomputed features are read as well, with their shape (tokens, numbers).
             mixture: shares of the sources; by default their sizes.
 
@@ -140,6 +143,7 @@ class Loader:
         self._codecs = _Codecs(data, model, features)
         self._mixture = Mixture(manifests, data.lanes, data.block_shards, seed, mixture)
         self._slots = self._mixture.slots_of_rank(data_rank, data_ranks, global_samples)
+        self._reads = reads
         checks.require(checks.batch_over_ranks(global_samples, micro_batch, data_ranks))
         self._decoders = ThreadPoolExecutor(data.workers, thread_name_prefix="decode") if data.workers else None
         self._fetchers = ThreadPoolExecutor(data.downloads, thread_name_prefix="fetch") if data.workers else None
@@ -171,6 +175,9 @@ class Loader:
 
     def take_stored(self) -> list[Batch]:
         """`take`, with states as they are stored (uint8 pixels, means and deviations of latents), on the CPU."""
+        if not self._reads:
+            self.data_step += 1
+            return []
         began = time.perf_counter()
         self._plan()
         batches = self._pending.popleft().result()
@@ -180,6 +187,13 @@ class Loader:
         self._read += sum(len(batch.weight) for batch in batches)
         self._unreadable += sum(int((batch.weight == 0).sum()) for batch in batches)
         return batches
+
+    def fingerprint(self) -> str:
+        """A hash of the sources' manifests, which list every shard."""
+        digest = hashlib.blake2b(digest_size=8)
+        for reader in self._readers:
+            digest.update(repr(reader.manifest).encode())
+        return digest.hexdigest()
 
     def stats(self) -> LoaderStats:
         return LoaderStats(self._read, self._unreadable, self._waited_s)

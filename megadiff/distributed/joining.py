@@ -1,0 +1,149 @@
+"""How ranks find each other: at a store on rank 0, where they say what they are before any of them computes."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megadiff.config.errors import UserError
+from megadiff.distributed.ranks import Ranks
+from megadiff.distributed.reduce import gather_objects
+
+TIMEOUT_VARIABLE, TIMEOUT_S = "MEGADIFF_JOIN_TIMEOUT_S", 600.0
+"""How long ranks wait for each other; containers of a large allocation start minutes apart."""
+_FAREWELL_S = 10.0
+_VERDICT = "verdict"
+
+Facts = Mapping[str, str]
+"""What must be equal on all ranks: by its name for people, its value or a short hash."""
+
+
+def software(package: Path, digest: str) -> dict[str, str]:
+    """The facts about a rank's software. Args: package: the folder of the code; digest: a hash of it."""
+    versions = {name: version(name) for name in ("torch", "deepspeed", "numpy")}
+    return {f"code in {package}": digest, "Python": platform.python_version(), **versions}
+
+
+def join(ranks: Ranks, facts: Facts) -> dist.Store:
+    """Wait for all ranks, and compare what they say with what rank 0 says. Collective.
+
+    Returns:
+        The store, for the process group.
+
+    Raises:
+        UserError: on all ranks that have come, if a rank is missing or differs.
+    """
+    timeout_s = _timeout_s()
+    own = {"WORLD_SIZE": str(ranks.world), **facts}
+    store = _store(ranks, timeout_s)
+    store.set(_key(ranks.rank), json.dumps(own))
+    if ranks.rank == 0:
+        store.set(_VERDICT, _judge(store, own, ranks.world, timeout_s))
+    try:
+        store.wait([_key(0), _VERDICT], timedelta(seconds=timeout_s + 30))
+        verdict, first = store.get(_VERDICT).decode(), json.loads(store.get(_key(0)))
+        store.set(_key(ranks.rank, "heard"), "")
+    except (dist.DistError, RuntimeError):
+        raise UserError(f"rank {ranks.rank}: rank 0 has left while the others were joining; its log says why") from None
+    # A rank that rank 0 does not count on compares for itself.
+    if fault := verdict or difference(ranks.rank, own, first):
+        if ranks.rank == 0:
+            _wait_until_heard(store, ranks.world)
+        raise UserError(fault)
+    return store
+
+
+def check_alike(facts: Facts) -> None:
+    """Compare facts of ranks that are joined. Collective.
+
+    Raises:
+        UserError: on all ranks, if one differs.
+    """
+    first, *others = gather_objects(dict(facts))
+    for rank, theirs in enumerate(others, 1):
+        if fault := difference(rank, theirs, first):
+            raise UserError(fault)
+
+
+def difference(rank: int, facts: Facts, first: Facts) -> str:
+    """A sentence if a rank's facts are not rank 0's, or else nothing."""
+    for name in dict.fromkeys([*first, *facts]):
+        one, other = first.get(name, "nothing"), facts.get(name, "nothing")
+        if one != other:
+            return (
+                f"rank {rank} differs from rank 0 in its {name}: {other} instead of {one}; "
+                "start all ranks with the same files, packages and settings"
+            )
+    return ""
+
+
+def _judge(store: dist.Store, own: Facts, world: int, timeout_s: float) -> str:
+    """On rank 0: what is wrong with the ranks, in a sentence, or nothing."""
+    deadline, waiting = time.monotonic() + timeout_s, list(range(1, world))
+    while waiting:
+        here = [rank for rank in waiting if store.check([_key(rank)])]
+        for rank in here:
+            if fault := difference(rank, json.loads(store.get(_key(rank))), own):
+                return fault
+        waiting = [rank for rank in waiting if rank not in here]
+        if waiting and time.monotonic() > deadline:
+            named = ", ".join(map(str, waiting[:8])) + (f" and {len(waiting) - 8} more" if len(waiting) > 8 else "")
+            return (
+                f"rank{'s' * (len(waiting) > 1)} {named} of {world} did not join within {timeout_s:g} s; "
+                f"see that all {world} were started and reach rank 0 ({TIMEOUT_VARIABLE} waits longer)"
+            )
+        time.sleep(0.01 if here else 0.05)
+    return ""
+
+
+def _store(ranks: Ranks, timeout_s: float) -> dist.Store:
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    # torchrun's agent has the store already, and keeps it over restarts.
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        store = dist.TCPStore(
+            host,
+            int(port),
+            is_master=ranks.rank == 0 and not agent,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"rank {ranks.rank} cannot reach rank 0 at MASTER_ADDR {host}, MASTER_PORT {port}: {reason}; "
+            "is rank 0 started there, and is the port free and open?"
+        ) from None
+    return dist.PrefixStore(f"megadiff/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _wait_until_heard(store: dist.Store, world: int) -> None:
+    """On rank 0, with which the store ends: give the ranks that are here some time to read the verdict."""
+    deadline = time.monotonic() + _FAREWELL_S
+    here = [rank for rank in range(world) if store.check([_key(rank)])]
+    while time.monotonic() < deadline and not store.check([_key(rank, "heard") for rank in here]):
+        time.sleep(0.05)
+
+
+def _key(rank: int, what: str = "rank") -> str:
+    return f"{what}/{rank}"
+
+
+def _timeout_s() -> float:
+    text = os.environ.get(TIMEOUT_VARIABLE, "")
+    try:
+        seconds = float(text or TIMEOUT_S)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e6:
+        raise UserError(f"{TIMEOUT_VARIABLE} is {text!r}; it must be a number of seconds")
+    return seconds
