@@ -11,7 +11,7 @@ from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
-import torch.distributed as dist
+from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from megadiff.config.errors import UserError
 from megadiff.distributed.ranks import Ranks
@@ -32,7 +32,7 @@ def software(package: Path, digest: str) -> dict[str, str]:
     return {f"code in {package}": digest, "Python": platform.python_version(), **versions}
 
 
-def join(ranks: Ranks, facts: Facts) -> dist.Store:
+def join(ranks: Ranks, facts: Facts) -> Store:
     """Wait for all ranks, and compare what they say with what rank 0 says. Collective.
 
     Returns:
@@ -51,7 +51,7 @@ def join(ranks: Ranks, facts: Facts) -> dist.Store:
         store.wait([_key(0), _VERDICT], timedelta(seconds=timeout_s + 30))
         verdict, first = store.get(_VERDICT).decode(), json.loads(store.get(_key(0)))
         store.set(_key(ranks.rank, "heard"), "")
-    except (dist.DistError, RuntimeError):
+    except (DistError, RuntimeError):
         raise UserError(f"rank {ranks.rank}: rank 0 has left while the others were joining; its log says why") from None
     # A rank that rank 0 does not count on compares for itself.
     if fault := verdict or difference(ranks.rank, own, first):
@@ -85,7 +85,7 @@ def difference(rank: int, facts: Facts, first: Facts) -> str:
     return ""
 
 
-def _judge(store: dist.Store, own: Facts, world: int, timeout_s: float) -> str:
+def _judge(store: Store, own: Facts, world: int, timeout_s: float) -> str:
     """On rank 0: what is wrong with the ranks, in a sentence, or nothing."""
     deadline, waiting = time.monotonic() + timeout_s, list(range(1, world))
     while waiting:
@@ -104,12 +104,12 @@ def _judge(store: dist.Store, own: Facts, world: int, timeout_s: float) -> str:
     return ""
 
 
-def _store(ranks: Ranks, timeout_s: float) -> dist.Store:
+def _store(ranks: Ranks, timeout_s: float) -> Store:
     host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     # torchrun's agent has the store already, and keeps it over restarts.
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
-        store = dist.TCPStore(
+        store = TCPStore(
             host,
             int(port),
             is_master=ranks.rank == 0 and not agent,
@@ -117,16 +117,16 @@ def _store(ranks: Ranks, timeout_s: float) -> dist.Store:
             wait_for_workers=False,
             multi_tenant=True,
         )
-    except (dist.DistError, RuntimeError, ValueError) as error:
+    except (DistError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"rank {ranks.rank} cannot reach rank 0 at MASTER_ADDR {host}, MASTER_PORT {port}: {reason}; "
             "is rank 0 started there, and is the port free and open?"
         ) from None
-    return dist.PrefixStore(f"megadiff/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return PrefixStore(f"megadiff/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def _wait_until_heard(store: dist.Store, world: int) -> None:
+def _wait_until_heard(store: Store, world: int) -> None:
     """On rank 0, with which the store ends: give the ranks that are here some time to read the verdict."""
     deadline = time.monotonic() + _FAREWELL_S
     here = [rank for rank in range(world) if store.check([_key(rank)])]

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import default_pg_timeout
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from megadiff.config.errors import UserError
 from megadiff.distributed.joining import Facts, join
@@ -46,7 +47,7 @@ def start_process_group(ranks: Ranks, facts: Facts | None = None) -> torch.devic
     deepspeed.runtime.compiler.compile = lambda: deepspeed.runtime.compiler.dummy_decorator
     backend = accelerator.communication_backend_name() if device.type != "cpu" else "gloo"
     if not dist.is_initialized():
-        store = dist.PrefixStore("group", join(ranks, facts or {}))
+        store = PrefixStore("group", join(ranks, facts or {}))
         dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=default_pg_timeout)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return device

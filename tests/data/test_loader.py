@@ -17,6 +17,7 @@ from megadiff.data.errors import DataError
 from megadiff.data.reading import loader as loader_module
 from megadiff.data.reading.loader import FEWEST_READ, HeldOut, Loader, LoaderStats, check_unreadable, read_held_out
 from megadiff.data.reading.mixture import Mixture
+from megadiff.data.shards.reader import ShardReader
 from megadiff.data.shards.shard import Members, read_manifest
 from megadiff.types import Batch
 from tests.data.small import TRAIN, data_of, sample, tiny, write_source
@@ -301,7 +302,7 @@ def test_a_rank_that_does_not_read_counts_the_steps_and_opens_no_shard(opened: A
     def read(*_: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(loader_module.ShardReader, "shard", read)
+    monkeypatch.setattr(ShardReader, "shard", read)
     idle = opened(reads=False)
     assert [idle.take(), idle.take()] == [[], []]
     assert (idle.data_step, idle.stats()) == (2, LoaderStats(0, 0))
