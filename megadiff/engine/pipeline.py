@@ -60,7 +60,7 @@ class SectionModule(PipelineModule):  # type: ignore[misc]
         self.parts = list(method)
         self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
 
-    def forward(self, taken: Tensor | Wire) -> Tensor | Wire:
+    def forward(self, taken: Tensor | tuple[Tensor, ...]) -> Tensor | Wire:
         return self.section.train(taken)
 
 
@@ -183,8 +183,7 @@ class PipelineBackend:
         return self._share({})
 
     def _send(self, wire: Wire) -> None:
-        floats, visible, header = wire
-        sizes = torch.tensor([len(floats), *visible.shape, len(header)], device=self.device)
+        sizes = torch.tensor([len(wire.floats), *wire.visible.shape, len(wire.header)], device=self.device)
         for tensor in (sizes, *wire):
             dist.send(tensor, self._neighbour(1))
 
@@ -192,7 +191,7 @@ class PipelineBackend:
         sizes = torch.empty(4, dtype=torch.int64, device=self.device)
         dist.recv(sizes, self._neighbour(-1))
         count, batch, positions, entries = sizes.tolist()
-        wire = (
+        wire = Wire(
             torch.empty(count, dtype=next(self.module.parameters()).dtype, device=self.device),
             torch.empty(batch, positions, dtype=torch.uint8, device=self.device),
             torch.empty(entries, dtype=torch.int64, device=self.device),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from megadiff.engine.api import PreparedBatch, Score
 from megadiff.engine.wire import Wire, dense, pack, tie, unpack
@@ -29,14 +29,14 @@ class Section:
         self.first, self.last = start == 0, stop == len(layers)
         self.trained_before = any(parameter.requires_grad for layer in layers[:start] for parameter in layer.parameters())
         self.prepared: Sequence[PreparedBatch] = []
-        self.score: Score | None = None
+        self.score: Score
         self.terms: list[LossTerms] = []
 
     def feed(self, prepared: Sequence[PreparedBatch], score: Score) -> None:
         """Take the micro-batches of a step."""
         self.prepared, self.score, self.terms = prepared, score, []
 
-    def train(self, taken: Tensor | Wire) -> Tensor | Wire:
+    def train(self, taken: Tensor | tuple[Tensor, ...]) -> Tensor | Wire:
         """One micro-batch forward.
 
         Args:
@@ -50,13 +50,14 @@ class Section:
             number, floats = int(taken), None
             stream = self.embed(self.prepared[number].noised)
         else:
-            floats, *integers = taken
-            stream, number = unpack((floats if self.trained_before else floats.detach(), *integers), self.widths)
+            wire = Wire(*taken)
+            floats = wire.floats
+            stream, number = unpack(wire if self.trained_before else wire._replace(floats=floats.detach()), self.widths)
         stream = self.run(stream, self.read)
         if self.last:
             return self._reaching(self._loss(stream, number), floats)
-        given, *rest = pack(stream, number)
-        return self._reaching(given, floats), *rest
+        given = pack(stream, number)
+        return given._replace(floats=self._reaching(given.floats, floats))
 
     def embed(self, noised: Noised) -> Stream:
         stream: Stream = self.own[0](dense(noised))
@@ -64,16 +65,12 @@ class Section:
 
     def run(self, stream: Stream, read: Collection[str]) -> Stream:
         """The layers that lead to what is read, apart from the model's first and last one."""
-        path = self.model.layers(read)[1:-1]
-        return run_layers([layer for layer in self.own if layer in path], stream, recompute=self._recompute)
+        path = [layer for layer in self.model.layers(read)[1:-1] if layer in self.own]
+        return run_layers(path, stream, recompute=self.model.activation_checkpointing)
 
     def heads(self, stream: Stream, readout: Mapping[str, Readout]) -> Prediction:
         prediction: Prediction = self.own[-1](stream, readout)
         return prediction
-
-    @property
-    def _recompute(self) -> bool:
-        return self.model.activation_checkpointing
 
     def _loss(self, stream: Stream, number: int) -> Tensor:
         micro_batch = self.prepared[number]

@@ -10,21 +10,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megadiff.types import Noised, Stream
 
-Wire = tuple[Tensor, Tensor, Tensor]
-"""What travels:
 
-floats: [K], laid end to end: per modality tokens [B, S, D] and conditioning [B, D], then the tapped [B, S, F] if there are any.
-visible: uint8 [B, N].
-header: int64; number of the micro-batch, S and F of the tapped tokens (0 without), then per modality S, whether some positions
-    may be hidden, rows and columns (0 if it is no grid).
-"""
+class Wire(NamedTuple):
+    """What travels.
+
+    Attributes:
+        floats: [K], laid end to end: per modality tokens [B, S, D] and conditioning [B, D], then the tapped tokens [B, S, F].
+        visible: uint8 [B, N].
+        header: int64; the micro-batch's number, S and F of the tapped tokens (0 without), then per modality S, whether a
+            position may be hidden, rows and columns (0 if it is no grid).
+    """
+
+    floats: Tensor
+    visible: Tensor
+    header: Tensor
 
 
 def dense(noised: Noised) -> Noised:
@@ -48,7 +54,7 @@ def pack(stream: Stream, number: int) -> Wire:
         visible.append(tokens.new_ones(tokens.shape[:2], dtype=torch.uint8) if mask is None else mask.to(torch.uint8))
         header += [tokens.shape[1], mask is not None, *stream.grids.get(name, (0, 0))]
     floats += [] if tapped is None else [tapped.flatten()]
-    return torch.cat(floats), torch.cat(visible, 1), torch.tensor(header, device=floats[0].device)
+    return Wire(torch.cat(floats), torch.cat(visible, 1), torch.tensor(header, device=floats[0].device))
 
 
 def unpack(wire: Wire, widths: Mapping[str, int]) -> tuple[Stream, int]:
@@ -57,14 +63,14 @@ def unpack(wire: Wire, widths: Mapping[str, int]) -> tuple[Stream, int]:
     Args:
         widths: D of every modality, in the model's order.
     """
-    floats, visible, header = wire
-    number, *tapped = header[:3].tolist()
-    places = dict(zip(widths, header[3:].view(-1, 4).tolist(), strict=True))
-    batch = len(visible)
+    number, *tapped = wire.header[:3].tolist()
+    places = dict(zip(widths, wire.header[3:].view(-1, 4).tolist(), strict=True))
+    batch = len(wire.visible)
     shapes = [shape for name, place in places.items() for shape in ((batch, place[0], widths[name]), (batch, widths[name]))]
     shapes += [(batch, *tapped)]
-    parts = [part.view(shape) for part, shape in zip(floats.split([math.prod(s) for s in shapes]), shapes, strict=True)]
-    masks = visible.bool().split([place[0] for place in places.values()], dim=1)
+    floats = torch.split(wire.floats, [math.prod(shape) for shape in shapes])
+    parts = [part.view(shape) for part, shape in zip(floats, shapes, strict=True)]
+    masks = torch.split(wire.visible.bool(), [place[0] for place in places.values()], dim=1)
     stream = Stream(
         tokens=dict(zip(places, parts[:-1:2], strict=True)),
         conditioning=dict(zip(places, parts[1:-1:2], strict=True)),
@@ -79,7 +85,7 @@ def unpack(wire: Wire, widths: Mapping[str, int]) -> tuple[Stream, int]:
 
 def tie(value: Tensor, floats: Tensor) -> Tensor:
     """`value`, which does not depend on `floats`, with a gradient of zero for them."""
-    tied: Tensor = _Tie.apply(value, floats)
+    tied: Tensor = _Tie.apply(value, floats)  # type: ignore[no-untyped-call]
     return tied
 
 

@@ -101,7 +101,7 @@ class MMDiT(nn.Module):
 
 
 def run_layers(layers: Iterable[nn.Module], stream: Stream, *, recompute: bool) -> Stream:
-    """The stream after layers between the first and the last, in training with blocks recomputed in the backward pass or not."""
+    """The stream after layers between the first and the last; `recompute`: blocks, in the backward pass."""
     for layer in layers:
         if recompute and torch.is_grad_enabled() and isinstance(layer, Block):  # nothing in a block is random
             stream = checkpoint(layer, stream, use_reentrant=False, preserve_rng_state=False)

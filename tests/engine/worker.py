@@ -102,7 +102,7 @@ def main(request: dict[str, Any]) -> None:
     tree.setdefault("zero_optimization", {}).update(request.get("zero_options", {}))
     if request.get("pipeline"):
         layout = Layout(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), pipeline=request["pipeline"])
-        loop.zero_engine = partial(pipeline_engine, layout=layout)  # type: ignore[assignment]
+        vars(loop)["zero_engine"] = partial(pipeline_engine, layout=layout)
     gathered = Gathered() if request.get("watch_gathered") else None
     reports = {}
     for stage in request["stages"]:
@@ -123,7 +123,8 @@ def trained(run: Run, stage: str, tree: dict[str, Any], kill_at: int | None) -> 
             return True
 
         def __call__(self, training: Any) -> None:
-            module = training.engine.backend.module
+            module, deepspeed = training.engine.backend.module, training.engine.backend.engine
+            seen["engine"], seen["engine_steps"] = type(deepspeed).__name__, deepspeed.global_steps
             seen["whole"] = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
             seen["held_between_steps"] = held_elements(module)
             seen["all_partitioned"] = all(hasattr(p, "ds_tensor") for p in module.parameters())
