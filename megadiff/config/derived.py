@@ -28,7 +28,7 @@ from megadiff.config.parameters import (
     trainable,
     up_outputs,
 )
-from megadiff.config.schema import GridSpace, Model, Run, Stage, StageModality
+from megadiff.config.schema import Alignment, GridSpace, Model, Run, Stage, StageModality
 
 
 def tokens(model: Model) -> dict[str, int]:
@@ -50,18 +50,31 @@ def flops_per_sample(model: Model, stage: Stage) -> int:
     1 for the plain loss, 1/2 for the NELBO (times are uniform), less the samples in which the modality is only a condition.
     Recomputation under activation checkpointing is not counted, nor are norms, softmax, activations and lookups.
     """
+    return round(sum(layer_flops(model, stage)))
+
+
+def layer_flops(model: Model, stage: Stage) -> list[float]:
+    """The FLOPs of `flops_per_sample` by layer, in the order of `MMDiT.layers()`; 0 for layers that training does not run."""
     shares = {name: _scored_share(model, name, modality) for name, modality in stage.modalities.items() if modality.has_loss}
     trained = {part for part in ("joint", *scored(stage)) if part not in stage.freeze}
-    return round(_flops(model, shares, trained)) + _alignment_flops(model, stage)
+    trunk = _trunk_flops(model, shares, trained)
+    if stage.alignment is not None:
+        trunk.insert(stage.alignment.block + 1, _alignment_flops(model, stage, stage.alignment))
+    norm = [0.0] if model.trunk_norm else []
+    towers = [
+        flops
+        for name in model.modalities
+        if name in predicted(stage) and model.modalities[name].tower_depth
+        for flops in [*_tower_flops(model, name, shares, trained), *norm]
+    ]
+    return [_embed_flops(model, shares, trained), *trunk, *norm, *towers, _heads_flops(model, shares, trained)]
 
 
-def _alignment_flops(model: Model, stage: Stage) -> int:
+def _alignment_flops(model: Model, stage: Stage, alignment: Alignment) -> float:
     """FLOPs of the projection alone: the blocks before it run anyway."""
-    if stage.alignment is None:
-        return 0
-    count = token_count(model.modalities[stage.alignment.modality].space)
+    count = token_count(model.modalities[alignment.modality].space)
     own, inputs = "alignment" not in stage.freeze, "joint" not in stage.freeze
-    layers = alignment_layers(model, stage.alignment)
+    layers = alignment_layers(model, alignment)
     return sum(_matmul(count, *shape, own, inputs or (own and index > 0)) for index, shape in enumerate(layers))
 
 
@@ -73,28 +86,40 @@ def _scored_share(model: Model, name: str, modality: StageModality) -> float:
     return share * (1 - modality.conditioning.clean - modality.conditioning.absent)
 
 
-def _flops(model: Model, scored: Mapping[str, float], trained: Collection[str]) -> float:
-    """Forward FLOPs, and the backward's of everything that the trained parts need."""
+def _embed_flops(model: Model, shares: Mapping[str, float], trained: Collection[str]) -> float:
+    leads = {name: model.joint_depth > 0 or name in shares for name in model.modalities}
+    return sum(_embedding_flops(model, name, "joint" in trained and leads[name]) for name in model.modalities)
+
+
+def _trunk_flops(model: Model, shares: Mapping[str, float], trained: Collection[str]) -> list[float]:
+    """Of each joint block."""
     counts, joint = tokens(model), "joint" in trained
-    total = 0.0
-    for name in model.modalities:
-        leads = model.joint_depth > 0 or name in scored
-        total += _embedding_flops(model, name, joint and leads)
+    attention = _attention_flops(model, sum(counts.values()), inputs=joint)
+    blocks = []
     for index in range(model.joint_depth):
         last = index == model.joint_depth - 1
+        blocks.append(float(attention))
         for name, count in counts.items():
             # What an unread modality computes after the last joint attention leads to no loss.
-            leads = not last or name in scored
-            total += _block_flops(model, name, count, weights=joint, inputs=joint, leads_to_loss=leads)
-        total += _attention_flops(model, sum(counts.values()), inputs=joint)
-    for name, share in scored.items():
-        own = name in trained
-        for _ in range(model.modalities[name].tower_depth):
-            total += _block_flops(model, name, counts[name], weights=own, inputs=joint)
-            total += _attention_flops(model, counts[name], inputs=joint or own)
-        width, outputs = model.width_of(name), head_outputs(model.modalities[name].space)
+            leads = not last or name in shares
+            blocks[-1] += _block_flops(model, name, count, weights=joint, inputs=joint, leads_to_loss=leads)
+    return blocks
+
+
+def _tower_flops(model: Model, name: str, shares: Mapping[str, float], trained: Collection[str]) -> list[float]:
+    """Of each block of a modality's tower."""
+    count, joint, own = tokens(model)[name], "joint" in trained, name in trained
+    linear = _block_flops(model, name, count, weights=own, inputs=joint)
+    flops = float(linear + _attention_flops(model, count, inputs=joint or own)) if name in shares else 0.0
+    return [flops] * model.modalities[name].tower_depth
+
+
+def _heads_flops(model: Model, shares: Mapping[str, float], trained: Collection[str]) -> float:
+    total, counts, joint = 0.0, tokens(model), "joint" in trained
+    for name, share in shares.items():
+        own, width = name in trained, model.width_of(name)
         total += _matmul(1, width, HEAD_SLOTS * width, own, joint)
-        total += share * _matmul(counts[name], width, outputs, own, joint or own)
+        total += share * _matmul(counts[name], width, head_outputs(model.modalities[name].space), own, joint or own)
     return total
 
 

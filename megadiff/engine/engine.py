@@ -9,6 +9,7 @@ from typing import Any
 
 from megadiff.config.run_folder import CheckpointsFolder
 from megadiff.config.schema import Initialise, Stage
+from megadiff.distributed.reduce import gather_objects
 from megadiff.engine import saving, statistics
 from megadiff.engine.api import Backend, Objective, StepResult
 from megadiff.engine.ema import Ema
@@ -29,7 +30,8 @@ class Engine:
         """Args: idle: parameters that no loss of the stage reaches; they are neither stepped nor decayed."""
         self.backend, self.stage, self.idle = backend, stage, idle
         self.layout, self.device, self.pieces = backend.layout, backend.device, backend.pieces
-        self.parts = {name: part_of(name) for name in self.pieces.shapes}
+        self.shapes = saving.all_shapes(self.pieces)
+        self.parts = {name: part_of(name) for name in self.shapes}
         hold_still(self.pieces.optimizer, self.pieces.trained, idle.partial)
         self.ema = Ema(stage.ema, self.pieces)
         self.optimizer_step = 0
@@ -82,7 +84,7 @@ class Engine:
         """
         counters = {
             "optimizer_step": self.optimizer_step,
-            "adam_steps": self.pieces.adam_steps,
+            "adam_steps": max(gather_objects(self.pieces.adam_steps)),  # a pipeline stage may train nothing
             "ema_updates": self.ema.updates,
         }
         return saving.save(
@@ -105,7 +107,7 @@ class Engine:
         """
         reader = saving.open_checkpoint(folder, self.layout)
         saving.check_same_profiles(reader, self.ema.profiles)
-        check_names(reader, self.pieces.shapes, parts=self.parts)
+        check_names(reader, self.shapes, parts=self.parts)
         self._check_same_trained(reader)
         saving.load_weights(reader, "weight", set(self.parts), self.pieces)
         saving.load_state(reader, self.pieces, self.ema)
@@ -120,7 +122,7 @@ class Engine:
         """
         reader = saving.open_checkpoint(folder, self.layout)
         parts = {**{name: part_of(name) for name in reader.manifest.parameters}, **self.parts}
-        names = set(check_names(reader, self.pieces.shapes, new=rule.new, dropped=rule.dropped, parts=parts))
+        names = set(check_names(reader, self.shapes, new=rule.new, dropped=rule.dropped, parts=parts))
         saving.load_weights(reader, reader.weight_kind(rule.weights, rule.ema), names, self.pieces)
         self.ema.reset()
         return [name for name in self.parts if name not in names]
@@ -130,9 +132,10 @@ class Engine:
 
         Parameters that are idle now may have been trained there: their moments are no longer needed.
         """
-        frozen = {piece.name for piece in self.pieces.frozen}
+        own = {piece.name: False for piece in self.pieces.frozen} | {piece.name: True for piece in self.pieces.trained}
         before = {name: trained and name not in self.idle.whole for name, (_, trained) in reader.manifest.parameters.items()}
-        changed = [name for name, trained in before.items() if trained == (name in frozen)]
+        differing = gather_objects([name for name, trained in own.items() if trained != before[name]])
+        changed = list(dict.fromkeys(name for names in differing for name in names))
         if changed:
             raise CheckpointError(
                 f"{reader.folder}: {changed[0]} and {len(changed) - 1} more were trained there and are not now, or the other "

@@ -65,6 +65,11 @@ def save(
     return checkpoints.step(step)
 
 
+def all_shapes(pieces: Pieces) -> dict[str, Shape]:
+    """By name, the whole shape of every parameter of the model: a rank may hold a part of its layers. Collective."""
+    return {name: shape for part in gather_objects(pieces.shapes) for name, shape in part.items()}
+
+
 def open_checkpoint(folder: Path, layout: Layout) -> CheckpointReader:
     """A reader of a folder, after the ranks have checked its hashes between them.
 

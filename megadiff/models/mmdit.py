@@ -7,7 +7,7 @@ Its four parts are `embed`, `trunk`, `towers` and `heads`. Parameters are called
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
 
 import torch
@@ -64,18 +64,8 @@ class MMDiT(nn.Module):
         Raises:
             UserError: a modality has no head.
         """
-        outputs = [*self.predicted, *([] if self.alignment is None else [ALIGNMENT])]
-        missing = [name for name in readout if name not in outputs]
-        if missing:
-            raise UserError(f"the model has no head for {', '.join(missing)}; it predicts {', '.join(outputs)}")
         embed, *layers, heads = self.layers(readout)
-        recompute = self.activation_checkpointing and torch.is_grad_enabled()
-        stream: Stream = embed(noised)
-        for layer in layers:
-            if recompute and isinstance(layer, Block):  # nothing in a block is random
-                stream = checkpoint(layer, stream, use_reentrant=False, preserve_rng_state=False)
-            else:
-                stream = layer(stream)
+        stream = run_layers(layers, embed(noised), recompute=self.activation_checkpointing)
         prediction: Prediction = heads(stream, readout)
         return prediction
 
@@ -100,11 +90,28 @@ class MMDiT(nn.Module):
         """The layers that forward runs, in order, to read out the modalities and `ALIGNMENT` in `read`; None: all layers.
 
         The first takes a Noised to a Stream, the last a Stream and a readout to a Prediction, the others a Stream to a Stream.
+
+        Raises:
+            UserError: a modality has no head.
         """
-        wanted = [*self.predicted, ALIGNMENT] if read is None else read
+        outputs = [*self.predicted, *([] if self.alignment is None else [ALIGNMENT])]
+        wanted = outputs if read is None else read
+        missing = [name for name in wanted if name not in outputs]
+        if missing:
+            raise UserError(f"the model has no head for {', '.join(missing)}; it predicts {', '.join(outputs)}")
         trunk = [layer for layer in self.trunk if layer is not self.alignment or ALIGNMENT in wanted]
         towers = [layer for name in self.predicted if name in wanted for layer in self.towers[name]]  # type: ignore[attr-defined]
         return [self.embed, *trunk, *towers, self.heads]
+
+
+def run_layers(layers: Iterable[nn.Module], stream: Stream, *, recompute: bool) -> Stream:
+    """The stream after layers between the first and the last; `recompute`: blocks, in the backward pass."""
+    for layer in layers:
+        if recompute and torch.is_grad_enabled() and isinstance(layer, Block):  # nothing in a block is random
+            stream = checkpoint(layer, stream, use_reentrant=False, preserve_rng_state=False)
+        else:
+            stream = layer(stream)
+    return stream
 
 
 def build_model(config: Model, predicted: Collection[str], alignment: Alignment | None = None, seed: int | None = 0) -> MMDiT:

@@ -6,14 +6,17 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from typing import Any
 
 import torch
 
 from megadiff.config.deepspeed import load_deepspeed
 from megadiff.config.errors import UserError
+from megadiff.config.layout import Layout
 from megadiff.config.load import load_run
 from megadiff.config.schema import Run
+from megadiff.engine.pipeline import pipeline_engine
 from megadiff.training import loop
 from megadiff.types import Dense, Noised
 
@@ -97,6 +100,9 @@ def main(request: dict[str, Any]) -> None:
     run = load_run("tests/tiny.yaml", [f"folder={request['folder']}", *request.get("overrides", [])])
     tree = load_deepspeed(request["deepspeed"])
     tree.setdefault("zero_optimization", {}).update(request.get("zero_options", {}))
+    if request.get("pipeline"):
+        layout = Layout(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), pipeline=request["pipeline"])
+        vars(loop)["zero_engine"] = partial(pipeline_engine, layout=layout)
     gathered = Gathered() if request.get("watch_gathered") else None
     reports = {}
     for stage in request["stages"]:
@@ -117,7 +123,8 @@ def trained(run: Run, stage: str, tree: dict[str, Any], kill_at: int | None) -> 
             return True
 
         def __call__(self, training: Any) -> None:
-            module = training.engine.backend.module
+            module, deepspeed = training.engine.backend.module, training.engine.backend.engine
+            seen["engine"], seen["engine_steps"] = type(deepspeed).__name__, deepspeed.global_steps
             seen["whole"] = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
             seen["held_between_steps"] = held_elements(module)
             seen["all_partitioned"] = all(hasattr(p, "ds_tensor") for p in module.parameters())

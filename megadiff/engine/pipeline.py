@@ -1,0 +1,243 @@
+"""DeepSpeed's pipeline parallelism as a backend, with ZeRO-0 or ZeRO-1 over the replicas of each stage."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import PipelineModule
+from torch import Tensor, nn
+
+from megadiff.config.deepspeed import resolve, zero_stage
+from megadiff.config.layout import Layout
+from megadiff.config.parameters import is_trained
+from megadiff.config.partition import partition
+from megadiff.config.schema import Model, Stage
+from megadiff.distributed.ranks import Ranks
+from megadiff.engine.api import Outcome, PreparedBatch, Score
+from megadiff.engine.engine import Engine
+from megadiff.engine.initial import InitialValues
+from megadiff.engine.optimizer import build_optimizer
+from megadiff.engine.saving import load_weights
+from megadiff.engine.section import Section
+from megadiff.engine.start import start_process_group
+from megadiff.engine.wire import Wire, pack, unpack
+from megadiff.engine.zero_pieces import zero_pieces
+from megadiff.models.idle import Idle, idle_parameters
+from megadiff.models.mmdit import MMDiT, build_model, initial_distributions
+from megadiff.models.names import decayed_names, named_parameters, part_of
+from megadiff.types import ALIGNMENT, Denoiser, Noised, Prediction, Readout
+
+log = logging.getLogger(__name__)
+
+PLACEHOLDERS = "placeholders"
+DECAYED = f"{PLACEHOLDERS}.0"
+
+
+class SectionModule(PipelineModule):  # type: ignore[misc]
+    """DeepSpeed's pipeline module around a Section.
+
+    Attributes:
+        placeholders: a parameter for each group of the optimizer, never used. DeepSpeed fails without parameters, and sums the
+            gradient norm over the pipeline stages group by group, so each stage has to have as many groups.
+    """
+
+    def __init__(self, model: MMDiT, bounds: Sequence[int], *, widths: Mapping[str, int], read: Sequence[str]) -> None:
+        # DeepSpeed builds no layer itself, and hands the "method" of the partition to `_partition_layers` as it is.
+        super().__init__(model.layers(), num_stages=len(bounds) - 1, partition_method=bounds)
+        self.section = Section(model, self._local_start, self._local_stop, widths=widths, read=read)
+        if self.section.last:
+            self.hidden_projections = model.hidden_projections  # in no layer, for they are never run
+        self.placeholders = nn.ParameterList(nn.Parameter(torch.zeros(1)) for _ in range(2))
+
+    def _partition_layers(self, method: Sequence[int]) -> None:
+        self.parts = list(method)
+        self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
+
+    def forward(self, taken: Tensor | tuple[Tensor, ...]) -> Tensor | Wire:
+        return self.section.train(taken)
+
+
+class PipelineBackend:
+    """The model's layers cut into stages, which a replica's ranks work on one after the other, micro-batch by micro-batch."""
+
+    def __init__(self, model: Model, stage: Stage, tree: Mapping[str, Any], *, seed: int, ranks: Ranks, layout: Layout) -> None:
+        """Build this rank's layers (freshly initialised from `seed`) and wrap them. Collective.
+
+        Args:
+            tree: the DeepSpeed JSON as read, with its "auto" values; ZeRO-0 or ZeRO-1.
+            layout: two pipeline stages or more.
+
+        Raises:
+            ConfigError: the JSON contradicts the stage, the batch does not divide, or there are more stages than layers.
+        """
+        self.layout = layout
+        self.device = start_process_group(ranks)
+        config = resolve(dict(tree), stage, data_ranks=layout.data_ranks, accelerator=self.device.type != "cpu")
+        zero = config.setdefault("zero_optimization", {})
+        zero["overlap_comm"] = False  # gradients are reduced once, after the last micro-batch
+        if zero_stage(config) == 0 and config["bf16"]["enabled"]:
+            # bf16 needs fp32 masters, and DeepSpeed keeps them only where it partitions the optimizer.
+            log.info("bf16 with ZeRO-0 runs as ZeRO-1, which keeps fp32 master weights")
+            zero["stage"] = 1
+        self.accumulation: int = config["gradient_accumulation_steps"]
+        bounds = partition(model, stage, layout.pipeline)
+        predicted = [name for name, modality in stage.modalities.items() if modality.predicted]
+        with torch.device("meta"):
+            whole = build_model(model, predicted, stage.alignment)
+        whole.activation_checkpointing = stage.activation_checkpointing
+        self.idle: Idle = idle_parameters(model, stage, [name for name, _ in named_parameters(whole)])
+        for name, parameter in named_parameters(whole):
+            parameter.requires_grad_(is_trained(part_of(name), stage) and name not in self.idle.whole)
+        distributions = initial_distributions(whole)
+        for part in (
+            *whole.layers()[bounds[layout.pipeline_rank] : bounds[layout.pipeline_rank + 1]],
+            whole.hidden_projections,
+        ):
+            part.to_empty(device=self.device)
+        read = [name for name, modality in stage.modalities.items() if modality.has_loss]
+        read += [] if stage.alignment is None else [ALIGNMENT]
+        widths = {name: model.width_of(name) for name in model.modalities}
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints the topology
+            module = SectionModule(whole, bounds, widths=widths, read=read).to(self.device)
+        optimizer = build_optimizer(module, stage.optimizer, [*decayed_names(module), DECAYED])
+        self._own_norm: Tensor | None = None
+        if zero_stage(config) == 0:
+            # DeepSpeed would clip by the norm over all stages, but not report it.
+            self._clip, config["gradient_clipping"] = config["gradient_clipping"], 0.0
+            optimizer.register_step_pre_hook(lambda *_: self._clip_gradients())
+        self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        self.module: SectionModule = self.engine.module
+        self.section = self.module.section
+        pieces = zero_pieces(self.engine, layout.data_ranks, layout.data_rank)
+        self.pieces = replace(
+            pieces,
+            trained=[piece for piece in pieces.trained if not piece.name.startswith(PLACEHOLDERS)],
+            shapes={name: shape for name, shape in pieces.shapes.items() if not name.startswith(PLACEHOLDERS)},
+        )
+        load_weights(InitialValues(seed, distributions, self.pieces.shapes), "weight", set(self.pieces.shapes), self.pieces)
+        self._shapes: list[torch.Size] | None = None
+
+    # ------------------------------------------------------------------------------------------------------- training
+
+    def run(self, prepared: Sequence[PreparedBatch], score: Score, learning_rate: float) -> Outcome:
+        for group in self.pieces.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._renew_buffers(prepared)
+        self.section.feed(prepared, score)
+        numbers = [torch.tensor(number) for number in range(self.accumulation)]
+        self.engine.train_batch(iter([(number, number) for number in numbers]))
+        norm = self.engine.get_global_grad_norm() if self._own_norm is None else self._own_norm
+        return Outcome(
+            self.section.terms if self.layout.speaks else [],
+            grad_norm=float(norm),
+            applied=bool(self.engine.was_step_applied()),
+        )
+
+    def _renew_buffers(self, prepared: Sequence[PreparedBatch]) -> None:
+        """Make DeepSpeed tell the next stage the shapes again, on all ranks alike, if they are not those of the step before."""
+        changed = torch.zeros((), device=self.device)
+        if self.layout.reads:
+            shapes = [state.shape for state in prepared[0].noised.states.values()]
+            changed += shapes != self._shapes
+            self._shapes = shapes
+        dist.all_reduce(changed, dist.ReduceOp.MAX, self._replica)
+        if changed:
+            self.engine.reset_activation_shape()
+
+    def _clip_gradients(self) -> None:
+        """Clip by the norm over all stages, as DeepSpeed does in ZeRO-1."""
+        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+        square = torch.nn.utils.get_total_norm(gradients).square()
+        dist.all_reduce(square, group=self._replica)
+        self._own_norm = square.sqrt()
+        if self._clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), self._clip, self._own_norm)
+
+    @property
+    def _replica(self) -> Any:
+        """The process group of the stages of this rank's replica."""
+        return self.module.mpu().get_pipe_parallel_group()
+
+    # ------------------------------------------------------------------------------------------------------- sampling
+
+    @contextmanager
+    def denoiser(self) -> Iterator[Denoiser]:
+        """Every rank of a replica calls it with the same input, and gets the whole prediction."""
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                yield self._predict
+        finally:
+            self.module.train()
+
+    def _predict(self, noised: Noised, readout: Mapping[str, Readout]) -> Prediction:
+        section = self.section
+        stream = section.embed(noised) if section.first else unpack(self._receive(), section.widths)[0]
+        stream = section.run(stream, readout)
+        if section.last:
+            return self._share(section.heads(stream, readout))
+        self._send(pack(stream, 0))
+        return self._share({})
+
+    def _send(self, wire: Wire) -> None:
+        sizes = torch.tensor([len(wire.floats), *wire.visible.shape, len(wire.header)], device=self.device)
+        for tensor in (sizes, *wire):
+            dist.send(tensor, self._neighbour(1))
+
+    def _receive(self) -> Wire:
+        sizes = torch.empty(4, dtype=torch.int64, device=self.device)
+        dist.recv(sizes, self._neighbour(-1))
+        count, batch, positions, entries = sizes.tolist()
+        wire = Wire(
+            torch.empty(count, dtype=next(self.module.parameters()).dtype, device=self.device),
+            torch.empty(batch, positions, dtype=torch.uint8, device=self.device),
+            torch.empty(entries, dtype=torch.int64, device=self.device),
+        )
+        for tensor in wire:
+            dist.recv(tensor, self._neighbour(-1))
+        return wire
+
+    def _neighbour(self, distance: int) -> int:
+        """The rank that works on the stage `distance` after this one."""
+        return self.layout.rank + distance * self.layout.data_ranks * self.layout.tensor
+
+    def _share(self, prediction: Prediction) -> Prediction:
+        """The last stage's prediction, on all ranks of the replica."""
+        last = self._neighbour(self.layout.pipeline - 1 - self.layout.pipeline_rank)
+        forms = [{name: _form(output) for name, output in prediction.items()}]
+        dist.broadcast_object_list(forms, last, self._replica)
+        shared: Prediction = {}
+        for name, (kind, tensors) in forms[0].items():
+            given = _tensors(prediction[name]) if self.section.last else None
+            received = []
+            for index, (shape, dtype) in enumerate(tensors):
+                tensor = torch.empty(shape, dtype=dtype, device=self.device) if given is None else given[index].contiguous()
+                dist.broadcast(tensor, last, self._replica)
+                received.append(tensor)
+            shared[name] = received[0] if kind is None else kind(*received)
+        return shared
+
+
+def _tensors(output: Any) -> tuple[Tensor, ...]:
+    return (output,) if isinstance(output, Tensor) else tuple(output)
+
+
+def _form(output: Any) -> tuple[type | None, list[tuple[torch.Size, torch.dtype]]]:
+    """The NamedTuple that a part of a prediction is (None for a tensor), and shapes and dtypes of its tensors."""
+    kind = None if isinstance(output, Tensor) else type(output)
+    return kind, [(tensor.shape, tensor.dtype) for tensor in _tensors(output)]
+
+
+def pipeline_engine(model: Model, stage: Stage, tree: Mapping[str, Any], *, seed: int, ranks: Ranks, layout: Layout) -> Engine:
+    """An engine over a PipelineBackend; arguments and errors as there."""
+    backend = PipelineBackend(model, stage, tree, seed=seed, ranks=ranks, layout=layout)
+    return Engine(backend, stage, backend.idle)

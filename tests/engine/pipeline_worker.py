@@ -1,0 +1,83 @@
+"""One rank that trains a stage of tests/tiny.yaml on drawn samples of given sizes, without a loader."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+
+from megadiff import rng
+from megadiff.config.deepspeed import load_deepspeed
+from megadiff.config.layout import Layout
+from megadiff.config.load import load_run
+from megadiff.diffusion.objective import DiffusionObjective
+from megadiff.distributed.ranks import Ranks
+from megadiff.engine.pipeline import pipeline_engine
+from megadiff.engine.zero import zero_engine
+from megadiff.types import Batch
+from tests.engine.worker import probe_input
+
+SEED = 3
+
+
+def batches_of(step: int, height: int, layout: Layout, samples: int, micro_batch: int) -> list[Batch]:
+    """This replica's micro-batches of a step: pictures of `height` rows."""
+    generator = torch.Generator().manual_seed(step)
+    states = {
+        "text": torch.randint(2000, (samples, 16), generator=generator),
+        "image": torch.randn(samples, 3, height, 32, generator=generator),
+    }
+    slots = torch.arange(samples)
+    keys = rng.sample_keys(SEED, step, slots)
+    own = slots.chunk(layout.data_ranks)[layout.data_rank]
+    return [
+        Batch(
+            states={name: state[rows] for name, state in states.items()},
+            keys=keys[rows],
+            slots=rows,
+            weight=torch.ones(len(rows)),
+            ids=tuple(map(str, rows.tolist())),
+            data_step=step,
+            global_samples=samples,
+        )
+        for rows in own.split(micro_batch)
+    ]
+
+
+def main(request: dict[str, Any]) -> None:
+    run = load_run("tests/tiny.yaml", request.get("overrides", []))
+    stage, ranks, tree = run.stage("third"), Ranks.from_environment(), load_deepspeed(request["deepspeed"])
+    tree |= request.get("options", {})
+    layout = Layout(ranks.rank, ranks.world, pipeline=request["pipeline"])
+    if request["pipeline"] > 1:
+        engine = pipeline_engine(run.model, stage, tree, seed=SEED, ranks=ranks, layout=layout)
+    else:
+        engine = zero_engine(run.model, stage, tree, seed=SEED, ranks=ranks)
+    objective = DiffusionObjective(run.model, stage, SEED)
+    samples, micro_batch = stage.batch.global_samples, stage.batch.micro_batch
+    results = [
+        engine.step(batches_of(step, height, layout, samples, micro_batch) if layout.reads else [], objective)
+        for step, height in enumerate(request["heights"])
+    ]
+    wrapper = engine.backend.engine.optimizer  # type: ignore[attr-defined]
+    noised, readout = probe_input()
+    with engine.denoiser() as denoiser:
+        prediction = denoiser(noised, readout)["image"]
+    report = {
+        "optimizer": type(wrapper).__name__,
+        "dtype": str(next(engine.backend.module.parameters()).dtype),  # type: ignore[attr-defined]
+        "masters": sorted({str(piece.master.dtype) for piece in engine.pieces.trained}),
+        "names": [piece.name for piece in engine.pieces.trained],
+        "loss": [result.total for result in results],
+        "grad_norm": [result.grad_norm for result in results],
+        "applied": [result.applied for result in results],
+        "prediction": prediction.float().flatten()[:64].tolist(),
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(json.loads(sys.argv[1]))
