@@ -6,16 +6,20 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from typing import Any
 
 import torch
 
 from megadiff.config.deepspeed import load_deepspeed
 from megadiff.config.errors import UserError
+from megadiff.config.layout import Layout
 from megadiff.config.load import load_run
 from megadiff.config.schema import Run
+from megadiff.distributed.ranks import Ranks
+from megadiff.engine.zero import zero_engine
 from megadiff.training import loop
-from megadiff.types import Dense, Noised
+from megadiff.types import Dense, Denoiser, DrawRule, Noised, RowKeys, RowLogits, SampledRows
 
 
 class KillAt:
@@ -53,6 +57,9 @@ class Probe:
             "trained": trained["image"].flatten()[:64].tolist(),
             "masters_restored": all(torch.equal(a, b) for a, b in zip(before, after, strict=True)),
         }
+        if "text" in training.engine.backend.module.predicted:
+            with training.engine.denoiser("raw") as denoiser:
+                self.seen |= text_readouts(denoiser)
 
 
 def probe_input() -> tuple[Noised, dict[str, Dense]]:
@@ -61,6 +68,17 @@ def probe_input() -> tuple[Noised, dict[str, Dense]]:
     states = {"text": text, "image": torch.randn(2, 3, 32, 32, generator=generator)}
     clocks = {"text": torch.tensor([0.0, 0.4]), "image": torch.tensor([0.3, 0.9])}
     return Noised(states, clocks, {"text": None, "image": None}), {"image": Dense()}
+
+
+def text_readouts(denoiser: Denoiser) -> dict[str, Any]:
+    """Tokens drawn in two branches of guidance, their log-probabilities, and some logits."""
+    noised, _ = probe_input()
+    places = torch.arange(16)
+    rows, weights = torch.stack([places, places + 16]), torch.tensor([[1.5], [-0.5]]).expand(2, 16)
+    keys = RowKeys(torch.full((16,), 7), "a test", places)
+    draws = denoiser(noised, {"text": SampledRows(rows, weights, keys, DrawRule(top_p=0.9))})["text"]
+    logits = denoiser(noised, {"text": RowLogits(places)})["text"]
+    return {"ids": draws.ids.tolist(), "logs": draws.log_probability.tolist(), "logits": logits[:, ::50].flatten().tolist()}
 
 
 def held_elements(module: torch.nn.Module) -> int:
@@ -97,6 +115,10 @@ def main(request: dict[str, Any]) -> None:
     run = load_run("tests/tiny.yaml", [f"folder={request['folder']}", *request.get("overrides", [])])
     tree = load_deepspeed(request["deepspeed"])
     tree.setdefault("zero_optimization", {}).update(request.get("zero_options", {}))
+    if "tensor" in request:
+        ranks = Ranks.from_environment()
+        layout = Layout(ranks.rank, ranks.world, tensor=request["tensor"])
+        loop.zero_engine = partial(zero_engine, layout=layout)  # type: ignore[attr-defined]
     gathered = Gathered() if request.get("watch_gathered") else None
     reports = {}
     for stage in request["stages"]:
