@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -18,8 +19,9 @@ from megadiff.config.load import load_run
 from megadiff.config.schema import Run
 from megadiff.distributed.ranks import Ranks
 from megadiff.engine.zero import zero_engine
+from megadiff.models.names import named_parameters
 from megadiff.training import loop
-from megadiff.types import Dense, Denoiser, DrawRule, Noised, RowKeys, RowLogits, SampledRows
+from megadiff.types import Denoiser, Dense, DrawRule, Noised, RowKeys, RowLogits, SampledRows
 
 
 class KillAt:
@@ -79,6 +81,11 @@ def text_readouts(denoiser: Denoiser) -> dict[str, Any]:
     draws = denoiser(noised, {"text": SampledRows(rows, weights, keys, DrawRule(top_p=0.9))})["text"]
     logits = denoiser(noised, {"text": RowLogits(places)})["text"]
     return {"ids": draws.ids.tolist(), "logs": draws.log_probability.tolist(), "logits": logits[:, ::50].flatten().tolist()}
+
+
+def megatron_classes(module: torch.nn.Module) -> list[str]:
+    """The classes of megatron-core that a module inherits from."""
+    return [base.__name__ for base in type(module).__mro__ if base.__module__.startswith("megatron.")]
 
 
 def held_elements(module: torch.nn.Module) -> int:
@@ -143,6 +150,12 @@ def trained(run: Run, stage: str, tree: dict[str, Any], kill_at: int | None) -> 
             seen["whole"] = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
             seen["held_between_steps"] = held_elements(module)
             seen["all_partitioned"] = all(hasattr(p, "ds_tensor") for p in module.parameters())
+            seen["local_shapes"] = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named_parameters(module)}
+            seen["megatron"] = {path: base for path, child in module.named_modules() for base in megatron_classes(child)}
+            seen["digests"] = {
+                piece.name: hashlib.sha256(piece.master.numpy().tobytes()).hexdigest()
+                for piece in training.engine.pieces.trained
+            }
 
     callbacks: list[Any] = [Look(), probe, *([] if kill_at is None else [KillAt(kill_at)])]
     try:
