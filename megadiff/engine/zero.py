@@ -20,7 +20,7 @@ from megadiff.distributed.ranks import Ranks
 from megadiff.engine.api import Outcome, PreparedBatch, Score
 from megadiff.engine.engine import Engine
 from megadiff.engine.optimizer import build_optimizer
-from megadiff.engine.start import start_process_group
+from megadiff.engine.start import start_process_group, without_compiler
 from megadiff.engine.zero_pieces import zero_pieces
 from megadiff.models.idle import Idle, idle_parameters
 from megadiff.models.mmdit import MMDiT, build_model
@@ -87,9 +87,8 @@ class ZeroBackend:
         """Leave this tensor rank's part of each layer in the model; the groups for DeepSpeed, and the parts."""
         if self.layout.tensor == 1:
             return None, {}
-        # Megatron imports torch's compiler and TensorBoard: seconds at every start.
-        from megadiff.engine.tensor import split_model, start_tensor_parallel
-
+        with without_compiler():  # megatron takes a second to import, or three with the compiler
+            from megadiff.engine.tensor import split_model, start_tensor_parallel
         return start_tensor_parallel(self.layout), split_model(module, self.layout.tensor, self.layout.tensor_rank)
 
     def run(self, prepared: Sequence[PreparedBatch], score: Score, learning_rate: float) -> Outcome:
