@@ -29,7 +29,7 @@ DOORS: dict[str, frozenset[str]] = {
         "models": "types config kernels",
         "diffusion": "types rng config kernels",
         "weights": "types files config storage models",
-        "engine": "types config distributed models weights",
+        "engine": "types config kernels distributed models weights",
         "training": "types files config distributed data diffusion engine weights",
         "generation": "types rng config storage distributed data diffusion weights report",
         "evaluation": "types rng config storage distributed data diffusion weights generation report",

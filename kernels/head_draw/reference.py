@@ -5,6 +5,8 @@ Legend: B samples, S positions, D width, V vocabulary, R rows, K branches of gui
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,15 +36,26 @@ def head_draw(
         keys: the random number of each row.
         rule: see `draw_rows`.
     """
-    flat = hidden.flatten(0, 1)
     head = weight.float(), None if bias is None else bias.float()
+    return draw_by_chunks(hidden, lambda mixed: F.linear(mixed, *head), rows, weights, keys, rule)
+
+
+def draw_by_chunks(
+    hidden: Tensor, logits_of: Callable[[Tensor], Tensor], rows: Tensor, weights: Tensor, keys: RowKeys, rule: DrawRule
+) -> TokenDraws:
+    """`head_draw` with any linear head.
+
+    Args:
+        logits_of: from the mixed hidden states of a chunk of rows, float32 [r, D], to their logits, float32 [r, V].
+    """
+    flat = hidden.flatten(0, 1)
     parts = []
     for start in range(0, max(rows.shape[1], 1), ROWS_AT_ONCE):
         part = slice(start, start + ROWS_AT_ONCE)
         branches = flat[rows[:, part].flatten()].float().view(*rows[:, part].shape, hidden.shape[-1])
         mixed = branches[0] if len(branches) == 1 else (branches * weights[:, part, None]).sum(0)
         uniforms = rng.uniform_at(keys.keys[part], keys.purpose, keys.places[part])
-        parts.append(draw_rows(F.linear(mixed, *head), uniforms, *rule))
+        parts.append(draw_rows(logits_of(mixed), uniforms, *rule))
     return TokenDraws(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 

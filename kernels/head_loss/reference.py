@@ -38,8 +38,13 @@ def head_loss(
     """
     rows = chosen_rows(scored, count)
     losses = F.cross_entropy(head_logits(hidden, weight, bias, rows), targets.flatten()[rows], reduction="none")
-    zeros = torch.zeros(scored.numel(), dtype=losses.dtype, device=losses.device)
-    entropies = zeros.index_copy(0, rows, losses).view(scored.shape)
+    return at_positions(losses, rows, weights)
+
+
+def at_positions(losses: Tensor, rows: Tensor, weights: Tensor) -> CrossEntropy:
+    """Cross entropies float32 [R] at their positions, of which there are as many as weights; zero at the others."""
+    zeros = torch.zeros(weights.numel(), dtype=losses.dtype, device=losses.device)
+    entropies = zeros.index_copy(0, rows, losses).view(weights.shape)
     return CrossEntropy(entropies * weights, entropies.detach())
 
 

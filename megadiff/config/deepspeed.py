@@ -278,8 +278,9 @@ def resolve_run(tree: Mapping[str, Any], run: Run, *, ranks: int, accelerator: b
         ConfigError: the faults of all stages, each once; or the ranks do not divide into the layout, or the lanes.
     """
     check(dict(tree))
-    data_ranks = layouts.layout_of(tree, ranks).data_ranks
-    faults: dict[str, None] = {}
+    layout = layouts.layout_of(tree, ranks)
+    data_ranks = layout.data_ranks
+    faults = dict.fromkeys(fault for stage in run.stages for fault in layouts.misfits(run.model, stage, layout))
     try:
         lanes_per_rank(run, data_ranks)
     except ConfigError as error:

@@ -13,6 +13,9 @@ from typing import Any
 
 from megadiff.config.errors import ConfigError
 from megadiff.config.layout import Layout
+from megadiff.config.partition import partition
+from megadiff.config.schema import Model, Stage
+from megadiff.config.tensor import refusals
 
 PIPELINE, STAGES, TENSOR = "pipeline", "stages", "tensor_model_parallel_size"
 
@@ -53,6 +56,15 @@ def layout_of(tree: Mapping[str, Any], world: int, rank: int = 0) -> Layout:
             f"{world} rank{'s' * (world > 1)} cannot be {parts}: start a multiple of {pipeline * tensor}, such as {least}"
         )
     return Layout(rank, world, pipeline, tensor)
+
+
+def misfits(model: Model, stage: Stage, layout: Layout) -> list[str]:
+    """Why a model cannot be trained in a layout: sizes that do not divide, or more pipeline stages than layers."""
+    try:
+        partition(model, stage, layout.pipeline)
+    except ConfigError as error:
+        return [str(error), *refusals(model, layout.tensor)]
+    return refusals(model, layout.tensor)
 
 
 def faults(tree: Mapping[str, Any]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -26,10 +27,16 @@ Facts = Mapping[str, str]
 """What must be equal on all ranks: by its name for people, its value or a short hash."""
 
 
-def software(package: Path, digest: str) -> dict[str, str]:
-    """The facts about a rank's software. Args: package: the folder of the code; digest: a hash of it."""
+def software() -> dict[str, str]:
+    """The versions of this rank's packages, and a hash of megadiff's own files."""
+    code = hashlib.blake2b(digest_size=8)
+    package = Path(__file__).parents[1]
+    # Path.rglob does not enter a symlink below its start.
+    for top in sorted(package.iterdir()):
+        for path in sorted(top.resolve().rglob("*.py")) if top.is_dir() else [top]:
+            code.update(path.read_bytes() if path.suffix == ".py" else b"")
     versions = {name: version(name) for name in ("torch", "deepspeed", "numpy")}
-    return {f"code in {package}": digest, "Python": platform.python_version(), **versions}
+    return {"code of megadiff": code.hexdigest(), "Python": platform.python_version(), **versions}
 
 
 def join(ranks: Ranks, facts: Facts) -> Store:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,27 +15,16 @@ import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
 from torch import Tensor, nn
 
-from megadiff.config.deepspeed import resolve, zero_stage
-from megadiff.config.layout import Layout
-from megadiff.config.parameters import is_trained
 from megadiff.config.partition import partition
-from megadiff.config.schema import Model, Stage
-from megadiff.distributed.ranks import Ranks
 from megadiff.engine.api import Outcome, PreparedBatch, Score
-from megadiff.engine.engine import Engine
-from megadiff.engine.initial import InitialValues
+from megadiff.engine.blueprint import Blueprint, materialise
 from megadiff.engine.optimizer import build_optimizer
-from megadiff.engine.saving import load_weights
 from megadiff.engine.section import Section
-from megadiff.engine.start import start_process_group
 from megadiff.engine.wire import Wire, pack, unpack
 from megadiff.engine.zero_pieces import zero_pieces
-from megadiff.models.idle import Idle, idle_parameters
-from megadiff.models.mmdit import MMDiT, build_model, initial_distributions
-from megadiff.models.names import decayed_names, named_parameters, part_of
+from megadiff.models.mmdit import MMDiT
+from megadiff.models.names import decayed_names
 from megadiff.types import ALIGNMENT, Denoiser, Noised, Prediction, Readout
-
-log = logging.getLogger(__name__)
 
 PLACEHOLDERS = "placeholders"
 DECAYED = f"{PLACEHOLDERS}.0"
@@ -69,61 +57,43 @@ class SectionModule(PipelineModule):  # type: ignore[misc]
 class PipelineBackend:
     """The model's layers cut into stages, which a replica's ranks work on one after the other, micro-batch by micro-batch."""
 
-    def __init__(self, model: Model, stage: Stage, tree: Mapping[str, Any], *, seed: int, ranks: Ranks, layout: Layout) -> None:
-        """Build this rank's layers (freshly initialised from `seed`) and wrap them. Collective.
+    def __init__(self, blueprint: Blueprint) -> None:
+        """Allocate this rank's layers, with open values, and wrap them. Collective.
 
         Args:
-            tree: the DeepSpeed JSON as read, with its "auto" values; ZeRO-0 or ZeRO-1.
-            layout: two pipeline stages or more.
+            blueprint: with two pipeline stages or more, in ZeRO-0 or ZeRO-1.
 
         Raises:
-            ConfigError: the JSON contradicts the stage, the batch does not divide, or there are more stages than layers.
+            ConfigError: there are more pipeline stages than layers.
         """
-        self.layout = layout
-        self.device = start_process_group(ranks)
-        config = resolve(dict(tree), stage, data_ranks=layout.data_ranks, accelerator=self.device.type != "cpu")
-        zero = config.setdefault("zero_optimization", {})
-        zero["overlap_comm"] = False  # gradients are reduced once, after the last micro-batch
-        if zero_stage(config) == 0 and config["bf16"]["enabled"]:
-            # bf16 needs fp32 masters, and DeepSpeed keeps them only where it partitions the optimizer.
-            log.info("bf16 with ZeRO-0 runs as ZeRO-1, which keeps fp32 master weights")
-            zero["stage"] = 1
-        self.accumulation: int = config["gradient_accumulation_steps"]
-        bounds = partition(model, stage, layout.pipeline)
-        predicted = [name for name, modality in stage.modalities.items() if modality.predicted]
-        with torch.device("meta"):
-            whole = build_model(model, predicted, stage.alignment)
-        whole.activation_checkpointing = stage.activation_checkpointing
-        self.idle: Idle = idle_parameters(model, stage, [name for name, _ in named_parameters(whole)])
-        for name, parameter in named_parameters(whole):
-            parameter.requires_grad_(is_trained(part_of(name), stage) and name not in self.idle.whole)
-        distributions = initial_distributions(whole)
-        for part in (
-            *whole.layers()[bounds[layout.pipeline_rank] : bounds[layout.pipeline_rank + 1]],
-            whole.hidden_projections,
-        ):
-            part.to_empty(device=self.device)
+        self.layout, self.device, self.accumulation = blueprint.layout, blueprint.device, blueprint.accumulation
+        stage, whole, config, layout = blueprint.stage, blueprint.module, blueprint.config, blueprint.layout
+        # Gradients are reduced once, after the last micro-batch.
+        config.setdefault("zero_optimization", {})["overlap_comm"] = False
+        bounds = partition(blueprint.model, stage, layout.pipeline)
+        own = whole.layers()[bounds[layout.pipeline_rank] : bounds[layout.pipeline_rank + 1]]
+        for part in (*own, whole.hidden_projections):
+            materialise(part, self.device)
         read = [name for name, modality in stage.modalities.items() if modality.has_loss]
         read += [] if stage.alignment is None else [ALIGNMENT]
-        widths = {name: model.width_of(name) for name in model.modalities}
+        widths = {name: blueprint.model.width_of(name) for name in blueprint.model.modalities}
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints the topology
             module = SectionModule(whole, bounds, widths=widths, read=read).to(self.device)
         optimizer = build_optimizer(module, stage.optimizer, [*decayed_names(module), DECAYED])
         self._own_norm: Tensor | None = None
-        if zero_stage(config) == 0:
+        if blueprint.zero == 0:
             # DeepSpeed would clip by the norm over all stages, but not report it.
             self._clip, config["gradient_clipping"] = config["gradient_clipping"], 0.0
             optimizer.register_step_pre_hook(lambda *_: self._clip_gradients())
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self.module: SectionModule = self.engine.module
         self.section = self.module.section
-        pieces = zero_pieces(self.engine, layout.data_ranks, layout.data_rank)
+        pieces = zero_pieces(self.engine, layout, {})
         self.pieces = replace(
             pieces,
             trained=[piece for piece in pieces.trained if not piece.name.startswith(PLACEHOLDERS)],
             shapes={name: shape for name, shape in pieces.shapes.items() if not name.startswith(PLACEHOLDERS)},
         )
-        load_weights(InitialValues(seed, distributions, self.pieces.shapes), "weight", set(self.pieces.shapes), self.pieces)
         self._shapes: list[torch.Size] | None = None
 
     # ------------------------------------------------------------------------------------------------------- training
@@ -235,9 +205,3 @@ def _form(output: Any) -> tuple[type | None, list[tuple[torch.Size, torch.dtype]
     """The NamedTuple that a part of a prediction is (None for a tensor), and shapes and dtypes of its tensors."""
     kind = None if isinstance(output, Tensor) else type(output)
     return kind, [(tensor.shape, tensor.dtype) for tensor in _tensors(output)]
-
-
-def pipeline_engine(model: Model, stage: Stage, tree: Mapping[str, Any], *, seed: int, ranks: Ranks, layout: Layout) -> Engine:
-    """An engine over a PipelineBackend; arguments and errors as there."""
-    backend = PipelineBackend(model, stage, tree, seed=seed, ranks=ranks, layout=layout)
-    return Engine(backend, stage, backend.idle)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import deepspeed
 import torch
@@ -16,6 +19,21 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from megadiff.config.errors import UserError
 from megadiff.distributed.joining import Facts, join
 from megadiff.distributed.ranks import Ranks, free_port
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """Imports in the block may decorate functions with torch.compile, which then compiles nothing and imports no compiler."""
+    compiling = torch.compile
+
+    def leave_as_it_is(function: Any = None, **_: Any) -> Any:
+        return (lambda decorated: decorated) if function is None else function
+
+    torch.compile = leave_as_it_is  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compiling
 
 
 def start_process_group(ranks: Ranks, facts: Facts | None = None) -> torch.device:

@@ -2,67 +2,52 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import deepspeed
 import torch
 
-from megadiff.config.deepspeed import resolve, zero_stage
-from megadiff.config.layout import Layout
-from megadiff.config.parameters import is_trained
-from megadiff.config.schema import Model, Stage
-from megadiff.distributed.ranks import Ranks
 from megadiff.engine.api import Outcome, PreparedBatch, Score
-from megadiff.engine.engine import Engine
-from megadiff.engine.initial import InitialValues
+from megadiff.engine.blueprint import Blueprint, materialise
 from megadiff.engine.optimizer import build_optimizer
-from megadiff.engine.saving import load_weights
-from megadiff.engine.start import start_process_group
+from megadiff.engine.start import without_compiler
 from megadiff.engine.zero_pieces import zero_pieces
-from megadiff.models.idle import Idle, idle_parameters
-from megadiff.models.mmdit import build_model, initial_distributions
-from megadiff.models.names import decayed_names, named_parameters, part_of
+from megadiff.models.names import decayed_names
+from megadiff.models.tensor_plan import Split
 from megadiff.types import Denoiser
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from megadiff.engine.tensor import ModelParallelUnit
 
 
 class ZeroBackend:
-    """The whole model on every rank, its weights, gradients or optimizer sharded over them by DeepSpeed."""
+    """The whole model on every rank, or with tensor parallelism a part of each layer; its weights, gradients or optimizer
+    sharded over the data-parallel ranks by DeepSpeed.
+    """
 
-    def __init__(self, model: Model, stage: Stage, tree: Mapping[str, Any], *, seed: int, ranks: Ranks) -> None:
-        """Build the model (freshly initialised from `seed`) and wrap it. Collective.
-
-        Args:
-            tree: the DeepSpeed JSON as read, with its "auto" values.
-
-        Raises:
-            ConfigError: the JSON contradicts the stage, or the batch does not divide.
-        """
-        self.layout = Layout(ranks.rank, ranks.world)
-        self.device = start_process_group(ranks)
-        config = resolve(dict(tree), stage, data_ranks=self.layout.data_ranks, accelerator=self.device.type != "cpu")
-        if zero_stage(config) == 0 and config["bf16"]["enabled"]:
-            # bf16 needs fp32 masters, and DeepSpeed keeps them only where it partitions the optimizer.
-            log.info("bf16 with ZeRO-0 runs as ZeRO-1, which keeps fp32 master weights")
-            config["zero_optimization"] = {**config.get("zero_optimization", {}), "stage": 1}
-        self.accumulation: int = config["gradient_accumulation_steps"]
-        predicted = [name for name, modality in stage.modalities.items() if modality.predicted]
-        with deepspeed.zero.Init(config_dict_or_path=config, enabled=zero_stage(config) == 3):
-            module = build_model(model, predicted, stage.alignment, seed=None)
-        distributions = initial_distributions(module)
-        module.activation_checkpointing = stage.activation_checkpointing
-        self.idle: Idle = idle_parameters(model, stage, [name for name, _ in named_parameters(module)])
-        for name, parameter in named_parameters(module):
-            parameter.requires_grad_(is_trained(part_of(name), stage) and name not in self.idle.whole)
-        optimizer = build_optimizer(module, stage.optimizer, decayed_names(module))
-        self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    def __init__(self, blueprint: Blueprint) -> None:
+        """Allocate this rank's part of the model, with open values, and wrap it. Collective."""
+        self.layout, self.device, self.accumulation = blueprint.layout, blueprint.device, blueprint.accumulation
+        module, config = blueprint.module, blueprint.config
+        self.mpu: ModelParallelUnit | None = None
+        splits: dict[str, Split] = {}
+        if self.layout.tensor > 1:
+            with without_compiler():  # megatron takes a second to import, or three with the compiler
+                from megadiff.engine.tensor import split_model, start_tensor_parallel
+            self.mpu = start_tensor_parallel(self.layout)
+            splits = split_model(module, self.layout.tensor, self.layout.tensor_rank)
+        replicas = None if self.mpu is None else self.mpu.get_data_parallel_group()
+        for part in (*module.layers(), module.hidden_projections):
+            materialise(part, self.device)
+            if blueprint.zero == 3:
+                # Layer by layer, so that no rank ever holds the model.
+                deepspeed.zero.Init(part, replicas, config_dict_or_path=config, mpu=self.mpu)
+        optimizer = build_optimizer(module, blueprint.stage.optimizer, decayed_names(module))
+        self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=self.mpu)
         self.module = self.engine.module
-        self.pieces = zero_pieces(self.engine, self.layout.data_ranks, self.layout.data_rank)
-        load_weights(InitialValues(seed, distributions, self.pieces.shapes), "weight", set(distributions), self.pieces)
+        self.pieces = zero_pieces(self.engine, self.layout, splits)
 
     def run(self, prepared: Sequence[PreparedBatch], score: Score, learning_rate: float) -> Outcome:
         for group in self.pieces.optimizer.param_groups:
@@ -84,6 +69,8 @@ class ZeroBackend:
         """The norm in ZeRO-0, where DeepSpeed clips by it but does not report it; 0 in the other stages."""
         if self.engine.optimizer is not self.pieces.optimizer or not self.engine.is_gradient_accumulation_boundary():
             return 0.0
+        if self.mpu is not None:
+            return self.mpu.gradient_norm(self.module.parameters())
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
 
@@ -95,9 +82,3 @@ class ZeroBackend:
                 yield self.module
         finally:
             self.module.train()
-
-
-def zero_engine(model: Model, stage: Stage, tree: Mapping[str, Any], *, seed: int, ranks: Ranks) -> Engine:
-    """An engine over a ZeroBackend; arguments and errors as there."""
-    backend = ZeroBackend(model, stage, tree, seed=seed, ranks=ranks)
-    return Engine(backend, stage, backend.idle)

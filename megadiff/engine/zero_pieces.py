@@ -1,66 +1,102 @@
 """The fp32 master weights of DeepSpeed 0.19.8; only this file depends on their place.
 
 They are a flat partition per sub-group in ZeRO-3, a flat partition per parameter group in ZeRO-1/2 and its bf16 optimizer, and
-the parameters themselves in ZeRO-0.
+the parameters themselves in ZeRO-0. With tensor parallelism a parameter here is this rank's part of it, which may end in
+padding; those that are not split repeat those of the first tensor rank, which saves them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from megadiff.engine.pieces import FrozenPiece, Piece, Pieces
+from megadiff.config.layout import Layout
+from megadiff.engine.pieces import FrozenPiece, Piece, Pieces, Shape
 from megadiff.models.names import named_parameters
-from megadiff.weights.boxes import Extent, whole
+from megadiff.models.tensor_plan import Split
+from megadiff.weights.boxes import Extent
 
 
-def zero_pieces(engine: Any, world: int, rank: int) -> Pieces:
-    """The pieces that a DeepSpeed engine holds on data-parallel rank `rank` of `world`."""
-    optimizer, wrapper = engine.basic_optimizer, engine.optimizer
-    named = list(named_parameters(engine.module))
-    shapes = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in named}
-    trainable = [(name, parameter) for name, parameter in named if parameter.requires_grad]
-    frozen = [(name, parameter) for name, parameter in named if not parameter.requires_grad]
+class Place(NamedTuple):
+    """A parameter of this rank's model within the whole model.
+
+    Attributes:
+        parameter: as DeepSpeed keeps it; emptied in ZeRO-3.
+        shape: the whole parameter's.
+        everything: the part that this tensor rank has of it.
+        saved: whether this tensor rank saves it, not another one that repeats it.
+    """
+
+    name: str
+    parameter: Any
+    shape: Shape
+    everything: Extent
+    saved: bool
+
+    def part(self, start: int, stop: int) -> Extent:
+        """The range [start, stop) of the flattened local parameter, without padding."""
+        size = self.everything.size
+        return Extent(min(start, size), min(stop, size), self.everything.boxes)
+
+
+def zero_pieces(engine: Any, layout: Layout, splits: Mapping[str, Split]) -> Pieces:
+    """The pieces that a DeepSpeed engine holds on this rank.
+
+    Args:
+        splits: by name, this rank's part of the parameters that tensor parallelism splits.
+    """
+    optimizer, wrapper, rank = engine.basic_optimizer, engine.optimizer, layout.data_rank
+    places = [_place(*named, splits, layout) for named in named_parameters(engine.module)]
+    shapes = {place.name: place.shape for place in places}
+    trainable = [place for place in places if place.parameter.requires_grad]
+    frozen = [place for place in places if not place.parameter.requires_grad]
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):
-        trained = [piece for item in trainable for piece in _zero3_piece(*item, wrapper, rank)]
-        parameters = dict(trainable)
-        frozen_pieces = [_zero3_frozen(*item, rank) for item in frozen]
+        trained = [piece for place in trainable for piece in _zero3_piece(place, wrapper, rank)]
+        parameters = {place.name: place.parameter for place in trainable}
+        frozen_pieces = [_zero3_frozen(place, rank) for place in frozen]
         return Pieces(optimizer, trained, frozen_pieces, shapes, lambda: _publish_zero3(wrapper, trained, parameters))
-    frozen_pieces = [_whole_frozen(*item, world, rank) for item in frozen]
+    frozen_pieces = [_whole_frozen(place, layout.data_ranks, rank) for place in frozen]
     if wrapper is optimizer:
-        return Pieces(
-            optimizer, [_whole_piece(*item, owned=rank == 0) for item in trainable], frozen_pieces, shapes, _nothing_to_publish
-        )
+        trained = [_whole_piece(place, first=rank == 0) for place in trainable]
+        return Pieces(optimizer, trained, frozen_pieces, shapes, _nothing_to_publish)
     flats = getattr(wrapper, "single_partition_of_fp32_groups", None) or wrapper.fp32_groups_flat_partition
-    trained = [piece for item in trainable for piece in _linked_piece(*item, flats)]
+    trained = [piece for place in trainable for piece in _linked_piece(place, flats)]
     return Pieces(optimizer, trained, frozen_pieces, shapes, wrapper.update_lp_params)
+
+
+def _place(name: str, parameter: Any, splits: Mapping[str, Split], layout: Layout) -> Place:
+    if name in splits:
+        shape, boxes, _ = splits[name]
+        size = sum(math.prod(stop - start for start, stop in box) for box in boxes)
+        return Place(name, parameter, shape, Extent(0, size, boxes), saved=True)
+    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+    return Place(name, parameter, shape, Extent(0, math.prod(shape)), saved=layout.tensor_rank == 0)
 
 
 def _nothing_to_publish() -> None:
     """In ZeRO-0 the masters are the weights."""
 
 
-def _partition_range(parameter: Any, rank: int) -> tuple[int, int]:
-    """The range of the whole parameter in this rank's ZeRO-3 partition, without padding."""
-    size = parameter.ds_tensor.numel()
-    return min(rank * size, parameter.ds_numel), min((rank + 1) * size, parameter.ds_numel)
+def _zero3_part(place: Place, rank: int) -> Extent:
+    """This rank's ZeRO-3 partition."""
+    size = place.parameter.ds_tensor.numel()
+    return place.part(rank * size, (rank + 1) * size)
 
 
-def _zero3_piece(name: str, parameter: Any, wrapper: Any, rank: int) -> Iterable[Piece]:
-    start, stop = _partition_range(parameter, rank)
-    group, offset, _ = wrapper.grad_position[wrapper.get_param_id(parameter)]
+def _zero3_piece(place: Place, wrapper: Any, rank: int) -> Iterator[Piece]:
+    part = _zero3_part(place, rank)
+    group, offset, _ = wrapper.grad_position[wrapper.get_param_id(place.parameter)]
     flat = wrapper.fp32_partitioned_groups_flat[group]
-    if stop > start:
-        yield Piece(name, tuple(parameter.ds_shape), Extent(start, stop), flat, offset, owned=True)
+    if part.size:
+        yield Piece(place.name, place.shape, part, flat, offset, place.saved)
 
 
-def _zero3_frozen(name: str, parameter: Any, rank: int) -> FrozenPiece:
-    start, stop = _partition_range(parameter, rank)
-    local = parameter.ds_tensor.detach()[: stop - start]
-    part = Extent(start, stop)
-    return FrozenPiece(name, tuple(parameter.ds_shape), local, part, part, local.float().cpu().clone())
+def _zero3_frozen(place: Place, rank: int) -> FrozenPiece:
+    part = _zero3_part(place, rank)
+    return _frozen(place, place.parameter.ds_tensor.detach(), part, part)
 
 
 def _publish_zero3(wrapper: Any, pieces: Sequence[Piece], parameters: dict[str, nn.Parameter]) -> None:
@@ -71,22 +107,28 @@ def _publish_zero3(wrapper: Any, pieces: Sequence[Piece], parameters: dict[str, 
     wrapper.checkpoint_event_epilogue()
 
 
-def _linked_piece(name: str, parameter: Any, flats: Sequence[Tensor]) -> Iterable[Piece]:
-    link = parameter._hp_mapping
+def _linked_piece(place: Place, flats: Sequence[Tensor]) -> Iterator[Piece]:
+    link = place.parameter._hp_mapping
     if link is not None:
         low, high = link.lp_fragment_address, link.hp_fragment_address
-        flat = flats[link.param_group_index]
-        part = Extent(low.start, low.start + low.numel)
-        yield Piece(name, tuple(parameter.shape), part, flat, high.start, owned=True)
+        part = place.part(low.start, low.start + low.numel)
+        if part.size:
+            yield Piece(place.name, place.shape, part, flats[link.param_group_index], high.start, place.saved)
 
 
-def _whole_piece(name: str, parameter: nn.Parameter, *, owned: bool) -> Piece:
-    return Piece(name, tuple(parameter.shape), whole(parameter.shape), parameter, 0, owned)
+def _whole_piece(place: Place, *, first: bool) -> Piece:
+    return Piece(place.name, place.shape, place.everything, place.parameter, 0, owned=first and place.saved)
 
 
-def _whole_frozen(name: str, parameter: nn.Parameter, world: int, rank: int) -> FrozenPiece:
-    size = parameter.numel()
-    start, stop = size * rank // world, size * (rank + 1) // world
-    local = parameter.detach().view(-1)
-    saved = local[start:stop].float().cpu().clone()
-    return FrozenPiece(name, tuple(parameter.shape), local, whole(parameter.shape), Extent(start, stop), saved)
+def _whole_frozen(place: Place, world: int, rank: int) -> FrozenPiece:
+    size = place.everything.size
+    share = place.part(size * rank // world, size * (rank + 1) // world)
+    return _frozen(place, place.parameter.detach().view(-1), place.everything, share)
+
+
+def _frozen(place: Place, local: Tensor, part: Extent, share: Extent) -> FrozenPiece:
+    """A frozen parameter whose values `part` are in `local`, and of which this rank saves `share`, if any of it."""
+    if not place.saved:
+        share = place.part(share.start, share.start)
+    values = local[share.start - part.start : share.stop - part.start].float().cpu().clone()
+    return FrozenPiece(place.name, place.shape, local[: part.size], part, share, values)

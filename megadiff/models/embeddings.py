@@ -125,10 +125,14 @@ class TokenEmbedding(nn.Module):
 
     def forward(self, ids: Tensor, rows: Rows | None = None) -> Tensor:
         """int64 [B, S] -> [B, S, D], or the packed [R, D]; sequences may be shorter than the space's length."""
-        tokens = F.embedding(ids if rows is None else ids.flatten()[rows.places], self.weight)
+        tokens = self.look_up(ids if rows is None else ids.flatten()[rows.places])
         if self.positions is None:
             return tokens
         return tokens + (self.positions[: ids.shape[1]] if rows is None else self.positions[rows.places % rows.length])
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """int64 [...] -> [..., D]."""
+        return F.embedding(ids, self.weight)
 
 
 class TimeEmbedding(nn.Module):

@@ -26,8 +26,10 @@ from megadiff.types import (
     Aligned,
     CrossEntropy,
     Dense,
+    DrawRule,
     Prediction,
     Readout,
+    RowKeys,
     RowLogits,
     SampledRows,
     Stream,
@@ -114,19 +116,33 @@ class TokenHead(Head):
         hidden = self.normalised(tokens, conditioning)
         match readout:
             case TokenLosses(targets, scored, weights, number, mask_class):
-                losses = head_loss(hidden, self.weight, self.bias, targets, scored, weights, number)
+                losses = self.losses(hidden, targets, scored, weights, number)
                 if not mask_class:
                     return losses
                 return losses._replace(weighted=losses.weighted + self._of_mask_class(hidden, scored) * weights)
             case SampledRows(rows, branch_weights, keys, rule):
-                return head_draw(hidden, self.weight, self.bias, rows, branch_weights, keys, rule)
+                return self.draws(hidden, rows, branch_weights, keys, rule)
             case RowLogits(rows):
-                return head_logits(hidden, self.weight, self.bias, rows)
+                return self.logits(hidden, rows)
             case Dense():
                 rows = torch.arange(hidden.shape[0] * hidden.shape[1], device=hidden.device)
-                return head_logits(hidden, self.weight, self.bias, rows).view(*hidden.shape[:2], -1)
+                return self.logits(hidden, rows).view(*hidden.shape[:2], -1)
             case _:
                 raise self.refuse(readout)
+
+    def losses(
+        self, hidden: Tensor, targets: Tensor, scored: Tensor, weights: Tensor, number: int | None = None
+    ) -> CrossEntropy:
+        """See `head_loss`."""
+        return head_loss(hidden, self.weight, self.bias, targets, scored, weights, number)
+
+    def draws(self, hidden: Tensor, rows: Tensor, weights: Tensor, keys: RowKeys, rule: DrawRule) -> TokenDraws:
+        """See `head_draw`."""
+        return head_draw(hidden, self.weight, self.bias, rows, weights, keys, rule)
+
+    def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """See `head_logits`."""
+        return head_logits(hidden, self.weight, self.bias, rows)
 
     def _of_mask_class(self, hidden: Tensor, scored: Tensor) -> Tensor:
         """softplus of the mask's logit, float32 [B, S], where scored.

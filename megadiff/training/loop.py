@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -17,10 +19,11 @@ from megadiff.config.load import dump_run
 from megadiff.config.schema import Run, Stage
 from megadiff.data.reading.loader import Loader, check_unreadable
 from megadiff.diffusion.objective import DiffusionObjective
+from megadiff.distributed.joining import Facts, check_alike, software
 from megadiff.distributed.ranks import Ranks
 from megadiff.distributed.reduce import barrier, sum_over_replicas
+from megadiff.engine.build import build_engine
 from megadiff.engine.engine import Engine
-from megadiff.engine.zero import zero_engine
 from megadiff.training.health import Health
 from megadiff.training.monitor import Monitor
 from megadiff.training.stages import initialise, stage_seed
@@ -94,7 +97,7 @@ def train_stage(run: Run, stage_name: str, deepspeed: Mapping[str, Any], callbac
     """
     stage, paths, ranks = run.stage(stage_name), run.paths.stage(stage_name), Ranks.from_environment()
     seed = stage_seed(run, stage)
-    engine = zero_engine(run.model, stage, deepspeed, seed=seed, ranks=ranks)
+    engine = build_engine(run.model, stage, deepspeed, seed=seed, ranks=ranks, facts=_facts(run, deepspeed))
     layout, newest = engine.layout, paths.checkpoints.newest()
     if newest is None:
         initialise(engine, run, stage)
@@ -106,6 +109,7 @@ def train_stage(run: Run, stage_name: str, deepspeed: Mapping[str, Any], callbac
         run.paths.root.mkdir(parents=True, exist_ok=True)
         run.paths.run.write_text(dump_run(run), encoding="utf-8")
     loader = _loader(run, stage, layout, seed, progress)
+    check_alike({"manifests of the data": loader.fingerprint()})
     monitor = _monitor(run, stage, engine)
     if newest:
         monitor.say(f"{stage.name} resumes from {newest} at step {progress.optimizer_step}")
@@ -118,6 +122,12 @@ def train_stage(run: Run, stage_name: str, deepspeed: Mapping[str, Any], callbac
     barrier()
     if layout.leads:
         paths.done.touch()
+
+
+def _facts(run: Run, deepspeed: Mapping[str, Any]) -> Facts:
+    """What all ranks must have in common before they build anything."""
+    configuration = hashlib.blake2b(f"{dump_run(run)}{json.dumps(deepspeed)}".encode(), digest_size=8)
+    return {"configuration": configuration.hexdigest(), **software()}
 
 
 def _train(training: Training, loader: Loader, objective: DiffusionObjective, callbacks: Sequence[Callback]) -> None:
@@ -178,6 +188,7 @@ def _loader(run: Run, stage: Stage, layout: Layout, seed: int, progress: Progres
         data_step=progress.data_step,
         features=_features(run, stage),
         mixture=stage.mixture,
+        reads=layout.reads,
     )
     if progress.loader:
         loader.load_state(progress.loader)

@@ -11,11 +11,11 @@ import torch
 from megadiff import rng
 from megadiff.config.deepspeed import load_deepspeed
 from megadiff.config.layout import Layout
+from megadiff.config.layouts import with_sizes
 from megadiff.config.load import load_run
 from megadiff.diffusion.objective import DiffusionObjective
 from megadiff.distributed.ranks import Ranks
-from megadiff.engine.pipeline import pipeline_engine
-from megadiff.engine.zero import zero_engine
+from megadiff.engine.build import build_engine
 from megadiff.types import Batch
 from tests.engine.worker import probe_input
 
@@ -50,11 +50,8 @@ def main(request: dict[str, Any]) -> None:
     run = load_run("tests/tiny.yaml", request.get("overrides", []))
     stage, ranks, tree = run.stage("third"), Ranks.from_environment(), load_deepspeed(request["deepspeed"])
     tree |= request.get("options", {})
-    layout = Layout(ranks.rank, ranks.world, pipeline=request["pipeline"])
-    if request["pipeline"] > 1:
-        engine = pipeline_engine(run.model, stage, tree, seed=SEED, ranks=ranks, layout=layout)
-    else:
-        engine = zero_engine(run.model, stage, tree, seed=SEED, ranks=ranks)
+    engine = build_engine(run.model, stage, with_sizes(tree, request["pipeline"]), seed=SEED, ranks=ranks)
+    layout = engine.layout
     objective = DiffusionObjective(run.model, stage, SEED)
     samples, micro_batch = stage.batch.global_samples, stage.batch.micro_batch
     results = [

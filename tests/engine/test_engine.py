@@ -167,6 +167,7 @@ def test_what_is_saved_goes_on_and_starts_another_stage(tmp_path: Path) -> None:
 def test_what_is_trained_cannot_change_within_a_stage(tmp_path: Path) -> None:
     saved = engine().save(CheckpointsFolder(tmp_path), {}, "config")
     other = engine()
-    other.pieces.frozen = []
+    still = Piece("still", (1,), whole((1,)), torch.zeros(1), 0, owned=True)
+    other.pieces.frozen, other.pieces.trained = [], [*other.pieces.trained, still]
     with pytest.raises(CheckpointError, match="still and 0 more were trained there and are not now, or the other way round"):
         other.load(saved)

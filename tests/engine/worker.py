@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
 import sys
-from functools import partial
 from typing import Any
 
 import torch
 
 from megadiff.config.deepspeed import load_deepspeed
 from megadiff.config.errors import UserError
-from megadiff.config.layout import Layout
+from megadiff.config.layouts import with_sizes
 from megadiff.config.load import load_run
 from megadiff.config.schema import Run
-from megadiff.engine.pipeline import pipeline_engine
+from megadiff.models.names import named_parameters
 from megadiff.training import loop
-from megadiff.types import Dense, Noised
+from megadiff.types import Denoiser, Dense, DrawRule, Noised, RowKeys, RowLogits, SampledRows
 
 
 class KillAt:
@@ -56,6 +56,9 @@ class Probe:
             "trained": trained["image"].flatten()[:64].tolist(),
             "masters_restored": all(torch.equal(a, b) for a, b in zip(before, after, strict=True)),
         }
+        if training.stage.modalities["text"].predicted:
+            with training.engine.denoiser("raw") as denoiser:
+                self.seen |= text_readouts(denoiser)
 
 
 def probe_input() -> tuple[Noised, dict[str, Dense]]:
@@ -64,6 +67,22 @@ def probe_input() -> tuple[Noised, dict[str, Dense]]:
     states = {"text": text, "image": torch.randn(2, 3, 32, 32, generator=generator)}
     clocks = {"text": torch.tensor([0.0, 0.4]), "image": torch.tensor([0.3, 0.9])}
     return Noised(states, clocks, {"text": None, "image": None}), {"image": Dense()}
+
+
+def text_readouts(denoiser: Denoiser) -> dict[str, Any]:
+    """Tokens drawn in two branches of guidance, their log-probabilities, and some logits."""
+    noised, _ = probe_input()
+    places = torch.arange(16)
+    rows, weights = torch.stack([places, places + 16]), torch.tensor([[1.5], [-0.5]]).expand(2, 16)
+    keys = RowKeys(torch.full((16,), 7), "a test", places)
+    draws = denoiser(noised, {"text": SampledRows(rows, weights, keys, DrawRule(top_p=0.9))})["text"]
+    logits = denoiser(noised, {"text": RowLogits(places)})["text"]
+    return {"ids": draws.ids.tolist(), "logs": draws.log_probability.tolist(), "logits": logits[:, ::50].flatten().tolist()}
+
+
+def megatron_classes(module: torch.nn.Module) -> list[str]:
+    """The classes of megatron-core that a module inherits from."""
+    return [base.__name__ for base in type(module).__mro__ if base.__module__.startswith("megatron.")]
 
 
 def held_elements(module: torch.nn.Module) -> int:
@@ -87,7 +106,7 @@ class Gathered:
         return most
 
     def _registered(self, module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
-        if parameter is not None:
+        if parameter is not None and not parameter.is_meta:
             self._alive.append(parameter)
         self._look()
 
@@ -100,9 +119,7 @@ def main(request: dict[str, Any]) -> None:
     run = load_run("tests/tiny.yaml", [f"folder={request['folder']}", *request.get("overrides", [])])
     tree = load_deepspeed(request["deepspeed"])
     tree.setdefault("zero_optimization", {}).update(request.get("zero_options", {}))
-    if request.get("pipeline"):
-        layout = Layout(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), pipeline=request["pipeline"])
-        vars(loop)["zero_engine"] = partial(pipeline_engine, layout=layout)
+    tree = with_sizes(tree, request.get("pipeline"), request.get("tensor"))
     gathered = Gathered() if request.get("watch_gathered") else None
     reports = {}
     for stage in request["stages"]:
@@ -128,6 +145,12 @@ def trained(run: Run, stage: str, tree: dict[str, Any], kill_at: int | None) -> 
             seen["whole"] = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
             seen["held_between_steps"] = held_elements(module)
             seen["all_partitioned"] = all(hasattr(p, "ds_tensor") for p in module.parameters())
+            seen["local_shapes"] = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named_parameters(module)}
+            seen["megatron"] = {path: base for path, child in module.named_modules() for base in megatron_classes(child)}
+            seen["digests"] = {
+                piece.name: hashlib.sha256(piece.master.numpy().tobytes()).hexdigest()
+                for piece in training.engine.pieces.trained
+            }
 
     callbacks: list[Any] = [Look(), probe, *([] if kill_at is None else [KillAt(kill_at)])]
     try:

@@ -1,0 +1,51 @@
+"""The engine of the layout that a DeepSpeed JSON asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megadiff.config.checks import require
+from megadiff.config.layouts import layout_of, misfits
+from megadiff.config.schema import Model, Stage
+from megadiff.distributed.joining import Facts
+from megadiff.distributed.ranks import Ranks
+from megadiff.engine.api import Backend
+from megadiff.engine.blueprint import draw_up
+from megadiff.engine.engine import Engine
+from megadiff.engine.initial import InitialValues
+from megadiff.engine.saving import load_weights
+from megadiff.engine.start import start_process_group
+from megadiff.models.mmdit import initial_distributions
+
+
+def build_engine(
+    model: Model, stage: Stage, tree: Mapping[str, Any], *, seed: int, ranks: Ranks, facts: Facts | None = None
+) -> Engine:
+    """Join the other ranks, and build this one's part of a freshly initialised model. Collective.
+
+    Args:
+        tree: the DeepSpeed JSON as read, with its "auto" values.
+        seed: of the initial values.
+        facts: what must be equal on all ranks.
+
+    Raises:
+        UserError: on all ranks, if one is missing or differs.
+        ConfigError: the JSON contradicts the stage, or sizes do not divide.
+    """
+    layout = layout_of(tree, ranks.world, ranks.rank)
+    require(misfits(model, stage, layout))
+    blueprint = draw_up(model, stage, tree, layout, start_process_group(ranks, facts))
+    distributions = initial_distributions(blueprint.module)
+    backend: Backend
+    if layout.pipeline > 1:
+        from megadiff.engine.pipeline import PipelineBackend
+
+        backend = PipelineBackend(blueprint)
+    else:
+        from megadiff.engine.zero import ZeroBackend
+
+        backend = ZeroBackend(blueprint)
+    own = backend.pieces.shapes
+    load_weights(InitialValues(seed, distributions, own), "weight", set(own), backend.pieces)
+    return Engine(backend, stage, blueprint.idle)
