@@ -41,6 +41,21 @@ def test_runs_name_the_numbers_that_slicing_gives(data: st.DataObject) -> None:
 
 
 @given(st.data())
+def test_runs_within_a_range_are_those_that_lie_there_cut_to_it(data: st.DataObject) -> None:
+    shape = tuple(data.draw(st.lists(st.integers(1, 4), max_size=3)))
+    extent = data.draw(extents(shape))
+    low, high = sorted(data.draw(st.tuples(*[st.integers(0, int(np.prod(shape)))] * 2)))
+    cut = [
+        (max(begin, low), here + max(low - begin, 0), min(begin + length, high) - max(begin, low))
+        for begin, here, length in extent.runs(shape).tolist()
+        if begin < high and begin + length > low
+    ]
+    assert sorted(map(tuple, extent.runs(shape, (low, high)).tolist())) == sorted(run for run in cut if run[2] > 0)
+    first, last = extent.span(shape)
+    assert all(first <= begin and begin + length <= last for begin, _, length in extent.runs(shape).tolist())
+
+
+@given(st.data())
 def test_overlaps_are_what_both_hold(data: st.DataObject) -> None:
     shape = tuple(data.draw(st.lists(st.integers(1, 4), max_size=3)))
     values = np.arange(int(np.prod(shape))).reshape(shape)
