@@ -26,8 +26,8 @@ def add(verbs: Verbs) -> None:
         verbs,
         "checkpoint",
         "look at, verify, compare or consolidate checkpoints",
-        "Work on checkpoints, with one piece of a parameter in memory at a time. A run's folder means its newest checkpoint; "
-        "a folder in DeepSpeed's universal format is a checkpoint as well.",
+        "Work on checkpoints, with one piece of a parameter in memory at a time (one parameter for --format universal).\n"
+        "A run's folder means its newest checkpoint; a folder in DeepSpeed's universal format is a checkpoint as well.",
         EXAMPLES,
     )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
@@ -61,8 +61,8 @@ def add(verbs: Verbs) -> None:
         actions,
         "consolidate",
         "one safetensors file, or DeepSpeed's universal format",
-        "Write every parameter whole, float32: one kind of tensors to a safetensors file, or weights, moments and step to a "
-        "folder that DeepSpeed loads with load_universal, on any number of ranks.",
+        "Write every parameter whole, float32: one kind of tensors to a safetensors file, or weights, moments and step\n"
+        "to a folder that DeepSpeed loads with load_universal, on any number of ranks.",
     )
     consolidate.add_argument("checkpoint", metavar="RUN|CHECKPOINT")
     consolidate.add_argument("out", metavar="OUT", help="a new file, or for universal a new folder")

@@ -89,8 +89,9 @@ def write(source: WeightSource, out: Path, wrote: Callable[[], object]) -> None:
         sync(out.parent)
         write_text(out.with_name(LATEST), out.name)
     except (OSError, RuntimeError) as error:  # torch.save raises both
-        shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"{out} cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # it is there only after a failure
 
 
 def _save(value: object, path: Path) -> None:
@@ -99,13 +100,16 @@ def _save(value: object, path: Path) -> None:
 
 
 def _step(source: WeightSource) -> Tensor:
-    return torch.tensor(float(source.manifest.progress["adam_steps"]))
+    return torch.tensor(float(_adam_steps(source)))
+
+
+def _adam_steps(source: WeightSource) -> int:
+    return int(source.manifest.progress.get("adam_steps", 0))  # released weights that were imported have taken none
 
 
 def _optimizer_state(source: WeightSource) -> dict[str, Any]:
     # DeepSpeed copies what is in a group over its own group, and loads no more groups than there are here.
-    trained = sum(trained for _, trained in source.manifest.parameters.values())
-    groups: list[dict[str, object]] = [{} for _ in range(trained)]
+    groups: list[dict[str, object]] = [{} for _ in source.manifest.parameters]
     return {
         "ds_version": _DS_VERSION,
         "param_groups": groups,  # read by ZeRO-1/2
@@ -122,7 +126,7 @@ def _model_states(source: WeightSource) -> dict[str, Any]:
         "frozen_param_shapes": {name: torch.Size(shape) for name, (shape, trained) in parameters.items() if not trained},
         "lr_scheduler": {"last_batch_iteration": progress["optimizer_step"] - 1},
         "global_steps": progress["optimizer_step"],
-        "skipped_steps": progress["optimizer_step"] - progress["adam_steps"],
+        "skipped_steps": progress["optimizer_step"] - _adam_steps(source),
         "dp_world_size": 1,
         "mp_world_size": 1,
         "ds_version": _DS_VERSION,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -33,6 +34,18 @@ def test_a_universal_folder_holds_weights_moments_and_step(folder: Path) -> None
     assert [path.name for path in (folder / "zero/embed.gain").iterdir()] == ["fp32.pt"]
     assert (folder.parent / "latest_universal").read_text() == folder.name
     assert sorted(path.name for path in folder.parent.iterdir()) == ["latest_universal", folder.name]
+
+
+def test_the_optimizer_of_whoever_loads_it_keeps_its_groups_and_hyper_parameters(folder: Path) -> None:
+    state = torch.load(folder / "zero/optimizer_state.pt", weights_only=True)
+    assert state["param_groups"] == state["optimizer_state_dict"]["param_groups"] == [{}, {}]
+
+
+def test_imported_weights_without_any_step_are_written(tmp_path: Path) -> None:
+    reader = CheckpointReader(publish(tmp_path / "run"))
+    reader.manifest = dataclasses.replace(reader.manifest, progress={"optimizer_step": 0})
+    write(reader, tmp_path / "universal", nothing)
+    assert torch.load(tmp_path / "universal/zero" / NAME / "step.pt", weights_only=True) == 0
 
 
 def test_what_is_written_is_read_back_whole_and_in_parts(folder: Path, tmp_path: Path) -> None:
@@ -128,17 +141,20 @@ def test_the_verb_writes_the_universal_format_and_refuses_what_that_has_not(
     assert "in the universal format already" in capsys.readouterr().err
 
 
-def test_a_folder_that_cannot_be_written_whole_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), CheckpointError("the source is damaged")])
+def test_a_folder_that_cannot_be_written_whole_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
     reader = CheckpointReader(publish(tmp_path / "run"))
     saved: list[object] = []
 
     def full(value: object, path: Path) -> None:
         if len(saved) == 3:
-            raise OSError(28, "No space left on device")
+            raise fault
         saved.append(value)
 
     monkeypatch.setattr("megadiff.weights.universal._save", full)
-    with pytest.raises(CheckpointError, match="No space left on device"):
+    with pytest.raises(CheckpointError, match=r"No space left on device|the source is damaged"):
         write(reader, tmp_path / "universal/step_1", nothing)
     assert list((tmp_path / "universal").iterdir()) == []
 
