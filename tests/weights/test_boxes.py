@@ -74,3 +74,13 @@ def test_a_row_shard_is_one_run_and_a_column_shard_one_a_row() -> None:
     assert rows.runs((4, 3)).tolist() == [[6, 0, 6]]
     assert columns.runs((4, 3)).tolist() == [[1, 0, 1], [4, 1, 1], [7, 2, 1], [10, 3, 1]]
     assert whole((4, 3)).runs((4, 3)).tolist() == [[0, 0, 12]]
+
+
+def test_a_range_of_a_box_with_a_billion_runs_is_found_without_the_others() -> None:
+    shape, box = (2**30, 4), ((0, 2**30), (1, 3))
+    half = Extent(0, 2**31, (box,))
+    assert half.runs(shape, (4 * 10**8, 4 * 10**8 + 6)).tolist() == [
+        [4 * 10**8 + 1, 2 * 10**8, 2],
+        [4 * 10**8 + 5, 2 * 10**8 + 2, 1],
+    ]
+    assert list(overlaps(half, Extent(4 * 10**8, 4 * 10**8 + 6), shape)) == [(2 * 10**8, 1, 2), (2 * 10**8 + 2, 5, 1)]

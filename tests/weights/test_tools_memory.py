@@ -116,6 +116,7 @@ def test_the_tools_hold_a_small_part_of_a_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 @pytest.mark.distributed
 def test_the_tools_take_8_gb_in_1_gb_of_memory(tmp_path: Path) -> None:
     folder, size = publish(tmp_path / "run", [(65536, 1024)] * 7 + [(262144, 256)])
