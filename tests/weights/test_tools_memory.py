@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 import time
 from collections.abc import Iterator
@@ -106,11 +107,18 @@ def peaks(folder: Path, out: Path, timeout_s: float = 120) -> dict[str, int]:
     return {verb: peak("checkpoint", verb.split()[0], *rest, timeout_s=timeout_s) for verb, rest in verbs.items()}
 
 
+@pytest.fixture
+def scratch(tmp_path: Path) -> Iterator[Path]:
+    """A folder that is emptied at once: pytest keeps those of the last three sessions."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
 @pytest.mark.distributed
-def test_the_tools_hold_a_small_part_of_a_checkpoint(tmp_path: Path) -> None:
-    folder, size = publish(tmp_path / "run", [(4096, 1024), (4096, 1024), (4096, 1024), (32768, 128)])
+def test_the_tools_hold_a_small_part_of_a_checkpoint(scratch: Path) -> None:
+    folder, size = publish(scratch / "run", [(4096, 1024), (4096, 1024), (4096, 1024), (32768, 128)])
     assert size >= 256 * MIB
-    found = peaks(folder, tmp_path)
+    found = peaks(folder, scratch)
     for verb, most in found.items():
         assert most - found["inspect"] < 96 * MIB, verb
 
@@ -118,9 +126,9 @@ def test_the_tools_hold_a_small_part_of_a_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.distributed
-def test_the_tools_take_8_gb_in_1_gb_of_memory(tmp_path: Path) -> None:
-    folder, size = publish(tmp_path / "run", [(65536, 1024)] * 7 + [(262144, 256)])
+def test_the_tools_take_8_gb_in_1_gb_of_memory(scratch: Path) -> None:
+    folder, size = publish(scratch / "run", [(65536, 1024)] * 7 + [(262144, 256)])
     assert size >= 8 * 10**9
-    found = peaks(folder, tmp_path, timeout_s=400)
+    found = peaks(folder, scratch, timeout_s=400)
     for verb, most in found.items():
         assert most < 10**9, verb
