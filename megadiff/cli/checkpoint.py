@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 from megadiff.cli.arguments import Verbs, add_verb
 
 if TYPE_CHECKING:
-    from megadiff.weights.checkpoint import CheckpointReader
+    from megadiff.weights.checkpoint import WeightSource
 
+WEIGHT = "weight"
 EXAMPLES = """\
   megadiff checkpoint inspect runs/quickstart
   megadiff checkpoint verify runs/quickstart/joint/checkpoints/step_00000450
   megadiff checkpoint diff runs/quickstart/joint/checkpoints/step_00000300 runs/quickstart
   megadiff checkpoint consolidate runs/quickstart weights.safetensors --kind ema.main
+  megadiff checkpoint consolidate runs/quickstart universal/step_450 --format universal
 """
 
 
@@ -24,7 +26,8 @@ def add(verbs: Verbs) -> None:
         verbs,
         "checkpoint",
         "look at, verify, compare or consolidate checkpoints",
-        "Work on checkpoints, with one piece of a parameter in memory at a time. A run's folder means its newest checkpoint.",
+        "Work on checkpoints, with one piece of a parameter in memory at a time (one parameter for --format universal).\n"
+        "A run's folder means its newest checkpoint; a folder in DeepSpeed's universal format is a checkpoint as well.",
         EXAMPLES,
     )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
@@ -55,10 +58,21 @@ def add(verbs: Verbs) -> None:
     diff.set_defaults(run=run_diff)
 
     consolidate = add_verb(
-        actions, "consolidate", "one safetensors file", "Write every parameter whole, float32, to one safetensors file."
+        actions,
+        "consolidate",
+        "one safetensors file, or DeepSpeed's universal format",
+        "Write every parameter whole, float32: one kind of tensors to a safetensors file, or weights, moments and step\n"
+        "to a folder that DeepSpeed loads with load_universal, on any number of ranks.",
     )
     consolidate.add_argument("checkpoint", metavar="RUN|CHECKPOINT")
-    consolidate.add_argument("out", metavar="OUT.safetensors")
+    consolidate.add_argument("out", metavar="OUT", help="a new file, or for universal a new folder")
+    consolidate.add_argument(
+        "--format",
+        choices=("megadiff", "universal"),
+        default="megadiff",
+        help="megadiff: a safetensors file; universal: a folder as deepspeed.checkpoint.ds_to_universal writes, and "
+        "latest_universal beside it (default: megadiff)",
+    )
     _add_kind(consolidate)
     consolidate.set_defaults(run=run_consolidate)
 
@@ -67,7 +81,7 @@ def _add_kind(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kind",
         metavar="KIND",
-        default="weight",
+        default=WEIGHT,
         help="weight, ema.PROFILE, exp_avg or exp_avg_sq (default: weight)",
     )
 
@@ -90,7 +104,9 @@ def run_inspect(arguments: argparse.Namespace) -> int:
         }
         print(json.dumps(tree, indent=1))
         return 0
-    print(f"{reader.folder}\nstage       {manifest.stage}\nEMA         {', '.join(manifest.ema)}")
+    print(reader.folder)
+    if manifest.stage:  # DeepSpeed's universal format knows none
+        print(f"stage       {manifest.stage}\nEMA         {', '.join(manifest.ema)}")
     for name, value in manifest.progress.items():
         print(f"{name:<11} {value}")
     total = sum(entry.bytes for entry in manifest.files)
@@ -145,26 +161,37 @@ def run_consolidate(arguments: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
+    from megadiff.config.errors import UserError
     from megadiff.weights.checkpoint_tools import consolidate
+    from megadiff.weights.universal import is_universal, write
 
     reader = _open(arguments.checkpoint)
     _check_kind(reader, arguments.kind)
+    universal = arguments.format == "universal"
+    if universal and arguments.kind != WEIGHT:
+        raise UserError(f"--kind {arguments.kind}: the universal format holds the weights and both moments, and nothing else")
+    if universal and is_universal(reader.folder):
+        raise UserError(f"{reader.folder} is in the universal format already; copy it")
     with tqdm(total=len(reader.manifest.parameters), unit="parameter", disable=None) as bar:
-        consolidate(reader, arguments.kind, Path(arguments.out), bar.update)
-    print(f"{arguments.kind} of {reader.folder}: {arguments.out}")
+        if universal:
+            write(reader, Path(arguments.out), bar.update)
+        else:
+            consolidate(reader, arguments.kind, Path(arguments.out), bar.update)
+    held = "weights, moments and step" if universal else arguments.kind
+    print(f"{held} of {reader.folder}: {arguments.out}")
     return 0
 
 
-def _open(address: str) -> CheckpointReader:
+def _open(address: str) -> WeightSource:
     from megadiff.weights.loading import checkpoint_of
 
     return checkpoint_of(address)
 
 
-def _check_kind(reader: CheckpointReader, kind: str) -> None:
+def _check_kind(reader: WeightSource, kind: str) -> None:
     from megadiff.config.errors import UserError
     from megadiff.weights.checkpoint import MOMENTS
 
-    kinds = ["weight", *(f"ema.{profile}" for profile in reader.manifest.ema), *MOMENTS]
+    kinds = [WEIGHT, *(f"ema.{profile}" for profile in reader.manifest.ema), *MOMENTS]
     if kind not in kinds:
         raise UserError(f"--kind {kind}: {reader.folder} has {', '.join(kinds)}")

@@ -17,7 +17,7 @@ from megadiff.engine.optimizer import hold_still, learning_rate
 from megadiff.models.idle import Idle
 from megadiff.models.names import part_of
 from megadiff.types import ALIGNMENT, Batch, Denoiser
-from megadiff.weights.checkpoint import CheckpointError, CheckpointReader, check_names
+from megadiff.weights.checkpoint import CheckpointError, WeightSource, check_names
 
 RAW = "raw"
 """Stands for the plain weights in place of an EMA profile's name."""
@@ -127,7 +127,7 @@ class Engine:
         self.ema.reset()
         return [name for name in self.parts if name not in names]
 
-    def _check_same_trained(self, reader: CheckpointReader) -> None:
+    def _check_same_trained(self, reader: WeightSource) -> None:
         """Raises CheckpointError if the trained parameters are not those of the checkpoint.
 
         Parameters that are idle now may have been trained there: their moments are no longer needed.

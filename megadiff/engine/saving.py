@@ -19,7 +19,8 @@ from megadiff.engine.ema import Ema
 from megadiff.engine.pieces import Pieces, Shape
 from megadiff.weights import checkpoint
 from megadiff.weights.boxes import Extent
-from megadiff.weights.checkpoint import MOMENTS, CheckpointError, CheckpointManifest, CheckpointReader, FileEntry, tensor_key
+from megadiff.weights.checkpoint import MOMENTS, CheckpointError, CheckpointManifest, FileEntry, WeightSource, tensor_key
+from megadiff.weights.universal import open_source
 
 
 class WeightReader(Protocol):
@@ -70,19 +71,19 @@ def all_shapes(pieces: Pieces) -> dict[str, Shape]:
     return {name: shape for part in gather_objects(pieces.shapes) for name, shape in part.items()}
 
 
-def open_checkpoint(folder: Path, layout: Layout) -> CheckpointReader:
-    """A reader of a folder, after the ranks have checked its hashes between them.
+def open_checkpoint(folder: Path, layout: Layout) -> WeightSource:
+    """A reader of a folder, ours or DeepSpeed's universal, after the ranks have checked its files' checksums between them.
 
     Raises:
         CheckpointError: on all ranks, if it is damaged.
     """
     error: CheckpointError | None = None
-    reader: CheckpointReader | None = None
+    reader: WeightSource | None = None
     try:
-        reader = CheckpointReader(folder)
+        reader = open_source(folder)
         damaged = reader.damaged(reader.manifest.files[layout.rank :: layout.world])
         if damaged:
-            error = CheckpointError(f"{folder}: {', '.join(damaged)} is damaged (its hash differs); delete {folder}")
+            error = CheckpointError(f"{folder}: {', '.join(damaged)} is damaged (its checksum differs); delete {folder}")
     except CheckpointError as fault:
         error = fault
     except OSError as fault:
@@ -103,7 +104,7 @@ def load_weights(reader: WeightReader, kind: str, names: set[str], pieces: Piece
     pieces.publish()
 
 
-def load_state(reader: CheckpointReader, pieces: Pieces, ema: Ema) -> None:
+def load_state(reader: WeightSource, pieces: Pieces, ema: Ema) -> None:
     """Read the moments and the averages, and their numbers of updates."""
     with torch.no_grad():
         for index, piece in enumerate(pieces.trained):
@@ -115,7 +116,7 @@ def load_state(reader: CheckpointReader, pieces: Pieces, ema: Ema) -> None:
     ema.updates = reader.manifest.progress["ema_updates"]
 
 
-def check_same_profiles(reader: CheckpointReader, profiles: Mapping[str, Any]) -> None:
+def check_same_profiles(reader: WeightSource, profiles: Mapping[str, Any]) -> None:
     """Raises CheckpointError if a checkpoint lacks an EMA profile of the stage."""
     missing = [name for name in profiles if name not in reader.manifest.ema]
     if missing:

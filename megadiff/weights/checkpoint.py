@@ -16,8 +16,9 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -176,6 +177,22 @@ def retired(steps: Iterable[int], rule: Checkpointing) -> list[int]:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
+class WeightSource(Protocol):
+    """Parameters on the disk, ours or of another format: what stages start from, and what the tools look at."""
+
+    folder: Path
+    manifest: CheckpointManifest
+
+    def damaged(self, files: Sequence[FileEntry]) -> list[str]:
+        """Names of the files with a wrong checksum (reads them whole)."""
+
+    def read(self, kind: str, parameter: str, extent: Extent) -> Tensor:
+        """Float32 [extent.size]: a part of one parameter; raises CheckpointError if some of it is not there."""
+
+    def weight_kind(self, weights: str, profile: str | None = None) -> str:
+        """The tensor kind of `raw` or `ema` weights; raises CheckpointError if there are none."""
+
+
 class CheckpointReader:
     """Ranges of a checkpoint's tensors by parameter name."""
 
@@ -210,13 +227,12 @@ class CheckpointReader:
         out = torch.empty(extent.size, dtype=torch.float32)
         filled = 0
         for entry in self.manifest.files:
-            shared = list(overlaps(entry.extents[parameter], extent, shape)) if parameter in entry.extents else []
-            if not shared:
+            runs = overlaps(entry.extents[parameter], extent, shape) if parameter in entry.extents else iter(())
+            if (first := next(runs, None)) is None:
                 continue
-            first, last = min(here for here, _, _ in shared), max(here + length for here, _, length in shared)
-            stored = self._handle(entry.name).get_slice(tensor_key(kind, parameter))[first:last]
-            for here, there, length in shared:
-                out[there : there + length] = stored[here - first : here - first + length]
+            stored = self._handle(entry.name).get_tensor(tensor_key(kind, parameter))  # mapped: only what is copied is read
+            for here, there, length in chain([first], runs):
+                out[there : there + length] = stored[here : here + length]
                 filled += length
         if filled != extent.size:
             raise CheckpointError(f"{self.folder}: {kind} of {parameter} covers {filled} of {extent.size} elements")
@@ -258,7 +274,7 @@ def newest_checkpoint(folder: RunFolder, stage_names: list[str]) -> Path:
 
 
 def check_names(
-    reader: CheckpointReader,
+    reader: WeightSource,
     wanted: Mapping[str, tuple[int, ...]],
     *,
     new: Sequence[str] = (),

@@ -9,16 +9,19 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from megadiff.models.names import part_of
 from megadiff.weights.boxes import Extent
-from megadiff.weights.checkpoint import MOMENTS, CheckpointError, CheckpointReader
+from megadiff.weights.checkpoint import MOMENTS, CheckpointError, WeightSource
 
-PIECE = 16 * 2**20
-"""Elements per read: 64 MiB of float32."""
+PIECE = 2**20
+"""Elements per read: 4 MiB of float32."""
 
 
 def pieces(size: int) -> Iterator[tuple[int, int]]:
@@ -38,7 +41,7 @@ class ParameterCounts:
     frozen: int
 
 
-def parameter_counts(reader: CheckpointReader) -> dict[str, ParameterCounts]:
+def parameter_counts(reader: WeightSource) -> dict[str, ParameterCounts]:
     """By part of the model (see models.names.part_of)."""
     counts: dict[str, ParameterCounts] = {}
     for name, (shape, trained) in reader.manifest.parameters.items():
@@ -47,8 +50,9 @@ def parameter_counts(reader: CheckpointReader) -> dict[str, ParameterCounts]:
     return counts
 
 
-def faults(reader: CheckpointReader, checked: Callable[[], object]) -> list[str]:
-    """The faults of a checkpoint's files, one sentence each: wrong hashes, and elements that no file or two files hold.
+def faults(reader: WeightSource, checked: Callable[[], object]) -> list[str]:
+    """The faults of a checkpoint, one sentence each: files with wrong checksums, and parameters of which no file or two files
+    hold some elements.
 
     Args:
         checked: called after each file.
@@ -56,18 +60,29 @@ def faults(reader: CheckpointReader, checked: Callable[[], object]) -> list[str]
     sentences = []
     for entry in reader.manifest.files:
         if reader.damaged([entry]):
-            sentences.append(f"{entry.name} is damaged (its hash differs)")
+            sentences.append(f"{entry.name} is damaged (its checksum differs)")
         checked()
     for name, (shape, _) in reader.manifest.parameters.items():
-        runs = [entry.extents[name].runs(shape).tolist() for entry in reader.manifest.files if name in entry.extents]
-        end = 0
-        for start, stop in sorted((start, start + length) for part in runs for start, _, length in part):
-            if start != end:
-                sentences.append(f"{name}: elements {end} to {start} are {'missing' if start > end else 'held twice'}")
-            end = max(end, stop)
-        if end != math.prod(shape):
-            sentences.append(f"{name}: {end} of {math.prod(shape)} elements are held")
+        extents = [entry.extents[name] for entry in reader.manifest.files if name in entry.extents]
+        if fault := _coverage_fault(extents, shape):
+            sentences.append(f"{name}: {fault}")
     return sentences
+
+
+def _coverage_fault(extents: Sequence[Extent], shape: Sequence[int]) -> str | None:
+    """The first reason why extents do not contain every element of a parameter exactly once."""
+    size, end = math.prod(shape), 0
+    for start, stop in pieces(max([size, *(extent.span(shape)[1] for extent in extents)])):
+        runs = np.concatenate([np.empty((0, 3), np.int64), *(extent.runs(shape, (start, stop)) for extent in extents)])
+        runs = runs[runs[:, 0].argsort()]
+        begins, ends = runs[:, 0], np.maximum.accumulate(runs[:, 0] + runs[:, 2])
+        before = np.concatenate([[end], ends])
+        uneven = np.flatnonzero(begins != before[:-1])
+        if len(uneven):
+            first, last = int(before[uneven[0]]), int(begins[uneven[0]])
+            return f"elements {first} to {last} are {'missing' if last > first else 'held twice'}"
+        end = int(before[-1])
+    return None if end == size else f"{end} of {size} elements are held"
 
 
 # ---------------------------------------------------------------------------------------------------------- comparing
@@ -83,7 +98,7 @@ class Difference:
     reason: str = ""
 
 
-def differences(one: CheckpointReader, other: CheckpointReader, kind: str) -> Iterator[Difference]:
+def differences(one: WeightSource, other: WeightSource, kind: str) -> Iterator[Difference]:
     """Every parameter of either checkpoint that is not equal to the bit in the other.
 
     Args:
@@ -103,10 +118,11 @@ def differences(one: CheckpointReader, other: CheckpointReader, kind: str) -> It
             continue
         squares, own, largest = 0.0, 0.0, 0.0
         for start, stop in pieces(math.prod(shape)):
-            left, right = (reader.read(kind, name, Extent(start, stop)).double() for reader in (one, other))
-            apart = left - right
-            squares, own = squares + float(apart.square().sum()), own + float(left.square().sum())
-            largest = max(largest, float(apart.abs().max()))
+            values = one.read(kind, name, Extent(start, stop)).double()
+            own += float(values.dot(values))
+            values -= other.read(kind, name, Extent(start, stop))
+            squares += float(values.dot(values))
+            largest = max(largest, float(torch.linalg.vector_norm(values, math.inf)))
         if largest or math.isnan(squares):
             yield Difference(name, math.sqrt(squares / own) if own else math.inf, largest)
 
@@ -114,7 +130,7 @@ def differences(one: CheckpointReader, other: CheckpointReader, kind: str) -> It
 # ------------------------------------------------------------------------------------------------------ consolidating
 
 
-def consolidate(reader: CheckpointReader, kind: str, out: Path, wrote: Callable[[], object]) -> None:
+def consolidate(reader: WeightSource, kind: str, out: Path, wrote: Callable[[], object]) -> None:
     """Write all parameters whole, float32, to one safetensors file, which gets its name when it is complete.
 
     Args:
@@ -142,7 +158,7 @@ def consolidate(reader: CheckpointReader, kind: str, out: Path, wrote: Callable[
             file.write(struct.pack("<Q", len(text)) + text)
             for name, shape in shapes.items():
                 for start, stop in pieces(math.prod(shape)):
-                    file.write(reader.read(kind, name, Extent(start, stop)).numpy().tobytes())
+                    file.write(reader.read(kind, name, Extent(start, stop)).numpy().data)
                 wrote()
             file.flush()
             os.fsync(file.fileno())

@@ -21,8 +21,9 @@ from megadiff.storage import addresses
 from megadiff.types import ALIGNMENT
 from megadiff.weights import export
 from megadiff.weights.card import model_card
-from megadiff.weights.checkpoint import CheckpointError, CheckpointReader, newest_checkpoint
+from megadiff.weights.checkpoint import CheckpointError, CheckpointReader, WeightSource, newest_checkpoint
 from megadiff.weights.posthoc import Combination, Profile, combine, power_exponent, reconstruct, tracked_averages
+from megadiff.weights.universal import is_universal, open_source
 
 HUB = "hf:"
 AUTOENCODER = "autoencoder"
@@ -91,7 +92,7 @@ def _checked(folder: Path) -> CheckpointReader:
     reader = CheckpointReader(folder)
     damaged = reader.damaged(reader.manifest.files)
     if damaged:
-        raise CheckpointError(f"{folder}: {', '.join(damaged)} is damaged (its hash differs); delete {folder}")
+        raise CheckpointError(f"{folder}: {', '.join(damaged)} is damaged (its checksum differs); delete {folder}")
     return reader
 
 
@@ -174,14 +175,14 @@ def export_run(source: str, out: str, weights: str = "ema") -> None:
     export.write(Path(out), from_checkpoint(folder if (folder / MANIFEST).exists() else _newest(folder), weights))
 
 
-def checkpoint_of(address: str) -> CheckpointReader:
-    """A checkpoint by its folder, or the newest one of a run's folder.
+def checkpoint_of(address: str) -> WeightSource:
+    """A checkpoint by its folder (ours, or DeepSpeed's universal), or the newest one of a run's folder.
 
     Raises:
         UserError: there is none.
     """
     folder = Path(address)
-    return CheckpointReader(folder if (folder / MANIFEST).exists() else _newest(folder))
+    return open_source(folder if (folder / MANIFEST).exists() or is_universal(folder) else _newest(folder))
 
 
 def _newest(folder: Path) -> Path:

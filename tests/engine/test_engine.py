@@ -19,8 +19,9 @@ from megadiff.engine.engine import RAW, Engine
 from megadiff.engine.pieces import FrozenPiece, Piece, Pieces
 from megadiff.models.idle import Idle
 from megadiff.types import Batch, Denoiser, LossTerms
+from megadiff.weights import universal
 from megadiff.weights.boxes import whole
-from megadiff.weights.checkpoint import CheckpointError
+from megadiff.weights.checkpoint import CheckpointError, CheckpointReader
 from tests.diffusion.small import batch_of, part_of
 
 STAGE = Stage(
@@ -162,6 +163,25 @@ def test_what_is_saved_goes_on_and_starts_another_stage(tmp_path: Path) -> None:
     assert fresh.initialise_from(saved, Initialise(weights="ema")) == []
     torch.testing.assert_close(fresh.pieces.trained[0].master, torch.tensor([0.8, 1.85]))
     assert fresh.ema.updates == 0
+
+
+def test_a_stage_starts_from_the_universal_format_with_plain_weights_but_does_not_go_on_from_it(tmp_path: Path) -> None:
+    one, folder = engine(), tmp_path / "universal"
+    one.step(batches(), Sums())
+    universal.write(CheckpointReader(one.save(CheckpointsFolder(tmp_path), {}, "config")), folder, lambda: None)
+    other = engine()
+    assert other.initialise_from(folder, Initialise(weights="raw")) == []
+    assert torch.equal(other.pieces.trained[0].master, one.pieces.trained[0].master)
+    with pytest.raises(CheckpointError, match=r"no averages; write initialise\.weights: raw"):
+        other.initialise_from(folder, Initialise(weights="ema"))
+    with pytest.raises(CheckpointError, match="has no EMA profile main, slow"):
+        other.load(folder)
+    file = folder / "zero/embed/fp32.pt"
+    content = bytearray(file.read_bytes())
+    content[content.index(one.pieces.trained[0].master.numpy().tobytes())] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"zero/embed/fp32\.pt is damaged"):
+        other.initialise_from(folder, Initialise(weights="raw"))
 
 
 def test_what_is_trained_cannot_change_within_a_stage(tmp_path: Path) -> None:

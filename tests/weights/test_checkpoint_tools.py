@@ -33,7 +33,7 @@ def publish(folder: Path, weight: torch.Tensor = WEIGHT, cuts: tuple[tuple[int, 
             extents["embed.gain"] = Extent(0, 2)
         files.append(checkpoint.write_rank_file(CheckpointsFolder(folder).partial(1), rank, tensors, extents))
     parameters = {"heads.picture.weight": ((3, 4), True), "embed.gain": ((2,), False)}
-    progress = {"optimizer_step": 1, "samples": 64}
+    progress = {"optimizer_step": 1, "adam_steps": 1, "samples": 64}
     manifest = CheckpointManifest("first", parameters, ("main",), progress, "config", tuple(files))
     return checkpoint.publish(CheckpointsFolder(folder), 1, manifest, Checkpointing())
 
@@ -87,7 +87,9 @@ def test_a_number_that_is_not_one_is_a_difference(tmp_path):
         (((0, 5), (5, 11)), "11 of 12 elements are held"),
     ],
 )
-def test_numbers_that_no_file_or_two_files_hold_are_faults(tmp_path, cuts, fault):
+@pytest.mark.parametrize("piece", [1, 5, 100])
+def test_numbers_that_no_file_or_two_files_hold_are_faults(tmp_path, monkeypatch, cuts, fault, piece):
+    monkeypatch.setattr(checkpoint_tools, "PIECE", piece)
     (found,) = faults(CheckpointReader(publish(tmp_path, cuts=cuts)), nothing)
     assert fault in found
 

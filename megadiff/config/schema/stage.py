@@ -101,7 +101,8 @@ class Initialise(Section):
     """Where a stage's weights come from."""
 
     source: str | None = None
-    """None: fresh. `previous`: the last checkpoint of the stage before. Else a checkpoint folder."""
+    """None: fresh. `previous`: the last checkpoint of the stage before. Else a checkpoint folder, or one in
+    DeepSpeed's universal format (`weights: raw`)."""
     weights: Literal["ema", "raw"] = "ema"
     ema: Name | None = None
     """Which EMA profile; None takes the first."""
