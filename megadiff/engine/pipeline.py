@@ -101,15 +101,15 @@ class PipelineBackend:
         read = [name for name, modality in stage.modalities.items() if modality.has_loss]
         read += [] if stage.alignment is None else [ALIGNMENT]
         widths = {name: model.width_of(name) for name in model.modalities}
-        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints the topology
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints the topology, and memory
             module = SectionModule(whole, bounds, widths=widths, read=read).to(self.device)
-        optimizer = build_optimizer(module, stage.optimizer, [*decayed_names(module), DECAYED])
-        self._own_norm: Tensor | None = None
-        if zero_stage(config) == 0:
-            # DeepSpeed would clip by the norm over all stages, but not report it.
-            self._clip, config["gradient_clipping"] = config["gradient_clipping"], 0.0
-            optimizer.register_step_pre_hook(lambda *_: self._clip_gradients())
-        self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+            optimizer = build_optimizer(module, stage.optimizer, [*decayed_names(module), DECAYED])
+            self._own_norm: Tensor | None = None
+            if zero_stage(config) == 0:
+                # DeepSpeed would clip by the norm over all stages, but not report it.
+                self._clip, config["gradient_clipping"] = config["gradient_clipping"], 0.0
+                optimizer.register_step_pre_hook(lambda *_: self._clip_gradients())
+            self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self.module: SectionModule = self.engine.module
         self.section = self.module.section
         pieces = zero_pieces(self.engine, layout.data_ranks, layout.data_rank)

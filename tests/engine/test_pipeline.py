@@ -90,25 +90,36 @@ def test_a_run_goes_on_from_a_pipeline_to_one_rank_and_back(one_rank, tmp_path):
     assert_same_curve(report, one_rank["first"])
 
 
-def test_shapes_may_change_from_step_to_step():
-    (alone,) = train_drawn(1, 1, 0)
-    for report in train_drawn(2, 2, 0):
-        assert_same_curve({"steps": 4, **report}, {"steps": 4, **alone})
-        torch.testing.assert_close(torch.tensor(report["prediction"]), torch.tensor(alone["prediction"]), rtol=1e-4, atol=1e-5)
+def test_shapes_may_change_from_step_to_step_and_everything_is_predicted_on_all_ranks():
+    hidden = {"overrides": [*HOW, "model.hidden_projections={image: 5}"]}
+    (alone,) = train_drawn(1, 1, 0, **hidden)
+    reports = train_drawn(2, 2, 0, **hidden)
+    for report in reports:
+        assert_same_numbers(report, alone, rel=1e-4)
+    assert sorted(reports[0]["names"] + reports[1]["names"]) == sorted(alone["names"])
+    assert "hidden_projections.image.up.weight" in reports[1]["names"]
+
+
+def assert_same_numbers(report: dict[str, Any], reference: dict[str, Any], rel: float) -> None:
+    """Of the steps and of the predictions, every kind of them."""
+    assert report["loss"] == pytest.approx(reference["loss"], rel=rel)
+    assert report["grad_norm"] == pytest.approx(reference["grad_norm"], rel=rel)
+    for prediction, expected in zip(report["predictions"], reference["predictions"], strict=True):
+        assert len(prediction) > 0
+        assert prediction == pytest.approx(expected, rel=rel, abs=rel)
 
 
 def test_bf16_has_fp32_masters_on_every_stage():
-    overrides = [*HOW, "stages.*.precision=bf16"]
-    reports = train_drawn(2, 2, 0, overrides=overrides, heights=[32, 32])
-    (alone,) = train_drawn(1, 1, 1, overrides=overrides, heights=[32, 32])
-    for report in reports:
+    how = {"overrides": [*HOW, "stages.*.precision=bf16"], "heights": [32, 32]}
+    (alone,) = train_drawn(1, 1, 1, **how)
+    for report in train_drawn(2, 2, 0, **how):
         assert report["optimizer"] == "DeepSpeedZeroOptimizer"
         assert report["dtype"] == "torch.bfloat16"
         assert report["masters"] == ["torch.float32"]
         assert report["applied"] == [True, True]
         assert report["loss"] == pytest.approx(alone["loss"], rel=0.02)
         assert report["grad_norm"] == pytest.approx(alone["grad_norm"], rel=0.02)
-    assert sorted(reports[0]["names"] + reports[1]["names"]) == sorted(alone["names"])
+        assert report["predictions"][0] == pytest.approx(alone["predictions"][0], abs=0.05)
 
 
 @pytest.mark.slow
@@ -136,4 +147,16 @@ def test_four_ranks_follow_the_curve_of_one(pipeline, zero, micro_batch, one_ran
 def test_shapes_may_change_on_more_ranks(world, pipeline):
     (alone,) = train_drawn(1, 1, 0)
     for report in train_drawn(world, pipeline, 1):
-        assert_same_curve({"steps": 4, **report}, {"steps": 4, **alone})
+        assert_same_numbers(report, alone, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [0, 1])
+def test_a_last_stage_may_train_nothing(zero, tmp_path):
+    overrides = [*HOW, "stages.third.freeze=[text, image]"]
+    (alone,) = train_drawn(1, 1, 0, overrides=overrides)
+    for report in train_drawn(3, 3, zero, overrides=overrides, checkpoints=str(tmp_path)):
+        assert_same_numbers(report, alone, rel=1e-4)
+    assert report["masters"] == []
+    progress = CheckpointReader(CheckpointsFolder(tmp_path).newest()).manifest.progress
+    assert progress["adam_steps"] == progress["optimizer_step"] == 4
