@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +24,7 @@ from megadiff.distributed.ranks import Ranks
 from megadiff.engine.api import Outcome, PreparedBatch, Score
 from megadiff.engine.engine import Engine
 from megadiff.engine.optimizer import build_optimizer
+from megadiff.engine.pieces import Pieces
 from megadiff.engine.section import Section
 from megadiff.engine.start import start_process_group
 from megadiff.engine.wire import Wire, pack, unpack
@@ -41,19 +41,27 @@ DECAYED = f"{PLACEHOLDERS}.0"
 
 
 class SectionModule(PipelineModule):  # type: ignore[misc]
-    """DeepSpeed's pipeline module around a Section.
+    """DeepSpeed's pipeline module around the Section of this rank's pipeline stage.
 
     Attributes:
         placeholders: a parameter for each group of the optimizer, never used. DeepSpeed fails without parameters, and sums the
             gradient norm over the pipeline stages group by group, so each stage has to have as many groups.
     """
 
-    def __init__(self, model: MMDiT, bounds: Sequence[int], *, widths: Mapping[str, int], read: Sequence[str]) -> None:
+    def __init__(self, whole: MMDiT, bounds: Sequence[int], model: Model, stage: Stage) -> None:
+        """Take this rank's layers out of the whole model.
+
+        Args:
+            bounds: where the pipeline stages begin in `whole.layers()`, and its end.
+        """
         # DeepSpeed builds no layer itself, and hands the "method" of the partition to `_partition_layers` as it is.
-        super().__init__(model.layers(), num_stages=len(bounds) - 1, partition_method=bounds)
-        self.section = Section(model, self._local_start, self._local_stop, widths=widths, read=read)
+        super().__init__(whole.layers(), num_stages=len(bounds) - 1, partition_method=bounds)
+        read = [name for name, modality in stage.modalities.items() if modality.has_loss]
+        read += [] if stage.alignment is None else [ALIGNMENT]
+        widths = {name: model.width_of(name) for name in model.modalities}
+        self.section = Section(whole, self._local_start, self._local_stop, widths=widths, read=read)
         if self.section.last:
-            self.hidden_projections = model.hidden_projections  # in no layer, for they are never run
+            self.hidden_projections = whole.hidden_projections  # in no layer, for they are never run
         self.placeholders = nn.ParameterList(nn.Parameter(torch.zeros(1)) for _ in range(2))
 
     def _partition_layers(self, method: Sequence[int]) -> None:
@@ -88,36 +96,21 @@ class PipelineBackend:
             zero["stage"] = 1
         self.accumulation: int = config["gradient_accumulation_steps"]
         bounds = partition(model, stage, layout.pipeline)
-        predicted = [name for name, modality in stage.modalities.items() if modality.predicted]
-        torch.manual_seed(seed)
-        whole = build_model(model, predicted, stage.alignment)
-        whole.activation_checkpointing = stage.activation_checkpointing
-        self.idle: Idle = idle_parameters(model, stage, [name for name, _ in named_parameters(whole)])
-        for name, parameter in named_parameters(whole):
-            parameter.requires_grad_(is_trained(part_of(name), stage) and name not in self.idle.whole)
-        for index, layer in enumerate(whole.layers()):
-            if not bounds[layout.pipeline_rank] <= index < bounds[layout.pipeline_rank + 1]:
-                layer.to("meta")
-        read = [name for name, modality in stage.modalities.items() if modality.has_loss]
-        read += [] if stage.alignment is None else [ALIGNMENT]
-        widths = {name: model.width_of(name) for name in model.modalities}
-        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints the topology, and memory
-            module = SectionModule(whole, bounds, widths=widths, read=read).to(self.device)
+        own = range(bounds[layout.pipeline_rank], bounds[layout.pipeline_rank + 1])
+        whole, self.idle = _build(model, stage, own, seed)
+        self._clip: float = config["gradient_clipping"]
+        self._own_norm: Tensor | None = None
+        with redirect_stdout(io.StringIO()):  # DeepSpeed prints the topology, and memory
+            module = SectionModule(whole, bounds, model, stage).to(self.device)
             optimizer = build_optimizer(module, stage.optimizer, [*decayed_names(module), DECAYED])
-            self._own_norm: Tensor | None = None
             if zero_stage(config) == 0:
                 # DeepSpeed would clip by the norm over all stages, but not report it.
-                self._clip, config["gradient_clipping"] = config["gradient_clipping"], 0.0
+                config["gradient_clipping"] = 0.0
                 optimizer.register_step_pre_hook(lambda *_: self._clip_gradients())
             self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self.module: SectionModule = self.engine.module
         self.section = self.module.section
-        pieces = zero_pieces(self.engine, layout.data_ranks, layout.data_rank)
-        self.pieces = replace(
-            pieces,
-            trained=[piece for piece in pieces.trained if not piece.name.startswith(PLACEHOLDERS)],
-            shapes={name: shape for name, shape in pieces.shapes.items() if not name.startswith(PLACEHOLDERS)},
-        )
+        self.pieces = _without_placeholders(zero_pieces(self.engine, layout.data_ranks, layout.data_rank))
         self._shapes: list[torch.Size] | None = None
 
     # ------------------------------------------------------------------------------------------------------- training
@@ -219,6 +212,29 @@ class PipelineBackend:
                 received.append(tensor)
             shared[name] = received[0] if kind is None else kind(*received)
         return shared
+
+
+def _build(model: Model, stage: Stage, own: range, seed: int) -> tuple[MMDiT, Idle]:
+    """The model, of which the layers `own` are freshly initialised and the others are on meta, and its idle parameters."""
+    predicted = [name for name, modality in stage.modalities.items() if modality.predicted]
+    torch.manual_seed(seed)
+    whole = build_model(model, predicted, stage.alignment)
+    whole.activation_checkpointing = stage.activation_checkpointing
+    idle = idle_parameters(model, stage, [name for name, _ in named_parameters(whole)])
+    for name, parameter in named_parameters(whole):
+        parameter.requires_grad_(is_trained(part_of(name), stage) and name not in idle.whole)
+    for index, layer in enumerate(whole.layers()):
+        if index not in own:
+            layer.to("meta")
+    return whole, idle
+
+
+def _without_placeholders(pieces: Pieces) -> Pieces:
+    return replace(
+        pieces,
+        trained=[piece for piece in pieces.trained if not piece.name.startswith(PLACEHOLDERS)],
+        shapes={name: shape for name, shape in pieces.shapes.items() if not name.startswith(PLACEHOLDERS)},
+    )
 
 
 def _tensors(output: Any) -> tuple[Tensor, ...]:

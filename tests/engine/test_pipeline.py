@@ -17,8 +17,11 @@ from tests.ranks import ROOT, run_ranks
 pytestmark = pytest.mark.distributed
 
 WORKER = ROOT / "tests" / "engine" / "pipeline_worker.py"
-HOW = ["stages.*.optimizer.gradient_clip=0.3", "stages.*.batch.micro_batch=4", "stages.*.activation_checkpointing=true"]
-"""Every step is clipped: an accumulation of 4 on one replica."""
+STEPS = 3
+CLIPPED = [f"stages.*.steps={STEPS}", "stages.*.optimizer.gradient_clip=0.3"]
+"""Every step is clipped."""
+HOW = [*CLIPPED, "stages.*.batch.micro_batch=4", "stages.*.activation_checkpointing=true"]
+"""An accumulation of 4 on one replica."""
 
 
 def train_drawn(world: int, pipeline: int, zero: int, **request: Any) -> list[dict[str, Any]]:
@@ -32,7 +35,7 @@ def train_drawn(world: int, pipeline: int, zero: int, **request: Any) -> list[di
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All three stages on one rank without ZeRO, without micro-batches."""
     folder = tmp_path_factory.mktemp("one_rank")
-    overrides = [HOW[0], "stages.*.batch.micro_batch=16"]
+    overrides = [*CLIPPED, "stages.*.batch.micro_batch=16"]
     return {"folder": folder, **train(folder, 1, 0, stages=STAGES, overrides=overrides)["by_stage"]}
 
 
@@ -48,7 +51,7 @@ def test_two_pipeline_stages_follow_the_curve_of_one_rank(stage, one_rank, two_s
     assert_same_curve(two_stages[stage], one_rank[stage])
     assert min(one_rank[stage]["grad_norm"]) > 0.3  # so that every step was clipped
     assert two_stages[stage]["engine"] == "PipelineEngine"
-    assert two_stages[stage]["engine_steps"] == 4
+    assert two_stages[stage]["engine_steps"] == STEPS
 
 
 def test_what_no_loss_reaches_stays_as_it_was(two_stages):
@@ -81,8 +84,8 @@ def test_averaged_weights_sample_alike_through_the_pipeline_and_in_one_process(t
 
 
 def test_a_run_goes_on_from_a_pipeline_to_one_rank_and_back(one_rank, tmp_path):
-    """Without ZeRO; steps 1 to 2, 3, and 4."""
-    for steps, world in ((2, 2), (3, 1), (4, 2)):
+    """Without ZeRO, a step each."""
+    for steps, world in ((1, 2), (2, 1), (STEPS, 2)):
         (tmp_path / "first/DONE").unlink(missing_ok=True)
         overrides = [*HOW, f"stages.*.steps={steps}"]
         report = train(tmp_path, world, 0, overrides=overrides, **({"pipeline": 2} if world == 2 else {}))
@@ -136,7 +139,7 @@ def test_bf16_gradients_can_be_accumulated_in_fp32():
 @pytest.mark.slow
 @pytest.mark.parametrize(("pipeline", "zero", "micro_batch"), [(4, 0, 4), (4, 1, 2), (2, 0, 2), (2, 1, 4)])
 def test_four_ranks_follow_the_curve_of_one(pipeline, zero, micro_batch, one_rank, tmp_path):
-    overrides = [HOW[0], HOW[2], f"stages.*.batch.micro_batch={micro_batch}"]
+    overrides = [*CLIPPED, "stages.*.activation_checkpointing=true", f"stages.*.batch.micro_batch={micro_batch}"]
     reports = train(tmp_path, 4, zero, stages=STAGES, overrides=overrides, pipeline=pipeline)["by_stage"]
     for stage in STAGES:
         assert_same_curve(reports[stage], one_rank[stage])
