@@ -32,6 +32,7 @@ def batches_of(step: int, height: int, layout: Layout, samples: int, micro_batch
         "text": torch.randint(2000, (samples, 16), generator=generator),
         "image": torch.randn(samples, 3, height, 32, generator=generator),
     }
+    features = torch.randn(samples, height // 8 * 4, 6, generator=generator)
     slots = torch.arange(samples)
     keys = rng.sample_keys(SEED, step, slots)
     own = slots.chunk(layout.data_ranks)[layout.data_rank]
@@ -44,6 +45,7 @@ def batches_of(step: int, height: int, layout: Layout, samples: int, micro_batch
             ids=tuple(map(str, rows.tolist())),
             data_step=step,
             global_samples=samples,
+            features={"image": features[rows]},
         )
         for rows in own.split(micro_batch)
     ]

@@ -163,3 +163,13 @@ def test_a_last_stage_may_train_nothing(zero, tmp_path):
     assert report["masters"] == []
     progress = CheckpointReader(CheckpointsFolder(tmp_path).newest()).manifest.progress
     assert progress["adam_steps"] == progress["optimizer_step"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_tapped_tokens_cross_the_stages(world):
+    alignment = "stages.third.alignment={modality: image, block: 0, features: 6, weight: 0.5}"
+    overrides = [*HOW, "data.features={image: dino.npy}", alignment]
+    (alone,) = train_drawn(1, 1, 0, overrides=overrides)
+    for report in train_drawn(world, world, 0, overrides=overrides):
+        assert_same_numbers(report, alone, rel=1e-4)
