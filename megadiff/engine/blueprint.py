@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,9 +14,14 @@ from megadiff.config.deepspeed import resolve, zero_stage
 from megadiff.config.layout import Layout
 from megadiff.config.parameters import is_trained
 from megadiff.config.schema import Model, Stage
+from megadiff.engine.start import without_compiler
 from megadiff.models.idle import Idle, idle_parameters
 from megadiff.models.mmdit import MMDiT, build_model
 from megadiff.models.names import named_parameters, part_of
+from megadiff.models.tensor_plan import Split
+
+if TYPE_CHECKING:
+    from megadiff.engine.tensor import ModelParallelUnit
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +75,16 @@ def draw_up(model: Model, stage: Stage, tree: Mapping[str, Any], layout: Layout,
     for name, parameter in named_parameters(module):
         parameter.requires_grad_(is_trained(part_of(name), stage) and name not in idle.whole)
     return Blueprint(model, stage, config, layout, device, module, idle)
+
+
+def split_if_tensor_parallel(blueprint: Blueprint) -> tuple[ModelParallelUnit | None, dict[str, Split]]:
+    """Leave this tensor rank's part of each layer in the model; megatron's groups, and the parts by parameter name."""
+    if blueprint.layout.tensor == 1:
+        return None, {}
+    with without_compiler():  # megatron takes a second to import, or three with the compiler
+        from megadiff.engine.tensor import split_model, start_tensor_parallel
+    unit = start_tensor_parallel(blueprint.layout)
+    return unit, split_model(blueprint.module, blueprint.layout.tensor, blueprint.layout.tensor_rank)
 
 
 def materialise(module: nn.Module, device: torch.device) -> None:

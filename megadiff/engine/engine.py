@@ -132,9 +132,9 @@ class Engine:
 
         Parameters that are idle now may have been trained there: their moments are no longer needed.
         """
-        own = {piece.name: False for piece in self.pieces.frozen} | {piece.name: True for piece in self.pieces.trained}
+        frozen = {piece.name for piece in self.pieces.frozen}
         before = {name: trained and name not in self.idle.whole for name, (_, trained) in reader.manifest.parameters.items()}
-        differing = gather_objects([name for name, trained in own.items() if trained != before[name]])
+        differing = gather_objects([name for name in self.pieces.shapes if before[name] == (name in frozen)])
         changed = list(dict.fromkeys(name for names in differing for name in names))
         if changed:
             raise CheckpointError(

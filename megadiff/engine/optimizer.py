@@ -6,12 +6,17 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from megadiff.config.layout import Layout
 from megadiff.config.schema import Optimizer
 from megadiff.engine.pieces import Piece
 from megadiff.models.idle import Region
 from megadiff.models.names import named_parameters
+
+SPLIT = "tensor_model_parallel"
+"""The mark of parameters that tensor ranks have parts of, as DeepSpeed and megatron know it."""
 
 
 def learning_rate(config: Optimizer, step: int, total_steps: int) -> float:
@@ -41,6 +46,20 @@ def build_optimizer(module: nn.Module, config: Optimizer, decayed: Iterable[str]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True
     )
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter], layout: Layout, group: dist.ProcessGroup | None) -> Tensor:
+    """The norm of all gradients on the ranks of a replica. Collective in their group, if there are several.
+
+    A parameter that its tensor ranks have alike counts once.
+    """
+    own = [each for each in parameters if layout.tensor_rank == 0 or getattr(each, SPLIT, False)]
+    norm = torch.nn.utils.get_total_norm([each.grad for each in own if each.grad is not None])
+    if group is None:
+        return norm
+    square = norm.square()
+    dist.all_reduce(square, group=group)
+    return square.sqrt()
 
 
 def hold_still(optimizer: torch.optim.Optimizer, pieces: Sequence[Piece], regions: Mapping[str, Region]) -> None:

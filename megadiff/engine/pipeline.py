@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from typing import Any
 
@@ -13,16 +12,17 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from megadiff.config.partition import partition
 from megadiff.engine.api import Outcome, PreparedBatch, Score
-from megadiff.engine.blueprint import Blueprint, materialise
-from megadiff.engine.optimizer import build_optimizer
+from megadiff.engine.blueprint import Blueprint, materialise, split_if_tensor_parallel
+from megadiff.engine.optimizer import build_optimizer, gradient_norm
+from megadiff.engine.pieces import Pieces
 from megadiff.engine.section import Section
 from megadiff.engine.wire import Wire, pack, unpack
 from megadiff.engine.zero_pieces import zero_pieces
-from megadiff.models.mmdit import MMDiT
 from megadiff.models.names import decayed_names
 from megadiff.types import ALIGNMENT, Denoiser, Noised, Prediction, Readout
 
@@ -31,19 +31,29 @@ DECAYED = f"{PLACEHOLDERS}.0"
 
 
 class SectionModule(PipelineModule):  # type: ignore[misc]
-    """DeepSpeed's pipeline module around a Section.
+    """DeepSpeed's pipeline module around the Section of this rank's pipeline stage.
 
     Attributes:
         placeholders: a parameter for each group of the optimizer, never used. DeepSpeed fails without parameters, and sums the
             gradient norm over the pipeline stages group by group, so each stage has to have as many groups.
     """
 
-    def __init__(self, model: MMDiT, bounds: Sequence[int], *, widths: Mapping[str, int], read: Sequence[str]) -> None:
+    def __init__(self, blueprint: Blueprint, bounds: Sequence[int]) -> None:
+        """Take this rank's layers out of the whole model.
+
+        Args:
+            bounds: where the pipeline stages begin in the model's `layers()`, and their end.
+        """
+        model, stage, whole, layout = blueprint.model, blueprint.stage, blueprint.module, blueprint.layout
+        ranks = PipeModelDataParallelTopology(num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=layout.data_ranks)
         # DeepSpeed builds no layer itself, and hands the "method" of the partition to `_partition_layers` as it is.
-        super().__init__(model.layers(), num_stages=len(bounds) - 1, partition_method=bounds)
-        self.section = Section(model, self._local_start, self._local_stop, widths=widths, read=read)
+        super().__init__(whole.layers(), topology=ranks, partition_method=bounds)
+        read = [name for name, modality in stage.modalities.items() if modality.has_loss]
+        read += [] if stage.alignment is None else [ALIGNMENT]
+        widths = {name: model.width_of(name) for name in model.modalities}
+        self.section = Section(whole, self._local_start, self._local_stop, widths=widths, read=read)
         if self.section.last:
-            self.hidden_projections = model.hidden_projections  # in no layer, for they are never run
+            self.hidden_projections = whole.hidden_projections  # in no layer, for they are never run
         self.placeholders = nn.ParameterList(nn.Parameter(torch.zeros(1)) for _ in range(2))
 
     def _partition_layers(self, method: Sequence[int]) -> None:
@@ -67,33 +77,31 @@ class PipelineBackend:
             ConfigError: there are more pipeline stages than layers.
         """
         self.layout, self.device, self.accumulation = blueprint.layout, blueprint.device, blueprint.accumulation
-        stage, whole, config, layout = blueprint.stage, blueprint.module, blueprint.config, blueprint.layout
+        whole, config, layout = blueprint.module, blueprint.config, blueprint.layout
         # Gradients are reduced once, after the last micro-batch.
         config.setdefault("zero_optimization", {})["overlap_comm"] = False
-        bounds = partition(blueprint.model, stage, layout.pipeline)
-        own = whole.layers()[bounds[layout.pipeline_rank] : bounds[layout.pipeline_rank + 1]]
-        for part in (*own, whole.hidden_projections):
+        # Both would send a tensor rank's part alone, and gather it with CUDA's functions.
+        config["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
+        bounds = partition(blueprint.model, blueprint.stage, layout.pipeline)
+        _, splits = split_if_tensor_parallel(blueprint)
+        for part in (
+            *whole.layers()[bounds[layout.pipeline_rank] : bounds[layout.pipeline_rank + 1]],
+            whole.hidden_projections,
+        ):
             materialise(part, self.device)
-        read = [name for name, modality in stage.modalities.items() if modality.has_loss]
-        read += [] if stage.alignment is None else [ALIGNMENT]
-        widths = {name: blueprint.model.width_of(name) for name in blueprint.model.modalities}
-        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints the topology
-            module = SectionModule(whole, bounds, widths=widths, read=read).to(self.device)
-        optimizer = build_optimizer(module, stage.optimizer, [*decayed_names(module), DECAYED])
+        self._clip: float = config["gradient_clipping"]
         self._own_norm: Tensor | None = None
-        if blueprint.zero == 0:
-            # DeepSpeed would clip by the norm over all stages, but not report it.
-            self._clip, config["gradient_clipping"] = config["gradient_clipping"], 0.0
-            optimizer.register_step_pre_hook(lambda *_: self._clip_gradients())
-        self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        with redirect_stdout(io.StringIO()):  # DeepSpeed prints the topology, and memory
+            module = SectionModule(blueprint, bounds).to(self.device)
+            optimizer = build_optimizer(module, blueprint.stage.optimizer, [*decayed_names(module), DECAYED])
+            if blueprint.zero == 0:
+                # DeepSpeed would clip by the norm over all stages, but not report it.
+                config["gradient_clipping"] = 0.0
+                optimizer.register_step_pre_hook(lambda *_: self._clip_gradients())
+            self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self.module: SectionModule = self.engine.module
         self.section = self.module.section
-        pieces = zero_pieces(self.engine, layout, {})
-        self.pieces = replace(
-            pieces,
-            trained=[piece for piece in pieces.trained if not piece.name.startswith(PLACEHOLDERS)],
-            shapes={name: shape for name, shape in pieces.shapes.items() if not name.startswith(PLACEHOLDERS)},
-        )
+        self.pieces = _without_placeholders(zero_pieces(self.engine, layout, splits))
         self._shapes: list[torch.Size] | None = None
 
     # ------------------------------------------------------------------------------------------------------- training
@@ -125,10 +133,7 @@ class PipelineBackend:
 
     def _clip_gradients(self) -> None:
         """Clip by the norm over all stages, as DeepSpeed does in ZeRO-1."""
-        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
-        square = torch.nn.utils.get_total_norm(gradients).square()
-        dist.all_reduce(square, group=self._replica)
-        self._own_norm = square.sqrt()
+        self._own_norm = gradient_norm(self.module.parameters(), self.layout, self.module.mpu().get_model_parallel_group())
         if self._clip > 0:
             torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), self._clip, self._own_norm)
 
@@ -195,6 +200,14 @@ class PipelineBackend:
                 received.append(tensor)
             shared[name] = received[0] if kind is None else kind(*received)
         return shared
+
+
+def _without_placeholders(pieces: Pieces) -> Pieces:
+    return replace(
+        pieces,
+        trained=[piece for piece in pieces.trained if not piece.name.startswith(PLACEHOLDERS)],
+        shapes={name: shape for name, shape in pieces.shapes.items() if not name.startswith(PLACEHOLDERS)},
+    )
 
 
 def _tensors(output: Any) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ Legend: T tensor ranks, R rows, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor, nn
 
 from megadiff.config.layout import Layout
+from megadiff.engine.optimizer import SPLIT
 from megadiff.kernels.head_draw.reference import draw_by_chunks
 from megadiff.kernels.head_logits import head_logits
 from megadiff.kernels.head_loss.reference import at_positions, chosen_rows
@@ -67,17 +68,6 @@ class ModelParallelUnit:
     def get_data_parallel_group_ranks(self) -> list[int]:
         return dist.get_process_group_ranks(self.get_data_parallel_group())
 
-    def gradient_norm(self, parameters: Iterable[nn.Parameter]) -> float:
-        """The norm of all gradients: of split parameters over all tensor ranks, of replicated ones once. Collective."""
-        split: list[Tensor] = []
-        replicated: list[Tensor] = []
-        for parameter in parameters:
-            if parameter.grad is not None:
-                (split if _is_split(parameter) else replicated).append(parameter.grad)
-        square = torch.nn.utils.get_total_norm(split) ** 2
-        dist.all_reduce(square, group=self.get_tensor_model_parallel_group())
-        return float((square + torch.nn.utils.get_total_norm(replicated) ** 2).sqrt())
-
 
 def start_tensor_parallel(layout: Layout) -> ModelParallelUnit:
     """Make megatron's groups, if a stage before has not. Collective, after the process group has started."""
@@ -117,12 +107,8 @@ def split_model(module: nn.Module, tensor: int, rank: int) -> dict[str, Split]:
 def _local(parameter: nn.Parameter, part: Split) -> nn.Parameter:
     """A rank's part of a whole parameter; DeepSpeed and megatron know it by its mark."""
     local = nn.Parameter(torch.empty(part.local, dtype=parameter.dtype), requires_grad=parameter.requires_grad)
-    local.tensor_model_parallel = True  # type: ignore[attr-defined]
+    setattr(local, SPLIT, True)
     return local
-
-
-def _is_split(parameter: nn.Parameter) -> bool:
-    return getattr(parameter, "tensor_model_parallel", False)
 
 
 def _config(parameter: Tensor) -> ModelParallelConfig:

@@ -24,13 +24,21 @@ class Wire(NamedTuple):
     Attributes:
         floats: [K], laid end to end: per modality tokens [B, S, D] and conditioning [B, D], then the tapped tokens [B, S, F].
         visible: uint8 [B, N].
-        header: int64; the micro-batch's number, S and F of the tapped tokens (0 without), then per modality S, whether a
-            position may be hidden, rows and columns (0 if it is no grid).
+        header: int64; the micro-batch's number, S and F of the tapped tokens (0 without), then a _Place per modality.
     """
 
     floats: Tensor
     visible: Tensor
     header: Tensor
+
+
+class _Place(NamedTuple):
+    """A modality's length S, whether a position may be hidden, and its rows and columns (0 if it is no grid)."""
+
+    length: int
+    masked: int
+    rows: int
+    columns: int
 
 
 def dense(noised: Noised) -> Noised:
@@ -52,7 +60,7 @@ def pack(stream: Stream, number: int) -> Wire:
         mask = stream.visible[name]
         floats += [tokens.flatten(), stream.conditioning[name].flatten()]
         visible.append(tokens.new_ones(tokens.shape[:2], dtype=torch.uint8) if mask is None else mask.to(torch.uint8))
-        header += [tokens.shape[1], mask is not None, *stream.grids.get(name, (0, 0))]
+        header += _Place(tokens.shape[1], int(mask is not None), *stream.grids.get(name, (0, 0)))
     floats += [] if tapped is None else [tapped.flatten()]
     return Wire(torch.cat(floats), torch.cat(visible, 1), torch.tensor(header, device=floats[0].device))
 
@@ -63,22 +71,20 @@ def unpack(wire: Wire, widths: Mapping[str, int]) -> tuple[Stream, int]:
     Args:
         widths: D of every modality, in the model's order.
     """
-    number, *tapped = wire.header[:3].tolist()
-    places = dict(zip(widths, wire.header[3:].view(-1, 4).tolist(), strict=True))
+    number, tapped, features, *entries = wire.header.tolist()
+    places = {name: _Place(*entries[4 * index : 4 * index + 4]) for index, name in enumerate(widths)}
     batch = len(wire.visible)
-    shapes = [shape for name, place in places.items() for shape in ((batch, place[0], widths[name]), (batch, widths[name]))]
-    shapes += [(batch, *tapped)]
+    shapes = [(batch, *rest) for name, width in widths.items() for rest in ((places[name].length, width), (width,))]
+    shapes += [(batch, tapped, features)]
     floats = torch.split(wire.floats, [math.prod(shape) for shape in shapes])
     parts = [part.view(shape) for part, shape in zip(floats, shapes, strict=True)]
-    masks = torch.split(wire.visible.bool(), [place[0] for place in places.values()], dim=1)
+    masks = dict(zip(places, torch.split(wire.visible.bool(), [place.length for place in places.values()], 1), strict=True))
     stream = Stream(
         tokens=dict(zip(places, parts[:-1:2], strict=True)),
         conditioning=dict(zip(places, parts[1:-1:2], strict=True)),
-        visible={
-            name: mask.contiguous() if place[1] else None for (name, place), mask in zip(places.items(), masks, strict=True)
-        },
-        grids={name: (place[2], place[3]) for name, place in places.items() if place[2]},
-        tapped=parts[-1] if tapped[0] else None,
+        visible={name: masks[name].contiguous() if place.masked else None for name, place in places.items()},
+        grids={name: (place.rows, place.columns) for name, place in places.items() if place.rows},
+        tapped=parts[-1] if tapped else None,
     )
     return stream, number
 

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import deepspeed
 import torch
 
 from megadiff.engine.api import Outcome, PreparedBatch, Score
-from megadiff.engine.blueprint import Blueprint, materialise
-from megadiff.engine.optimizer import build_optimizer
-from megadiff.engine.start import without_compiler
+from megadiff.engine.blueprint import Blueprint, materialise, split_if_tensor_parallel
+from megadiff.engine.optimizer import build_optimizer, gradient_norm
 from megadiff.engine.zero_pieces import zero_pieces
 from megadiff.models.names import decayed_names
-from megadiff.models.tensor_plan import Split
 from megadiff.types import Denoiser
-
-if TYPE_CHECKING:
-    from megadiff.engine.tensor import ModelParallelUnit
 
 
 class ZeroBackend:
@@ -31,13 +25,7 @@ class ZeroBackend:
         """Allocate this rank's part of the model, with open values, and wrap it. Collective."""
         self.layout, self.device, self.accumulation = blueprint.layout, blueprint.device, blueprint.accumulation
         module, config = blueprint.module, blueprint.config
-        self.mpu: ModelParallelUnit | None = None
-        splits: dict[str, Split] = {}
-        if self.layout.tensor > 1:
-            with without_compiler():  # megatron takes a second to import, or three with the compiler
-                from megadiff.engine.tensor import split_model, start_tensor_parallel
-            self.mpu = start_tensor_parallel(self.layout)
-            splits = split_model(module, self.layout.tensor, self.layout.tensor_rank)
+        self.mpu, splits = split_if_tensor_parallel(blueprint)
         replicas = None if self.mpu is None else self.mpu.get_data_parallel_group()
         for part in (*module.layers(), module.hidden_projections):
             materialise(part, self.device)
@@ -69,10 +57,8 @@ class ZeroBackend:
         """The norm in ZeRO-0, where DeepSpeed clips by it but does not report it; 0 in the other stages."""
         if self.engine.optimizer is not self.pieces.optimizer or not self.engine.is_gradient_accumulation_boundary():
             return 0.0
-        if self.mpu is not None:
-            return self.mpu.gradient_norm(self.module.parameters())
-        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients))
+        group = None if self.mpu is None else self.mpu.get_model_parallel_group()
+        return float(gradient_norm(self.module.parameters(), self.layout, group))
 
     @contextmanager
     def denoiser(self) -> Iterator[Denoiser]:

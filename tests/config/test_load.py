@@ -9,6 +9,7 @@ import pytest
 
 from megadiff.config.deepspeed import load_deepspeed, resolve_run
 from megadiff.config.errors import ConfigError
+from megadiff.config.layouts import sizes
 from megadiff.config.load import dump_run, load_run, merge
 from megadiff.config.schema import PowerEma
 from tests.minimal import fault, load, minimal_run, tree, write_yaml
@@ -137,14 +138,19 @@ JSONS = sorted((ROOT / "ds_configs").glob("*.json"))
 @pytest.mark.parametrize("json_path", JSONS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("run_path", RUNS, ids=lambda path: path.stem)
 def test_every_run_that_ships_goes_with_every_deepspeed_json(run_path: Path, json_path: Path) -> None:
-    run = load_run(run_path)
-    for ranks in (1, 2, 8):
+    run, tree, checked = load_run(run_path), load_deepspeed(json_path), 0
+    pipeline, tensor = sizes(tree)
+    for ranks in (1, 2, 4, 8, 64):
+        data_ranks = ranks // (pipeline * tensor)
+        if ranks % (pipeline * tensor) or run.data.lanes % data_ranks:
+            continue
+        if any(stage.batch.global_samples % (stage.batch.micro_batch * data_ranks) for stage in run.stages):
+            continue
         for accelerator in (False, True):
-            if run.data.lanes % ranks == 0 and all(
-                s.batch.global_samples % (s.batch.micro_batch * ranks) == 0 for s in run.stages
-            ):
-                resolved = resolve_run(load_deepspeed(json_path), run, ranks=ranks, accelerator=accelerator)
-                assert list(resolved) == [stage.name for stage in run.stages]
+            resolved = resolve_run(tree, run, ranks=ranks, accelerator=accelerator)
+            assert list(resolved) == [stage.name for stage in run.stages]
+            checked += 1
+    assert checked
 
 
 def test_there_are_runs_and_jsons_to_check() -> None:

@@ -70,9 +70,9 @@ def plain_engine(run: Run, stage: Stage, layout: Layout, zero: int) -> Any:
         "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": stage.optimizer.learning_rate, "warmup_num_steps": 2}},
         "checkpoint": {"load_universal": True},
     }
-    torch.manual_seed(11)  # other weights than any stage starts from
-    with deepspeed.zero.Init(config_dict_or_path=config, enabled=zero == 3):
-        module = build_model(run.model, ["text", "image"])
+    module = build_model(run.model, ["text", "image"], seed=11)  # other weights than any stage starts from
+    if zero == 3:
+        deepspeed.zero.Init(module, config_dict_or_path=config)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(is_trained(part_of(name), stage))
     decayed = set(decayed_names(module))
