@@ -12,6 +12,7 @@ from megadiff.config.errors import ConfigError
 from megadiff.config.layouts import sizes
 from megadiff.config.load import dump_run, load_run, merge
 from megadiff.config.schema import PowerEma
+from megadiff.config.tensor import refusals
 from tests.minimal import fault, load, minimal_run, tree, write_yaml
 
 ROOT = Path(__file__).parents[2]
@@ -140,6 +141,10 @@ JSONS = sorted((ROOT / "ds_configs").glob("*.json"))
 def test_every_run_that_ships_goes_with_every_deepspeed_json(run_path: Path, json_path: Path) -> None:
     run, tree, checked = load_run(run_path), load_deepspeed(json_path), 0
     pipeline, tensor = sizes(tree)
+    if refusals(run.model, tensor):
+        with pytest.raises(ConfigError, match="numbers of ranks that fit the model: 1"):
+            resolve_run(tree, run, ranks=pipeline * tensor, accelerator=False)
+        return
     for ranks in (1, 2, 4, 8, 64):
         data_ranks = ranks // (pipeline * tensor)
         if ranks % (pipeline * tensor) or run.data.lanes % data_ranks:

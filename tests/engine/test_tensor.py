@@ -52,7 +52,7 @@ def tensor_zero1(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def tensor_zero3(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("tensor_zero3")
-    return {"folder": folder, "ranks": train(folder, 2, 3, tensor=2, zero_options=PARTITION_ALL)}
+    return {"folder": folder, "ranks": train(folder, 2, 3, tensor=2)}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -74,25 +74,40 @@ def one_rank_longer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_layouts_with_two_tensor_ranks_follow_a_longer_curve_of_one_rank(
     world: int, zero: int, one_rank_longer: dict[str, Any], tmp_path: Path
 ) -> None:
-    for report in train(tmp_path, world, zero, steps=5, tensor=2):
+    options = PARTITION_ALL if zero == 3 else {}
+    for report in train(tmp_path, world, zero, steps=5, tensor=2, zero_options=options):
         for stage in STAGES:
             assert_same_curve(report[stage], one_rank_longer[stage])
 
 
 @pytest.mark.slow
-def test_other_layers_follow_the_curve_of_one_rank_as_well(tmp_path: Path) -> None:
-    """GELU, biases in attention, no gains, learned positions, and the class for the mask state."""
+@pytest.mark.parametrize(
+    "process",
+    ["{kind: masked, loss: plain, mask_class: true}", "{kind: uniform, loss: nelbo}"],
+    ids=["the mask state's class", "all logits"],
+)
+def test_other_layers_follow_the_curve_of_one_rank_as_well(process: str, tmp_path: Path) -> None:
+    """GELU, biases in attention, no gains, learned positions, and losses that read the head in other ways."""
     overrides = [
         "model.mlp=gelu",
         "model.attention_bias=true",
         "model.qk_norm=false",
         "model.modalities.text.positions=learned",
-        "model.modalities.text.process={kind: masked, loss: plain, mask_class: true}",
+        f"model.modalities.text.process={process}",
     ]
     reference = train(tmp_path / "one", 1, 0, *overrides, stages=["first", "second"])[0]
     for report in train(tmp_path / "two", 2, 1, *overrides, stages=["first", "second"], tensor=2):
         assert_same_curve(report["first"], reference["first"])
         assert_same_curve(report["second"], reference["second"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 3])
+def test_in_bf16_the_curve_is_that_of_one_rank_but_for_rounding(zero: int, tmp_path: Path) -> None:
+    reference = train(tmp_path / "one", 1, 1, "stages.*.precision=bf16", stages=["first"])[0]
+    for report in train(tmp_path / "two", 2, zero, "stages.*.precision=bf16", stages=["first"], tensor=2):
+        for curve in ("loss", "grad_norm"):
+            assert report["first"][curve] == pytest.approx(reference["first"][curve], rel=5e-3)
 
 
 @pytest.mark.slow
