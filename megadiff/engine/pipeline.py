@@ -84,10 +84,8 @@ class PipelineBackend:
         config["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
         bounds = partition(blueprint.model, blueprint.stage, layout.pipeline)
         _, splits = split_if_tensor_parallel(blueprint)
-        for part in (
-            *whole.layers()[bounds[layout.pipeline_rank] : bounds[layout.pipeline_rank + 1]],
-            whole.hidden_projections,
-        ):
+        first, end = bounds[layout.pipeline_rank], bounds[layout.pipeline_rank + 1]
+        for part in (*whole.layers()[first:end], whole.hidden_projections):
             materialise(part, self.device)
         self._clip: float = config["gradient_clipping"]
         self._own_norm: Tensor | None = None
