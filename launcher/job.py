@@ -14,6 +14,7 @@ from typing import Any
 
 from megadiff.config.alignment import check_local_manifests
 from megadiff.config.deepspeed import resolve_run
+from megadiff.config.layouts import layout_of
 from megadiff.config.schema import Run, Stage
 from megadiff.launcher.devices import Devices, find_devices, processes_for, threads_for
 
@@ -31,6 +32,11 @@ class Plan:
     devices: Devices
     processes: int
     environment: dict[str, str]
+
+    def __str__(self) -> str:
+        layout = layout_of(self.deepspeed, self.processes)
+        arranged = "" if layout.data_ranks == layout.world else f", as {layout}"
+        return f"{self.processes} processes on {self.devices}{arranged}"
 
     def command(self, stage: Stage, port: int | str) -> list[str]:
         """The command that trains one stage on all processes.
@@ -86,7 +92,7 @@ def missing_files(run: Run) -> list[str]:
 def describe(plan: Plan) -> str:
     """The exact commands, as a shell would take them."""
     lines = []
-    ranks = f", {plan.processes} processes on {plan.devices}"  # the launcher takes them encoded
+    ranks = f", {plan}"  # the launcher takes them encoded
     for number, stage in enumerate(plan.run.stages, 1):
         state = " (done already)" if plan.run.paths.stage(stage.name).done.exists() else ""
         lines += [f"# stage {number} of {len(plan.run.stages)}, {stage.name}: {stage.steps:,} steps{state or ranks}"]

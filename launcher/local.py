@@ -44,7 +44,7 @@ def launch(plan: Plan, *, allow_changes: bool = False, say: Say = print) -> int:
         if run.launch.processes not in ("accelerators", plan.processes):
             processes = run.launch.processes
             say(f"this machine has {plan.devices}: starting {plan.processes} of {processes} processes (the global batch stays)")
-        say(f"run {run.name}: {plan.processes} processes on {plan.devices}, folder {run.folder}")
+        say(f"run {run.name}: {plan}, folder {run.folder}")
         say(f"watch: {tensorboard_command(run)}")
         with Signals() as signals:
             return _stages(plan, lock, signals, say)

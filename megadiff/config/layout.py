@@ -53,3 +53,7 @@ class Layout:
     def leads(self) -> bool:
         """Whether this is the one rank that writes what the whole run has once: logs, records, manifests."""
         return self.data_rank == 0 and self.speaks
+
+    def __str__(self) -> str:
+        sizes = (self.pipeline, "pipeline stages"), (self.data_ranks, "replicas"), (self.tensor, "tensor ranks")
+        return " x ".join(f"{size} {what}" for size, what in sizes if size > 1) or "1 replica"

@@ -48,9 +48,7 @@ def layout_of(tree: Mapping[str, Any], world: int, rank: int = 0) -> Layout:
     """
     pipeline, tensor = sizes(tree)
     if world % (pipeline * tensor):
-        parts = " x ".join(
-            part for part, size in ((f"{pipeline} pipeline stages", pipeline), (f"{tensor} tensor ranks", tensor)) if size > 1
-        )
+        parts = Layout(0, pipeline * tensor, pipeline, tensor)
         least = -(-world // (pipeline * tensor)) * pipeline * tensor
         raise ConfigError(
             f"{world} rank{'s' * (world > 1)} cannot be {parts}: start a multiple of {pipeline * tensor}, such as {least}"

@@ -429,3 +429,29 @@ def test_every_field_of_sampling_is_a_flag_with_its_text() -> None:
         first_words = " ".join(field.description.split())[1:30].removesuffix(".")
         assert f"--{name.replace('_', '-')} " in shown
         assert first_words in shown
+
+
+def test_a_size_on_the_command_line_wins_over_the_json_and_one_that_cannot_be_is_refused(
+    run_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = {**ZERO3, "zero_optimization": {"stage": 1}, "pipeline": {"stages": 2}}
+    pipeline = str(write_json(tmp_path / "pipeline.json", tree))
+    assert cli.main(["launch", run_file, "--deepspeed", pipeline, "--dry-run"]) == 0
+    assert "as 2 pipeline stages" in capsys.readouterr().out
+    plain = ["launch", run_file, "--deepspeed", pipeline, "--dry-run", "--pipeline-stages", "1"]
+    assert cli.main([*plain, "--tensor-parallel", "2"]) == 0
+    assert "as 2 tensor ranks" in capsys.readouterr().out
+    assert "2 ranks cannot be 3 pipeline stages" in mistake(capsys, *plain[:-1], "3")
+    assert "a multiple of the tensor-parallel ranks (4)" in mistake(
+        capsys,
+        "check-config",
+        run_file,
+        "--deepspeed",
+        pipeline,
+        "--pipeline-stages",
+        "1",
+        "--tensor-parallel",
+        "4",
+        "--ranks",
+        "4",
+    )
