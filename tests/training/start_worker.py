@@ -1,4 +1,4 @@
-"""One rank that starts a stage of tests/tiny.yaml as its own entry of the request says; prints why it stopped, and its steps."""
+"""One rank that starts a stage of tests/tiny.yaml as its entry of the request says; prints why it stopped, and its steps."""
 
 from __future__ import annotations
 
