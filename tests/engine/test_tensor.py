@@ -12,51 +12,53 @@ import torch
 from megadiff.config.deepspeed import load_deepspeed
 from megadiff.config.errors import ConfigError
 from megadiff.config.load import load_run
-from megadiff.config.run_folder import CheckpointsFolder
 from megadiff.distributed.ranks import Ranks
 from megadiff.engine.build import build_engine
 from megadiff.models.mmdit import build_model
 from megadiff.models.tensor_plan import splits
 from megadiff.weights.loading import load
-from tests.engine.test_zero import PARTITION_ALL, STAGES, WORKER, assert_idle_weights_stay, assert_same_curve
+from tests.engine import layouts
+from tests.engine.layouts import (
+    CLIPPED,
+    PARTITION_ALL,
+    RECOMPUTED,
+    SHORT,
+    STAGES,
+    STEPS,
+    WORKER,
+    assert_idle_weights_stay,
+    assert_same_curve,
+    newest,
+)
 from tests.engine.worker import text_readouts
 from tests.ranks import ROOT, run_ranks
 
 pytestmark = pytest.mark.distributed
 
-RECOMPUTED = "stages.*.activation_checkpointing=true"
-"""With tiny's 16 samples in micro-batches of 4, gradients are accumulated over 4 of them, and clipped."""
 
-
-def train(folder: Path, world: int, zero: int, *overrides: str, steps: int = 2, **request: Any) -> list[dict[str, Any]]:
+def train(folder: Path, world: int, zero: int, *overrides: str, **request: Any) -> list[dict[str, Any]]:
     """By rank, the reports of its stages."""
-    overrides = RECOMPUTED, f"stages.*.steps={steps}", *overrides
-    request = {"stages": list(STAGES), "overrides": list(overrides), **request}
+    request = {"stages": list(STAGES), "overrides": [SHORT, CLIPPED, RECOMPUTED, *overrides], **request}
     reports = run_ranks(WORKER, world, {"folder": str(folder), "deepspeed": f"ds_configs/zero{zero}.json", **request})
     assert all("error" not in report for report in reports)
     return [report["by_stage"] for report in reports]
 
 
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("one_rank")
-    return {"folder": folder, **train(folder, 1, 0)[0]}
-
-
-@pytest.fixture(scope="module")
 def tensor_zero1(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("tensor_zero1")
-    return {"folder": folder, "ranks": train(folder, 2, 1, tensor=2)}
+    return {"folder": folder, "ranks": layouts.train("tensor x 2", folder, SHORT)}
 
 
 @pytest.fixture(scope="module")
-def tensor_zero3(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def tensor_zero3(one_rank: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The last stage alone."""
     folder = tmp_path_factory.mktemp("tensor_zero3")
-    return {"folder": folder, "ranks": train(folder, 2, 3, tensor=2)}
+    shutil.copytree(one_rank["folder"] / "second", folder / "second")
+    return {"folder": folder, "ranks": train(folder, 2, 3, tensor=2, stages=["third"])}
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("run", ["tensor_zero1", "tensor_zero3"])
+@pytest.mark.parametrize(("run", "stage"), [*(("tensor_zero1", stage) for stage in STAGES), ("tensor_zero3", "third")])
 def test_two_tensor_ranks_follow_the_curve_of_one_rank(
     run: str, stage: str, one_rank: dict[str, Any], request: pytest.FixtureRequest
 ) -> None:
@@ -64,20 +66,16 @@ def test_two_tensor_ranks_follow_the_curve_of_one_rank(
         assert_same_curve(report[stage], one_rank[stage])
 
 
-@pytest.fixture(scope="module")
-def one_rank_longer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return train(tmp_path_factory.mktemp("one_rank_longer"), 1, 0, steps=5)[0]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "zero"), [(2, 0), (2, 1), (2, 2), (2, 3), (4, 1), (4, 3)])
-def test_layouts_with_two_tensor_ranks_follow_a_longer_curve_of_one_rank(
-    world: int, zero: int, one_rank_longer: dict[str, Any], tmp_path: Path
+@pytest.mark.parametrize(("world", "zero"), [(2, 0), (2, 2), (2, 3), (4, 1), (4, 3)])
+def test_other_zero_stages_with_two_tensor_ranks_follow_the_curve_of_one_rank(
+    world: int, zero: int, one_rank: dict[str, Any], tmp_path: Path
 ) -> None:
     options = PARTITION_ALL if zero == 3 else {}
-    for report in train(tmp_path, world, zero, steps=5, tensor=2, zero_options=options):
+    for report in train(tmp_path, world, zero, tensor=2, zero_options=options):
         for stage in STAGES:
-            assert_same_curve(report[stage], one_rank_longer[stage])
+            assert_same_curve(report[stage], one_rank[stage])
+    assert_idle_weights_stay(tmp_path)
 
 
 @pytest.mark.slow
@@ -118,7 +116,7 @@ def test_tensor_ranks_that_score_no_token_run_the_same_backward(tmp_path: Path) 
         "stages.first.modalities.image.conditioning={clean: 0.0, absent: 0.0}",
     ]
     for report in train(tmp_path, 2, 3, *nothing_scored, stages=["first"], tensor=2):
-        assert report["first"]["text_losses"] == [None] * 2
+        assert report["first"]["text_losses"] == [None] * STEPS
         assert all(loss > 0 for loss in report["first"]["loss"])
 
 
@@ -147,11 +145,8 @@ def test_replicated_parameters_stay_equal_to_the_bit(tensor_zero1: dict[str, Any
     assert [first[name] for name in replicated] == [second[name] for name in replicated]
 
 
-def test_idle_parts_of_split_parameters_are_neither_stepped_nor_decayed(
-    tensor_zero1: dict[str, Any], tensor_zero3: dict[str, Any]
-) -> None:
+def test_idle_parts_of_split_parameters_are_neither_stepped_nor_decayed(tensor_zero1: dict[str, Any]) -> None:
     assert_idle_weights_stay(tensor_zero1["folder"])
-    assert_idle_weights_stay(tensor_zero3["folder"])
 
 
 @pytest.mark.parametrize("run", ["tensor_zero1", "tensor_zero3"])
@@ -164,38 +159,6 @@ def test_both_ranks_draw_the_tokens_that_one_process_draws(run: str, request: py
         assert report["third"]["ids"] == expected["ids"]
         for key in ("logs", "logits"):
             torch.testing.assert_close(torch.tensor(report["third"][key]), torch.tensor(expected[key]), rtol=1e-4, atol=1e-5)
-
-
-@pytest.fixture(scope="module")
-def continued(one_rank: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The one rank's third stage, two steps longer."""
-    return go_on(one_rank["folder"], tmp_path_factory.mktemp("continued"), 1, 0)[0]
-
-
-@pytest.mark.parametrize("run", ["tensor_zero3", pytest.param("tensor_zero1", marks=pytest.mark.slow)])
-def test_a_checkpoint_of_two_tensor_ranks_continues_on_one(
-    run: str, continued: dict[str, Any], request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    assert_same_curve(go_on(request.getfixturevalue(run)["folder"], tmp_path, 1, 0)[0], continued)
-
-
-def test_a_checkpoint_of_one_rank_continues_on_two_tensor_ranks(
-    one_rank: dict[str, Any], continued: dict[str, Any], tmp_path: Path
-) -> None:
-    for report in go_on(one_rank["folder"], tmp_path, 2, 1, tensor=2):
-        assert_same_curve(report, continued)
-
-
-def go_on(source: Path, folder: Path, world: int, zero: int, **request: Any) -> list[dict[str, Any]]:
-    """By rank, the report of the third stage of `source`, two steps longer."""
-    shutil.copytree(source / "third", folder / "third")
-    return [report["third"] for report in train(folder, world, zero, steps=4, stages=["third"], **request)]
-
-
-def newest(stage: Path) -> Path:
-    folder = CheckpointsFolder(stage / "checkpoints").newest()
-    assert folder is not None
-    return folder
 
 
 def test_a_model_that_does_not_divide_is_refused_before_ranks_meet() -> None:

@@ -7,7 +7,8 @@ import json
 import os
 import signal
 import sys
-from typing import Any
+from itertools import chain
+from typing import Any, ClassVar
 
 import torch
 
@@ -16,9 +17,10 @@ from megadiff.config.errors import UserError
 from megadiff.config.layouts import with_sizes
 from megadiff.config.load import load_run
 from megadiff.config.schema import Run
+from megadiff.data.reading.loader import Loader
 from megadiff.models.names import named_parameters
 from megadiff.training import loop
-from megadiff.types import Denoiser, Dense, DrawRule, Noised, RowKeys, RowLogits, SampledRows
+from megadiff.types import Batch, Denoiser, Dense, DrawRule, Noised, RowKeys, RowLogits, SampledRows
 
 
 class KillAt:
@@ -32,6 +34,18 @@ class KillAt:
 
     def __call__(self, training: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class WatchedLoader(Loader):
+    """Remembers by step the key of each sample that it gave, by its slot."""
+
+    samples: ClassVar[list[dict[int, int]]] = []
+
+    def take(self, device: torch.device) -> list[Batch]:
+        batches = super().take(device)
+        pairs = [zip(batch.slots.tolist(), batch.keys.tolist(), strict=True) for batch in batches]
+        self.samples.append(dict(chain.from_iterable(pairs)))
+        return batches
 
 
 class Probe:
@@ -97,20 +111,24 @@ class Gathered:
         self.most = 0
         self._alive: list[torch.nn.Parameter] = []
         torch.nn.modules.module.register_module_parameter_registration_hook(self._registered)
-        torch.nn.modules.module.register_module_forward_hook(lambda *_: self._look())
+        torch.nn.modules.module.register_module_forward_hook(lambda *_: self.look())
 
     def take(self) -> int:
-        """The largest number so far; counts anew from here."""
+        """The largest number since the last call, or so far."""
+        self.look()
         most, self.most = self.most, 0
-        self._alive.clear()
         return most
+
+    def forget(self) -> None:
+        """Watch no parameter of the models so far."""
+        self._alive.clear()
 
     def _registered(self, module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
         if parameter is not None and not parameter.is_meta:
             self._alive.append(parameter)
-        self._look()
+        self.look()
 
-    def _look(self) -> None:
+    def look(self) -> None:
         self.most = max(self.most, sum(parameter.data.numel() for parameter in self._alive))
 
 
@@ -122,10 +140,13 @@ def main(request: dict[str, Any]) -> None:
     tree = with_sizes(tree, request.get("pipeline"), request.get("tensor"))
     gathered = Gathered() if request.get("watch_gathered") else None
     reports = {}
+    loop.Loader = WatchedLoader  # type: ignore[misc]
     for stage in request["stages"]:
+        WatchedLoader.samples.clear()
         seen = reports[stage] = trained(run, stage, tree, request.get("kill_at"))
         if gathered is not None:
             seen["most_gathered"] = gathered.take()
+            gathered.forget()
         if "error" in seen:
             break
     print(json.dumps({**reports[stage], "by_stage": reports}))
@@ -164,7 +185,7 @@ def trained(run: Run, stage: str, tree: dict[str, Any], kill_at: int | None) -> 
         seen["grad_norm"] = [row["grad_norm"] for row in rows]
         seen["text_losses"] = [row["losses"].get("text") for row in rows]
         seen["steps"] = [row["step"] for row in rows]
-    return {**seen, **probe.seen}
+    return {**seen, **probe.seen, "samples": WatchedLoader.samples[:]}
 
 
 if __name__ == "__main__":
