@@ -53,3 +53,8 @@ class Layout:
     def leads(self) -> bool:
         """Whether this is the one rank that writes what the whole run has once: logs, records, manifests."""
         return self.data_rank == 0 and self.speaks
+
+    def ranks_of(self, pipeline_rank: int, data_rank: int) -> range:
+        """The ranks that share the layers of a replica's pipeline stage."""
+        first = (pipeline_rank * self.data_ranks + data_rank) * self.tensor
+        return range(first, first + self.tensor)

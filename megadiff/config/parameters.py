@@ -320,12 +320,16 @@ class Layer(NamedTuple):
         name: "embed", "joint 0", "alignment", "trunk norm", "text 0", "text norm" or "heads".
         held: all parameters.
         trained: those in tensors that take gradients; the idle numbers of such a tensor are among them.
+        modalities: those whose tokens it makes or changes.
+        block: whether it is a joint block or a tower's.
         runs: whether training runs it.
     """
 
     name: str
     held: Count
     trained: Count
+    modalities: tuple[str, ...] = ()
+    block: bool = False
     runs: bool = True
 
 
@@ -338,15 +342,14 @@ def layers(model: Model, stage: Stage, tensor: int = 1) -> list[Layer]:
     names, joint, last = tuple(model.modalities), is_trained("joint", stage), model.joint_depth - 1
     unread = [name for name in names if name not in reached(model, stage)]
     own = [name for name in names if name in predicted(stage)]
-    run = {name: stage.modalities[name].has_loss for name in own}
     embed = _total(_embedding(model, name, tensor) for name in names)
     idle_embed = _total(_embedding(model, name, tensor) for name in unread if not model.joint_depth)
-    found = [Layer("embed", embed, embed - idle_embed if joint else NOTHING)]
+    found = [Layer("embed", embed, embed - idle_embed if joint else NOTHING, names)]
     for index in range(model.joint_depth):
         block = _total(_block(model, name, tensor) for name in names)
         ends = (_block_end(model, name, tensor) + Count(0, _query_gain(model) // tensor) for name in unread)
         idle_end = _total(ends) if index == last else NOTHING
-        found.append(Layer(f"joint {index}", block, block - idle_end if joint else NOTHING))
+        found.append(Layer(f"joint {index}", block, block - idle_end if joint else NOTHING, names, block=True))
     if stage.alignment is not None:
         aligner = Count(sum(_linear(*shape) for shape in alignment_layers(model, stage.alignment)), 0)
         trained = aligner if is_trained("alignment", stage) else NOTHING
@@ -354,17 +357,28 @@ def layers(model: Model, stage: Stage, tensor: int = 1) -> list[Layer]:
     if model.trunk_norm:
         norms = {name: Count(_norm_parameters(model, name), 0) for name in names}
         learnt = (norms[name] for name in scored(stage) if joint)
-        found.append(Layer("trunk norm", _total(norms.values()), _total(learnt)))
+        found.append(Layer("trunk norm", _total(norms.values()), _total(learnt), names))
     of_part = {name: name in scored(stage) and is_trained(name, stage) for name in own}
     for name in own:
+        runs, depth = stage.modalities[name].has_loss, model.modalities[name].tower_depth
         block, norm = _block(model, name, tensor), Count(_norm_parameters(model, name), 0)
-        depth = model.modalities[name].tower_depth
-        parts = [(f"{name} {index}", block) for index in range(depth)]
-        parts += [(f"{name} norm", norm)] if depth and model.trunk_norm else []
-        found += [Layer(label, count, count if of_part[name] else NOTHING, run[name]) for label, count in parts]
+        tower = [(f"{name} {index}", block, True) for index in range(depth)]
+        tower += [(f"{name} norm", norm, False)] if depth and model.trunk_norm else []
+        for label, count, is_block in tower:
+            found.append(Layer(label, count, count if of_part[name] else NOTHING, (name,), is_block, runs))
     heads = {name: _head(model, name, tensor) for name in own}
     learnt = (head for name, head in heads.items() if of_part[name])
     return [*found, Layer("heads", _total(heads.values()), _total(learnt))]
+
+
+def flows(model: Model, layers: Iterable[Layer]) -> list[dict[str, bool]]:
+    """By layer, whether the tokens of each modality that it takes need a gradient: something before them is trained."""
+    needs, found = dict.fromkeys(model.modalities, False), []
+    for layer in layers:
+        found.append(dict(needs))
+        if layer.trained.total:
+            needs.update(dict.fromkeys(layer.modalities, True))
+    return found
 
 
 def _total(counts: Iterable[Count]) -> Count:
