@@ -13,7 +13,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -22,11 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megadiff import rng
-from megadiff.config.deepspeed import load_deepspeed
 from megadiff.config.layout import Layout
-from megadiff.config.layouts import with_sizes
 from megadiff.config.load import load_run
-from megadiff.config.schema import GridSpace, Model
+from megadiff.config.schema import GridSpace, Model, Run
 from megadiff.diffusion.objective import DiffusionObjective, NoisedBatch
 from megadiff.distributed.ranks import Ranks
 from megadiff.engine.build import build_engine
@@ -161,9 +159,9 @@ class Held:
         self.engine, self.module = engine, engine.backend.module
         self.deepspeed, self.optimizer = engine.backend.engine, engine.pieces.optimizer
         self.wrapper = self.deepspeed.optimizer
-        self.gradients = self.buffers = 0
-        backward = self.deepspeed.backward
-        self.optimizer.register_step_pre_hook(lambda *_: self.look())
+        self.gradients = self.buffers = self.gathered = 0
+        self._hooks = [self.optimizer.register_step_pre_hook(lambda *_: self.look())]
+        backward = self._backward = self.deepspeed.backward
 
         def backward_and_look(*arguments: Any, **keywords: Any) -> Any:
             result = backward(*arguments, **keywords)
@@ -173,7 +171,15 @@ class Held:
         self.deepspeed.backward = backward_and_look
         for parameter in self.module.parameters():
             if parameter.requires_grad:
-                parameter.register_hook(self._look_at_buffers)
+                self._hooks.append(parameter.register_hook(lambda _: self._look_around()))
+        for child in self.module.modules():
+            self._hooks.append(child.register_forward_hook(lambda *_: self._look_around()))
+
+    def rest(self) -> None:
+        """Take the hooks away: they cost time."""
+        for hook in self._hooks:
+            hook.remove()
+        self.deepspeed.backward = self._backward
 
     def look(self) -> None:
         """Count gradients now; the largest number stays."""
@@ -186,8 +192,11 @@ class Held:
         gradients = storages([*(parameter.grad for parameter in parameters), *partitions], but=buffers)
         self.gradients = max(self.gradients, sum(gradients.values()))
 
-    def _look_at_buffers(self, _: Tensor) -> None:
+    def _look_around(self) -> None:
+        """Count buffers and gathered weights within a forward or backward pass."""
         self.buffers = max(self.buffers, sum(self._bucket_storages().values()))
+        whole = storages(parameter.data for parameter in self.module.parameters() if hasattr(parameter, "ds_tensor"))
+        self.gathered = max(self.gathered, sum(whole.values()))
 
     def _bucket_storages(self) -> dict[int, int]:
         buckets = getattr(self.wrapper, "ipg_buckets", {}).values()
@@ -210,39 +219,35 @@ def _listed(value: Any) -> list[Tensor]:
 
 
 def main(request: dict[str, Any]) -> None:
-    run = load_run(request["run"], request.get("overrides", []))
-    stage, ranks, tree = run.stage(request["stage"]), Ranks.from_environment(), load_deepspeed(request["deepspeed"])
-    tree.setdefault("zero_optimization", {}).update(request.get("zero_options", {}))
-    tree = with_sizes(tree, request.get("pipeline"), request.get("tensor"))
+    """Print one JSON line: by stage of the run, bytes held and sent, and the seconds of a step."""
+    run, ranks = load_run(request["run"], request["overrides"]), Ranks.from_environment()
     sent = Sent()
+    print(
+        json.dumps({stage: counted(run, stage, request["tree"], ranks, sent, request["steps"]) for stage in request["stages"]})
+    )
+
+
+def counted(run: Run, name: str, tree: dict[str, Any], ranks: Ranks, sent: Sent, steps: int) -> dict[str, Any]:
+    """Train a stage from fresh weights. The second step is counted; the ones after it are timed, if there are any."""
+    stage = run.stage(name)
     engine = build_engine(run.model, stage, tree, seed=SEED, ranks=ranks)
     layout, batch = engine.layout, stage.batch
     objective = WholeObjective(run.model, stage, SEED)
-    held = Held(engine)
-    saved = Saved(engine.backend.module)  # type: ignore[attr-defined]
-    seconds = []
-    for step in range(request["steps"]):
+    held, saved, seconds, bytes_sent = Held(engine), Saved(engine.backend.module), [], {}  # type: ignore[attr-defined]
+    for step in range(steps):
         batches = batches_of(run.model, step, layout, batch.global_samples, batch.micro_batch) if layout.reads else []
+        dist.barrier()
         sent.take()
         began = time.perf_counter()
-        if step == 1:
-            with saved.watching():
-                engine.step(batches, objective)
-            counted = sent.take()
-        else:
+        with saved.watching() if step == 1 else nullcontext():
             engine.step(batches, objective)
         seconds.append(time.perf_counter() - began)
-    report = {
-        "held": {
-            **held.between_steps(),
-            "gradients": held.gradients,
-            "activations": saved.peak,
-            "buffers": held.buffers,
-        },
-        "sent": counted,
-        "step_s": statistics.median(seconds[2:] or seconds),
-    }
-    print(json.dumps(report))
+        if step == 1:
+            bytes_sent = sent.take()
+            held.rest()
+    kinds = {**held.between_steps(), "gathered": held.gathered, "gradients": held.gradients}
+    kinds |= {"activations": saved.peak, "buffers": held.buffers}
+    return {"held": kinds, "sent": bytes_sent, "step_s": statistics.median(seconds[2:] or seconds)}
 
 
 if __name__ == "__main__":
