@@ -187,12 +187,12 @@ def bytes_sent_per_step(plan: Plan) -> list[Bytes]:
 def _stage_sent(plan: Plan, index: int) -> Bytes:
     zero, size, count = plan.effective_zero, plan.size, plan.micro_batches
     trained = sum(plan.layers[at].trained.total for at in plan.own(index))
-    several = plan.layout.data_ranks > 1
+    sums, several = _tensor_sums(plan), plan.layout.data_ranks > 1
     reduced = 0 if not several or zero == 3 else size * trained * (count if zero == 2 else 1)
     gathered = 0 if not several or zero == 0 else size * (trained if zero < 3 else count * _gathers(plan))
     return with_total(
         {
-            "all_reduce": reduced + count * sum(_tensor_sums(plan)[at] for at in plan.own(index)),
+            "all_reduce": reduced + count * sum(sums[at] for at in plan.own(index)),
             "all_gather": gathered,
             "reduce_scatter": size * count * trained if several and zero == 3 else 0,
             "send": count * _sends(plan, index),
