@@ -6,14 +6,17 @@ import argparse
 import json
 from typing import Any
 
+from megadiff.cli import layout_table
 from megadiff.cli.arguments import Verbs, add_run, add_sizes, add_verb, deepspeed_tree, positive
+from megadiff.config.activations import Precision
 from megadiff.config.alignment import check_local_manifests
 from megadiff.config.deepspeed import resolve_run, zero_stage
-from megadiff.config.derived import Precision, bytes_per_rank, summary
+from megadiff.config.footprint import Plan
 from megadiff.config.layout import Layout
 from megadiff.config.layouts import layout_of
 from megadiff.config.load import load_run
-from megadiff.config.schema import Run
+from megadiff.config.schema import Run, Stage
+from megadiff.config.summary import layout_summary, summary
 from megadiff.launcher.devices import find_devices, processes_for
 
 EXAMPLES = """\
@@ -31,7 +34,8 @@ def add(verbs: Verbs) -> None:
         "check a run and print the numbers that follow from it",
         "Check a run file, and a DeepSpeed JSON against it, and print what follows for each stage: parameters in all and\n"
         "per part, trained, idle (no loss reaches them: they stay as they are) and frozen, the batch equation, tokens and\n"
-        "FLOPs per sample, bytes per rank.\n"
+        "FLOPs per sample; with a DeepSpeed JSON also which rank has which layers, bytes per rank and bytes sent per step\n"
+        "(both of the fullest rank), the share of a step that pipeline stages wait (bubble), and their balance.\n"
         "Reads no data (but a stage's `alignment` against the buckets of a manifest on this machine) and imports no torch.",
         EXAMPLES,
     )
@@ -54,15 +58,25 @@ def run(arguments: argparse.Namespace) -> int:
         layout = layout_of(tree, layout.world)
         resolved = resolve_run(tree, loaded, ranks=layout.world, accelerator=devices.accelerated)
     stages = [summary(loaded, stage, layout.data_ranks) for stage in loaded.stages]
+    if resolved is not None:
+        for stage, numbers in zip(loaded.stages, stages, strict=True):
+            numbers["layout"] = layout_summary(plan(loaded, stage, layout, resolved[stage.name]))
     if arguments.json:
         report = {"run": loaded.model_dump(mode="json"), "deepspeed": resolved, "stages": stages}
         print(json.dumps(report, indent=2, ensure_ascii=False))
     else:
-        print(table(loaded, stages, layout, resolved))
+        print(table(loaded, stages, layout))
     return 0
 
 
-def table(loaded: Run, stages: list[dict[str, Any]], layout: Layout, resolved: dict[str, Any] | None) -> str:
+def plan(loaded: Run, stage: Stage, layout: Layout, resolved: dict[str, Any]) -> Plan:
+    """A stage with its resolved DeepSpeed JSON."""
+    precision: Precision = "bf16" if resolved["bf16"]["enabled"] else "fp32"
+    options = resolved.get("zero_optimization", {})
+    return Plan(loaded.model, stage, layout, zero_stage(resolved), precision, options)
+
+
+def table(loaded: Run, stages: list[dict[str, Any]], layout: Layout) -> str:
     """The report for people: one column per stage."""
     rows: list[tuple[str, list[str]]] = [
         ("stage", [s["stage"] for s in stages]),
@@ -88,26 +102,11 @@ def table(loaded: Run, stages: list[dict[str, Any]], layout: Layout, resolved: d
         ("FLOPs per sample", [_flops(s["flops_per_sample"]) for s in stages]),
         ("FLOPs per step", [_flops(s["flops_per_step"]) for s in stages]),
     ]
-    if resolved is not None:
-        rows += _sharing(loaded, layout.data_ranks, resolved)
-    text = f"run {loaded.name}, folder {loaded.folder}, seed {loaded.seed}, {layout.world} rank{'s' * (layout.world > 1)}\n\n"
-    return text + _columns(rows) + "\n\nsound"
-
-
-def _sharing(loaded: Run, ranks: int, resolved: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    """Rows about ZeRO and memory, in the precision of this machine."""
-    zeros = [zero_stage(resolved[stage.name]) for stage in loaded.stages]
-    precisions: list[Precision] = ["bf16" if resolved[stage.name]["bf16"]["enabled"] else "fp32" for stage in loaded.stages]
-    sizes = [
-        bytes_per_rank(loaded.model, stage, ranks, zero_stage=zero, precision=precision)
-        for stage, zero, precision in zip(loaded.stages, zeros, precisions, strict=True)
-    ]
-    return [
-        ("ZeRO stage", [str(zero) for zero in zeros]),
-        ("precision", list(precisions)),
-        ("bytes per rank", [_bytes(size["total"]) for size in sizes]),
-        *((f"  {part}", [_bytes(size[part]) for size in sizes]) for part in sizes[0] if part != "total"),
-    ]
+    title = f"run {loaded.name}, folder {loaded.folder}, seed {loaded.seed}, {layout.world} rank{'s' * (layout.world > 1)}"
+    layouts = [(s["stage"], s["layout"]) for s in stages if "layout" in s]
+    grid = [layout_table.grids(layouts)] if layouts else []
+    rows += layout_table.rows([summary for _, summary in layouts]) if layouts else []
+    return "\n\n".join([title, *grid, _columns(rows), "sound"])
 
 
 def _columns(rows: list[tuple[str, list[str]]]) -> str:
@@ -146,10 +145,3 @@ def _flops(value: float) -> str:
         if value >= size:
             return f"{value / size:,.2f} {unit}"
     return f"{value / 1e6:,.2f} M"
-
-
-def _bytes(value: int) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
-        if value >= size:
-            return f"{value / size:,.2f} {unit}"
-    return f"{value / 2**10:,.1f} KiB"

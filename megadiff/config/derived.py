@@ -1,5 +1,5 @@
-"""What a run costs, by pure arithmetic and without torch: tokens, FLOPs, the batch equation, bytes. The one owner of these
-formulas; parameters are counted in parameters.py.
+"""What a run costs, by pure arithmetic and without torch: tokens, FLOPs, the batch equation. The one owner of these formulas;
+parameters are counted in parameters.py, bytes in footprint.py.
 
 Legend: D width of a modality's tokens, I = heads x head_dim (the attention's inner width), S tokens of one modality, N
 tokens of all modalities.
@@ -8,7 +8,6 @@ tokens of all modalities.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, Literal
 
 from megadiff.config import checks
 from megadiff.config.parameters import (
@@ -17,15 +16,11 @@ from megadiff.config.parameters import (
     TIME_FEATURES,
     alignment_layers,
     head_outputs,
-    idle,
-    is_trained,
     mlp_hidden,
     patch_numbers,
     predicted,
     scored,
-    stage_parameters,
     token_count,
-    trainable,
     up_outputs,
 )
 from megadiff.config.schema import Alignment, GridSpace, Model, Run, Stage, StageModality
@@ -177,103 +172,3 @@ def lanes_per_rank(run: Run, data_ranks: int) -> int:
     """
     checks.require(checks.lanes_over_ranks(run.data.lanes, data_ranks))
     return run.data.lanes // data_ranks
-
-
-# -------------------------------------------------------------------------------------------------------------- memory
-
-
-Precision = Literal["bf16", "fp32"]
-
-
-def bytes_per_rank(model: Model, stage: Stage, data_ranks: int, *, zero_stage: int, precision: Precision) -> dict[str, int]:
-    """Bytes that weights and optimizer take on one rank; activations, buffers and gathered weights are not in it.
-
-    weights: 2 (bf16) or 4 bytes a parameter, divided over the ranks by ZeRO-3. gradients: the same for trained ones, divided
-    from ZeRO-2 on. master: float32 copies of all parameters, or of the frozen ones only with ZeRO-0 and ZeRO-3 in fp32, which
-    step the weights themselves. adam: two float32 moments of trained ones. ema: float32 per profile of trained ones. The last
-    three are divided from ZeRO-1 on, and copies of frozen parameters always; bf16 with ZeRO-0 runs as ZeRO-1. Idle parameters
-    count as trained in tensors that are otherwise trained, else as frozen.
-    """
-    zero = 1 if zero_stage == 0 and precision == "bf16" else zero_stage
-    size = 2 if precision == "bf16" else 4
-    total = stage_parameters(model, stage).total
-    trained = trainable(model, stage) + sum(count.partial for count in idle(model, stage).values())
-    optimizer_share = data_ranks if zero >= 1 else 1
-    copied = total - trained if precision == "fp32" and zero in (0, 3) else total
-    parts = {
-        "weights": _ceil(size * total, data_ranks if zero >= 3 else 1),
-        "gradients": _ceil(size * trained, data_ranks if zero >= 2 else 1),
-        "master": _ceil(4 * copied, data_ranks),
-        "adam": _ceil(8 * trained, optimizer_share),
-        "ema": _ceil(4 * trained * len(stage.ema), optimizer_share),
-    }
-    return parts | {"total": sum(parts.values())}
-
-
-def _ceil(value: int, ranks: int) -> int:
-    return -(-value // ranks)
-
-
-# ------------------------------------------------------------------------------------------------------------- summary
-
-
-def summary(run: Run, stage: Stage, data_ranks: int) -> dict[str, Any]:
-    """The derived numbers of a stage as `check-config --json` prints them.
-
-    Where the stage's precision is `auto`, bytes are those of bf16 (an accelerator).
-
-    Raises:
-        ConfigError: the batch or the lanes do not divide over the ranks.
-    """
-    precision: Precision = "bf16" if stage.precision == "auto" else stage.precision
-    counts = stage_parameters(run.model, stage)
-    per_sample = tokens(run.model)
-    flops = flops_per_sample(run.model, stage)
-    at_rest = {part: count.total for part, count in idle(run.model, stage).items()}
-    parts = {part: {"total": count, "trained": count, "idle": at_rest.get(part, 0)} for part, count in counts.parts.items()}
-    for part, numbers in parts.items():
-        numbers["trained"] -= numbers["idle"] if is_trained(part, stage) else numbers["total"]
-    return {
-        "stage": stage.name,
-        "predicted": list(predicted(stage)),
-        "parameters": {
-            "total": counts.total,
-            "trained": trainable(run.model, stage),
-            "idle": sum(at_rest.values()),
-            "frozen": sum(count for part, count in counts.parts.items() if not is_trained(part, stage)),
-            "parts": parts,
-            "embeddings": counts.embeddings,
-            "joint_blocks": counts.joint,
-            "towers": counts.towers,
-            "heads": counts.heads,
-        },
-        "batch": _batch_summary(run, stage, data_ranks),
-        "tokens_per_sample": {"total": sum(per_sample.values()), "modalities": per_sample},
-        "flops_per_sample": flops,
-        "flops_per_step": flops * stage.batch.global_samples,
-        "bytes_per_rank": {
-            "precision": precision,
-            **{
-                f"zero{zero}": bytes_per_rank(run.model, stage, data_ranks, zero_stage=zero, precision=precision)
-                for zero in range(4)
-            },
-        },
-    }
-
-
-def _batch_summary(run: Run, stage: Stage, data_ranks: int) -> dict[str, Any]:
-    batch, steps = stage.batch, accumulation(stage, data_ranks)
-    return {
-        "equation": (
-            f"global_samples {batch.global_samples} = micro_batch {batch.micro_batch} x data ranks {data_ranks} "
-            f"x accumulation {steps}"
-        ),
-        "global_samples": batch.global_samples,
-        "micro_batch": batch.micro_batch,
-        "data_ranks": data_ranks,
-        "accumulation": steps,
-        "lanes": run.data.lanes,
-        "lanes_per_rank": lanes_per_rank(run, data_ranks),
-        "steps": stage.steps,
-        "samples": stage.steps * batch.global_samples,
-    }

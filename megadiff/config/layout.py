@@ -57,3 +57,8 @@ class Layout:
     def __str__(self) -> str:
         sizes = (self.pipeline, "pipeline stages"), (self.data_ranks, "replicas"), (self.tensor, "tensor ranks")
         return " x ".join(f"{size} {what}" for size, what in sizes if size > 1) or "1 replica"
+
+    def ranks_of(self, pipeline_rank: int, data_rank: int) -> range:
+        """The ranks that share the layers of a replica's pipeline stage."""
+        first = (pipeline_rank * self.data_ranks + data_rank) * self.tensor
+        return range(first, first + self.tensor)

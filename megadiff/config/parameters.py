@@ -7,8 +7,10 @@ Legend: D width of a modality's tokens, I = heads x head_dim (the attention's in
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import reduce
+from typing import NamedTuple
 
 from megadiff.config.schema import Alignment, GridSpace, Model, Stage, TokenSpace
 
@@ -182,11 +184,9 @@ def _idle_joint(model: Model, stage: Stage, name: str) -> IdleCount:
         return IdleCount(norm, _idle_inputs(model, stage, name))
     if model.joint_depth == 0:
         return IdleCount(norm + _embedding_parameters(model, name))
-    output = _linear(inner, width, bias=model.attention_bias)
-    query_gain = inner if model.qk_norm else 0
     queries = _linear(width, inner, bias=model.attention_bias)
     modulation = _linear(width, (BLOCK_SLOTS - PROJECTION_SLOTS) * width)
-    whole = norm + output + _mlp_parameters(model, name) + query_gain
+    whole = norm + _block_end(model, name, 1).total + _query_gain(model)
     return IdleCount(whole, queries + modulation + _idle_inputs(model, stage, name))
 
 
@@ -208,26 +208,40 @@ def _linear(inputs: int, outputs: int, *, bias: bool = True) -> int:
 
 
 def _embedding_parameters(model: Model, name: str) -> int:
+    return _embedding(model, name, 1).total
+
+
+def _embedding(model: Model, name: str, tensor: int) -> Count:
     modality, width = model.modalities[name], model.width_of(name)
     time = _linear(TIME_FEATURES, width) + _linear(width, width)
     positions = token_count(modality.space) * width if modality.positions == "learned" else 0
     if isinstance(modality.space, GridSpace):
-        return time + positions + _linear(patch_numbers(modality.space), width)
-    return time + positions + (modality.space.vocabulary + 1) * width
+        return Count(time + positions + _linear(patch_numbers(modality.space), width), 0)
+    return Count(time + positions, -(-(modality.space.vocabulary + 1) // tensor) * width)
 
 
 def _block_parameters(model: Model, name: str) -> int:
     """One modality's share of a block."""
+    return _block(model, name, 1).total
+
+
+def _block(model: Model, name: str, tensor: int) -> Count:
     width, inner = model.width_of(name), model.heads * model.head_dim
-    modulation = _linear(width, BLOCK_SLOTS * width)
-    attention = _linear(width, 3 * inner, bias=model.attention_bias) + _linear(inner, width, bias=model.attention_bias)
-    gains = 2 * inner if model.qk_norm else 0
-    return modulation + attention + gains + _mlp_parameters(model, name)
+    modulation = Count(BLOCK_SLOTS * width, width * BLOCK_SLOTS * width // tensor)
+    projection = Count(0, (_linear(width, 3 * inner, bias=model.attention_bias) + 2 * _query_gain(model)) // tensor)
+    return modulation + projection + _block_end(model, name, tensor)
 
 
-def _mlp_parameters(model: Model, name: str) -> int:
-    width = model.width_of(name)
-    return _linear(width, up_outputs(model, name)) + _linear(mlp_hidden(model, name), width)
+def _block_end(model: Model, name: str, tensor: int) -> Count:
+    """Of a block what acts after its attention alone: its output and its MLP."""
+    width, inner = model.width_of(name), model.heads * model.head_dim
+    output = Count(width if model.attention_bias else 0, inner * width // tensor)
+    into = _linear(width, up_outputs(model, name))
+    return output + Count(width, (into + mlp_hidden(model, name) * width) // tensor)
+
+
+def _query_gain(model: Model) -> int:
+    return model.heads * model.head_dim if model.qk_norm else 0
 
 
 def up_outputs(model: Model, name: str) -> int:
@@ -245,10 +259,17 @@ def _tower_parameters(model: Model, name: str) -> int:
 
 
 def _head_parameters(model: Model, name: str) -> int:
+    return _head(model, name, 1).total
+
+
+def _head(model: Model, name: str, tensor: int) -> Count:
     modality, width = model.modalities[name], model.width_of(name)
+    modulation = Count(HEAD_SLOTS * width, width * HEAD_SLOTS * width // tensor)
+    outputs = _linear(width, head_outputs(modality.space))
+    if isinstance(modality.space, GridSpace):
+        return modulation + Count(outputs, 0)
     mask_class = modality.process.kind == "masked" and modality.process.mask_class
-    outputs = head_outputs(modality.space) + (1 if mask_class else 0)
-    return _linear(width, HEAD_SLOTS * width) + _linear(width, outputs)
+    return modulation + Count(_linear(width, 1) if mask_class else 0, outputs // tensor)
 
 
 def _hidden_parameters(model: Model, name: str) -> int:
@@ -261,3 +282,104 @@ def alignment_layers(model: Model, alignment: Alignment) -> list[tuple[int, int]
     width = model.width_of(alignment.modality)
     hidden = ALIGNMENT_HIDDEN * width
     return [(width, hidden), (hidden, hidden), (hidden, alignment.features)]
+
+
+# -------------------------------------------------------------------------------------------------------------- layers
+
+
+@dataclass(frozen=True)
+class Count:
+    """Parameters on one tensor-parallel rank.
+
+    Attributes:
+        replicated: those that every tensor rank has.
+        split: this rank's part of the others; models/tensor_plan.py knows their names.
+    """
+
+    replicated: int
+    split: int
+
+    @property
+    def total(self) -> int:
+        return self.replicated + self.split
+
+    def __add__(self, other: Count) -> Count:
+        return Count(self.replicated + other.replicated, self.split + other.split)
+
+    def __sub__(self, other: Count) -> Count:
+        return Count(self.replicated - other.replicated, self.split - other.split)
+
+
+NOTHING = Count(0, 0)
+
+
+class Layer(NamedTuple):
+    """What a layer holds on one tensor-parallel rank.
+
+    Attributes:
+        name: "embed", "joint 0", "alignment", "trunk norm", "text 0", "text norm" or "heads".
+        held: all parameters.
+        trained: those in tensors that take gradients; the idle numbers of such a tensor are among them.
+        modalities: those whose tokens it makes or changes.
+        block: whether it is a joint block or a tower's.
+        runs: whether training runs it.
+    """
+
+    name: str
+    held: Count
+    trained: Count
+    modalities: tuple[str, ...] = ()
+    block: bool = False
+    runs: bool = True
+
+
+def layers(model: Model, stage: Stage, tensor: int = 1) -> list[Layer]:
+    """The layers of a stage's model in the order of `MMDiT.layers()`; the hidden projections are in none.
+
+    Args:
+        tensor: tensor-parallel ranks, which `config/tensor.refusals` accepts.
+    """
+    names, joint, last = tuple(model.modalities), is_trained("joint", stage), model.joint_depth - 1
+    unread = [name for name in names if name not in reached(model, stage)]
+    own = [name for name in names if name in predicted(stage)]
+    embed = _total(_embedding(model, name, tensor) for name in names)
+    idle_embed = _total(_embedding(model, name, tensor) for name in unread if not model.joint_depth)
+    found = [Layer("embed", embed, embed - idle_embed if joint else NOTHING, names)]
+    for index in range(model.joint_depth):
+        block = _total(_block(model, name, tensor) for name in names)
+        ends = (_block_end(model, name, tensor) + Count(0, _query_gain(model) // tensor) for name in unread)
+        idle_end = _total(ends) if index == last else NOTHING
+        found.append(Layer(f"joint {index}", block, block - idle_end if joint else NOTHING, names, block=True))
+    if stage.alignment is not None:
+        aligner = Count(sum(_linear(*shape) for shape in alignment_layers(model, stage.alignment)), 0)
+        trained = aligner if is_trained("alignment", stage) else NOTHING
+        found.insert(stage.alignment.block + 2, Layer("alignment", aligner, trained))
+    if model.trunk_norm:
+        norms = {name: Count(_norm_parameters(model, name), 0) for name in names}
+        learnt = (norms[name] for name in scored(stage) if joint)
+        found.append(Layer("trunk norm", _total(norms.values()), _total(learnt), names))
+    of_part = {name: name in scored(stage) and is_trained(name, stage) for name in own}
+    for name in own:
+        runs, depth = stage.modalities[name].has_loss, model.modalities[name].tower_depth
+        block, norm = _block(model, name, tensor), Count(_norm_parameters(model, name), 0)
+        tower = [(f"{name} {index}", block, True) for index in range(depth)]
+        tower += [(f"{name} norm", norm, False)] if depth and model.trunk_norm else []
+        for label, count, is_block in tower:
+            found.append(Layer(label, count, count if of_part[name] else NOTHING, (name,), is_block, runs))
+    heads = {name: _head(model, name, tensor) for name in own}
+    learnt = (head for name, head in heads.items() if of_part[name])
+    return [*found, Layer("heads", _total(heads.values()), _total(learnt))]
+
+
+def flows(model: Model, layers: Iterable[Layer]) -> list[dict[str, bool]]:
+    """By layer, whether the tokens of each modality that it takes need a gradient: something before them is trained."""
+    needs, found = dict.fromkeys(model.modalities, False), []
+    for layer in layers:
+        found.append(dict(needs))
+        if layer.trained.total:
+            needs.update(dict.fromkeys(layer.modalities, True))
+    return found
+
+
+def _total(counts: Iterable[Count]) -> Count:
+    return reduce(Count.__add__, counts, NOTHING)

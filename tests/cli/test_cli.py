@@ -56,6 +56,8 @@ def test_check_config_prints_a_column_per_stage(run_file: str, json_file: str, c
     assert rows["x accumulation"] == ["2", "2"]
     assert rows["ZeRO stage"] == ["3", "3"]
     assert rows["precision"] == ["fp32", "fp32"]
+    assert rows["bubble"] == ["0.0%", "0.0%"]
+    assert "stage 0: embed, joint" in out
 
 
 def test_check_config_json_holds_the_resolved_run_and_the_derived_numbers(
@@ -71,6 +73,8 @@ def test_check_config_json_holds_the_resolved_run_and_the_derived_numbers(
     assert second["batch"]["data_ranks"] == 4
     assert second["tokens_per_sample"]["total"] == 8 + 4
     assert second["flops_per_sample"] > 0
+    assert [stage["ranks"] for stage in second["layout"]["pipeline_stages"]] == [[[0], [1], [2], [3]]]
+    assert second["layout"]["bytes_per_rank"]["total"] > second["layout"]["bytes_per_rank"]["weights"] > 0
 
 
 def test_check_config_and_dry_run_import_no_torch(run_file: str, json_file: str, tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ def model_file(name: str) -> Model:
     return Model.model_validate(yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["model"])
 
 
-def small(*, depths=(1, 2), positions=("rope", "rope"), widths=(None, None), **changes) -> Model:
+def small(*, depths=(1, 2), positions=("rope", "rope"), widths=(None, None), vocabulary=37, **changes) -> Model:
     modalities = {
         "text": {
-            "space": {"kind": "tokens", "vocabulary": 37, "length": 7},
+            "space": {"kind": "tokens", "vocabulary": vocabulary, "length": 7},
             "process": {"kind": "masked", "loss": "plain"},
             "tower_depth": depths[0],
             "positions": positions[0],

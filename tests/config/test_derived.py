@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megadiff.config import derived, parameters
+from megadiff.config import derived
 from megadiff.config.errors import ConfigError
 from megadiff.config.schema import Model
 from megadiff.models.mmdit import build_model
@@ -118,50 +116,3 @@ def test_lanes_divide_over_the_ranks_or_the_nearest_numbers_are_named():
         derived.lanes_per_rank(whole, 3)
     with pytest.raises(ConfigError, match=r"data ranks \(16\); nearest: 16$"):
         derived.lanes_per_rank(whole, 16)
-
-
-# -------------------------------------------------------------------------------------------------------------- memory
-
-
-def test_bytes_are_divided_over_the_ranks_as_far_as_the_zero_stage_says():
-    model = MODELS["emoji32"]
-    count = parameters.model_parameters(model, ["text", "image"]).total
-    frozen = parameters.model_parameters(model, ["text", "image"]).parts["joint"]
-    sizes = {z: derived.bytes_per_rank(model, stage(), 4, zero_stage=z, precision="bf16") for z in range(4)}
-    assert sizes[0] == sizes[1]
-    assert sizes[1] == {
-        "weights": 2 * count,
-        "gradients": 2 * count,
-        "master": count,
-        "adam": 2 * count,
-        "ema": count,
-        "total": 8 * count,
-    }
-    assert sizes[2]["gradients"] == sizes[3]["weights"] == count / 2
-    full = derived.bytes_per_rank(model, stage(), 4, zero_stage=0, precision="fp32")
-    assert (full["weights"], full["master"], full["adam"]) == (4 * count, 0, 8 * count)
-    stepped = derived.bytes_per_rank(model, stage(), 4, zero_stage=3, precision="fp32")
-    assert (stepped["weights"], stepped["master"]) == (count, 0)
-    partly = derived.bytes_per_rank(model, stage(freeze=["joint"]), 1, zero_stage=3, precision="bf16")
-    assert (partly["gradients"], partly["master"], partly["weights"]) == (2 * (count - frozen), 4 * count, 2 * count)
-
-
-# ------------------------------------------------------------------------------------------------------------- summary
-
-
-def test_the_summary_is_json_and_adds_up():
-    whole = run(MODELS["emoji32"])
-    frozen = stage(freeze=["joint"])
-    numbers = json.loads(json.dumps(derived.summary(whole, frozen, 2)))
-    counts = numbers["parameters"]
-    assert (
-        counts["total"]
-        == counts["trained"] + counts["idle"] + counts["frozen"]
-        == sum(part["total"] for part in counts["parts"].values())
-    )
-    assert counts["parts"]["joint"]["trained"] == 0
-    assert numbers["batch"]["equation"] == "global_samples 64 = micro_batch 4 x data ranks 2 x accumulation 8"
-    assert numbers["batch"]["lanes_per_rank"] == 4
-    assert numbers["tokens_per_sample"] == {"total": 80, "modalities": {"text": 16, "image": 64}}
-    assert numbers["flops_per_step"] == 64 * derived.flops_per_sample(whole.model, frozen)
-    assert set(numbers["bytes_per_rank"]) == {"precision", "zero0", "zero1", "zero2", "zero3"}

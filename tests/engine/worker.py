@@ -41,7 +41,7 @@ class WatchedLoader(Loader):
 
     samples: ClassVar[list[dict[int, int]]] = []
 
-    def take(self, device: torch.device) -> list[Batch]:
+    def take(self, device: torch.device | str = "cpu") -> list[Batch]:
         batches = super().take(device)
         pairs = [zip(batch.slots.tolist(), batch.keys.tolist(), strict=True) for batch in batches]
         self.samples.append(dict(chain.from_iterable(pairs)))
@@ -140,7 +140,7 @@ def main(request: dict[str, Any]) -> None:
     tree = with_sizes(tree, request.get("pipeline"), request.get("tensor"))
     gathered = Gathered() if request.get("watch_gathered") else None
     reports = {}
-    loop.Loader = WatchedLoader  # type: ignore[misc]
+    vars(loop)["Loader"] = WatchedLoader
     for stage in request["stages"]:
         WatchedLoader.samples.clear()
         seen = reports[stage] = trained(run, stage, tree, request.get("kill_at"))
