@@ -1,7 +1,6 @@
 """What autograd keeps of a micro-batch, counted without torch: bytes of the reference kernels, each layer's own.
 
-Legend: B samples, S tokens of one modality, N of all modalities of a block, D width, I = heads x head_dim, M hidden width of an
-MLP, V vocabulary. The first factor of a product counts the tensors, which the comment before it names.
+A comment names the tensors that the line after it counts.
 """
 
 from __future__ import annotations
@@ -46,8 +45,7 @@ def activations(model: Model, stage: Stage, layers: Sequence[Layer], tensor: int
 
 
 def recomputed(model: Model, stage: Stage, layers: Sequence[Layer], tensor: int, precision: Precision) -> list[int]:
-    """Bytes by layer that exist again while the backward pass is in it; 0 without activation checkpointing, and if it is no
-    block."""
+    """Bytes by layer that exist again while the backward pass is in it: of blocks under activation checkpointing, else 0."""
     if not stage.activation_checkpointing:
         return [0] * len(layers)
     found = whole(model, stage, layers, tensor, precision)
@@ -56,9 +54,7 @@ def recomputed(model: Model, stage: Stage, layers: Sequence[Layer], tensor: int,
 
 def whole(model: Model, stage: Stage, layers: Sequence[Layer], tensor: int, precision: Precision) -> list[int]:
     """Bytes by layer without activation checkpointing."""
-    count = _Bytes(model, stage, tensor, precision, conditioning=layers[0].trained.total > 0)
-    needs = flows(model, layers)
-    samples = stage.batch.micro_batch
+    count, needs, samples = _Bytes(model, stage, tensor, precision), flows(model, layers), stage.batch.micro_batch
     return [samples * count.of(layer, needed) if layer.runs else 0 for layer, needed in zip(layers, needs, strict=True)]
 
 
@@ -73,10 +69,8 @@ def _input(model: Model, stage: Stage, layer: Layer, precision: Precision) -> in
 class _Bytes:
     """Bytes of one sample."""
 
-    def __init__(self, model: Model, stage: Stage, tensor: int, precision: Precision, *, conditioning: bool) -> None:
-        """Args: conditioning: whether it needs a gradient."""
-        self.model, self.stage, self.tensor, self.conditioning = model, stage, tensor, conditioning
-        self.size = number_bytes(precision)
+    def __init__(self, model: Model, stage: Stage, tensor: int, precision: Precision) -> None:
+        self.model, self.stage, self.tensor, self.size = model, stage, tensor, number_bytes(precision)
 
     def of(self, layer: Layer, needs: Mapping[str, bool]) -> int:
         """Args: needs: by modality, whether the tokens that the layer takes need a gradient."""

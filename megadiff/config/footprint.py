@@ -29,8 +29,8 @@ from megadiff.config.schema import Model, Stage, TokenSpace
 
 WIDE = 4
 """Bytes of a float32 number: masters, moments, averages."""
-DEFAULT_BUCKET, DEFAULT_DISTANCE = 500_000_000, 1_000_000_000
-"""DeepSpeed's defaults of reduce_bucket_size and stage3_max_reuse_distance, in numbers."""
+DEFAULT_BUCKET, DEFAULT_DISTANCE, DEFAULT_AHEAD = 500_000_000, 1_000_000_000, 50_000_000
+"""DeepSpeed's defaults of reduce_bucket_size, stage3_max_reuse_distance and stage3_prefetch_bucket_size, in numbers."""
 
 Bytes = dict[str, int]
 """By kind; `total` is their sum."""
@@ -88,12 +88,14 @@ def bytes_per_rank(plan: Plan) -> list[Bytes]:
     """What a rank of each pipeline stage holds at the peak of each kind.
 
     weights: between steps; ZeRO-3 divides them over the data ranks. gathered: the whole weights that ZeRO-3 has at once: by
-    stage3_max_reuse_distance, those of the last layers stay from their forward to their backward. gradients: ZeRO-0 and 1 have
-    them whole after the backward pass, 2 and 3 this rank's part; from ZeRO-1 on the optimizer steps with a float32 copy of the
-    part, when whole ones are gone. master: float32 copies of all parameters, or of the frozen ones only with ZeRO-0 and ZeRO-3
-    in fp32, which step the weights themselves. adam: two float32 moments of trained ones. ema: float32 per profile. These three
-    are divided from ZeRO-1 on, and copies of frozen parameters always. activations: of the micro-batches that are in flight at
-    once, at most min(P - stage, micro-batches). buffers: of reduce_bucket_size, in which ZeRO joins gradients.
+    stage3_max_reuse_distance, those of the last layers stay from their forward to their backward, and others are fetched
+    ahead. gradients: ZeRO-0 and 1 have them whole after the backward pass, 2 and 3 this rank's part; from ZeRO-1 on the
+    optimizer steps with a float32 copy of the part, when whole ones are gone. master: float32 copies of all parameters, or of
+    the frozen ones only with ZeRO-0 and ZeRO-3 in fp32, which step the weights themselves. adam: two float32 moments of trained
+    ones. ema: float32 per profile. These three are divided from ZeRO-1 on, and copies of frozen parameters always.
+    activations: of the micro-batches that are in flight at once, at most min(P - stage, micro-batches). buffers: of
+    reduce_bucket_size, in which ZeRO joins gradients.
+
     Idle parameters count as trained in tensors that are otherwise trained, else as frozen. What allocators and collectives
     take on top is not in it; neither are the small weights of stage3_param_persistence_threshold, which stay gathered.
     Offloaded kinds are counted as well; they are in the host's memory.
@@ -113,7 +115,7 @@ def _stage_bytes(plan: Plan, index: int) -> Bytes:
     return with_total(
         {
             "weights": size * _ceil(held, ranks if zero == 3 else 1),
-            "gathered": size * sum(_kept(plan)) if zero == 3 and ranks > 1 else 0,
+            "gathered": size * _gathered(plan) if zero == 3 and ranks > 1 else 0,
             "gradients": _gradients(zero, size, trained, part),
             "master": WIDE * (frozen if steps_weights else part + frozen),
             "adam": 2 * WIDE * part,
@@ -145,6 +147,12 @@ def _buffers(plan: Plan) -> int:
         return 0
     double = zero < 3 and not pipelined and plan.options.get("overlap_comm", False)
     return plan.size * int(plan.options.get("reduce_bucket_size", DEFAULT_BUCKET)) * (2 if double else 1)
+
+
+def _gathered(plan: Plan) -> int:
+    """The most parameters that ZeRO-3 has whole: those that it keeps, and those that it fetches ahead."""
+    ahead = int(plan.options.get("stage3_prefetch_bucket_size", DEFAULT_AHEAD))
+    return min(sum(_kept(plan)) + ahead, sum(layer.held.total for layer in plan.layers if layer.runs))
 
 
 def _kept(plan: Plan) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from megadiff.config import parameters
 from megadiff.config.activations import activations, recomputed
 from megadiff.config.footprint import Plan, bubble, bytes_per_rank, bytes_sent_per_step, imbalance
 from megadiff.config.layout import Layout
+from megadiff.config.parameters import token_count
+from megadiff.config.schema import Alignment
 from megadiff.models.mmdit import build_model
 from megadiff.models.names import part_of
-from megadiff.types import Dense, Noised, TokenLosses
+from megadiff.types import Aligned, Dense, Noised, Readout, TokenLosses
 from tests.config.small import MODELS, small, stage
 
 EMOJI = MODELS["emoji32"]
@@ -63,6 +66,17 @@ def test_frozen_parameters_have_a_master_and_nothing_else():
     assert (partly["adam"], partly["ema"], partly["gathered"]) == (8 * trained, 4 * trained, 0)
 
 
+def test_zero_3_has_the_weights_whole_that_it_keeps_for_the_backward_pass_or_fetches_ahead():
+    def gathered(distance: int, ahead: int, **changes) -> float:
+        options = {"stage3_max_reuse_distance": distance, "stage3_prefetch_bucket_size": ahead}
+        return bytes_per_rank(plan(3, options=options, **changes))[0]["gathered"] / 2
+
+    assert gathered(0, 1000) == 1000
+    assert gathered(2000, 1000) == 1000 + 1000
+    assert gathered(10**9, 1000) == gathered(0, 10**9) == COUNT
+    assert gathered(10**9, 1000, freeze=["joint"]) == COUNT - FROZEN + 1000
+
+
 def test_pipeline_stages_share_the_layers_and_keep_the_micro_batches_in_flight():
     whole = bytes_per_rank(plan(1, layout=Layout()))[0]
     stages = bytes_per_rank(plan(1, layout=Layout(0, 4, pipeline=4)))
@@ -87,11 +101,18 @@ ACTIVATION_STAGES = {
     "joint frozen": {"freeze": ["joint"]},
     "image frozen": {"freeze": ["image"]},
     "read only": {"modalities": {"text": {"predicted": False}, "image": {}}},
+    "alignment": {"alignment": Alignment(modality="image", block=1, features=24)},
 }
 
 
-@pytest.mark.parametrize("which", ACTIVATION_STAGES)
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "paper"])
+ACTIVATION_CASES = [
+    (name, which)
+    for name, which in product(MODELS, ACTIVATION_STAGES)
+    if name not in ("paper", "emoji32") and (name, which) != ("no joint blocks", "alignment")
+]
+
+
+@pytest.mark.parametrize(("name", "which"), ACTIVATION_CASES)
 def test_activations_are_what_autograd_keeps_within_five_percent(name, which):
     model, chosen = MODELS[name], stage(**ACTIVATION_STAGES[which])
     counted = kept_by_autograd(model, chosen)
@@ -101,14 +122,17 @@ def test_activations_are_what_autograd_keeps_within_five_percent(name, which):
 def kept_by_autograd(model, chosen) -> int:
     """Bytes of distinct storages that the backward pass of one micro-batch needs, without parameters."""
     batch, text, image = chosen.batch.micro_batch, model.modalities["text"].space, model.modalities["image"].space
-    module = build_model(model, parameters.predicted(chosen))
+    module = build_model(model, parameters.predicted(chosen), chosen.alignment)
     for parameter_name, parameter in module.named_parameters():
         parameter.requires_grad_(part_of(parameter_name) not in chosen.freeze)
     ids = torch.zeros(batch, text.length, dtype=torch.int64)
     states = {"text": ids, "image": torch.randn(batch, image.channels, image.height, image.width)}
     noised = Noised(states, {key: torch.rand(batch) for key in states}, dict.fromkeys(states))
     scored = TokenLosses(ids, torch.ones_like(ids, dtype=torch.bool), torch.ones(ids.shape), ids.numel())
-    readout = {key: scored if key == "text" else Dense() for key, one in chosen.modalities.items() if one.has_loss}
+    read = [key for key, modality in chosen.modalities.items() if modality.has_loss]
+    readout: dict[str, Readout] = {key: scored if key == "text" else Dense() for key in read}
+    if chosen.alignment is not None:
+        readout["alignment"] = Aligned(torch.randn(batch, token_count(image), chosen.alignment.features))
     own, kept = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}, {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -119,7 +143,7 @@ def kept_by_autograd(model, chosen) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         prediction = module(noised, readout)
-        loss = sum((one if key == "image" else one.weighted).square().sum() for key, one in prediction.items())
+        loss = sum((one if isinstance(one, torch.Tensor) else one.weighted).square().sum() for one in prediction.values())
     loss.backward()
     return sum(storage.nbytes() for storage in kept.values())
 
