@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megadiff.config.deepspeed import load_deepspeed, zero_stage
+from megadiff.config.deepspeed import load_deepspeed, resolve_run, zero_stage
 from megadiff.config.footprint import Bytes, Plan, bytes_per_rank, bytes_sent_per_step
 from megadiff.config.layouts import layout_of, with_sizes
 from megadiff.config.load import load_run
@@ -51,9 +51,9 @@ class Case:
         return with_sizes(tree, self.pipeline)
 
     def plan(self, run: Run, stage: str) -> Plan:
-        tree = self.tree
-        options = tree["zero_optimization"]
-        return Plan(run.model, run.stage(stage), layout_of(tree, self.ranks), zero_stage(tree), "fp32", options)
+        resolved = resolve_run(self.tree, run, ranks=self.ranks, accelerator=False)[stage]
+        layout = layout_of(self.tree, self.ranks)
+        return Plan(run.model, run.stage(stage), layout, zero_stage(resolved), "fp32", resolved["zero_optimization"])
 
 
 ONE = Case("1 rank", 1, "zero0")
@@ -66,6 +66,7 @@ CASES = (
     Case("tensor x 2", 2, "tensor_zero1"),
     Case("tensor 2 x ZeRO-3 2", 4, "tensor_zero3", zero=NO_PERSISTENCE),
     Case("pipeline 2 x data 2", 4, "pipeline"),
+    Case("pipeline 2 x tensor 2", 4, "pipeline_tensor"),
 )
 
 Launch = Callable[[Path, int, dict[str, Any]], list[Any]]

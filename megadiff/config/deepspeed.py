@@ -16,11 +16,14 @@ from typing import Any
 from megadiff.config import layouts
 from megadiff.config.derived import accumulation, lanes_per_rank
 from megadiff.config.errors import ConfigError
-from megadiff.config.schema import Run, Stage
+from megadiff.config.parameters import layers
+from megadiff.config.schema import Model, Run, Stage
 
 Tree = dict[str, Any]
 
 AUTO = "auto"
+DEFAULT_BUCKET = 500_000_000
+"""Numbers in DeepSpeed's buckets of gradients and weights, if the JSON does not say."""
 OWNED = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -288,12 +291,21 @@ def resolve_run(tree: Mapping[str, Any], run: Run, *, ranks: int, accelerator: b
     resolved = {}
     for stage in run.stages:
         try:
-            resolved[stage.name] = resolve(tree, stage, data_ranks=data_ranks, accelerator=accelerator)
+            own = resolve(tree, stage, data_ranks=data_ranks, accelerator=accelerator)
+            resolved[stage.name] = fit_buckets(own, run.model, stage)
         except ConfigError as error:
             faults[str(error)] = None
     if faults:
         raise ConfigError("; ".join(faults))
     return resolved
+
+
+def fit_buckets(tree: Tree, model: Model, stage: Stage) -> Tree:
+    """A resolved tree with buckets no larger than the stage's gradients, since DeepSpeed allocates them whole."""
+    zero = tree.get("zero_optimization", {})
+    numbers = max(1, sum(layer.trained.total for layer in layers(model, stage)))
+    fitted = {key: min(int(zero.get(key, DEFAULT_BUCKET)), numbers) for key in ("reduce_bucket_size", "allgather_bucket_size")}
+    return {**tree, "zero_optimization": {**zero, **fitted}}
 
 
 def zero_stage(tree: Mapping[str, Any]) -> int:

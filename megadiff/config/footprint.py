@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from megadiff.config.activations import Precision, activations, number_bytes, recomputed
+from megadiff.config.deepspeed import DEFAULT_BUCKET
 from megadiff.config.derived import accumulation, layer_flops
 from megadiff.config.layout import Layout
 from megadiff.config.parameters import (
@@ -29,8 +30,8 @@ from megadiff.config.schema import Model, Stage, TokenSpace
 
 WIDE = 4
 """Bytes of a float32 number: masters, moments, averages."""
-DEFAULT_BUCKET, DEFAULT_DISTANCE, DEFAULT_AHEAD = 500_000_000, 1_000_000_000, 50_000_000
-"""DeepSpeed's defaults of reduce_bucket_size, stage3_max_reuse_distance and stage3_prefetch_bucket_size, in numbers."""
+DEFAULT_DISTANCE, DEFAULT_AHEAD = 1_000_000_000, 50_000_000
+"""DeepSpeed's defaults of stage3_max_reuse_distance and stage3_prefetch_bucket_size, in numbers."""
 
 Bytes = dict[str, int]
 """By kind; `total` is their sum."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from megadiff.config.deepspeed import resolve, zero_stage
+from megadiff.config.deepspeed import fit_buckets, resolve, zero_stage
 from megadiff.config.layout import Layout
 from megadiff.config.parameters import is_trained
 from megadiff.config.schema import Model, Stage
@@ -62,6 +62,7 @@ def draw_up(model: Model, stage: Stage, tree: Mapping[str, Any], layout: Layout,
         ConfigError: the JSON contradicts the stage, or the batch does not divide.
     """
     config = resolve(tree, stage, data_ranks=layout.data_ranks, accelerator=device.type != "cpu")
+    config = fit_buckets(config, model, stage)
     bf16 = config["bf16"]["enabled"]
     if bf16 and zero_stage(config) == 0:
         # bf16 needs fp32 masters, and DeepSpeed keeps them only where it partitions the optimizer.

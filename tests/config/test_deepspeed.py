@@ -212,3 +212,12 @@ def test_deepspeed_itself_accepts_every_json_that_ships(path: Path, stage: Stage
     named = re.search(r"zero(\d)", path.stem)
     assert config.zero_optimization_stage == (int(named[1]) if named else 1)
     assert config.gradient_accumulation_steps == 4
+
+
+def test_buckets_are_no_larger_than_the_gradients(tmp_path: Path) -> None:
+    run = minimal_run(tmp_path)
+    tree = with_key("zero_optimization.allgather_bucket_size", 100)
+    zero = resolve_run(tree, run, ranks=2, accelerator=False)["first"]["zero_optimization"]
+    assert zero["allgather_bucket_size"] == 100
+    assert 0 < zero["reduce_bucket_size"] < 1_000_000, "DeepSpeed's default is 500,000,000"
+    assert "reduce_bucket_size" not in tree["zero_optimization"]
