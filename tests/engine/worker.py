@@ -9,6 +9,7 @@ import signal
 import sys
 from itertools import chain
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import torch
 
@@ -41,7 +42,7 @@ class WatchedLoader(Loader):
 
     samples: ClassVar[list[dict[int, int]]] = []
 
-    def take(self, device: torch.device) -> list[Batch]:
+    def take(self, device: torch.device | str = "cpu") -> list[Batch]:
         batches = super().take(device)
         pairs = [zip(batch.slots.tolist(), batch.keys.tolist(), strict=True) for batch in batches]
         self.samples.append(dict(chain.from_iterable(pairs)))
@@ -140,7 +141,6 @@ def main(request: dict[str, Any]) -> None:
     tree = with_sizes(tree, request.get("pipeline"), request.get("tensor"))
     gathered = Gathered() if request.get("watch_gathered") else None
     reports = {}
-    loop.Loader = WatchedLoader  # type: ignore[misc]
     for stage in request["stages"]:
         WatchedLoader.samples.clear()
         seen = reports[stage] = trained(run, stage, tree, request.get("kill_at"))
@@ -175,7 +175,8 @@ def trained(run: Run, stage: str, tree: dict[str, Any], kill_at: int | None) -> 
 
     callbacks: list[Any] = [Look(), probe, *([] if kill_at is None else [KillAt(kill_at)])]
     try:
-        loop.train_stage(run, stage, tree, callbacks)
+        with patch.object(loop, "Loader", WatchedLoader):
+            loop.train_stage(run, stage, tree, callbacks)
     except UserError as error:
         seen["error"] = str(error)
     metrics = run.paths.stage(stage).metrics
