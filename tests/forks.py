@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,10 @@ IMPORTED = (
     "megadiff.cli.main",
     "megadiff.training.loop",
     "megadiff.generation.generate",
+    "megadiff.engine.pipeline",
+    "megadiff.data.codecs.captions",
     "torch._dynamo",
+    "torch.utils.tensorboard",
 )
 FIXED = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 """What imports read from the environment; every child has the same."""
@@ -185,5 +189,9 @@ def run(arguments: list[str]) -> None:
 if __name__ == "__main__":
     for name in IMPORTED:
         importlib.import_module(name)
+    from megadiff.engine.start import without_compiler
+
+    with without_compiler(), warnings.catch_warnings(action="ignore"):  # as the engine imports it; megatron misses Apex
+        importlib.import_module("megadiff.engine.tensor")
     gc.freeze()
     run(serve(socket.socket(fileno=int(sys.argv[1]))))

@@ -9,6 +9,7 @@ import signal
 import sys
 from itertools import chain
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import torch
 
@@ -140,7 +141,6 @@ def main(request: dict[str, Any]) -> None:
     tree = with_sizes(tree, request.get("pipeline"), request.get("tensor"))
     gathered = Gathered() if request.get("watch_gathered") else None
     reports = {}
-    vars(loop)["Loader"] = WatchedLoader
     for stage in request["stages"]:
         WatchedLoader.samples.clear()
         seen = reports[stage] = trained(run, stage, tree, request.get("kill_at"))
@@ -175,7 +175,8 @@ def trained(run: Run, stage: str, tree: dict[str, Any], kill_at: int | None) -> 
 
     callbacks: list[Any] = [Look(), probe, *([] if kill_at is None else [KillAt(kill_at)])]
     try:
-        loop.train_stage(run, stage, tree, callbacks)
+        with patch.object(loop, "Loader", WatchedLoader):
+            loop.train_stage(run, stage, tree, callbacks)
     except UserError as error:
         seen["error"] = str(error)
     metrics = run.paths.stage(stage).metrics
