@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,6 +36,9 @@ def build_engine(
     """
     layout = layout_of(tree, ranks.world, ranks.rank)
     require(misfits(model, stage, layout))
+    if layout.tensor > 1:
+        # Before CUDA starts: one hardware queue, so that a gradient's sum over ranks begins before the next product.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     blueprint = draw_up(model, stage, tree, layout, start_process_group(ranks, facts))
     distributions = initial_distributions(blueprint.module)
     backend: Backend
