@@ -1,6 +1,6 @@
 """A run's folder: the one owner of every path in it. Torch-free.
 
-RUN/  run.yaml  deepspeed.json  .lock  .ranks  samples.png  results.json  tensorboard/STAGE/
+RUN/  run.yaml  deepspeed.json  .lock  .ranks  STOP  samples.png  results.json  tensorboard/STAGE/
       STAGE/  DONE  error.txt  metrics.jsonl  results.jsonl  pictures/*.png  logs/rank_N.log
               checkpoints/  step_XXXXXXXX/manifest.json  latest
 """
@@ -45,6 +45,11 @@ class RunFolder:
         return self.root / ".ranks"
 
     @property
+    def stop(self) -> Path:
+        """A file by which anyone asks the ranks to save and end; they delete it when they have."""
+        return self.root / "STOP"
+
+    @property
     def tensorboard(self) -> Path:
         """TensorBoard's logs, a folder per stage."""
         return self.root / "tensorboard"
@@ -62,7 +67,8 @@ class RunFolder:
     @property
     def names(self) -> frozenset[str]:
         """The names in this folder that are no stage's."""
-        paths = (self.run, self.deepspeed, self.lock, self.ranks_lock, self.tensorboard, self.samples, self.results)
+        locks = (self.lock, self.ranks_lock)
+        paths = (self.run, self.deepspeed, *locks, self.stop, self.tensorboard, self.samples, self.results)
         return frozenset(path.name for path in paths)
 
     def stage(self, name: str) -> StageFolder:

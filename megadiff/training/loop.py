@@ -27,6 +27,7 @@ from megadiff.engine.engine import Engine
 from megadiff.training.health import Health
 from megadiff.training.monitor import Monitor
 from megadiff.training.stages import initialise, stage_seed
+from megadiff.training.stopping import StopFile
 from megadiff.types import Denoiser, Metric, Moment
 
 log = logging.getLogger(__name__)
@@ -92,6 +93,8 @@ class Callback(Protocol):
 def train_stage(run: Run, stage_name: str, deepspeed: Mapping[str, Any], callbacks: Sequence[Callback] = ()) -> None:
     """Train a stage to its end, from its newest checkpoint if it has one. Runs on every rank.
 
+    Where the run's stop file is seen first, training ends after the step with a checkpoint, and without the stage's DONE.
+
     Raises:
         UserError: the configuration, the data or a checkpoint is at fault.
     """
@@ -120,7 +123,7 @@ def train_stage(run: Run, stage_name: str, deepspeed: Mapping[str, Any], callbac
         loader.close()
         monitor.close()
     barrier()
-    if layout.leads:
+    if layout.leads and training.last:
         paths.done.touch()
 
 
@@ -133,6 +136,7 @@ def _facts(run: Run, deepspeed: Mapping[str, Any]) -> Facts:
 def _train(training: Training, loader: Loader, objective: DiffusionObjective, callbacks: Sequence[Callback]) -> None:
     engine, progress, monitor = training.engine, training.progress, training.monitor
     health = Health()
+    stop = StopFile(training.run.paths.stop, looks=training.layout.leads, device=engine.device)
     for step in _steps(training):
         before = loader.stats().waited_s
         batches = loader.take(engine.device)
@@ -148,9 +152,14 @@ def _train(training: Training, loader: Loader, objective: DiffusionObjective, ca
         for callback in callbacks:
             if callback.due(training):
                 callback(training)
-        if step % training.stage.checkpoint.every_steps == 0 or step == training.stage.steps:
+        stops = stop.asked() and not training.last
+        if stops or training.last or step % training.stage.checkpoint.every_steps == 0:
             save(training)  # last: a resumed run does not repeat the step, so its callbacks must have run
         monitor.resume(paused)
+        if stops:
+            monitor.say(f"{training.stage.name} stops at step {step} as asked; its checkpoint is whole")
+            stop.obey()
+            return
 
 
 def _steps(training: Training) -> Iterator[int]:

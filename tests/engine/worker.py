@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from itertools import chain
+from pathlib import Path
 from typing import Any, ClassVar
 from unittest.mock import patch
 
@@ -20,7 +21,7 @@ from megadiff.config.load import load_run
 from megadiff.config.schema import Run
 from megadiff.data.reading.loader import Loader
 from megadiff.models.names import named_parameters
-from megadiff.training import loop
+from megadiff.training import loop, stopping
 from megadiff.types import Batch, Denoiser, Dense, DrawRule, Noised, RowKeys, RowLogits, SampledRows
 
 
@@ -35,6 +36,20 @@ class KillAt:
 
     def __call__(self, training: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class AskToStopAt:
+    """A callback that asks the run to stop, on the rank that looks."""
+
+    def __init__(self, step: int, file: Path) -> None:
+        self.step, self.file = step, file
+
+    def due(self, training: Any) -> bool:
+        return bool(training.progress.optimizer_step == self.step)
+
+    def __call__(self, training: Any) -> None:
+        if training.layout.leads:
+            self.file.touch()
 
 
 class WatchedLoader(Loader):
@@ -143,7 +158,7 @@ def main(request: dict[str, Any]) -> None:
     reports = {}
     for stage in request["stages"]:
         WatchedLoader.samples.clear()
-        seen = reports[stage] = trained(run, stage, tree, request.get("kill_at"))
+        seen = reports[stage] = trained(run, stage, tree, request.get("kill_at"), request.get("stop_at"))
         if gathered is not None:
             seen["most_gathered"] = gathered.take()
             gathered.forget()
@@ -152,7 +167,7 @@ def main(request: dict[str, Any]) -> None:
     print(json.dumps({**reports[stage], "by_stage": reports}))
 
 
-def trained(run: Run, stage: str, tree: dict[str, Any], kill_at: int | None) -> dict[str, Any]:
+def trained(run: Run, stage: str, tree: dict[str, Any], kill_at: int | None, stop_at: int | None) -> dict[str, Any]:
     probe = Probe()
     seen: dict[str, Any] = {}
 
@@ -174,8 +189,10 @@ def trained(run: Run, stage: str, tree: dict[str, Any], kill_at: int | None) -> 
             }
 
     callbacks: list[Any] = [Look(), probe, *([] if kill_at is None else [KillAt(kill_at)])]
+    if stop_at is not None:
+        callbacks.append(AskToStopAt(stop_at, run.paths.stop))
     try:
-        with patch.object(loop, "Loader", WatchedLoader):
+        with patch.object(loop, "Loader", WatchedLoader), patch.object(stopping, "LOOK_EVERY_S", 0.0):
             loop.train_stage(run, stage, tree, callbacks)
     except UserError as error:
         seen["error"] = str(error)
