@@ -1,7 +1,7 @@
 """A run's folder: the one owner of every path in it. Torch-free.
 
-RUN/  run.yaml  deepspeed.json  .lock  .ranks  STOP  samples.png  results.json  tensorboard/STAGE/
-      STAGE/  DONE  error.txt  metrics.jsonl  results.jsonl  pictures/*.png  logs/rank_N.log
+RUN/  run.yaml  deepspeed.json  .lock  .ranks  STOP  incidents.jsonl  samples.png  results.json  tensorboard/STAGE/
+      STAGE/  DONE  error.txt  metrics.jsonl  results.jsonl  pictures/*.png  logs/rank_N.log  heartbeats/rank_N.json
               checkpoints/  step_XXXXXXXX/manifest.json  latest
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 RUN = "run.yaml"
@@ -16,6 +17,60 @@ RUN = "run.yaml"
 MANIFEST = "manifest.json"
 """The file in a checkpoint's folder that says what it holds; written last."""
 _STEP = "step_"
+
+
+class Phase(StrEnum):
+    """What a rank is doing."""
+
+    START = "start"
+    """Building the engine, or loading weights."""
+    DATA = "data"
+    STEP = "step"
+    EVALUATE = "evaluate"
+    SAVE = "save"
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """The content of a rank's heartbeat file, as a JSON object.
+
+    Attributes:
+        step: the optimizer step in work, or the last one.
+        time: when step or phase last changed, in seconds since 1970.
+    """
+
+    step: int
+    phase: Phase
+    time: float
+
+
+class IncidentKind(StrEnum):
+    """What may happen to a run."""
+
+    START = "start"
+    RESUME = "resume"
+    STOP = "stop"
+    """As asked, with a checkpoint."""
+    SKIPPED = "skipped"
+    """A step was left out: its loss or gradient was not finite."""
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class Incident:
+    """A line of a run's incidents, as a JSON object.
+
+    Attributes:
+        step: the last whole optimizer step; of a skipped one its own number.
+        time: in seconds since 1970.
+        detail: for people; may be empty.
+    """
+
+    kind: IncidentKind
+    stage: str
+    step: int
+    time: float
+    detail: str
 
 
 @dataclass(frozen=True)
@@ -50,6 +105,11 @@ class RunFolder:
         return self.root / "STOP"
 
     @property
+    def incidents(self) -> Path:
+        """An Incident per line; grows over restarts, and rank 0 alone writes it."""
+        return self.root / "incidents.jsonl"
+
+    @property
     def tensorboard(self) -> Path:
         """TensorBoard's logs, a folder per stage."""
         return self.root / "tensorboard"
@@ -67,8 +127,8 @@ class RunFolder:
     @property
     def names(self) -> frozenset[str]:
         """The names in this folder that are no stage's."""
-        locks = (self.lock, self.ranks_lock)
-        paths = (self.run, self.deepspeed, *locks, self.stop, self.tensorboard, self.samples, self.results)
+        launched = (self.run, self.deepspeed, self.lock, self.ranks_lock)
+        paths = (*launched, self.stop, self.incidents, self.tensorboard, self.samples, self.results)
         return frozenset(path.name for path in paths)
 
     def stage(self, name: str) -> StageFolder:
@@ -123,6 +183,10 @@ class StageFolder:
     def log(self, rank: int) -> Path:
         """A rank's own log, which grows over restarts."""
         return self.logs / f"rank_{rank}.log"
+
+    def heartbeat(self, rank: int) -> Path:
+        """A rank's Heartbeat."""
+        return self.root / "heartbeats" / f"rank_{rank}.json"
 
     @property
     def tensorboard(self) -> Path:

@@ -6,8 +6,9 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from PIL import Image
 from megadiff.config import derived
 from megadiff.config.layout import Layout
 from megadiff.config.load import dump_run
+from megadiff.config.run_folder import IncidentKind, Phase
 from megadiff.config.schema import Run, Stage
 from megadiff.data.reading.loader import Loader, check_unreadable
 from megadiff.diffusion.objective import DiffusionObjective
@@ -25,7 +27,9 @@ from megadiff.distributed.reduce import barrier, sum_over_replicas
 from megadiff.engine.build import build_engine
 from megadiff.engine.engine import Engine
 from megadiff.training.health import Health
+from megadiff.training.incidents import Incidents
 from megadiff.training.monitor import Monitor
+from megadiff.training.pulse import Pulse
 from megadiff.training.stages import initialise, stage_seed
 from megadiff.training.stopping import StopFile
 from megadiff.types import Denoiser, Metric, Moment
@@ -54,6 +58,8 @@ class Training:
     engine: Engine
     monitor: Monitor
     progress: Progress
+    pulse: Pulse
+    incidents: Incidents
 
     @property
     def step(self) -> int:
@@ -99,8 +105,28 @@ def train_stage(run: Run, stage_name: str, deepspeed: Mapping[str, Any], callbac
         UserError: the configuration, the data or a checkpoint is at fault.
     """
     stage, paths, ranks = run.stage(stage_name), run.paths.stage(stage_name), Ranks.from_environment()
-    seed = stage_seed(run, stage)
-    engine = build_engine(run.model, stage, deepspeed, seed=seed, ranks=ranks, facts=_facts(run, deepspeed))
+    incidents = Incidents(paths, writes=ranks.rank == 0)
+    with closing(Pulse(paths, ranks.rank, run.safeguards)) as pulse:
+        try:
+            _train_stage(run, stage, deepspeed, ranks, pulse, incidents, callbacks)
+        except Exception as error:
+            incidents.add(IncidentKind.ERROR, pulse.step, f"{type(error).__name__}: {error}")
+            raise
+
+
+def _train_stage(
+    run: Run,
+    stage: Stage,
+    deepspeed: Mapping[str, Any],
+    ranks: Ranks,
+    pulse: Pulse,
+    incidents: Incidents,
+    callbacks: Sequence[Callback],
+) -> None:
+    paths, seed = run.paths.stage(stage.name), stage_seed(run, stage)
+    timeout = timedelta(seconds=run.safeguards.collective_timeout_s)
+    facts = _facts(run, deepspeed)
+    engine = build_engine(run.model, stage, deepspeed, seed=seed, ranks=ranks, facts=facts, timeout=timeout)
     layout, newest = engine.layout, paths.checkpoints.newest()
     if newest is None:
         initialise(engine, run, stage)
@@ -116,7 +142,8 @@ def train_stage(run: Run, stage_name: str, deepspeed: Mapping[str, Any], callbac
     monitor = _monitor(run, stage, engine)
     if newest:
         monitor.say(f"{stage.name} resumes from {newest} at step {progress.optimizer_step}")
-    training = Training(run, stage, layout, engine, monitor, progress)
+    incidents.add(IncidentKind.RESUME if newest else IncidentKind.START, progress.optimizer_step, f"{ranks.world} ranks")
+    training = Training(run, stage, layout, engine, monitor, progress, pulse, incidents)
     try:
         _train(training, loader, DiffusionObjective(run.model, stage, seed), callbacks)
     finally:
@@ -134,13 +161,15 @@ def _facts(run: Run, deepspeed: Mapping[str, Any]) -> Facts:
 
 
 def _train(training: Training, loader: Loader, objective: DiffusionObjective, callbacks: Sequence[Callback]) -> None:
-    engine, progress, monitor = training.engine, training.progress, training.monitor
+    engine, progress, monitor, pulse = training.engine, training.progress, training.monitor, training.pulse
     health = Health()
     stop = StopFile(training.run.paths.stop, looks=training.layout.leads, device=engine.device)
     for step in _steps(training):
         before = loader.stats().waited_s
+        pulse.beat(step, Phase.DATA)
         batches = loader.take(engine.device)
         waited = loader.stats().waited_s - before
+        pulse.beat(step, Phase.STEP)
         result = engine.step(batches, objective)
         health.check(result, step)
         progress.optimizer_step, progress.data_step = step, loader.data_step
@@ -151,6 +180,7 @@ def _train(training: Training, loader: Loader, objective: DiffusionObjective, ca
         paused = monitor.pause()
         for callback in callbacks:
             if callback.due(training):
+                pulse.beat(step, Phase.EVALUATE)
                 callback(training)
         stops = stop.asked() and not training.last
         if stops or training.last or step % training.stage.checkpoint.every_steps == 0:
@@ -158,6 +188,7 @@ def _train(training: Training, loader: Loader, objective: DiffusionObjective, ca
         monitor.resume(paused)
         if stops:
             monitor.say(f"{training.stage.name} stops at step {step} as asked; its checkpoint is whole")
+            training.incidents.add(IncidentKind.STOP, step)
             stop.obey()
             return
 
@@ -168,6 +199,7 @@ def _steps(training: Training) -> Iterator[int]:
 
 def save(training: Training) -> None:
     """Write a checkpoint of this moment. Collective."""
+    training.pulse.beat(training.step, Phase.SAVE)
     folder = training.run.paths.stage(training.stage.name).checkpoints
     training.engine.save(folder, asdict(training.progress), dump_run(training.run))
 

@@ -30,7 +30,7 @@ from megadiff.config.schema.model import (
     TokenSpace,
     UniformProcess,
 )
-from megadiff.config.schema.run import Launch, Run
+from megadiff.config.schema.run import Launch, Run, Safeguards
 from megadiff.config.schema.sampling import SampleSheets, Sampling, Showcase
 from megadiff.config.schema.stage import (
     Alignment,
@@ -79,6 +79,7 @@ __all__ = [
     "Process",
     "RESERVED_NAMES",
     "Run",
+    "Safeguards",
     "Sampling",
     "Showcase",
     "Space",
