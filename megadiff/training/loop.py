@@ -162,7 +162,7 @@ def _facts(run: Run, deepspeed: Mapping[str, Any]) -> Facts:
 
 def _train(training: Training, loader: Loader, objective: DiffusionObjective, callbacks: Sequence[Callback]) -> None:
     engine, progress, monitor, pulse = training.engine, training.progress, training.monitor, training.pulse
-    health = Health()
+    health = Health(training.run.safeguards.skipped_in_a_row, training.incidents)
     stop = StopFile(training.run.paths.stop, looks=training.layout.leads, device=engine.device)
     for step in _steps(training):
         before = loader.stats().waited_s
@@ -177,6 +177,8 @@ def _train(training: Training, loader: Loader, objective: DiffusionObjective, ca
         progress.loader = loader.state()
         unreadable = _check_data(training, loader) if monitor.writes_at(step) else 0
         monitor.record(step, result, data_wait_s=waited, unreadable=unreadable)
+        if not result.applied:
+            training.scalar("3 optimizer/skipped steps", health.skipped_steps)
         paused = monitor.pause()
         for callback in callbacks:
             if callback.due(training):

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,9 +21,10 @@ from megadiff.config.layouts import with_sizes
 from megadiff.config.load import load_run
 from megadiff.config.schema import Run
 from megadiff.data.reading.loader import Loader
+from megadiff.diffusion.objective import DiffusionObjective
 from megadiff.models.names import named_parameters
 from megadiff.training import loop, stopping
-from megadiff.types import Batch, Denoiser, Dense, DrawRule, Noised, RowKeys, RowLogits, SampledRows
+from megadiff.types import Batch, Denoiser, Dense, DrawRule, LossTerms, Noised, RowKeys, RowLogits, SampledRows
 
 
 class KillAt:
@@ -50,6 +52,31 @@ class AskToStopAt:
     def __call__(self, training: Any) -> None:
         if training.layout.leads:
             self.file.touch()
+
+
+class Poison(torch.autograd.Function):
+    """The identity, with a gradient that is not finite."""
+
+    @staticmethod
+    def forward(context: Any, loss: torch.Tensor) -> torch.Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0] * torch.inf
+
+
+class PoisonedObjective(DiffusionObjective):
+    """Of one step on the last rank, either the loss or the gradient alone is not finite."""
+
+    step, kind = 0, ""
+
+    def score(self, *of: Any) -> LossTerms:
+        terms = super().score(*of)
+        last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+        if not last or len(WatchedLoader.samples) != self.step:
+            return terms
+        return replace(terms, total=Poison.apply(terms.total) if self.kind == "gradient" else terms.total * torch.inf)
 
 
 class WatchedLoader(Loader):
@@ -154,6 +181,9 @@ def main(request: dict[str, Any]) -> None:
     tree = load_deepspeed(request["deepspeed"])
     tree.setdefault("zero_optimization", {}).update(request.get("zero_options", {}))
     tree = with_sizes(tree, request.get("pipeline"), request.get("tensor"))
+    if "poison" in request:
+        PoisonedObjective.step, PoisonedObjective.kind = request["poison"]
+        loop.DiffusionObjective = PoisonedObjective  # type: ignore[attr-defined, misc]
     gathered = Gathered() if request.get("watch_gathered") else None
     reports = {}
     for stage in request["stages"]:
@@ -202,6 +232,7 @@ def trained(run: Run, stage: str, tree: dict[str, Any], kill_at: int | None, sto
         seen["loss"] = [row["loss"] for row in rows]
         seen["grad_norm"] = [row["grad_norm"] for row in rows]
         seen["text_losses"] = [row["losses"].get("text") for row in rows]
+        seen["applied"] = [row["applied"] for row in rows]
         seen["steps"] = [row["step"] for row in rows]
     return {**seen, **probe.seen, "samples": WatchedLoader.samples[:]}
 
