@@ -1,6 +1,6 @@
 """A run's folder: the one owner of every path in it. Torch-free.
 
-RUN/  run.yaml  deepspeed.json  .lock  .ranks  STOP  incidents.jsonl  samples.png  results.json  tensorboard/STAGE/
+RUN/  run.yaml  deepspeed.json  .lock  .ranks  .fence  STOP  incidents.jsonl  samples.png  results.json  tensorboard/STAGE/
       STAGE/  DONE  error.txt  metrics.jsonl  results.jsonl  pictures/*.png  logs/rank_N.log  heartbeats/rank_N.json
               checkpoints/  step_XXXXXXXX/manifest.json  latest
 """
@@ -100,6 +100,16 @@ class RunFolder:
         return self.root / ".ranks"
 
     @property
+    def fence(self) -> Path:
+        """The token of the newest start of the ranks: it alone may publish checkpoints."""
+        return self.root / ".fence"
+
+    @property
+    def fence_lock(self) -> Path:
+        """Held while a token is taken."""
+        return self.root / ".fence.lock"
+
+    @property
     def stop(self) -> Path:
         """A file by which anyone asks the ranks to save and end; they delete it when they have."""
         return self.root / "STOP"
@@ -127,7 +137,7 @@ class RunFolder:
     @property
     def names(self) -> frozenset[str]:
         """The names in this folder that are no stage's."""
-        launched = (self.run, self.deepspeed, self.lock, self.ranks_lock)
+        launched = (self.run, self.deepspeed, self.lock, self.ranks_lock, self.fence, self.fence_lock)
         paths = (*launched, self.stop, self.incidents, self.tensorboard, self.samples, self.results)
         return frozenset(path.name for path in paths)
 
@@ -212,9 +222,9 @@ class CheckpointsFolder:
         """The checkpoint of an optimizer step, once it is whole."""
         return self.root / f"{_STEP}{step:08d}"
 
-    def partial(self, step: int) -> Path:
-        """The folder that the checkpoint is written to until it is whole."""
-        return self.root / f".partial-{_STEP}{step:08d}"
+    def partial(self, step: int, token: str = "") -> Path:
+        """The folder that the checkpoint is written to until it is whole; of its own for each start of the run."""
+        return self.root / f".partial-{_STEP}{step:08d}{token and '-'}{token}"
 
     def partials(self) -> list[Path]:
         """Leftovers of interrupted saves."""

@@ -21,6 +21,7 @@ from megadiff.models.idle import Idle
 from megadiff.models.names import part_of
 from megadiff.types import ALIGNMENT, Batch, Denoiser, LossTerms, Prediction
 from megadiff.weights.checkpoint import CheckpointError, WeightSource, check_names
+from megadiff.weights.fence import Fence
 
 RAW = "raw"
 """Stands for the plain weights in place of an EMA profile's name."""
@@ -85,11 +86,16 @@ class Engine:
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
-    def save(self, checkpoints: CheckpointsFolder, progress: Mapping[str, Any], config: str) -> Path:
+    def save(
+        self, checkpoints: CheckpointsFolder, progress: Mapping[str, Any], config: str, fence: Fence | None = None
+    ) -> Path:
         """Write and publish a checkpoint of this moment; returns its folder.
 
+        Args:
+            fence: of this start of the run, if others may follow it.
+
         Raises:
-            CheckpointError: on all ranks, if one cannot write.
+            CheckpointError: on all ranks, if one cannot write, or a newer start of the run has taken the fence.
         """
         counters = {
             "optimizer_step": self.optimizer_step,
@@ -106,6 +112,7 @@ class Engine:
             progress={**progress, **counters},
             config=config,
             rule=self.stage.checkpoint,
+            fence=fence,
         )
 
     def load(self, folder: Path) -> dict[str, Any]:

@@ -17,15 +17,16 @@ from PIL import Image
 from megadiff.config import derived
 from megadiff.config.layout import Layout
 from megadiff.config.load import dump_run
-from megadiff.config.run_folder import IncidentKind, Phase
+from megadiff.config.run_folder import IncidentKind, Phase, StageFolder
 from megadiff.config.schema import Run, Stage
 from megadiff.data.reading.loader import Loader, check_unreadable
 from megadiff.diffusion.objective import DiffusionObjective
 from megadiff.distributed.joining import Facts, check_alike, software
 from megadiff.distributed.ranks import Ranks
-from megadiff.distributed.reduce import barrier, sum_over_replicas
+from megadiff.distributed.reduce import barrier, gather_objects, sum_over_replicas
 from megadiff.engine.build import build_engine
 from megadiff.engine.engine import Engine
+from megadiff.engine.saving import all_or_none
 from megadiff.training.health import Health
 from megadiff.training.incidents import Incidents
 from megadiff.training.monitor import Monitor
@@ -33,6 +34,8 @@ from megadiff.training.pulse import Pulse
 from megadiff.training.stages import initialise, stage_seed
 from megadiff.training.stopping import StopFile
 from megadiff.types import Denoiser, Metric, Moment
+from megadiff.weights.checkpoint import clear
+from megadiff.weights.fence import Fence
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +63,7 @@ class Training:
     progress: Progress
     pulse: Pulse
     incidents: Incidents
+    fence: Fence
 
     @property
     def step(self) -> int:
@@ -127,7 +131,8 @@ def _train_stage(
     timeout = timedelta(seconds=run.safeguards.collective_timeout_s)
     facts = _facts(run, deepspeed)
     engine = build_engine(run.model, stage, deepspeed, seed=seed, ranks=ranks, facts=facts, timeout=timeout)
-    layout, newest = engine.layout, paths.checkpoints.newest()
+    layout, fence = engine.layout, _take_fence(run, paths, engine.layout)
+    newest = paths.checkpoints.newest()
     if newest is None:
         initialise(engine, run, stage)
         progress = Progress()
@@ -143,7 +148,7 @@ def _train_stage(
     if newest:
         monitor.say(f"{stage.name} resumes from {newest} at step {progress.optimizer_step}")
     incidents.add(IncidentKind.RESUME if newest else IncidentKind.START, progress.optimizer_step, f"{ranks.world} ranks")
-    training = Training(run, stage, layout, engine, monitor, progress, pulse, incidents)
+    training = Training(run, stage, layout, engine, monitor, progress, pulse, incidents, fence)
     try:
         _train(training, loader, DiffusionObjective(run.model, stage, seed), callbacks)
     finally:
@@ -199,11 +204,21 @@ def _steps(training: Training) -> Iterator[int]:
     return iter(range(training.progress.optimizer_step + 1, training.stage.steps + 1))
 
 
+def _take_fence(run: Run, paths: StageFolder, layout: Layout) -> Fence:
+    """The right to publish checkpoints from now on; ranks of an earlier start have lost it, with what they were writing."""
+    fence: Fence | None = None
+    with all_or_none(run.paths.root):
+        if layout.leads:
+            fence = Fence.take(run.paths)
+            clear(paths.checkpoints)
+    return next(one for one in gather_objects(fence) if one is not None)
+
+
 def save(training: Training) -> None:
     """Write a checkpoint of this moment. Collective."""
     training.pulse.beat(training.step, Phase.SAVE)
     folder = training.run.paths.stage(training.stage.name).checkpoints
-    training.engine.save(folder, asdict(training.progress), dump_run(training.run))
+    training.engine.save(folder, asdict(training.progress), dump_run(training.run), training.fence)
 
 
 def _check_data(training: Training, loader: Loader) -> int:

@@ -88,20 +88,31 @@ def tensor_key(kind: str, parameter: str) -> str:
     return f"{kind}:{parameter}"
 
 
-def begin(checkpoints: CheckpointsFolder, step: int) -> None:
-    """Make an empty folder to write into and remove what an interrupted save left. For one process."""
+def begin(checkpoints: CheckpointsFolder, step: int, token: str = "") -> None:
+    """Make an empty folder to write into and remove what interrupted saves left. For one process.
+
+    Args:
+        token: of the start of the run, here and below; the folder that is written into is its own.
+    """
     checkpoints.root.mkdir(parents=True, exist_ok=True)
+    clear(checkpoints)
+    checkpoints.partial(step, token).mkdir()
+
+
+def clear(checkpoints: CheckpointsFolder) -> None:
+    """Remove what interrupted saves left, and what ranks of an earlier start still write. For one process."""
     for leftover in checkpoints.partials():
         _clear(leftover)
-    checkpoints.partial(step).mkdir()
 
 
-def abandon(checkpoints: CheckpointsFolder, step: int) -> None:
+def abandon(checkpoints: CheckpointsFolder, step: int, token: str = "") -> None:
     """Remove the files of a failed save, which would fill the disk for the next one. For one process."""
-    _clear(checkpoints.partial(step))
+    _clear(checkpoints.partial(step, token))
 
 
-def publish(checkpoints: CheckpointsFolder, step: int, manifest: CheckpointManifest, rule: Checkpointing) -> Path:
+def publish(
+    checkpoints: CheckpointsFolder, step: int, manifest: CheckpointManifest, rule: Checkpointing, token: str = ""
+) -> Path:
     """Give a wholly written folder its name, point `latest` at it, retire older ones. For one process.
 
     Folders of later steps stay: they are copies, or of a run that then resumed from an earlier step.
@@ -109,7 +120,7 @@ def publish(checkpoints: CheckpointsFolder, step: int, manifest: CheckpointManif
     Returns:
         The folder.
     """
-    partial, final = checkpoints.partial(step), checkpoints.step(step)
+    partial, final = checkpoints.partial(step, token), checkpoints.step(step)
     tree = {"format": FORMAT, "version": VERSION, **asdict(manifest), "files": [_entry_tree(entry) for entry in manifest.files]}
     (partial / MANIFEST).write_text(json.dumps(tree), encoding="utf-8")
     sync(partial / MANIFEST)

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -38,6 +39,21 @@ class KillAt:
 
     def __call__(self, training: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class WaitAt:
+    """A callback that stands still, as ranks do that are cut off from their job, until a file `go` is there."""
+
+    def __init__(self, step: int, folder: Path) -> None:
+        self.step, self.folder = step, folder
+
+    def due(self, training: Any) -> bool:
+        return bool(training.progress.optimizer_step == self.step)
+
+    def __call__(self, training: Any) -> None:
+        (self.folder / f"waiting_{training.layout.rank}").touch()
+        while not (self.folder / "go").exists():
+            time.sleep(0.01)
 
 
 class AskToStopAt:
@@ -188,7 +204,7 @@ def main(request: dict[str, Any]) -> None:
     reports = {}
     for stage in request["stages"]:
         WatchedLoader.samples.clear()
-        seen = reports[stage] = trained(run, stage, tree, request.get("kill_at"), request.get("stop_at"))
+        seen = reports[stage] = trained(run, stage, tree, request)
         if gathered is not None:
             seen["most_gathered"] = gathered.take()
             gathered.forget()
@@ -197,7 +213,7 @@ def main(request: dict[str, Any]) -> None:
     print(json.dumps({**reports[stage], "by_stage": reports}))
 
 
-def trained(run: Run, stage: str, tree: dict[str, Any], kill_at: int | None, stop_at: int | None) -> dict[str, Any]:
+def trained(run: Run, stage: str, tree: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
     probe = Probe()
     seen: dict[str, Any] = {}
 
@@ -218,9 +234,13 @@ def trained(run: Run, stage: str, tree: dict[str, Any], kill_at: int | None, sto
                 for piece in training.engine.pieces.trained
             }
 
-    callbacks: list[Any] = [Look(), probe, *([] if kill_at is None else [KillAt(kill_at)])]
-    if stop_at is not None:
-        callbacks.append(AskToStopAt(stop_at, run.paths.stop))
+    callbacks: list[Any] = [Look(), probe]
+    if "kill_at" in request:
+        callbacks.append(KillAt(request["kill_at"]))
+    if "stop_at" in request:
+        callbacks.append(AskToStopAt(request["stop_at"], run.paths.stop))
+    if "wait_at" in request:
+        callbacks.append(WaitAt(request["wait_at"], Path(request["signals"])))
     try:
         with patch.object(loop, "Loader", WatchedLoader), patch.object(stopping, "LOOK_EVERY_S", 0.0):
             loop.train_stage(run, stage, tree, callbacks)
