@@ -53,6 +53,8 @@ class IncidentKind(StrEnum):
     """As asked, with a checkpoint."""
     SKIPPED = "skipped"
     """A step was left out: its loss or gradient was not finite."""
+    DAMAGED = "damaged"
+    """A checkpoint is damaged; the one before it is resumed from."""
     ERROR = "error"
 
 
@@ -243,3 +245,11 @@ class CheckpointsFolder:
             if (newest / MANIFEST).exists():
                 return newest
         return next(reversed(self.published().values()), None)
+
+    def newest_first(self) -> list[Path]:
+        """The newest whole checkpoint, and those before it."""
+        newest, whole = self.newest(), list(self.published().values())
+        if newest is None:
+            return []
+        older = whole[: whole.index(newest)] if newest in whole else []
+        return [newest, *reversed(older)]

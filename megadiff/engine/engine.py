@@ -119,7 +119,8 @@ class Engine:
         """Resume from `folder`: weights, moments, averages, counters. Returns the saved progress.
 
         Raises:
-            CheckpointError: it is damaged, or its parameters or EMA profiles differ from this stage's.
+            DamagedCheckpoint: it is damaged; nothing of it was loaded.
+            CheckpointError: its parameters or EMA profiles differ from this stage's.
         """
         reader = saving.open_checkpoint(folder, self.layout)
         saving.check_same_profiles(reader, self.ema.profiles)

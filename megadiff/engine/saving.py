@@ -19,7 +19,15 @@ from megadiff.engine.ema import Ema
 from megadiff.engine.pieces import Pieces, Shape
 from megadiff.weights import checkpoint
 from megadiff.weights.boxes import Extent
-from megadiff.weights.checkpoint import MOMENTS, CheckpointError, CheckpointManifest, FileEntry, WeightSource, tensor_key
+from megadiff.weights.checkpoint import (
+    MOMENTS,
+    CheckpointError,
+    CheckpointManifest,
+    DamagedCheckpoint,
+    FileEntry,
+    WeightSource,
+    tensor_key,
+)
 from megadiff.weights.fence import Fence
 from megadiff.weights.universal import open_source
 
@@ -82,7 +90,8 @@ def open_checkpoint(folder: Path, layout: Layout) -> WeightSource:
     """A reader of a folder, ours or DeepSpeed's universal, after the ranks have checked its files' checksums between them.
 
     Raises:
-        CheckpointError: on all ranks, if it is damaged.
+        DamagedCheckpoint: on all ranks, if it is damaged.
+        CheckpointError: on all ranks, if it cannot be read.
     """
     error: CheckpointError | None = None
     reader: WeightSource | None = None
@@ -90,7 +99,7 @@ def open_checkpoint(folder: Path, layout: Layout) -> WeightSource:
         reader = open_source(folder)
         damaged = reader.damaged(reader.manifest.files[layout.rank :: layout.world])
         if damaged:
-            error = CheckpointError(f"{folder}: {', '.join(damaged)} is damaged (its checksum differs); delete {folder}")
+            error = DamagedCheckpoint(f"{folder}: {', '.join(damaged)} is damaged (its checksum differs); delete {folder}")
     except CheckpointError as fault:
         error = fault
     except OSError as fault:

@@ -34,7 +34,7 @@ from megadiff.training.pulse import Pulse
 from megadiff.training.stages import initialise, stage_seed
 from megadiff.training.stopping import StopFile
 from megadiff.types import Denoiser, Metric, Moment
-from megadiff.weights.checkpoint import clear
+from megadiff.weights.checkpoint import DamagedCheckpoint, clear
 from megadiff.weights.fence import Fence
 
 log = logging.getLogger(__name__)
@@ -132,22 +132,21 @@ def _train_stage(
     facts = _facts(run, deepspeed)
     engine = build_engine(run.model, stage, deepspeed, seed=seed, ranks=ranks, facts=facts, timeout=timeout)
     layout, fence = engine.layout, _take_fence(run, paths, engine.layout)
-    newest = paths.checkpoints.newest()
-    if newest is None:
+    resumed = _resume(engine, paths, incidents)
+    if resumed is None:
         initialise(engine, run, stage)
         progress = Progress()
     else:
-        saved = engine.load(newest)
-        progress = Progress(**{key: saved[key] for key in asdict(Progress())})
+        progress = Progress(**{key: resumed[key] for key in asdict(Progress())})
     if layout.leads and not run.paths.run.exists():  # written by the launcher, but not by torchrun
         run.paths.root.mkdir(parents=True, exist_ok=True)
         run.paths.run.write_text(dump_run(run), encoding="utf-8")
     loader = _loader(run, stage, layout, seed, progress)
     check_alike({"manifests of the data": loader.fingerprint()})
     monitor = _monitor(run, stage, engine)
-    if newest:
-        monitor.say(f"{stage.name} resumes from {newest} at step {progress.optimizer_step}")
-    incidents.add(IncidentKind.RESUME if newest else IncidentKind.START, progress.optimizer_step, f"{ranks.world} ranks")
+    if resumed:
+        monitor.say(f"{stage.name} resumes from its checkpoint of step {progress.optimizer_step}")
+    incidents.add(IncidentKind.RESUME if resumed else IncidentKind.START, progress.optimizer_step, f"{ranks.world} ranks")
     training = Training(run, stage, layout, engine, monitor, progress, pulse, incidents, fence)
     try:
         _train(training, loader, DiffusionObjective(run.model, stage, seed), callbacks)
@@ -202,6 +201,23 @@ def _train(training: Training, loader: Loader, objective: DiffusionObjective, ca
 
 def _steps(training: Training) -> Iterator[int]:
     return iter(range(training.progress.optimizer_step + 1, training.stage.steps + 1))
+
+
+def _resume(engine: Engine, paths: StageFolder, incidents: Incidents) -> dict[str, Any] | None:
+    """The progress of the newest checkpoint that is not damaged, loaded; None if there is no checkpoint. Collective.
+
+    Raises:
+        CheckpointError: all are damaged, or the newest whole one does not fit the stage.
+    """
+    folders = paths.checkpoints.newest_first()
+    for number, folder in enumerate(folders, 1):
+        try:
+            return engine.load(folder)
+        except DamagedCheckpoint as error:
+            if number == len(folders):
+                raise
+            incidents.add(IncidentKind.DAMAGED, 0, str(error))
+    return None
 
 
 def _take_fence(run: Run, paths: StageFolder, layout: Layout) -> Fence:

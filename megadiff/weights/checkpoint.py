@@ -42,6 +42,10 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or does not fit what it is loaded into."""
 
 
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint that lacks a file, or whose content is not what was written."""
+
+
 @dataclass(frozen=True)
 class FileEntry:
     """One rank's file; `extents` are the parts of parameters in it, by name."""
@@ -208,7 +212,7 @@ class CheckpointReader:
     """Ranges of a checkpoint's tensors by parameter name."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises CheckpointError if the folder is no checkpoint or a file is missing or has another size."""
+        """Raises DamagedCheckpoint if a file is missing or has another size, CheckpointError if the folder is no checkpoint."""
         self.folder = folder
         self.manifest = _read_manifest(folder)
         self._handles: dict[str, Any] = {}
@@ -217,7 +221,7 @@ class CheckpointReader:
             size = path.stat().st_size if path.exists() else -1
             if size != entry.bytes:
                 fault = "is missing" if size < 0 else f"has {size} bytes instead of {entry.bytes}"
-                raise CheckpointError(f"{path} {fault}; delete {folder} to go on from the checkpoint before it")
+                raise DamagedCheckpoint(f"{path} {fault}; delete {folder} to go on from the checkpoint before it")
 
     def damaged(self, files: Sequence[FileEntry]) -> list[str]:
         """Names of the files with a wrong hash (reads them whole)."""
@@ -268,7 +272,7 @@ class CheckpointReader:
             try:
                 self._handles[name] = safe_open(self.folder / name, framework="pt")
             except SafetensorError as error:
-                raise CheckpointError(f"{self.folder / name} is damaged ({error}); delete {self.folder}") from None
+                raise DamagedCheckpoint(f"{self.folder / name} is damaged ({error}); delete {self.folder}") from None
         return self._handles[name]
 
 
@@ -357,4 +361,4 @@ def _read_manifest(folder: Path) -> CheckpointManifest:
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); delete {folder}") from None
+        raise DamagedCheckpoint(f"{path} is damaged ({type(error).__name__}: {error}); delete {folder}") from None

@@ -209,6 +209,23 @@ def test_a_damaged_file_stops_all_ranks_with_one_sentence(zero3: dict[str, Any],
     assert json.dumps(report["error"])
 
 
+def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before_it(tmp_path: Path) -> None:
+    overrides = ["stages.*.checkpoint={every_steps: 2, keep: 9}", "stages.*.steps=6"]
+    whole = train(tmp_path / "whole", 2, 1, overrides=overrides)
+    stopped = train(tmp_path / "cut", 2, 1, overrides=overrides, stop_at=4)
+    assert stopped["steps"] == [1, 2, 3, 4]
+    path = newest(tmp_path / "cut/first") / "rank_00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    resumed = train(tmp_path / "cut", 2, 1, overrides=overrides)
+    assert resumed["loss"] == whole["loss"]
+    assert resumed["digests"] == whole["digests"]
+    incidents = [json.loads(line) for line in (tmp_path / "cut/incidents.jsonl").read_text().splitlines()]
+    assert [(each["kind"], each["step"]) for each in incidents] == [("start", 0), ("stop", 4), ("damaged", 0), ("resume", 2)]
+    assert "rank_00001.safetensors has" in incidents[2]["detail"]
+    again = CheckpointReader(path.parent)
+    assert not again.damaged(again.manifest.files)
+
+
 @pytest.fixture(scope="module")
 def with_features(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A source of numbered samples that carry features of 16 tokens with 6 numbers each."""
