@@ -43,7 +43,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess
     folder = tmp_path_factory.mktemp("quickstart") / "run"
     overrides = [f"folder={folder}", *FEW]
     command = ("launch", "configs/run/quickstart.yaml", "--deepspeed", "ds_configs/zero3.json", *overrides)
-    return folder, run_megadiff(*command, timeout_s=2 * LAUNCH_S)  # three launches of ranks, and the samples
+    return folder, run_megadiff(*command, timeout_s=3 * LAUNCH_S)  # three launches of ranks, and the samples
 
 
 def test_three_stages_end_in_a_sheet_a_gap_and_a_log(launched: tuple[Path, subprocess.CompletedProcess[str]]) -> None:

@@ -24,6 +24,8 @@ Tree = dict[str, Any]
 AUTO = "auto"
 DEFAULT_BUCKET = 500_000_000
 """Numbers in DeepSpeed's buckets of gradients and weights, if the JSON does not say."""
+BUCKET_MULTIPLE = 1024
+"""ZeRO-1 and 2 refuse odd buckets."""
 OWNED = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -308,7 +310,8 @@ def resolve_run(tree: Mapping[str, Any], run: Run, *, ranks: int, accelerator: b
 def fit_buckets(tree: Tree, model: Model, stage: Stage) -> Tree:
     """A resolved tree with buckets no larger than the stage's gradients, since DeepSpeed allocates them whole."""
     zero = tree.get("zero_optimization", {})
-    numbers = max(1, sum(layer.trained.total for layer in layers(model, stage)))
+    trained = sum(layer.trained.total for layer in layers(model, stage))
+    numbers = max(1, -(-trained // BUCKET_MULTIPLE)) * BUCKET_MULTIPLE
     fitted = {key: min(int(zero.get(key, DEFAULT_BUCKET)), numbers) for key in ("reduce_bucket_size", "allgather_bucket_size")}
     return {**tree, "zero_optimization": {**zero, **fitted}}
 

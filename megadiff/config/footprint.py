@@ -89,13 +89,13 @@ def bytes_per_rank(plan: Plan) -> list[Bytes]:
     """What a rank of each pipeline stage holds at the peak of each kind.
 
     weights: between steps; ZeRO-3 divides them over the data ranks. gathered: the whole weights that ZeRO-3 has at once: by
-    stage3_max_reuse_distance, those of the last layers stay from their forward to their backward, and others are fetched
-    ahead. gradients: ZeRO-0 and 1 have them whole after the backward pass, 2 and 3 this rank's part; from ZeRO-1 on the
-    optimizer steps with a float32 copy of the part, when whole ones are gone. master: float32 copies of all parameters, or of
-    the frozen ones only with ZeRO-0 and ZeRO-3 in fp32, which step the weights themselves. adam: two float32 moments of trained
-    ones. ema: float32 per profile. These three are divided from ZeRO-1 on, and copies of frozen parameters always.
-    activations: of the micro-batches that are in flight at once, at most min(P - stage, micro-batches). buffers: of
-    reduce_bucket_size, in which ZeRO joins gradients.
+    stage3_max_reuse_distance, those of the last layers stay from their forward to their backward, and others are fetched ahead.
+    gradients: ZeRO-0 and 1 have them whole after the backward pass, 2 and 3 this rank's part; from ZeRO-1 on the optimizer
+    steps with a float32 copy of the part, when whole ones are gone. master: float32 copies of all parameters, or of the frozen
+    ones only with ZeRO-0 and ZeRO-3 in fp32, which step the weights themselves. adam: two float32 moments of trained ones. ema:
+    float32 per profile. These three are divided from ZeRO-1 on, and copies of frozen parameters always, over tensor ranks too
+    where these have them alike. activations: of the micro-batches that are in flight at once, at most min(P - stage, micro-
+    batches). buffers: of reduce_bucket_size, in which ZeRO joins gradients.
 
     Idle parameters count as trained in tensors that are otherwise trained, else as frozen. What allocators and collectives
     take on top is not in it; neither are the small weights of stage3_param_persistence_threshold, which stay gathered.
@@ -106,12 +106,12 @@ def bytes_per_rank(plan: Plan) -> list[Bytes]:
 
 def _stage_bytes(plan: Plan, index: int) -> Bytes:
     zero, size, ranks = plan.effective_zero, plan.size, plan.layout.data_ranks
-    held = sum(plan.layers[at].held.total for at in plan.own(index))
-    if index == plan.layout.pipeline - 1:
-        held += stage_parameters(plan.model, plan.stage).hidden
-    trained = sum(plan.layers[at].trained.total for at in plan.own(index))
+    own = [plan.layers[at] for at in plan.own(index)]
+    hidden = stage_parameters(plan.model, plan.stage).hidden if index == plan.layout.pipeline - 1 else 0
+    held, trained = sum(layer.held.total for layer in own) + hidden, sum(layer.trained.total for layer in own)
     part = _ceil(trained, ranks if zero >= 1 else 1)
-    frozen = _ceil(held - trained, ranks)
+    alike = sum(layer.held.replicated - layer.trained.replicated for layer in own) + hidden
+    frozen = _ceil(held - trained - alike, ranks) + _ceil(alike, ranks * plan.layout.tensor)
     steps_weights = plan.precision == "fp32" and zero in (0, 3)
     return with_total(
         {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -82,7 +83,8 @@ def split_if_tensor_parallel(blueprint: Blueprint) -> tuple[ModelParallelUnit | 
     """Leave this tensor rank's part of each layer in the model; megatron's groups, and the parts by parameter name."""
     if blueprint.layout.tensor == 1:
         return None, {}
-    with without_compiler():  # megatron takes a second to import, or three with the compiler
+    with without_compiler(), warnings.catch_warnings():  # megatron takes a second to import, or three with the compiler
+        warnings.filterwarnings("ignore", "Transformer Engine and Apex are not installed")
         from megadiff.engine.tensor import split_model, start_tensor_parallel
     unit = start_tensor_parallel(blueprint.layout)
     return unit, split_model(blueprint.module, blueprint.layout.tensor, blueprint.layout.tensor_rank)

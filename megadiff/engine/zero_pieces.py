@@ -2,7 +2,7 @@
 
 They are a flat partition per sub-group in ZeRO-3, a flat partition per parameter group in ZeRO-1/2 and its bf16 optimizer, and
 the parameters themselves in ZeRO-0. With tensor parallelism a parameter here is this rank's part of it, which may end in
-padding; those that are not split repeat those of the first tensor rank, which saves them.
+padding; those that are not split are alike on all tensor ranks: the first one saves them, of frozen ones each a share.
 """
 
 from __future__ import annotations
@@ -27,14 +27,19 @@ class Place(NamedTuple):
         parameter: as DeepSpeed keeps it; emptied in ZeRO-3.
         shape: the whole parameter's.
         everything: the part that this tensor rank has of it.
-        saved: whether this tensor rank saves it, not another one that repeats it.
+        alike: the number of tensor ranks that have the same numbers, and which one of them this is.
     """
 
     name: str
     parameter: Any
     shape: Shape
     everything: Extent
-    saved: bool
+    alike: tuple[int, int]
+
+    @property
+    def saved(self) -> bool:
+        """Whether this tensor rank saves it while it is trained, not another one that has it alike."""
+        return self.alike[1] == 0
 
     def part(self, start: int, stop: int) -> Extent:
         """The range [start, stop) of the flattened local parameter, without padding."""
@@ -71,9 +76,9 @@ def _place(name: str, parameter: Any, splits: Mapping[str, Split], layout: Layou
     if name in splits:
         shape, boxes, _ = splits[name]
         size = sum(math.prod(stop - start for start, stop in box) for box in boxes)
-        return Place(name, parameter, shape, Extent(0, size, boxes), saved=True)
+        return Place(name, parameter, shape, Extent(0, size, boxes), (1, 0))
     shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-    return Place(name, parameter, shape, Extent(0, math.prod(shape)), saved=layout.tensor_rank == 0)
+    return Place(name, parameter, shape, Extent(0, math.prod(shape)), (layout.tensor, layout.tensor_rank))
 
 
 def _nothing_to_publish() -> None:
@@ -127,8 +132,8 @@ def _whole_frozen(place: Place, world: int, rank: int) -> FrozenPiece:
 
 
 def _frozen(place: Place, local: Tensor, part: Extent, share: Extent) -> FrozenPiece:
-    """A frozen parameter whose values `part` are in `local`, and of which this rank saves `share`, if any of it."""
-    if not place.saved:
-        share = place.part(share.start, share.start)
-    values = local[share.start - part.start : share.stop - part.start].float().cpu().clone()
-    return FrozenPiece(place.name, place.shape, local[: part.size], part, share, values)
+    """A frozen parameter whose values `part` are in `local`, and of which this rank saves its share of `share`."""
+    ranks, rank = place.alike
+    own = place.part(share.start + share.size * rank // ranks, share.start + share.size * (rank + 1) // ranks)
+    values = local[own.start - part.start : own.stop - part.start].float().cpu().clone()
+    return FrozenPiece(place.name, place.shape, local[: part.size], part, own, values)

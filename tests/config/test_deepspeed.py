@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from megadiff.config.deepspeed import (
+    BUCKET_MULTIPLE,
     KNOWN,
     KNOWN_ZERO,
     OWNED,
@@ -226,4 +227,5 @@ def test_buckets_are_no_larger_than_the_gradients(tmp_path: Path) -> None:
     zero = resolve_run(tree, run, ranks=2, accelerator=False)["first"]["zero_optimization"]
     assert zero["allgather_bucket_size"] == 100
     assert 0 < zero["reduce_bucket_size"] < 1_000_000, "DeepSpeed's default is 500,000,000"
+    assert zero["reduce_bucket_size"] % BUCKET_MULTIPLE == 0, "ZeRO-1 and 2 refuse odd ones, and some models have odd numbers"
     assert "reduce_bucket_size" not in tree["zero_optimization"]
