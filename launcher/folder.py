@@ -115,6 +115,19 @@ def locked(run: Run) -> Iterator[int]:
         os.close(descriptor)
 
 
+def holder(folder: RunFolder) -> int | None:
+    """The process of this machine that launched what now runs in a folder; None if there is none."""
+    try:
+        text = folder.lock.read_text(encoding="utf-8").strip()
+        descriptor = os.open(folder.lock, os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        return int(text) if not _lock(descriptor, fcntl.LOCK_EX) and _runs(text) else None
+    finally:
+        os.close(descriptor)
+
+
 def join(folder: RunFolder) -> int:
     """Keep new launches out of a run's folder while this process, a rank, lives; returns the lock's descriptor.
 

@@ -114,18 +114,19 @@ def _srun(cluster: Slurm, job: Job) -> str:
         tasks, hosts = 1, shlex.quote(str(job.submission.hostfile(job.name)))
         slots = f"s/$/ slots={cluster.ranks_per_node}/"
         lines += [f'    scontrol show hostnames "$SLURM_JOB_NODELIST" | sed {shlex.quote(slots)} > {hosts}']
-        place = '--node_rank "$SLURM_NODEID" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT"'
-        command = f"{shlex.join([*python, *RUNNER])} --hostfile {hosts} --no_ssh {place} --module megadiff"
-        task = f"exec {command} {shlex.join(job.arguments)}"
+        task = f'exec {shlex.join([*python, *RUNNER])} --no_ssh --node_rank "$SLURM_NODEID" "$@"'
+        master = '--master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT"'
+        words = f"{master} --hostfile {hosts} --module {shlex.join(['megadiff', *job.arguments])}"
     else:
         tasks = cluster.ranks_per_node
-        ranks = 'export RANK="$SLURM_PROCID" WORLD_SIZE="$SLURM_NTASKS" LOCAL_RANK="$SLURM_LOCALID"'
-        task = f"{ranks}; exec {shlex.join([*python, '-m', 'megadiff', *job.arguments])}"
+        task = 'export RANK="$SLURM_PROCID" WORLD_SIZE="$SLURM_NTASKS" LOCAL_RANK="$SLURM_LOCALID"; exec "$@"'
+        words = shlex.join([*python, "-m", "megadiff", *job.arguments])
     size = f"--nodes={cluster.nodes} --ntasks={cluster.nodes * tasks} --ntasks-per-node={tasks}"
     cores = cluster.cpus_per_process * cluster.ranks_per_node // tasks
     lines += [
         f"    srun {size} --cpus-per-task={cores} --kill-on-bad-exit=1 --export=ALL \\",
-        f"        bash -c {shlex.quote(task)}",
+        f"        bash -c {shlex.quote(task)} task \\",
+        f"        {words}",
         "}",
     ]
     return "\n".join(lines)

@@ -189,9 +189,7 @@ def _call(command: Sequence[str], fault: str, text: str | None = None) -> str:
     try:
         done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=queue.PATIENCE_S, check=False)
     except FileNotFoundError:
-        raise UserError(
-            f"{command[0]} is not here: give this command where Slurm is, or take --cluster of another kind"
-        ) from None
+        raise UserError(f"{command[0]} is not here; give this command on a machine of the Slurm cluster") from None
     except subprocess.TimeoutExpired:
         raise UserError(f"{fault}: it gave no answer for {queue.PATIENCE_S:g} s; try again later") from None
     if done.returncode:

@@ -166,7 +166,7 @@ class StageFolder:
 
     @property
     def metrics(self) -> Path:
-        """A JSON line per step."""
+        """A JSON line per step, with the time of its end in seconds since 1970."""
         return self.root / "metrics.jsonl"
 
     @property

@@ -128,7 +128,7 @@ def test_a_whole_stage_ends_with_0_and_is_not_trained_again(node: Node) -> None:
 
 
 def test_ranks_get_their_place_from_slurm(node: Node) -> None:
-    task = 'export SLURM_PROCID=3 SLURM_LOCALID=1; shift 6; "$1" "$2" "${3/exec */env > env}"; touch DONE'
+    task = 'export SLURM_PROCID=3 SLURM_LOCALID=1; shift 6; "$1" "$2" "$3" task env > env; touch DONE'
     assert node.ends(task)[0] == 0
     variables = dict(line.split("=", 1) for line in (node.stage.root / "env").read_text().splitlines() if "=" in line)
     assert [variables[key] for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["3", "2", "1"]

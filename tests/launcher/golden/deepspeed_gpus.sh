@@ -35,7 +35,8 @@ attempt='{"time": %d, "job": "%s", "outcome": "%s", "code": %d}' key='"job": "%s
 start_ranks() {
     scontrol show hostnames "$SLURM_JOB_NODELIST" | sed 's/$/ slots=8/' > /shared/100%/runs/minimal/submitted/001/first.hosts
     srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=96 --kill-on-bad-exit=1 --export=ALL \
-        bash -c 'exec apptainer exec --nv '"'"'it'"'"'"'"'"'"'"'"'s.sif'"'"' python3 -m deepspeed.launcher.runner --no_local_rank --log_level error --hostfile /shared/100%/runs/minimal/submitted/001/first.hosts --no_ssh --node_rank "$SLURM_NODEID" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" --module megadiff train /shared/100%/runs/minimal/submitted/001/config.yaml --stage first --deepspeed /shared/100%/runs/minimal/submitted/001/deepspeed.json'
+        bash -c 'exec apptainer exec --nv '"'"'it'"'"'"'"'"'"'"'"'s.sif'"'"' python3 -m deepspeed.launcher.runner --no_local_rank --log_level error --no_ssh --node_rank "$SLURM_NODEID" "$@"' task \
+        --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" --hostfile /shared/100%/runs/minimal/submitted/001/first.hosts --module megadiff train /shared/100%/runs/minimal/submitted/001/config.yaml --stage first --deepspeed /shared/100%/runs/minimal/submitted/001/deepspeed.json
 }
 
 record() { printf "$attempt\n" "$(date +%s)" "$SLURM_JOB_ID" "$1" "$2" >> "$attempts"; }

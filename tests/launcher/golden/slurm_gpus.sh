@@ -34,7 +34,8 @@ attempt='{"time": %d, "job": "%s", "outcome": "%s", "code": %d}' key='"job": "%s
 
 start_ranks() {
     srun --nodes=2 --ntasks=16 --ntasks-per-node=8 --cpus-per-task=12 --kill-on-bad-exit=1 --export=ALL \
-        bash -c 'export RANK="$SLURM_PROCID" WORLD_SIZE="$SLURM_NTASKS" LOCAL_RANK="$SLURM_LOCALID"; exec apptainer exec --nv '"'"'it'"'"'"'"'"'"'"'"'s.sif'"'"' python3 -m megadiff train /shared/100%/runs/minimal/submitted/001/config.yaml --stage first --deepspeed /shared/100%/runs/minimal/submitted/001/deepspeed.json'
+        bash -c 'export RANK="$SLURM_PROCID" WORLD_SIZE="$SLURM_NTASKS" LOCAL_RANK="$SLURM_LOCALID"; exec "$@"' task \
+        apptainer exec --nv 'it'"'"'s.sif' python3 -m megadiff train /shared/100%/runs/minimal/submitted/001/config.yaml --stage first --deepspeed /shared/100%/runs/minimal/submitted/001/deepspeed.json
 }
 
 record() { printf "$attempt\n" "$(date +%s)" "$SLURM_JOB_ID" "$1" "$2" >> "$attempts"; }

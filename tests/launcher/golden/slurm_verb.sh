@@ -21,7 +21,8 @@ export MASTER_ADDR MASTER_PORT
 
 start_ranks() {
     srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task=1 --kill-on-bad-exit=1 --export=ALL \
-        bash -c 'export RANK="$SLURM_PROCID" WORLD_SIZE="$SLURM_NTASKS" LOCAL_RANK="$SLURM_LOCALID"; exec python3 -m megadiff showcase '"'"'a run.yaml'"'"''
+        bash -c 'export RANK="$SLURM_PROCID" WORLD_SIZE="$SLURM_NTASKS" LOCAL_RANK="$SLURM_LOCALID"; exec "$@"' task \
+        python3 -m megadiff showcase 'a run.yaml'
 }
 
 trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
