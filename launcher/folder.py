@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from megadiff.config.errors import ConfigError, UserError
+from megadiff.config.jobs import SubmittedJob
 from megadiff.config.load import dump_run, load_run
 from megadiff.config.run_folder import RunFolder
 from megadiff.config.schema import Run
 from megadiff.files import write_text
+from megadiff.launcher import queue
 from megadiff.launcher.children import process_start
 
 WAIT_S = 10.0
@@ -44,6 +46,15 @@ def check_checkpoints(run: Run) -> None:
                 )
             return
         reader = f"stage {stage.name} starts from it" if stage.initialise.source == "previous" and not there else ""
+
+
+def check_not_queued(run: Run) -> None:
+    """Raises UserError if jobs of the run run or wait on this cluster."""
+    if queued := queue.states([job.job for job in SubmittedJob.read(run.paths.jobs)]):
+        raise UserError(
+            f"{run.folder} is in work by job{'s' * (len(queued) > 1)} {', '.join(queued)}; "
+            f"wait, or give `megadiff stop {run.folder}` first"
+        )
 
 
 def check_unchanged(run: Run) -> None:

@@ -93,11 +93,7 @@ def submit_run(plan: RunSubmission, *, allow_changes: bool = False, say: Say = p
     if not plan.scripts:
         raise UserError(f"all stages of {run.folder} are done; more steps need stages.NAME.steps=N and --allow-changes")
     with folder.locked(run):
-        if queued := queue.states([job.job for job in SubmittedJob.read(run.paths.jobs)]):
-            raise UserError(
-                f"{run.folder} is in work by job{'s' * (len(queued) > 1)} {', '.join(queued)}; "
-                f"wait, or give `megadiff stop {run.folder}` first"
-            )
+        folder.check_not_queued(run)
         if not allow_changes:
             folder.check_unchanged(run)
         folder.check_checkpoints(run)
