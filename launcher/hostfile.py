@@ -61,9 +61,18 @@ class SshPlan(Plan):
         train = ["train", str(paths.run), "--stage", stage.name, "--deepspeed", str(paths.deepspeed)]
         return ssh_command(self.hosts, paths.hostfile, port, environment, train)
 
+    def showcase_environment(self) -> dict[str, str]:
+        """Samples are drawn here, with the threads of one machine's ranks."""
+        return {**self.environment, "OMP_NUM_THREADS": str(int(self.environment["OMP_NUM_THREADS"]) * self.slots)}
+
+    @property
+    def slots(self) -> int:
+        """Ranks on each machine."""
+        return self.processes // len(self.hosts)
+
     def write_hostfile(self) -> None:
         """Raises UserError if the run's folder cannot be written."""
-        write(self.run.paths.hostfile, self.hosts, self.processes // len(self.hosts))
+        write(self.run.paths.hostfile, self.hosts, self.slots)
 
 
 def write(path: Path, hosts: Iterable[str], slots: int) -> None:

@@ -66,29 +66,27 @@ class Plan:
         return [sys.executable, "-m", "megadiff", "showcase", str(self.run.paths.run)]
 
 
-def plan_launch(
-    run: Run, deepspeed: Mapping[str, Any], environment: Mapping[str, str] = os.environ, cluster: LocalCluster | None = None
-) -> Plan:
+def plan_launch(run: Run, deepspeed: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> Plan:
     """Check everything that can be checked without torch and without reading shards.
 
     Raises:
         UserError: the DeepSpeed JSON, the batch, the devices or the manifests' buckets do not fit the run.
     """
-    devices = find_devices(environment) if cluster is None else devices_of(cluster, environment)
-    processes = processes_for(run.launch, devices) if cluster is None else cluster.ranks_per_node
+    devices = find_devices(environment)
+    processes = processes_for(run.launch, devices)
     check(run, deepspeed, processes, devices)
-    if cluster is not None:
-        return Plan(
-            run,
-            deepspeed,
-            devices,
-            processes,
-            {**rank_environment(cluster, run.launch.threads_per_process), **cache_folders(cluster)},
-        )
     added = {"OMP_NUM_THREADS": str(threads_for(run.launch, processes, environment))}
     if not devices.accelerated:
         added = {"DS_ACCELERATOR": "cpu", **added}
     return Plan(run, deepspeed, devices, processes, added)
+
+
+def plan_local(run: Run, deepspeed: Mapping[str, Any], cluster: LocalCluster) -> Plan:
+    """`plan_launch` on the devices that a cluster file asks for."""
+    devices = devices_of(cluster)
+    check(run, deepspeed, cluster.ranks_per_node, devices)
+    variables = {**rank_environment(cluster, run.launch.threads_per_process), **cache_folders(cluster)}
+    return Plan(run, deepspeed, devices, cluster.ranks_per_node, variables)
 
 
 def check(run: Run, deepspeed: Mapping[str, Any], ranks: int, devices: Devices) -> None:
@@ -97,7 +95,7 @@ def check(run: Run, deepspeed: Mapping[str, Any], ranks: int, devices: Devices) 
     resolve_run(deepspeed, run, ranks=ranks, accelerator=devices.accelerated)
 
 
-def devices_of(cluster: LocalCluster, environment: Mapping[str, str] = os.environ) -> Devices:
+def devices_of(cluster: LocalCluster) -> Devices:
     """This machine's devices, as a cluster asks for them.
 
     Raises:
@@ -105,7 +103,7 @@ def devices_of(cluster: LocalCluster, environment: Mapping[str, str] = os.enviro
     """
     if not cluster.accelerated:
         return Devices(CPU, 0)
-    here = find_devices(environment)
+    here = find_devices()
     if here.kind != CUDA or here.count < cluster.gpus_per_node:
         raise UserError(f"gpus_per_node is {cluster.gpus_per_node}, and this machine has {here}")
     return here
@@ -117,9 +115,15 @@ def rank_environment(cluster: Machines, threads: int | None = None) -> dict[str,
     Args:
         threads: OMP_NUM_THREADS of each; None: one per core.
     """
-    accelerator = {} if cluster.accelerated else {"DS_ACCELERATOR": "cpu"}
     nccl = {f"NCCL_{key}": value for key, value in cluster.nccl.items()}
-    return {**accelerator, "OMP_NUM_THREADS": str(threads or cluster.cpus_per_process), **nccl, **cluster.environment}
+    # Also on GPUs: the shell that launches may say otherwise, and a node without its GPUs must not train on the CPU.
+    accelerator = CUDA if cluster.accelerated else CPU
+    return {
+        "DS_ACCELERATOR": accelerator,
+        "OMP_NUM_THREADS": str(threads or cluster.cpus_per_process),
+        **nccl,
+        **cluster.environment,
+    }
 
 
 def cache_folders(cluster: Machines) -> dict[str, str]:

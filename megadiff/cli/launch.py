@@ -78,8 +78,10 @@ def run(arguments: argparse.Namespace) -> int:
             "give launch.processes=accelerators"
         )
     match cluster:
-        case None | LocalCluster():
-            plan = job.plan_launch(run, tree, cluster=cluster)
+        case None:
+            plan = job.plan_launch(run, tree)
+        case LocalCluster():
+            plan = job.plan_local(run, tree, cluster)
         case DeepSpeedCluster() if cluster.hosts:
             plan = hostfile.plan_hosts(run, tree, cluster)
         case _:

@@ -116,6 +116,17 @@ def test_a_dry_run_prints_the_scripts_and_writes_nothing(
     assert launch.run.submission(1).script("second").read_text() in out
 
 
+@pytest.mark.parametrize(("gpus", "accelerator"), [(1, "cuda"), (0, "cpu")])
+def test_jobs_train_where_the_file_says_whatever_the_shell_says(
+    launch: Launch, capsys: pytest.CaptureFixture[str], gpus: int, accelerator: str
+) -> None:
+    launch.cluster(kind="slurm", nodes=2, gpus_per_node=gpus, environment={"NAME": "it's"}, nccl={"DEBUG": "WARN"})
+    out = said(capsys, *launch.command("--dry-run"))
+    variables = [f"DS_ACCELERATOR={accelerator}", "OMP_NUM_THREADS=1", "NCCL_DEBUG=WARN", "NAME='it'\"'\"'s'"]
+    assert "\n".join(f"export {variable}" for variable in variables) in out
+    assert out.count("#SBATCH --gpus-per-node=1") == 3 * gpus
+
+
 def test_a_stage_that_is_done_gets_no_job(launch: Launch, slurm: SlurmStandIn) -> None:
     saved = launch.run.stage("first").checkpoints.step(4)
     saved.mkdir(parents=True)
@@ -201,6 +212,7 @@ def test_local_and_ssh_kinds_print_their_commands(launch: Launch, capsys: pytest
     out = said(capsys, *launch.command("--dry-run"))
     assert "first: 4 steps, 2 processes on node1, node2" in out
     assert "--master_addr node1 --master_port PORT --launcher pdsh" in out
+    assert "\nDS_ACCELERATOR=cpu OMP_NUM_THREADS=1 NCCL_DEBUG=WARN" in out[out.index("# samples") :]
     assert "env DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 NCCL_DEBUG=WARN MEGADIFF_ERROR_FILE=" in out
 
 
