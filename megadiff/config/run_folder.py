@@ -1,7 +1,9 @@
 """A run's folder: the one owner of every path in it. Torch-free.
 
 RUN/  run.yaml  deepspeed.json  .lock  .ranks  .fence  STOP  incidents.jsonl  samples.png  results.json  tensorboard/STAGE/
-      STAGE/  DONE  error.txt  metrics.jsonl  results.jsonl  pictures/*.png  logs/rank_N.log  heartbeats/rank_N.json
+      hostfile  jobs.jsonl  submitted/NNN/  code/megadiff/  config.yaml  deepspeed.json  cluster.yaml  NAME.sh  NAME.log
+      STAGE/  DONE  error.txt  metrics.jsonl  results.jsonl  attempts.jsonl  pictures/*.png  heartbeats/rank_N.json
+              logs/  rank_N.log  job_J.log
               checkpoints/  step_XXXXXXXX/manifest.json  latest
 """
 
@@ -137,10 +139,33 @@ class RunFolder:
         return self.root / "results.json"
 
     @property
+    def jobs(self) -> Path:
+        """A line (SubmittedJob) per job of the run."""
+        return self.root / "jobs.jsonl"
+
+    @property
+    def hostfile(self) -> Path:
+        """The machines that DeepSpeed's launcher reaches by ssh."""
+        return self.root / "hostfile"
+
+    @property
+    def submissions(self) -> Path:
+        return self.root / "submitted"
+
+    def submission(self, number: int) -> SubmissionFolder:
+        return SubmissionFolder(self.submissions / f"{number:03d}")
+
+    def next_submission(self) -> int:
+        """The number that the next submission takes, from 1."""
+        taken = [int(path.name) for path in self.submissions.glob("*") if path.name.isdigit()]
+        return max(taken, default=0) + 1
+
+    @property
     def names(self) -> frozenset[str]:
         """The names in this folder that are no stage's."""
-        launched = (self.run, self.deepspeed, self.lock, self.ranks_lock, self.fence, self.fence_lock)
-        paths = (*launched, self.stop, self.incidents, self.tensorboard, self.samples, self.results)
+        locks = (self.lock, self.ranks_lock, self.fence, self.fence_lock)
+        launched = (self.run, self.deepspeed, self.hostfile, *locks, self.stop, self.jobs, self.submissions)
+        paths = (*launched, self.incidents, self.tensorboard, self.samples, self.results)
         return frozenset(path.name for path in paths)
 
     def stage(self, name: str) -> StageFolder:
@@ -150,6 +175,47 @@ class RunFolder:
     def launched(self) -> bool:
         """Whether something was launched here, or a rank has run here."""
         return any(path.exists() for path in (self.deepspeed, self.lock, self.ranks_lock))
+
+
+@dataclass(frozen=True)
+class SubmissionFolder:
+    """What was submitted at once: jobs run what lies here, however much later they start."""
+
+    root: Path
+
+    @property
+    def code(self) -> Path:
+        """A folder that holds the package."""
+        return self.root / "code"
+
+    @property
+    def config(self) -> Path:
+        """The resolved run. It is not called as in the run's folder, for here is not the run's folder."""
+        return self.root / "config.yaml"
+
+    @property
+    def deepspeed(self) -> Path:
+        return self.root / "deepspeed.json"
+
+    @property
+    def cluster(self) -> Path:
+        return self.root / "cluster.yaml"
+
+    def script(self, name: str) -> Path:
+        """What Slurm runs for a job."""
+        return self.root / f"{name}.sh"
+
+    def hostfile(self, name: str) -> Path:
+        """The nodes of a job, for DeepSpeed's launcher; the job writes it."""
+        return self.root / f"{name}.hosts"
+
+    def error(self, name: str) -> Path:
+        """The sentence of a rank that stopped for a user's mistake, of a job that is no stage."""
+        return self.root / f"{name}.error"
+
+    def log(self, name: str) -> Path:
+        """The output of a job that is no stage."""
+        return self.root / f"{name}.log"
 
 
 @dataclass(frozen=True)
@@ -175,7 +241,7 @@ class StageFolder:
 
     @property
     def metrics(self) -> Path:
-        """A JSON line per step."""
+        """A JSON line per step, with the time of its end in seconds since 1970."""
         return self.root / "metrics.jsonl"
 
     @property
@@ -199,6 +265,15 @@ class StageFolder:
     def heartbeat(self, rank: int) -> Path:
         """A rank's Heartbeat."""
         return self.root / "heartbeats" / f"rank_{rank}.json"
+
+    def job_log(self, job: str) -> Path:
+        """A job's output, which grows over restarts."""
+        return self.logs / f"job_{job}.log"
+
+    @property
+    def attempts(self) -> Path:
+        """A line (Attempt) whenever a job starts or ends its work on the stage."""
+        return self.root / "attempts.jsonl"
 
     @property
     def tensorboard(self) -> Path:

@@ -104,7 +104,7 @@ class Monitor:
         self._results.append(result)
         self._waited += data_wait_s
         with self._spared():
-            self._metrics.append(json.dumps({"step": step, **_row(result)}))
+            self._metrics.append(json.dumps({"step": step, "time": time.time(), **_row(result)}))
             if self._events_lost:
                 self._open_events(purge_step=None)
         if not self.writes_at(step):

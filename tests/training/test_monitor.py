@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,9 @@ def test_every_step_is_a_line_and_every_other_one_an_event(tmp_path: Path) -> No
     watched.close()
     rows = [json.loads(line) for line in (tmp_path / "first/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    times = [row["time"] for row in rows]
+    assert times == sorted(times)
+    assert abs(times[-1] - time.time()) < 60
     events = EventAccumulator(str(tmp_path / "tensorboard/first"))
     events.Reload()
     tags = events.Tags()["scalars"]

@@ -6,6 +6,7 @@ The rest of the package imports from here.
 
 from __future__ import annotations
 
+from megadiff.config.schema.cluster import Cluster, DeepSpeedCluster, LocalCluster, SlurmCluster
 from megadiff.config.schema.data import (
     Cache,
     CaptionField,
@@ -56,10 +57,12 @@ __all__ = [
     "CategoricalSchedule",
     "Checkpointing",
     "ClassField",
+    "Cluster",
     "Conditioning",
     "ConstantEma",
     "Data",
     "DataField",
+    "DeepSpeedCluster",
     "EmaProfile",
     "FieldSource",
     "GaussianProcess",
@@ -67,6 +70,7 @@ __all__ = [
     "Initialise",
     "LatentField",
     "Launch",
+    "LocalCluster",
     "LogitNormalTimes",
     "MaskedProcess",
     "Modality",
@@ -82,6 +86,7 @@ __all__ = [
     "Safeguards",
     "Sampling",
     "Showcase",
+    "SlurmCluster",
     "Space",
     "Stage",
     "StageModality",
