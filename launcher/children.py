@@ -97,8 +97,11 @@ def run(commands: Sequence[Command], signals: Signals, *, keep: Sequence[int] = 
     return [1 if code is None else code for code in codes] + [1] * (len(commands) - len(codes))
 
 
-def several(processes: int, arguments: Sequence[str]) -> int:
+def several(processes: int, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
     """Run a command line of megadiff as several processes, which share the cores of this machine.
+
+    Args:
+        environment: variables added for each process.
 
     Returns:
         0, the exit code of the first process that failed, or 128 + n where signal n ended them.
@@ -114,7 +117,7 @@ def several(processes: int, arguments: Sequence[str]) -> int:
     threads = min(int(variable), own) if variable.isdigit() and int(variable) else own
     with tempfile.TemporaryDirectory() as folder, Signals() as signals:
         error = Path(folder) / "error"
-        common = {"WORLD_SIZE": str(processes), "OMP_NUM_THREADS": str(threads), ERROR_FILE: str(error)}
+        common = {"WORLD_SIZE": str(processes), "OMP_NUM_THREADS": str(threads), ERROR_FILE: str(error), **(environment or {})}
         command = [sys.executable, "-m", "megadiff", *arguments]
         ranks = [
             Command(command, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, quiet=rank > 0)

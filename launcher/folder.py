@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from megadiff.config.errors import ConfigError, UserError
+from megadiff.config.jobs import SubmittedJob
 from megadiff.config.load import dump_run, load_run
 from megadiff.config.run_folder import RunFolder
 from megadiff.config.schema import Run
 from megadiff.files import write_text
+from megadiff.launcher import queue
 from megadiff.launcher.children import process_start
 
 WAIT_S = 10.0
 """Seconds that a launch waits for the processes of a killed launch, which end soon after it."""
-FREE = ("launch", "showcase")
+FREE = ("launch", "safeguards", "showcase")
 """Sections that may change between two launches of one run, as they do not affect training."""
 
 _SHOWN = 6
@@ -44,6 +46,15 @@ def check_checkpoints(run: Run) -> None:
                 )
             return
         reader = f"stage {stage.name} starts from it" if stage.initialise.source == "previous" and not there else ""
+
+
+def check_not_queued(run: Run) -> None:
+    """Raises UserError if jobs of the run run or wait on this cluster."""
+    if queued := queue.states([job.job for job in SubmittedJob.read(run.paths.jobs)]):
+        raise UserError(
+            f"{run.folder} is in work by job{'s' * (len(queued) > 1)} {', '.join(queued)}; "
+            f"wait, or give `megadiff stop {run.folder}` first"
+        )
 
 
 def check_unchanged(run: Run) -> None:
@@ -111,6 +122,19 @@ def locked(run: Run) -> Iterator[int]:
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         _wait_for_ranks(run.paths, deadline)
         yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def holder(folder: RunFolder) -> int | None:
+    """The process of this machine that launched what now runs in a folder; None if there is none."""
+    try:
+        text = folder.lock.read_text(encoding="utf-8").strip()
+        descriptor = os.open(folder.lock, os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        return int(text) if not _lock(descriptor, fcntl.LOCK_EX) and _runs(text) else None
     finally:
         os.close(descriptor)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import getpass
 import json
 import os
 import shlex
@@ -14,9 +15,11 @@ from typing import Any
 
 from megadiff.config.alignment import check_local_manifests
 from megadiff.config.deepspeed import resolve_run
+from megadiff.config.errors import UserError
 from megadiff.config.layouts import layout_of
-from megadiff.config.schema import Run, Stage
-from megadiff.launcher.devices import Devices, find_devices, processes_for, threads_for
+from megadiff.config.schema import LocalCluster, Run, Stage
+from megadiff.config.schema.cluster import Machines
+from megadiff.launcher.devices import CPU, CUDA, Devices, find_devices, processes_for, threads_for
 
 
 @dataclass(frozen=True)
@@ -69,14 +72,66 @@ def plan_launch(run: Run, deepspeed: Mapping[str, Any], environment: Mapping[str
     Raises:
         UserError: the DeepSpeed JSON, the batch, the devices or the manifests' buckets do not fit the run.
     """
-    check_local_manifests(run)
     devices = find_devices(environment)
     processes = processes_for(run.launch, devices)
-    resolve_run(deepspeed, run, ranks=processes, accelerator=devices.accelerated)
+    check(run, deepspeed, processes, devices)
     added = {"OMP_NUM_THREADS": str(threads_for(run.launch, processes, environment))}
     if not devices.accelerated:
         added = {"DS_ACCELERATOR": "cpu", **added}
     return Plan(run, deepspeed, devices, processes, added)
+
+
+def plan_local(run: Run, deepspeed: Mapping[str, Any], cluster: LocalCluster) -> Plan:
+    """`plan_launch` on the devices that a cluster file asks for."""
+    devices = devices_of(cluster)
+    check(run, deepspeed, cluster.ranks_per_node, devices)
+    variables = {**rank_environment(cluster, run.launch.threads_per_process), **cache_folders(cluster)}
+    return Plan(run, deepspeed, devices, cluster.ranks_per_node, variables)
+
+
+def check(run: Run, deepspeed: Mapping[str, Any], ranks: int, devices: Devices) -> None:
+    """Raises UserError if the DeepSpeed JSON, the batch or the manifests' buckets do not fit the run on these ranks."""
+    check_local_manifests(run)
+    resolve_run(deepspeed, run, ranks=ranks, accelerator=devices.accelerated)
+
+
+def devices_of(cluster: LocalCluster) -> Devices:
+    """This machine's devices, as a cluster asks for them.
+
+    Raises:
+        UserError: it has fewer GPUs.
+    """
+    if not cluster.accelerated:
+        return Devices(CPU, 0)
+    here = find_devices()
+    if here.kind != CUDA or here.count < cluster.gpus_per_node:
+        raise UserError(f"gpus_per_node is {cluster.gpus_per_node}, and this machine has {here}")
+    return here
+
+
+def rank_environment(cluster: Machines, threads: int | None = None) -> dict[str, str]:
+    """Variables of every rank on a cluster, but for those that differ between nodes or users.
+
+    Args:
+        threads: OMP_NUM_THREADS of each; None: one per core.
+    """
+    nccl = {f"NCCL_{key}": value for key, value in cluster.nccl.items()}
+    # Also on GPUs: the shell that launches may say otherwise, and a node without its GPUs must not train on the CPU.
+    accelerator = CUDA if cluster.accelerated else CPU
+    return {
+        "DS_ACCELERATOR": accelerator,
+        "OMP_NUM_THREADS": str(threads or cluster.cpus_per_process),
+        **nccl,
+        **cluster.environment,
+    }
+
+
+def cache_folders(cluster: Machines) -> dict[str, str]:
+    """Where Triton and torch keep what they compile for this user."""
+    if cluster.cache is None:
+        return {}
+    own = Path(cluster.cache) / getpass.getuser()
+    return {"TRITON_CACHE_DIR": str(own / "triton"), "TORCH_EXTENSIONS_DIR": str(own / "torch_extensions")}
 
 
 def missing_files(run: Run) -> list[str]:
@@ -97,11 +152,12 @@ def describe(plan: Plan) -> str:
         state = " (done already)" if plan.run.paths.stage(stage.name).done.exists() else ""
         lines += [f"# stage {number} of {len(plan.run.stages)}, {stage.name}: {stage.steps:,} steps{state or ranks}"]
         if not state:
-            lines += [f"{_shell(plan.environment)} {shlex.join(plan.command(stage, 'PORT'))}"]
+            lines += [f"{shell(plan.environment)} {shlex.join(plan.command(stage, 'PORT'))}"]
     if plan.run.showcase:
-        lines += ["# samples", f"{_shell(plan.showcase_environment())} {shlex.join(plan.showcase())}"]
+        lines += ["# samples", f"{shell(plan.showcase_environment())} {shlex.join(plan.showcase())}"]
     return "\n".join(lines)
 
 
-def _shell(environment: Mapping[str, str]) -> str:
+def shell(environment: Mapping[str, str]) -> str:
+    """Variables as a shell takes them before a command."""
     return " ".join(f"{key}={shlex.quote(value)}" for key, value in environment.items())

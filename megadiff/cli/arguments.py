@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from megadiff.config.deepspeed import Tree, check, load_deepspeed
+from megadiff.config.errors import UserError
 from megadiff.config.layouts import with_sizes
+from megadiff.config.load import load_run
+from megadiff.config.run_folder import RUN
+from megadiff.config.schema import Run
 
 Verbs = Any
 """What argparse's add_subparsers returns (its class is private)."""
@@ -65,12 +70,30 @@ def deepspeed_tree(arguments: argparse.Namespace) -> Tree:
     return tree
 
 
+def launched_run(place: str) -> Run:
+    """The run of a launched folder, given by that folder or by the run's YAML file.
+
+    Raises:
+        UserError: nothing was launched there; see load_run.
+    """
+    given = Path(place)
+    run = load_run(given / RUN if given.is_dir() else given)
+    if not run.paths.launched:
+        raise UserError(f"nothing was launched in {run.folder}")
+    return load_run(run.paths.run) if run.paths.run.exists() else run
+
+
 def positive(text: str) -> int:
     """A whole number above 0."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return value
+    return _whole(text, 1)
+
+
+def not_negative(text: str) -> int:
+    """A whole number, 0 or more."""
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    if not (text.isascii() and text.isdigit()) or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number {'above 0' if least else 'from 0 on'}")
+    return int(text)

@@ -1,40 +1,51 @@
-"""`megadiff launch`: all stages of a run on this machine. Without torch; the ranks import it."""
+"""`megadiff launch`: all stages of a run, on this machine or a cluster. Without torch; the ranks import it."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from megadiff.cli.arguments import Verbs, add_run, add_sizes, add_verb, deepspeed_tree, positive
 from megadiff.config.errors import UserError
-from megadiff.config.load import load_run
-from megadiff.launcher import folder, job, local
-from megadiff.launcher.children import several
+from megadiff.config.load import load_cluster, load_run
+from megadiff.config.schema import Cluster, DeepSpeedCluster, LocalCluster, Run
+from megadiff.launcher import children, folder, hostfile, job, local, submit
+from megadiff.launcher.children import Command, Signals, several
 from megadiff.launcher.devices import find_devices
 
 EXAMPLES = """\
   megadiff launch configs/run/quickstart.yaml --deepspeed ds_configs/zero3.json
   megadiff launch configs/run/quickstart.yaml --deepspeed ds_configs/zero2.json folder=runs/short stages.*.steps=20
   megadiff launch configs/run/quickstart.yaml --deepspeed ds_configs/zero3.json --dry-run
+  megadiff launch configs/run/paper_8gpu.yaml --deepspeed ds_configs/zero3.json --cluster configs/cluster/slurm.yaml --dry-run
   megadiff launch --processes 8 -- data encode s3://bucket/pairs s3://bucket/latents --autoencoder models/sd-vae
 """
+
+OF_CLUSTER = "cluster."
+"""How an override of the cluster file starts."""
 
 
 def add(verbs: Verbs) -> None:
     parser = add_verb(
         verbs,
         "launch",
-        "train all stages of a run on this machine, or run another verb as several processes",
+        "train all stages of a run, here or on a cluster, or run another verb as several processes",
         "Check everything, then train the run's stages one after the other through DeepSpeed's launcher, on the GPUs of this\n"
         "machine (CUDA_VISIBLE_DEVICES chooses) or on its CPU, and make the sheet of samples at the end. In a folder with\n"
         "checkpoints the run continues; only its sections launch and showcase may have changed.\n"
-        "Another verb may follow --; it is run once per GPU, or --processes times.",
+        "With --cluster, ranks run where that file says; on Slurm a chain of jobs is submitted, which run the code and the\n"
+        "configuration of this moment (docs/cluster.md). Overrides of the file start with cluster., as cluster.nodes=4.\n"
+        "Another verb may follow --; it is run once per GPU, or --processes times, or as all ranks of --cluster.",
         EXAMPLES,
     )
     add_run(parser, required=False)
     parser.add_argument("--deepspeed", metavar="DS.json", help="how ranks share the work")
     add_sizes(parser)
+    parser.add_argument("--cluster", metavar="CLUSTER.yaml", help="the machines, and how ranks are started there")
     parser.add_argument(
         "--processes", metavar="N", type=positive, help="processes of the verb after --; a run has launch.processes"
     )
@@ -58,25 +69,97 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.parser.error("give RUN.yaml and --deepspeed DS.json, or -- and another verb")
     if arguments.processes is not None:
         arguments.parser.error("--processes is of a verb after --; a run takes launch.processes=N")
-    plan = job.plan_launch(load_run(arguments.run_file, arguments.overrides), deepspeed_tree(arguments))
-    if not arguments.dry_run:
-        return local.launch(plan, allow_changes=arguments.allow_changes, say=_say)
+    of_cluster, of_run = _sorted(arguments.overrides)
+    cluster = _cluster(arguments, of_cluster)
+    run, tree = load_run(arguments.run_file, of_run), deepspeed_tree(arguments)
+    if cluster is not None and run.launch.processes != "accelerators":
+        raise UserError(
+            f"launch.processes is {run.launch.processes} beside --cluster, whose file says how many ranks there are; "
+            "give launch.processes=accelerators"
+        )
+    match cluster:
+        case None:
+            plan = job.plan_launch(run, tree)
+        case LocalCluster():
+            plan = job.plan_local(run, tree, cluster)
+        case DeepSpeedCluster() if cluster.hosts:
+            plan = hostfile.plan_hosts(run, tree, cluster)
+        case _:
+            return _launch_on_slurm(submit.plan_run(run, tree, cluster), arguments)
+    if arguments.dry_run:
+        return _show(run, job.describe(plan), arguments)
+    if isinstance(plan, hostfile.SshPlan):
+        plan.write_hostfile()
+    return local.launch(plan, allow_changes=arguments.allow_changes, say=_say)
+
+
+def _launch_on_slurm(plan: submit.RunSubmission, arguments: argparse.Namespace) -> int:
+    if arguments.dry_run:
+        return _show(plan.run, submit.describe(plan.scripts), arguments)
+    return submit.submit_run(plan, allow_changes=arguments.allow_changes, say=_say)
+
+
+def _show(run: Run, text: str, arguments: argparse.Namespace) -> int:
     if not arguments.allow_changes:
-        folder.check_unchanged(plan.run)
-    print(job.describe(plan))
-    for missing in job.missing_files(plan.run):
+        folder.check_unchanged(run)
+    print(text)
+    for missing in job.missing_files(run):
         print(f"megadiff: note: not there yet: {missing}", file=sys.stderr)
     return 0
 
 
 def _launch_verb(arguments: argparse.Namespace) -> int:
-    of_a_run = ("run_file", "deepspeed", "pipeline_stages", "tensor_parallel", "dry_run", "allow_changes")
-    if any(getattr(arguments, name) for name in of_a_run):
-        arguments.parser.error("before -- only --processes N may stand")
+    words = [word for word in (arguments.run_file, *arguments.overrides) if word]
+    of_cluster, others = _sorted(words)
+    of_a_run = ("deepspeed", "pipeline_stages", "tensor_parallel", "allow_changes")
+    if others or any(getattr(arguments, name) for name in of_a_run) or (arguments.dry_run and not arguments.cluster):
+        arguments.parser.error("before -- only --processes N may stand, or --cluster CLUSTER.yaml and --dry-run")
     if arguments.command[0] in ("launch", "train"):
         raise UserError(f"launch starts {arguments.command[0]} by RUN.yaml and --deepspeed, not after --")
-    processes = arguments.processes or max(find_devices().count, 1)
-    return several(processes, arguments.command)
+    cluster = _cluster(arguments, of_cluster)
+    if cluster is None:
+        return several(arguments.processes or max(find_devices().count, 1), arguments.command)
+    if arguments.processes is not None:
+        arguments.parser.error("--processes beside --cluster, whose file says how many ranks there are")
+    place = Path("jobs") / f"{arguments.command[0]}-{time.strftime('%Y%m%d-%H%M%S')}"
+    match cluster:
+        case LocalCluster():
+            job.devices_of(cluster)
+            environment = {**job.rank_environment(cluster), **job.cache_folders(cluster)}
+            if arguments.dry_run:
+                print(job.shell(environment), "megadiff", shlex.join(arguments.command), f"# as {cluster.ranks_per_node} ranks")
+                return 0
+            return several(cluster.ranks_per_node, arguments.command, environment)
+        case DeepSpeedCluster() if cluster.hosts:
+            path = place.with_suffix(".hosts")
+            command = hostfile.verb_command(arguments.command, cluster, path, local.free_port())
+            if arguments.dry_run:
+                print(shlex.join(command))
+                return 0
+            hostfile.write(path, cluster.hosts, cluster.ranks_per_node)
+            with Signals() as signals:
+                (code,) = children.run([Command(command, {})], signals)
+            return 128 + signals.received if signals.received else abs(code)
+        case _:
+            script = submit.plan_verb(arguments.command, cluster, place)
+            if arguments.dry_run:
+                print(submit.describe([script]))
+                return 0
+            return submit.submit_verb(script, cluster, _say)
+
+
+def _cluster(arguments: argparse.Namespace, overrides: Sequence[str]) -> Cluster | None:
+    if arguments.cluster is not None:
+        return load_cluster(arguments.cluster, overrides)
+    if overrides:
+        arguments.parser.error(f"{OF_CLUSTER}{overrides[0]} goes with --cluster CLUSTER.yaml")
+    return None
+
+
+def _sorted(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides of the cluster file, without their prefix, and the others."""
+    of_cluster = [text.removeprefix(OF_CLUSTER) for text in overrides if text.startswith(OF_CLUSTER)]
+    return of_cluster, [text for text in overrides if not text.startswith(OF_CLUSTER)]
 
 
 def _say(message: str) -> None:

@@ -20,14 +20,20 @@ from megadiff.cli import (
     export_paper,
     import_paper,
     launch,
+    logs,
     sample,
     showcase,
+    status,
+    stop,
     train,
 )
 from megadiff.config.errors import UserError
 from megadiff.launcher.children import end_with_launcher
 
-VERBS = (check_config, launch, train, sample, showcase, export, checkpoint, ema, data, import_paper, export_paper)
+VERBS = (
+    *(check_config, launch, status, logs, stop, train, sample, showcase),
+    *(export, checkpoint, ema, data, import_paper, export_paper),
+)
 """Modules with `add(verbs)`; each parser that they add sets `run`, a function: parsed arguments -> exit code."""
 
 EXAMPLES = """\

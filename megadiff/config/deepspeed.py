@@ -231,6 +231,11 @@ def check(tree: Tree) -> None:
         faults += layouts.faults(tree)
         if tree.get("gradient_allreduce_op", "mean") != "mean":
             faults.append("gradient_allreduce_op must be mean: losses are scaled for an average over ranks")
+        faults += [
+            f"{block}.{key} must be true: a step whose gradient is not finite is recognised by it"
+            for block, key in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm"))
+            if tree.get(block, {}).get(key) is False
+        ]
         if tree.get("zero_force_ds_cpu_optimizer") and "offload_optimizer" in tree.get("zero_optimization", {}):
             faults.append(
                 "zero_force_ds_cpu_optimizer must be false: the optimizer is torch's AdamW, built from the stage YAML"

@@ -7,17 +7,19 @@ import types
 import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from megadiff.config.errors import ConfigError
 from megadiff.config.run_folder import RUN, RunFolder
-from megadiff.config.schema import Run
+from megadiff.config.schema import Cluster, Run
+from megadiff.config.schema.cluster import KINDS
 from megadiff.config.schema.data import OTHER
 
 Tree = dict[str, Any]
+S = TypeVar("S", bound=BaseModel)
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
@@ -47,10 +49,35 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
 
 def validate(tree: Tree, where: str) -> Run:
     """Check a merged tree; all faults at once."""
+    return _validate(Run, tree, where)
+
+
+def load_cluster(path: str | Path, overrides: Sequence[str] = ()) -> Cluster:
+    """Read a cluster file; `base:` and overrides as in `load_run`.
+
+    Raises:
+        ConfigError: a file is missing or is no YAML, the kind or a key is unknown, a value is wrong.
+    """
+    tree = _read_with_bases(Path(path), ())
+    for override in overrides:
+        _apply_override(tree, override)
+    kind = tree.get("kind")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ConfigError(f"{path}: kind is {kind!r}; it must be one of {', '.join(KINDS)}")
+    return _validate(KINDS[kind], tree, str(path))
+
+
+def dump_cluster(cluster: Cluster) -> str:
+    """The keys that a cluster was given, as YAML; `load_cluster` reads it back to an equal one."""
+    tree = {"kind": cluster.kind, **cluster.model_dump(mode="json", exclude_unset=True)}
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def _validate(section: type[S], tree: Tree, where: str) -> S:
     try:
-        return Run.model_validate(tree)
+        return section.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{where}: " + "; ".join(_explain(fault) for fault in error.errors())) from None
+        raise ConfigError(f"{where}: " + "; ".join(_explain(fault, section) for fault in error.errors())) from None
 
 
 def dump_run(run: Run) -> str:
@@ -160,11 +187,11 @@ def _nodes(tree: Any, parts: Sequence[str], override: str) -> Iterable[Any]:
     return _nodes(tree[head], rest, override)
 
 
-def _explain(fault: Any) -> str:
+def _explain(fault: Any, section: type[BaseModel]) -> str:
     location = [str(part) for part in fault["loc"] if part != OTHER]
     place = ".".join(location)
     if fault["type"] == "extra_forbidden":
-        known = _known_keys(fault["loc"][:-1])
+        known = _known_keys(section, fault["loc"][:-1])
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
         return f"unknown key {place}; {hint}"
@@ -177,9 +204,9 @@ def _explain(fault: Any) -> str:
     return f"{place} is {fault['input']!r}: {message}"
 
 
-def _known_keys(location: Sequence[str | int]) -> list[str]:
-    """The keys that the schema has at a location of a pydantic error (union members appear there by their kind)."""
-    current: list[Any] = [Run]
+def _known_keys(section: type[BaseModel], location: Sequence[str | int]) -> list[str]:
+    """The keys that a section has at a location of a pydantic error (union members appear there by their kind)."""
+    current: list[Any] = [section]
     for part in location:
         current = [inner for annotation in current for inner in _step(annotation, part)]
     return sorted({key for model in current if _is_model(model) for key in model.model_fields})

@@ -1,7 +1,9 @@
 """A run's folder: the one owner of every path in it. Torch-free.
 
-RUN/  run.yaml  deepspeed.json  .lock  .ranks  samples.png  results.json  tensorboard/STAGE/
-      STAGE/  DONE  error.txt  metrics.jsonl  results.jsonl  pictures/*.png  logs/rank_N.log
+RUN/  run.yaml  deepspeed.json  .lock  .ranks  .fence  STOP  incidents.jsonl  samples.png  results.json  tensorboard/STAGE/
+      hostfile  jobs.jsonl  submitted/NNN/  code/megadiff/  config.yaml  deepspeed.json  cluster.yaml  NAME.sh  NAME.log
+      STAGE/  DONE  error.txt  metrics.jsonl  results.jsonl  attempts.jsonl  pictures/*.png  heartbeats/rank_N.json
+              logs/  rank_N.log  job_J.log
               checkpoints/  step_XXXXXXXX/manifest.json  latest
 """
 
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 RUN = "run.yaml"
@@ -16,6 +19,62 @@ RUN = "run.yaml"
 MANIFEST = "manifest.json"
 """The file in a checkpoint's folder that says what it holds; written last."""
 _STEP = "step_"
+
+
+class Phase(StrEnum):
+    """What a rank is doing."""
+
+    START = "start"
+    """Building the engine, or loading weights."""
+    DATA = "data"
+    STEP = "step"
+    EVALUATE = "evaluate"
+    SAVE = "save"
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """The content of a rank's heartbeat file, as a JSON object.
+
+    Attributes:
+        step: the optimizer step in work, or the last one.
+        time: when step or phase last changed, in seconds since 1970.
+    """
+
+    step: int
+    phase: Phase
+    time: float
+
+
+class IncidentKind(StrEnum):
+    """What may happen to a run."""
+
+    START = "start"
+    RESUME = "resume"
+    STOP = "stop"
+    """As asked, with a checkpoint."""
+    SKIPPED = "skipped"
+    """A step was left out: its loss or gradient was not finite."""
+    DAMAGED = "damaged"
+    """A checkpoint is damaged; the one before it is resumed from."""
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class Incident:
+    """A line of a run's incidents, as a JSON object.
+
+    Attributes:
+        step: the last whole optimizer step; of a skipped one its own number.
+        time: in seconds since 1970.
+        detail: for people; may be empty.
+    """
+
+    kind: IncidentKind
+    stage: str
+    step: int
+    time: float
+    detail: str
 
 
 @dataclass(frozen=True)
@@ -45,6 +104,26 @@ class RunFolder:
         return self.root / ".ranks"
 
     @property
+    def fence(self) -> Path:
+        """The token of the newest start of the ranks: it alone may publish checkpoints."""
+        return self.root / ".fence"
+
+    @property
+    def fence_lock(self) -> Path:
+        """Held while a token is taken."""
+        return self.root / ".fence.lock"
+
+    @property
+    def stop(self) -> Path:
+        """A file by which anyone asks the ranks to save and end; they delete it when they have."""
+        return self.root / "STOP"
+
+    @property
+    def incidents(self) -> Path:
+        """An Incident per line; grows over restarts, and rank 0 alone writes it."""
+        return self.root / "incidents.jsonl"
+
+    @property
     def tensorboard(self) -> Path:
         """TensorBoard's logs, a folder per stage."""
         return self.root / "tensorboard"
@@ -60,9 +139,33 @@ class RunFolder:
         return self.root / "results.json"
 
     @property
+    def jobs(self) -> Path:
+        """A line (SubmittedJob) per job of the run."""
+        return self.root / "jobs.jsonl"
+
+    @property
+    def hostfile(self) -> Path:
+        """The machines that DeepSpeed's launcher reaches by ssh."""
+        return self.root / "hostfile"
+
+    @property
+    def submissions(self) -> Path:
+        return self.root / "submitted"
+
+    def submission(self, number: int) -> SubmissionFolder:
+        return SubmissionFolder(self.submissions / f"{number:03d}")
+
+    def next_submission(self) -> int:
+        """The number that the next submission takes, from 1."""
+        taken = [int(path.name) for path in self.submissions.glob("*") if path.name.isdigit()]
+        return max(taken, default=0) + 1
+
+    @property
     def names(self) -> frozenset[str]:
         """The names in this folder that are no stage's."""
-        paths = (self.run, self.deepspeed, self.lock, self.ranks_lock, self.tensorboard, self.samples, self.results)
+        locks = (self.lock, self.ranks_lock, self.fence, self.fence_lock)
+        launched = (self.run, self.deepspeed, self.hostfile, *locks, self.stop, self.jobs, self.submissions)
+        paths = (*launched, self.incidents, self.tensorboard, self.samples, self.results)
         return frozenset(path.name for path in paths)
 
     def stage(self, name: str) -> StageFolder:
@@ -72,6 +175,47 @@ class RunFolder:
     def launched(self) -> bool:
         """Whether something was launched here, or a rank has run here."""
         return any(path.exists() for path in (self.deepspeed, self.lock, self.ranks_lock))
+
+
+@dataclass(frozen=True)
+class SubmissionFolder:
+    """What was submitted at once: jobs run what lies here, however much later they start."""
+
+    root: Path
+
+    @property
+    def code(self) -> Path:
+        """A folder that holds the package."""
+        return self.root / "code"
+
+    @property
+    def config(self) -> Path:
+        """The resolved run. It is not called as in the run's folder, for here is not the run's folder."""
+        return self.root / "config.yaml"
+
+    @property
+    def deepspeed(self) -> Path:
+        return self.root / "deepspeed.json"
+
+    @property
+    def cluster(self) -> Path:
+        return self.root / "cluster.yaml"
+
+    def script(self, name: str) -> Path:
+        """What Slurm runs for a job."""
+        return self.root / f"{name}.sh"
+
+    def hostfile(self, name: str) -> Path:
+        """The nodes of a job, for DeepSpeed's launcher; the job writes it."""
+        return self.root / f"{name}.hosts"
+
+    def error(self, name: str) -> Path:
+        """The sentence of a rank that stopped for a user's mistake, of a job that is no stage."""
+        return self.root / f"{name}.error"
+
+    def log(self, name: str) -> Path:
+        """The output of a job that is no stage."""
+        return self.root / f"{name}.log"
 
 
 @dataclass(frozen=True)
@@ -97,7 +241,7 @@ class StageFolder:
 
     @property
     def metrics(self) -> Path:
-        """A JSON line per step."""
+        """A JSON line per step, with the time of its end in seconds since 1970."""
         return self.root / "metrics.jsonl"
 
     @property
@@ -117,6 +261,19 @@ class StageFolder:
     def log(self, rank: int) -> Path:
         """A rank's own log, which grows over restarts."""
         return self.logs / f"rank_{rank}.log"
+
+    def heartbeat(self, rank: int) -> Path:
+        """A rank's Heartbeat."""
+        return self.root / "heartbeats" / f"rank_{rank}.json"
+
+    def job_log(self, job: str) -> Path:
+        """A job's output, which grows over restarts."""
+        return self.logs / f"job_{job}.log"
+
+    @property
+    def attempts(self) -> Path:
+        """A line (Attempt) whenever a job starts or ends its work on the stage."""
+        return self.root / "attempts.jsonl"
 
     @property
     def tensorboard(self) -> Path:
@@ -142,9 +299,9 @@ class CheckpointsFolder:
         """The checkpoint of an optimizer step, once it is whole."""
         return self.root / f"{_STEP}{step:08d}"
 
-    def partial(self, step: int) -> Path:
-        """The folder that the checkpoint is written to until it is whole."""
-        return self.root / f".partial-{_STEP}{step:08d}"
+    def partial(self, step: int, token: str = "") -> Path:
+        """The folder that the checkpoint is written to until it is whole; of its own for each start of the run."""
+        return self.root / f".partial-{_STEP}{step:08d}{token and '-'}{token}"
 
     def partials(self) -> list[Path]:
         """Leftovers of interrupted saves."""
@@ -163,3 +320,11 @@ class CheckpointsFolder:
             if (newest / MANIFEST).exists():
                 return newest
         return next(reversed(self.published().values()), None)
+
+    def newest_first(self) -> list[Path]:
+        """The newest whole checkpoint, and those before it."""
+        newest, whole = self.newest(), list(self.published().values())
+        if newest is None:
+            return []
+        older = whole[: whole.index(newest)] if newest in whole else []
+        return [newest, *reversed(older)]

@@ -35,6 +35,15 @@ def gather_objects(value: Value) -> list[Value]:
     return out  # type: ignore[return-value]
 
 
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether a flag is up on any rank. Collective; one number goes round, and all ranks wait for it."""
+    if not _several():
+        return flag
+    flags = torch.tensor(flag, dtype=torch.float32, device=device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags)
+
+
 def barrier() -> None:
     if _several():
         dist.barrier()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 from megadiff.config.checks import require
@@ -16,12 +17,19 @@ from megadiff.engine.blueprint import draw_up
 from megadiff.engine.engine import Engine
 from megadiff.engine.initial import InitialValues
 from megadiff.engine.saving import load_weights
-from megadiff.engine.start import start_process_group
+from megadiff.engine.start import TIMEOUT, start_process_group
 from megadiff.models.mmdit import initial_distributions
 
 
 def build_engine(
-    model: Model, stage: Stage, tree: Mapping[str, Any], *, seed: int, ranks: Ranks, facts: Facts | None = None
+    model: Model,
+    stage: Stage,
+    tree: Mapping[str, Any],
+    *,
+    seed: int,
+    ranks: Ranks,
+    facts: Facts | None = None,
+    timeout: timedelta = TIMEOUT,
 ) -> Engine:
     """Join the other ranks, and build this one's part of a freshly initialised model. Collective.
 
@@ -29,6 +37,7 @@ def build_engine(
         tree: the DeepSpeed JSON as read, with its "auto" values.
         seed: of the initial values.
         facts: what must be equal on all ranks.
+        timeout: of every collective.
 
     Raises:
         UserError: on all ranks, if one is missing or differs.
@@ -39,7 +48,7 @@ def build_engine(
     if layout.tensor > 1:
         # Before CUDA starts: one hardware queue, so that a gradient's sum over ranks begins before the next product.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    blueprint = draw_up(model, stage, tree, layout, start_process_group(ranks, facts))
+    blueprint = draw_up(model, stage, tree, layout, start_process_group(ranks, facts, timeout))
     distributions = initial_distributions(blueprint.module)
     backend: Backend
     if layout.pipeline > 1:

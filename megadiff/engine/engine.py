@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from megadiff.config.run_folder import CheckpointsFolder
 from megadiff.config.schema import Initialise, Stage
 from megadiff.distributed.reduce import gather_objects
 from megadiff.engine import saving, statistics
-from megadiff.engine.api import Backend, Objective, StepResult
+from megadiff.engine.api import Backend, Objective, PreparedBatch, StepResult
 from megadiff.engine.ema import Ema
 from megadiff.engine.optimizer import hold_still, learning_rate
 from megadiff.models.idle import Idle
 from megadiff.models.names import part_of
-from megadiff.types import ALIGNMENT, Batch, Denoiser
+from megadiff.types import ALIGNMENT, Batch, Denoiser, LossTerms, Prediction
 from megadiff.weights.checkpoint import CheckpointError, WeightSource, check_names
+from megadiff.weights.fence import Fence
 
 RAW = "raw"
 """Stands for the plain weights in place of an EMA profile's name."""
@@ -39,6 +43,8 @@ class Engine:
     def step(self, batches: Sequence[Batch], objective: Objective) -> StepResult:
         """One optimizer step over this replica's micro-batches; the averages follow if it was applied.
 
+        It changes nothing on any rank if the loss or the gradient is not finite on one.
+
         Masked counts differ between ranks and micro-batches, and DeepSpeed averages over both. So all micro-batches are
         prepared first, the counts are summed once, and each micro-batch's sum is scaled to the global mean.
         """
@@ -46,9 +52,13 @@ class Engine:
         prepared = [objective.prepare(batch) for batch in batches]
         normaliser = statistics.normaliser_of(prepared, names, self.layout, self.backend.accumulation, self.device)
         rate = learning_rate(self.stage.optimizer, self.optimizer_step, self.stage.steps)
-        outcome = self.backend.run(
-            prepared, lambda prediction, micro_batch: objective.score(prediction, micro_batch, normaliser), rate
-        )
+
+        def score(prediction: Prediction, micro_batch: PreparedBatch) -> LossTerms:
+            terms = objective.score(prediction, micro_batch, normaliser)
+            # The gradient of a loss that is not finite is never finite either: the norm over all ranks shows both.
+            return replace(terms, total=terms.total * torch.where(terms.total.detach().isfinite(), 1.0, torch.nan))
+
+        outcome = self.backend.run(prepared, score, rate)
         self.optimizer_step += 1
         if outcome.applied:
             self.ema.update()
@@ -76,11 +86,16 @@ class Engine:
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
-    def save(self, checkpoints: CheckpointsFolder, progress: Mapping[str, Any], config: str) -> Path:
+    def save(
+        self, checkpoints: CheckpointsFolder, progress: Mapping[str, Any], config: str, fence: Fence | None = None
+    ) -> Path:
         """Write and publish a checkpoint of this moment; returns its folder.
 
+        Args:
+            fence: of this start of the run, if others may follow it.
+
         Raises:
-            CheckpointError: on all ranks, if one cannot write.
+            CheckpointError: on all ranks, if one cannot write, or a newer start of the run has taken the fence.
         """
         counters = {
             "optimizer_step": self.optimizer_step,
@@ -97,13 +112,15 @@ class Engine:
             progress={**progress, **counters},
             config=config,
             rule=self.stage.checkpoint,
+            fence=fence,
         )
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Resume from `folder`: weights, moments, averages, counters. Returns the saved progress.
 
         Raises:
-            CheckpointError: it is damaged, or its parameters or EMA profiles differ from this stage's.
+            DamagedCheckpoint: it is damaged; nothing of it was loaded.
+            CheckpointError: its parameters or EMA profiles differ from this stage's.
         """
         reader = saving.open_checkpoint(folder, self.layout)
         saving.check_same_profiles(reader, self.ema.profiles)

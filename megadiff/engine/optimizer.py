@@ -62,6 +62,15 @@ def gradient_norm(parameters: Iterable[nn.Parameter], layout: Layout, group: dis
     return square.sqrt()
 
 
+def skip_unless_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+    """Let the next step change nothing, its own counters included, if the gradient's norm is not finite.
+
+    AdamW's fused kernels look at this attribute, which exists for AMP: nothing waits for the device. DeepSpeed skips such steps
+    by itself wherever it wraps the optimizer: in ZeRO-1 to 3, and in bf16.
+    """
+    optimizer.found_inf = (~norm.isfinite()).to(torch.float32)  # type: ignore[attr-defined]
+
+
 def hold_still(optimizer: torch.optim.Optimizer, pieces: Sequence[Piece], regions: Mapping[str, Region]) -> None:
     """Keep the optimizer's steps from changing parts of its tensors: AdamW decays parts without a gradient as well.
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from megadiff.config.partition import partition
 from megadiff.engine.api import Outcome, PreparedBatch, Score
 from megadiff.engine.blueprint import Blueprint, materialise, split_if_tensor_parallel
-from megadiff.engine.optimizer import build_optimizer, gradient_norm
+from megadiff.engine.optimizer import build_optimizer, gradient_norm, skip_unless_finite
 from megadiff.engine.pieces import Pieces
 from megadiff.engine.section import Section
 from megadiff.engine.wire import Wire, pack, unpack
@@ -109,13 +109,14 @@ class PipelineBackend:
             group["lr"] = learning_rate
         self._renew_buffers(prepared)
         self.section.feed(prepared, score)
+        self._own_norm = None
         numbers = [torch.tensor(number) for number in range(self.accumulation)]
         self.engine.train_batch(iter([(number, number) for number in numbers]))
-        norm = self.engine.get_global_grad_norm() if self._own_norm is None else self._own_norm
+        own_norm = self._own_norm
         return Outcome(
             self.section.terms if self.layout.speaks else [],
-            grad_norm=float(norm),
-            applied=bool(self.engine.was_step_applied()),
+            grad_norm=float(self.engine.get_global_grad_norm() if own_norm is None else own_norm),
+            applied=bool(self.engine.was_step_applied() and (own_norm is None or own_norm.isfinite())),
         )
 
     def _renew_buffers(self, prepared: Sequence[PreparedBatch]) -> None:
@@ -130,8 +131,9 @@ class PipelineBackend:
             self.engine.reset_activation_shape()
 
     def _clip_gradients(self) -> None:
-        """Clip by the norm over all stages, as DeepSpeed does in ZeRO-1."""
+        """Clip by the norm over all stages, or skip the step for it, as DeepSpeed does in ZeRO-1."""
         self._own_norm = gradient_norm(self.module.parameters(), self.layout, self.module.mpu().get_model_parallel_group())
+        skip_unless_finite(self.pieces.optimizer, self._own_norm)
         if self._clip > 0:
             torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), self._clip, self._own_norm)
 

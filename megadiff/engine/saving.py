@@ -19,7 +19,16 @@ from megadiff.engine.ema import Ema
 from megadiff.engine.pieces import Pieces, Shape
 from megadiff.weights import checkpoint
 from megadiff.weights.boxes import Extent
-from megadiff.weights.checkpoint import MOMENTS, CheckpointError, CheckpointManifest, FileEntry, WeightSource, tensor_key
+from megadiff.weights.checkpoint import (
+    MOMENTS,
+    CheckpointError,
+    CheckpointManifest,
+    DamagedCheckpoint,
+    FileEntry,
+    WeightSource,
+    tensor_key,
+)
+from megadiff.weights.fence import Fence
 from megadiff.weights.universal import open_source
 
 
@@ -40,28 +49,34 @@ def save(
     progress: Mapping[str, Any],
     config: str,
     rule: Checkpointing,
+    fence: Fence | None,
 ) -> Path:
     """Write and publish a checkpoint; `latest` changes when all of it is on the disk.
 
     Raises:
-        CheckpointError: on all ranks, if one cannot write.
+        CheckpointError: on all ranks, if one cannot write, or a newer start of the run has taken the fence.
     """
+    token = "" if fence is None else fence.token
     try:
         with all_or_none(checkpoints.root):
             if layout.leads:
-                checkpoint.begin(checkpoints, step)
+                if fence is not None:
+                    fence.check()
+                checkpoint.begin(checkpoints, step, token)
         entry: FileEntry | None = None
         with all_or_none(checkpoints.root):
-            entry = checkpoint.write_rank_file(checkpoints.partial(step), layout.rank, *_tensors(pieces, ema))
+            entry = checkpoint.write_rank_file(checkpoints.partial(step, token), layout.rank, *_tensors(pieces, ema))
         files = [file for file in gather_objects(entry) if file is not None]
         parameters = {name: parameter for part in gather_objects(_parameters(pieces)) for name, parameter in part.items()}
         with all_or_none(checkpoints.root):
             if layout.leads:
                 manifest = CheckpointManifest(stage, parameters, tuple(ema.profiles), dict(progress), config, tuple(files))
-                checkpoint.publish(checkpoints, step, manifest, rule)
+                if fence is not None:
+                    fence.check()
+                checkpoint.publish(checkpoints, step, manifest, rule, token)
     except CheckpointError:
         if layout.leads:
-            checkpoint.abandon(checkpoints, step)
+            checkpoint.abandon(checkpoints, step, token)
         raise
     return checkpoints.step(step)
 
@@ -75,7 +90,8 @@ def open_checkpoint(folder: Path, layout: Layout) -> WeightSource:
     """A reader of a folder, ours or DeepSpeed's universal, after the ranks have checked its files' checksums between them.
 
     Raises:
-        CheckpointError: on all ranks, if it is damaged.
+        DamagedCheckpoint: on all ranks, if it is damaged.
+        CheckpointError: on all ranks, if it cannot be read.
     """
     error: CheckpointError | None = None
     reader: WeightSource | None = None
@@ -83,7 +99,7 @@ def open_checkpoint(folder: Path, layout: Layout) -> WeightSource:
         reader = open_source(folder)
         damaged = reader.damaged(reader.manifest.files[layout.rank :: layout.world])
         if damaged:
-            error = CheckpointError(f"{folder}: {', '.join(damaged)} is damaged (its checksum differs); delete {folder}")
+            error = DamagedCheckpoint(f"{folder}: {', '.join(damaged)} is damaged (its checksum differs); delete {folder}")
     except CheckpointError as fault:
         error = fault
     except OSError as fault:
@@ -131,11 +147,13 @@ def all_or_none(place: Path) -> Iterator[None]:
     """Raise on all ranks if the block's work on the disk fails on one. Collective at its end.
 
     Raises:
-        CheckpointError: the disk is full, read-only, or gone.
+        CheckpointError: the block's own, or the disk is full, read-only, or gone.
     """
     error: CheckpointError | None = None
     try:
         yield
+    except CheckpointError as fault:
+        error = fault
     except (OSError, SafetensorError) as fault:
         error = CheckpointError(f"a checkpoint cannot be written to {place}: {fault}; what was saved before is still there")
     raise_together(error)

@@ -7,18 +7,21 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.constants import default_pg_timeout
-from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, distributed_c10d  # type: ignore[attr-defined]
 
 from megadiff.config.errors import UserError
 from megadiff.distributed.joining import Facts, join
 from megadiff.distributed.ranks import Ranks, free_port
+
+TIMEOUT = timedelta(minutes=30)
+"""Of a collective."""
 
 
 @contextmanager
@@ -36,11 +39,12 @@ def without_compiler() -> Iterator[None]:
         torch.compile = compiling
 
 
-def start_process_group(ranks: Ranks, facts: Facts | None = None) -> torch.device:
+def start_process_group(ranks: Ranks, facts: Facts | None = None, timeout: timedelta = TIMEOUT) -> torch.device:
     """Join the other ranks (nccl on GPUs, gloo on CPUs) and return this rank's device.
 
     Args:
         facts: what must be equal on all ranks.
+        timeout: of every collective, in this group and in those that DeepSpeed and megatron make of it.
 
     Raises:
         UserError: on all ranks, if a rank is missing or differs.
@@ -66,6 +70,8 @@ def start_process_group(ranks: Ranks, facts: Facts | None = None) -> torch.devic
     backend = accelerator.communication_backend_name() if device.type != "cpu" else "gloo"
     if not dist.is_initialized():
         store = PrefixStore("group", join(ranks, facts or {}))
-        dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=default_pg_timeout)
+        # DeepSpeed makes groups without a time-out, and these take torch's defaults: with nccl 10 minutes.
+        distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=timeout)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return device

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 
 import deepspeed
 import torch
+from torch import Tensor
 
 from megadiff.engine.api import Outcome, PreparedBatch, Score
 from megadiff.engine.blueprint import Blueprint, materialise, split_if_tensor_parallel
-from megadiff.engine.optimizer import build_optimizer, gradient_norm
+from megadiff.engine.optimizer import build_optimizer, gradient_norm, skip_unless_finite
 from megadiff.engine.zero_pieces import zero_pieces
 from megadiff.models.names import decayed_names
 from megadiff.types import Denoiser
@@ -40,25 +41,26 @@ class ZeroBackend:
     def run(self, prepared: Sequence[PreparedBatch], score: Score, learning_rate: float) -> Outcome:
         for group in self.pieces.optimizer.param_groups:
             group["lr"] = learning_rate
-        all_terms, own_norm = [], 0.0
+        all_terms, own_norm = [], None
         for micro_batch in prepared:
             terms = score(self.engine(micro_batch.noised, micro_batch.readout), micro_batch)
             self.engine.backward(terms.total)
-            own_norm = self._gradient_norm()
+            if (own_norm := self._own_norm()) is not None:
+                skip_unless_finite(self.pieces.optimizer, own_norm)
             self.engine.step()
             all_terms.append(terms)
         return Outcome(
             all_terms if self.layout.speaks else [],
-            grad_norm=float(self.engine.get_global_grad_norm() or own_norm),
-            applied=bool(self.engine.was_step_applied()),
+            grad_norm=float(self.engine.get_global_grad_norm() if own_norm is None else own_norm),
+            applied=bool(self.engine.was_step_applied() and (own_norm is None or own_norm.isfinite())),
         )
 
-    def _gradient_norm(self) -> float:
-        """The norm in ZeRO-0, where DeepSpeed clips by it but does not report it; 0 in the other stages."""
+    def _own_norm(self) -> Tensor | None:
+        """The norm after the last micro-batch of fp32 ZeRO-0, where DeepSpeed neither reports nor checks its own."""
         if self.engine.optimizer is not self.pieces.optimizer or not self.engine.is_gradient_accumulation_boundary():
-            return 0.0
+            return None
         group = None if self.mpu is None else self.mpu.get_model_parallel_group()
-        return float(gradient_norm(self.module.parameters(), self.layout, group))
+        return gradient_norm(self.module.parameters(), self.layout, group)
 
     @contextmanager
     def denoiser(self) -> Iterator[Denoiser]:

@@ -1,17 +1,13 @@
-"""Stops a run with non-finite numbers. All inputs are equal on all ranks, so all ranks decide alike."""
+"""Stops a run whose numbers stay non-finite. All inputs are equal on all ranks, so all ranks decide alike."""
 
 from __future__ import annotations
 
-import logging
 import math
 
 from megadiff.config.errors import UserError
+from megadiff.config.run_folder import IncidentKind
 from megadiff.engine.api import StepResult
-
-log = logging.getLogger(__name__)
-
-MOST_SKIPPED_IN_A_ROW = 10
-"""Consecutive skipped steps after which the run stops; every applied step resets the count."""
+from megadiff.training.incidents import Incidents
 
 
 class Diverged(UserError):
@@ -19,14 +15,20 @@ class Diverged(UserError):
 
 
 class Health:
-    """Watches every step's result."""
+    """Watches every step's result.
 
-    def __init__(self) -> None:
+    Attributes:
+        skipped_steps: since the start or resumption of the stage.
+    """
+
+    def __init__(self, most_in_a_row: int, incidents: Incidents) -> None:
+        """Args: most_in_a_row: skipped steps after which the run stops; every applied step resets the count."""
         self.skipped_steps = 0
+        self._most, self._incidents = most_in_a_row, incidents
         self._in_a_row = 0
 
     def check(self, result: StepResult, step: int) -> None:
-        """Count skipped steps.
+        """Count and record skipped steps.
 
         Raises:
             Diverged: a non-finite loss or gradient norm reached the weights, or too many steps in a row were skipped.
@@ -42,6 +44,9 @@ class Health:
             )
         self.skipped_steps += 1
         self._in_a_row += 1
-        log.warning("%s: the optimizer skipped the step", where)
-        if self._in_a_row >= MOST_SKIPPED_IN_A_ROW:
-            raise Diverged(f"{where}: {self._in_a_row} steps in a row were skipped; lower optimizer.learning_rate")
+        self._incidents.add(IncidentKind.SKIPPED, step, f"loss {result.total:g}, gradient norm {result.grad_norm:g}")
+        if self._in_a_row >= self._most:
+            raise Diverged(
+                f"{where}: {self._in_a_row} steps in a row were skipped (safeguards.skipped_in_a_row); "
+                "lower optimizer.learning_rate and go on from the last checkpoint"
+            )

@@ -6,8 +6,9 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
@@ -16,18 +17,25 @@ from PIL import Image
 from megadiff.config import derived
 from megadiff.config.layout import Layout
 from megadiff.config.load import dump_run
+from megadiff.config.run_folder import IncidentKind, Phase, StageFolder
 from megadiff.config.schema import Run, Stage
 from megadiff.data.reading.loader import Loader, check_unreadable
 from megadiff.diffusion.objective import DiffusionObjective
 from megadiff.distributed.joining import Facts, check_alike, software
 from megadiff.distributed.ranks import Ranks
-from megadiff.distributed.reduce import barrier, sum_over_replicas
+from megadiff.distributed.reduce import barrier, gather_objects, sum_over_replicas
 from megadiff.engine.build import build_engine
 from megadiff.engine.engine import Engine
+from megadiff.engine.saving import all_or_none
 from megadiff.training.health import Health
+from megadiff.training.incidents import Incidents
 from megadiff.training.monitor import Monitor
+from megadiff.training.pulse import Pulse
 from megadiff.training.stages import initialise, stage_seed
+from megadiff.training.stopping import StopFile
 from megadiff.types import Denoiser, Metric, Moment
+from megadiff.weights.checkpoint import DamagedCheckpoint, clear
+from megadiff.weights.fence import Fence
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +61,9 @@ class Training:
     engine: Engine
     monitor: Monitor
     progress: Progress
+    pulse: Pulse
+    incidents: Incidents
+    fence: Fence
 
     @property
     def step(self) -> int:
@@ -92,35 +103,58 @@ class Callback(Protocol):
 def train_stage(run: Run, stage_name: str, deepspeed: Mapping[str, Any], callbacks: Sequence[Callback] = ()) -> None:
     """Train a stage to its end, from its newest checkpoint if it has one. Runs on every rank.
 
+    Where the run's stop file is seen first, training ends after the step with a checkpoint, and without the stage's DONE.
+
     Raises:
         UserError: the configuration, the data or a checkpoint is at fault.
     """
     stage, paths, ranks = run.stage(stage_name), run.paths.stage(stage_name), Ranks.from_environment()
-    seed = stage_seed(run, stage)
-    engine = build_engine(run.model, stage, deepspeed, seed=seed, ranks=ranks, facts=_facts(run, deepspeed))
-    layout, newest = engine.layout, paths.checkpoints.newest()
-    if newest is None:
+    incidents = Incidents(paths, writes=ranks.rank == 0)
+    with closing(Pulse(paths, ranks.rank, run.safeguards)) as pulse:
+        try:
+            _train_stage(run, stage, deepspeed, ranks, pulse, incidents, callbacks)
+        except Exception as error:
+            incidents.add(IncidentKind.ERROR, pulse.step, f"{type(error).__name__}: {error}")
+            raise
+
+
+def _train_stage(
+    run: Run,
+    stage: Stage,
+    deepspeed: Mapping[str, Any],
+    ranks: Ranks,
+    pulse: Pulse,
+    incidents: Incidents,
+    callbacks: Sequence[Callback],
+) -> None:
+    paths, seed = run.paths.stage(stage.name), stage_seed(run, stage)
+    timeout = timedelta(seconds=run.safeguards.collective_timeout_s)
+    facts = _facts(run, deepspeed)
+    engine = build_engine(run.model, stage, deepspeed, seed=seed, ranks=ranks, facts=facts, timeout=timeout)
+    layout, fence = engine.layout, _take_fence(run, paths, engine.layout)
+    resumed = _resume(engine, paths, incidents)
+    if resumed is None:
         initialise(engine, run, stage)
         progress = Progress()
     else:
-        saved = engine.load(newest)
-        progress = Progress(**{key: saved[key] for key in asdict(Progress())})
+        progress = Progress(**{key: resumed[key] for key in asdict(Progress())})
     if layout.leads and not run.paths.run.exists():  # written by the launcher, but not by torchrun
         run.paths.root.mkdir(parents=True, exist_ok=True)
         run.paths.run.write_text(dump_run(run), encoding="utf-8")
     loader = _loader(run, stage, layout, seed, progress)
     check_alike({"manifests of the data": loader.fingerprint()})
     monitor = _monitor(run, stage, engine)
-    if newest:
-        monitor.say(f"{stage.name} resumes from {newest} at step {progress.optimizer_step}")
-    training = Training(run, stage, layout, engine, monitor, progress)
+    if resumed:
+        monitor.say(f"{stage.name} resumes from its checkpoint of step {progress.optimizer_step}")
+    incidents.add(IncidentKind.RESUME if resumed else IncidentKind.START, progress.optimizer_step, f"{ranks.world} ranks")
+    training = Training(run, stage, layout, engine, monitor, progress, pulse, incidents, fence)
     try:
         _train(training, loader, DiffusionObjective(run.model, stage, seed), callbacks)
     finally:
         loader.close()
         monitor.close()
     barrier()
-    if layout.leads:
+    if layout.leads and training.last:
         paths.done.touch()
 
 
@@ -131,12 +165,15 @@ def _facts(run: Run, deepspeed: Mapping[str, Any]) -> Facts:
 
 
 def _train(training: Training, loader: Loader, objective: DiffusionObjective, callbacks: Sequence[Callback]) -> None:
-    engine, progress, monitor = training.engine, training.progress, training.monitor
-    health = Health()
+    engine, progress, monitor, pulse = training.engine, training.progress, training.monitor, training.pulse
+    health = Health(training.run.safeguards.skipped_in_a_row, training.incidents)
+    stop = StopFile(training.run.paths.stop, looks=training.layout.leads, device=engine.device)
     for step in _steps(training):
         before = loader.stats().waited_s
+        pulse.beat(step, Phase.DATA)
         batches = loader.take(engine.device)
         waited = loader.stats().waited_s - before
+        pulse.beat(step, Phase.STEP)
         result = engine.step(batches, objective)
         health.check(result, step)
         progress.optimizer_step, progress.data_step = step, loader.data_step
@@ -144,23 +181,60 @@ def _train(training: Training, loader: Loader, objective: DiffusionObjective, ca
         progress.loader = loader.state()
         unreadable = _check_data(training, loader) if monitor.writes_at(step) else 0
         monitor.record(step, result, data_wait_s=waited, unreadable=unreadable)
+        if not result.applied:
+            training.scalar("3 optimizer/skipped steps", health.skipped_steps)
         paused = monitor.pause()
         for callback in callbacks:
             if callback.due(training):
+                pulse.beat(step, Phase.EVALUATE)
                 callback(training)
-        if step % training.stage.checkpoint.every_steps == 0 or step == training.stage.steps:
+        stops = stop.asked() and not training.last
+        if stops or training.last or step % training.stage.checkpoint.every_steps == 0:
             save(training)  # last: a resumed run does not repeat the step, so its callbacks must have run
         monitor.resume(paused)
+        if stops:
+            monitor.say(f"{training.stage.name} stops at step {step} as asked; its checkpoint is whole")
+            training.incidents.add(IncidentKind.STOP, step)
+            stop.obey()
+            return
 
 
 def _steps(training: Training) -> Iterator[int]:
     return iter(range(training.progress.optimizer_step + 1, training.stage.steps + 1))
 
 
+def _resume(engine: Engine, paths: StageFolder, incidents: Incidents) -> dict[str, Any] | None:
+    """The progress of the newest checkpoint that is not damaged, loaded; None if there is no checkpoint. Collective.
+
+    Raises:
+        CheckpointError: all are damaged, or the newest whole one does not fit the stage.
+    """
+    folders = paths.checkpoints.newest_first()
+    for number, folder in enumerate(folders, 1):
+        try:
+            return engine.load(folder)
+        except DamagedCheckpoint as error:
+            if number == len(folders):
+                raise
+            incidents.add(IncidentKind.DAMAGED, 0, str(error))
+    return None
+
+
+def _take_fence(run: Run, paths: StageFolder, layout: Layout) -> Fence:
+    """The right to publish checkpoints from now on; ranks of an earlier start have lost it, with what they were writing."""
+    fence: Fence | None = None
+    with all_or_none(run.paths.root):
+        if layout.leads:
+            fence = Fence.take(run.paths)
+            clear(paths.checkpoints)
+    return next(one for one in gather_objects(fence) if one is not None)
+
+
 def save(training: Training) -> None:
     """Write a checkpoint of this moment. Collective."""
+    training.pulse.beat(training.step, Phase.SAVE)
     folder = training.run.paths.stage(training.stage.name).checkpoints
-    training.engine.save(folder, asdict(training.progress), dump_run(training.run))
+    training.engine.save(folder, asdict(training.progress), dump_run(training.run), training.fence)
 
 
 def _check_data(training: Training, loader: Loader) -> int:

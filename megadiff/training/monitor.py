@@ -104,7 +104,7 @@ class Monitor:
         self._results.append(result)
         self._waited += data_wait_s
         with self._spared():
-            self._metrics.append(json.dumps({"step": step, **_row(result)}))
+            self._metrics.append(json.dumps({"step": step, "time": time.time(), **_row(result)}))
             if self._events_lost:
                 self._open_events(purge_step=None)
         if not self.writes_at(step):
@@ -228,7 +228,7 @@ class Monitor:
 
 
 def average(results: Sequence[StepResult]) -> StepResult:
-    """The means over several steps, without steps that scored nothing."""
+    """The means over several steps, without steps that scored nothing, and without what was not finite."""
     last = results[-1]
     names = last.losses
     return replace(
@@ -242,16 +242,16 @@ def average(results: Sequence[StepResult]) -> StepResult:
 
 
 def _mean(values: Sequence[float]) -> float:
-    numbers = [value for value in values if not math.isnan(value)]
+    numbers = [value for value in values if math.isfinite(value)]
     return sum(numbers) / len(numbers) if numbers else math.nan
 
 
 def _row(result: StepResult) -> dict[str, Any]:
     return {
-        "loss": result.total,
+        **_finite({"loss": result.total}),
         "losses": _finite(result.losses),
         "nelbo": _finite(result.nelbo),
-        "grad_norm": result.grad_norm,
+        **_finite({"grad_norm": result.grad_norm}),
         "learning_rate": result.learning_rate,
         "applied": result.applied,
         "samples": result.samples,

@@ -42,6 +42,10 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or does not fit what it is loaded into."""
 
 
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint that lacks a file, or whose content is not what was written."""
+
+
 @dataclass(frozen=True)
 class FileEntry:
     """One rank's file; `extents` are the parts of parameters in it, by name."""
@@ -88,20 +92,31 @@ def tensor_key(kind: str, parameter: str) -> str:
     return f"{kind}:{parameter}"
 
 
-def begin(checkpoints: CheckpointsFolder, step: int) -> None:
-    """Make an empty folder to write into and remove what an interrupted save left. For one process."""
+def begin(checkpoints: CheckpointsFolder, step: int, token: str = "") -> None:
+    """Make an empty folder to write into and remove what interrupted saves left. For one process.
+
+    Args:
+        token: of the start of the run, here and below; the folder that is written into is its own.
+    """
     checkpoints.root.mkdir(parents=True, exist_ok=True)
+    clear(checkpoints)
+    checkpoints.partial(step, token).mkdir()
+
+
+def clear(checkpoints: CheckpointsFolder) -> None:
+    """Remove what interrupted saves left, and what ranks of an earlier start still write. For one process."""
     for leftover in checkpoints.partials():
         _clear(leftover)
-    checkpoints.partial(step).mkdir()
 
 
-def abandon(checkpoints: CheckpointsFolder, step: int) -> None:
+def abandon(checkpoints: CheckpointsFolder, step: int, token: str = "") -> None:
     """Remove the files of a failed save, which would fill the disk for the next one. For one process."""
-    _clear(checkpoints.partial(step))
+    _clear(checkpoints.partial(step, token))
 
 
-def publish(checkpoints: CheckpointsFolder, step: int, manifest: CheckpointManifest, rule: Checkpointing) -> Path:
+def publish(
+    checkpoints: CheckpointsFolder, step: int, manifest: CheckpointManifest, rule: Checkpointing, token: str = ""
+) -> Path:
     """Give a wholly written folder its name, point `latest` at it, retire older ones. For one process.
 
     Folders of later steps stay: they are copies, or of a run that then resumed from an earlier step.
@@ -109,7 +124,7 @@ def publish(checkpoints: CheckpointsFolder, step: int, manifest: CheckpointManif
     Returns:
         The folder.
     """
-    partial, final = checkpoints.partial(step), checkpoints.step(step)
+    partial, final = checkpoints.partial(step, token), checkpoints.step(step)
     tree = {"format": FORMAT, "version": VERSION, **asdict(manifest), "files": [_entry_tree(entry) for entry in manifest.files]}
     (partial / MANIFEST).write_text(json.dumps(tree), encoding="utf-8")
     sync(partial / MANIFEST)
@@ -197,7 +212,7 @@ class CheckpointReader:
     """Ranges of a checkpoint's tensors by parameter name."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises CheckpointError if the folder is no checkpoint or a file is missing or has another size."""
+        """Raises DamagedCheckpoint if a file is missing or has another size, CheckpointError if the folder is no checkpoint."""
         self.folder = folder
         self.manifest = _read_manifest(folder)
         self._handles: dict[str, Any] = {}
@@ -206,7 +221,7 @@ class CheckpointReader:
             size = path.stat().st_size if path.exists() else -1
             if size != entry.bytes:
                 fault = "is missing" if size < 0 else f"has {size} bytes instead of {entry.bytes}"
-                raise CheckpointError(f"{path} {fault}; delete {folder} to go on from the checkpoint before it")
+                raise DamagedCheckpoint(f"{path} {fault}; delete {folder} to go on from the checkpoint before it")
 
     def damaged(self, files: Sequence[FileEntry]) -> list[str]:
         """Names of the files with a wrong hash (reads them whole)."""
@@ -257,7 +272,7 @@ class CheckpointReader:
             try:
                 self._handles[name] = safe_open(self.folder / name, framework="pt")
             except SafetensorError as error:
-                raise CheckpointError(f"{self.folder / name} is damaged ({error}); delete {self.folder}") from None
+                raise DamagedCheckpoint(f"{self.folder / name} is damaged ({error}); delete {self.folder}") from None
         return self._handles[name]
 
 
@@ -346,4 +361,4 @@ def _read_manifest(folder: Path) -> CheckpointManifest:
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); delete {folder}") from None
+        raise DamagedCheckpoint(f"{path} is damaged ({type(error).__name__}: {error}); delete {folder}") from None

@@ -309,7 +309,10 @@ def code_of(arguments: list[str]) -> object:
     ("arguments", "said"),
     [
         (["--", "train", "x.yaml"], "launch starts train by RUN.yaml and --deepspeed, not after --"),
-        (["run.yaml", "--", "data", "verify", "x"], "before -- only --processes N may stand"),
+        (
+            ["run.yaml", "--", "data", "verify", "x"],
+            "before -- only --processes N may stand, or --cluster CLUSTER.yaml and --dry-run",
+        ),
         (["--processes", "2", "run.yaml", "--deepspeed", "x.json"], "--processes is of a verb after --"),
         ([], "give RUN.yaml and --deepspeed DS.json, or -- and another verb"),
     ],

@@ -112,6 +112,12 @@ def test_a_removed_zero_key_is_refused(stage: Stage, key: str) -> None:
     assert f"zero_optimization.{key}: " in fault(with_key(f"zero_optimization.{key}", 2), stage)
 
 
+@pytest.mark.parametrize("address", ["bf16.check_grad_overflow", "zero_optimization.compute_grad_norm"])
+def test_steps_that_are_not_finite_must_be_recognised(stage: Stage, address: str) -> None:
+    assert f"{address} must be true" in fault(with_key(address, False), stage)
+    assert resolve(with_key(address, True), stage, data_ranks=2, accelerator=False)
+
+
 def test_fp16_is_refused_unless_it_is_off(stage: Stage) -> None:
     for enabled in (True, "auto"):
         assert "bf16 or fp32" in fault(with_key("fp16.enabled", enabled), stage)

@@ -54,7 +54,12 @@ def test_only_whole_checkpoints_of_this_programs_names_count(tmp_path: Path) -> 
     assert folder.newest() == folder.step(10)
     (tmp_path / "latest").write_text("step_00000002\n")
     assert folder.newest() == folder.step(2)
+    assert folder.newest_first() == [folder.step(2)]
     assert folder.partials() == [folder.partial(30)]
+    (tmp_path / "latest").unlink()
+    assert folder.newest_first() == [folder.step(10), folder.step(2)]
+    (tmp_path / "latest").write_text("step_00000020.bak")
+    assert folder.newest_first() == [tmp_path / "step_00000020.bak"]
 
 
 def test_a_stage_is_had_by_its_name(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from typing import Any
 
@@ -16,6 +17,7 @@ from tests.engine.layouts import (
     SHORT,
     STAGES,
     TIMEOUT_S,
+    WORKER,
     assert_same_curve,
     go_on,
     newest,
@@ -23,6 +25,7 @@ from tests.engine.layouts import (
     train,
     train_to,
 )
+from tests.ranks import finish, run_ranks, start_ranks, wait_until
 
 pytestmark = pytest.mark.distributed
 
@@ -45,6 +48,35 @@ def test_a_run_that_changes_its_layout_every_two_steps_is_the_uninterrupted_run(
     own, whole = (CheckpointReader(newest(folder / "first")).manifest for folder in (tmp_path, uninterrupted["folder"]))
     assert own.progress == whole.progress
     assert own.parameters == whole.parameters
+
+
+def test_ranks_that_outlived_their_job_publish_nothing_over_a_newer_start(tmp_path):
+    run, signals = tmp_path / "run", tmp_path / "signals"
+    signals.mkdir()
+    request = {
+        "folder": str(run),
+        "deepspeed": "ds_configs/zero1.json",
+        "stages": ["first"],
+        "overrides": ["stages.*.steps=6", "stages.*.checkpoint={every_steps: 2, keep: 9}"],
+    }
+    outlived = start_ranks(WORKER, 2, {**request, "wait_at": 3, "signals": str(signals)})
+    try:
+        wait_until(lambda: len(list(signals.iterdir())) == 2, outlived[0])
+        assert newest(run / "first").name == "step_00000002"
+        run_ranks(WORKER, 2, request)
+        files = [path for path in (run / "first/checkpoints").rglob("*") if path.is_file()]
+        before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+        (signals / "go").touch()
+        ended = [finish(process) for process in outlived]
+    finally:
+        for process in outlived:
+            process.kill()
+    said = {json.loads(one.stdout.strip().splitlines()[-1])["error"] for one in ended}
+    assert len(said) == 1
+    assert "belongs to a newer start of this run (2-" in said.pop()
+    after = [path for path in (run / "first/checkpoints").rglob("*") if path.is_file()]
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in after} == before
+    assert newest(run / "first").name == "step_00000006"
 
 
 @pytest.fixture(scope="module")

@@ -12,16 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from megadiff.config.layout import Layout
-from megadiff.config.run_folder import CheckpointsFolder
+from megadiff.config.run_folder import CheckpointsFolder, RunFolder
 from megadiff.config.schema import Batching, ConstantEma, Initialise, Optimizer, Stage
 from megadiff.engine.api import Outcome, PreparedBatch, Score
 from megadiff.engine.engine import RAW, Engine
 from megadiff.engine.pieces import FrozenPiece, Piece, Pieces
 from megadiff.models.idle import Idle
 from megadiff.types import Batch, Denoiser, LossTerms
-from megadiff.weights import universal
+from megadiff.weights import checkpoint, universal
 from megadiff.weights.boxes import whole
 from megadiff.weights.checkpoint import CheckpointError, CheckpointReader
+from megadiff.weights.fence import Fence
 from tests.diffusion.small import batch_of, part_of
 
 STAGE = Stage(
@@ -182,6 +183,23 @@ def test_a_stage_starts_from_the_universal_format_with_plain_weights_but_does_no
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"zero/embed/fp32\.pt is damaged"):
         other.initialise_from(folder, Initialise(weights="raw"))
+
+
+def test_a_save_that_a_newer_start_overtakes_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, folder, write = RunFolder(tmp_path), CheckpointsFolder(tmp_path / "checkpoints"), checkpoint.write_rank_file
+
+    def overtaken(*of: Any) -> Any:
+        Fence.take(run)
+        return write(*of)
+
+    fence = Fence.take(run)
+    assert engine().save(folder, {}, "config", fence) == folder.step(0)
+    monkeypatch.setattr(checkpoint, "write_rank_file", overtaken)
+    later = engine()
+    later.optimizer_step = 1
+    with pytest.raises(CheckpointError, match="belongs to a newer start of this run"):
+        later.save(folder, {}, "config", fence)
+    assert sorted(path.name for path in folder.root.iterdir()) == ["latest", "step_00000000"]
 
 
 def test_what_is_trained_cannot_change_within_a_stage(tmp_path: Path) -> None:

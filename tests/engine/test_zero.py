@@ -109,6 +109,28 @@ def test_a_run_killed_and_resumed_repeats_the_uninterrupted_curve_to_the_bit(tmp
     assert resumed["grad_norm"] == whole["grad_norm"]
 
 
+@pytest.mark.parametrize("zero", [1, 3])
+def test_a_run_asked_to_stop_saves_ends_without_done_and_goes_on_to_the_bit(zero: int, tmp_path: Path) -> None:
+    steps = ["stages.*.steps=8"]
+    whole = train(tmp_path / "whole", 2, zero, overrides=steps)
+    stopped = train(tmp_path / "cut", 2, zero, overrides=steps, stop_at=3)
+    assert stopped["steps"] == [1, 2, 3]
+    assert newest(tmp_path / "cut/first").name == "step_00000003"
+    assert not (tmp_path / "cut/STOP").exists()
+    assert not (tmp_path / "cut/first/DONE").exists()
+    resumed = train(tmp_path / "cut", 2, zero, overrides=steps)
+    assert (tmp_path / "cut/first/DONE").exists()
+    assert resumed["steps"] == whole["steps"] == list(range(1, 9))
+    for seen in ("loss", "grad_norm", "averaged", "digests"):
+        assert resumed[seen] == whole[seen], seen
+
+
+def test_a_run_asked_to_stop_at_its_last_step_is_done_and_the_next_stage_stops(tmp_path: Path) -> None:
+    report = train(tmp_path, 2, 1, overrides=["stages.*.steps=2"], stages=("first", "second"), stop_at=2)
+    assert (tmp_path / "first/DONE").exists()
+    assert report["by_stage"]["second"]["steps"] == [1]
+
+
 def test_a_checkpoint_in_which_idle_weights_were_trained_is_gone_on_from(one_rank: dict[str, Any], tmp_path: Path) -> None:
     """As such checkpoints were written before: with moments and averages, and decayed."""
     shutil.copytree(one_rank["folder"] / "first", tmp_path / "first")
@@ -185,6 +207,23 @@ def test_a_damaged_file_stops_all_ranks_with_one_sentence(zero3: dict[str, Any],
     assert "rank_00001.safetensors is damaged" in report["error"]
     assert "\n" not in report["error"]
     assert json.dumps(report["error"])
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before_it(tmp_path: Path) -> None:
+    overrides = ["stages.*.checkpoint={every_steps: 2, keep: 9}", "stages.*.steps=6"]
+    whole = train(tmp_path / "whole", 2, 1, overrides=overrides)
+    stopped = train(tmp_path / "cut", 2, 1, overrides=overrides, stop_at=4)
+    assert stopped["steps"] == [1, 2, 3, 4]
+    path = newest(tmp_path / "cut/first") / "rank_00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    resumed = train(tmp_path / "cut", 2, 1, overrides=overrides)
+    assert resumed["loss"] == whole["loss"]
+    assert resumed["digests"] == whole["digests"]
+    incidents = [json.loads(line) for line in (tmp_path / "cut/incidents.jsonl").read_text().splitlines()]
+    assert [(each["kind"], each["step"]) for each in incidents] == [("start", 0), ("stop", 4), ("damaged", 0), ("resume", 2)]
+    assert "rank_00001.safetensors has" in incidents[2]["detail"]
+    again = CheckpointReader(path.parent)
+    assert not again.damaged(again.manifest.files)
 
 
 @pytest.fixture(scope="module")

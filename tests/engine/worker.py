@@ -7,7 +7,10 @@ import json
 import os
 import signal
 import sys
+import time
+from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 from typing import Any, ClassVar
 from unittest.mock import patch
 
@@ -19,9 +22,10 @@ from megadiff.config.layouts import with_sizes
 from megadiff.config.load import load_run
 from megadiff.config.schema import Run
 from megadiff.data.reading.loader import Loader
+from megadiff.diffusion.objective import DiffusionObjective
 from megadiff.models.names import named_parameters
-from megadiff.training import loop
-from megadiff.types import Batch, Denoiser, Dense, DrawRule, Noised, RowKeys, RowLogits, SampledRows
+from megadiff.training import loop, stopping
+from megadiff.types import Batch, Denoiser, Dense, DrawRule, LossTerms, Noised, RowKeys, RowLogits, SampledRows
 
 
 class KillAt:
@@ -35,6 +39,60 @@ class KillAt:
 
     def __call__(self, training: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class WaitAt:
+    """A callback that stands still, as ranks do that are cut off from their job, until a file `go` is there."""
+
+    def __init__(self, step: int, folder: Path) -> None:
+        self.step, self.folder = step, folder
+
+    def due(self, training: Any) -> bool:
+        return bool(training.progress.optimizer_step == self.step)
+
+    def __call__(self, training: Any) -> None:
+        (self.folder / f"waiting_{training.layout.rank}").touch()
+        while not (self.folder / "go").exists():
+            time.sleep(0.01)
+
+
+class AskToStopAt:
+    """A callback that asks the run to stop, on the rank that looks."""
+
+    def __init__(self, step: int, file: Path) -> None:
+        self.step, self.file = step, file
+
+    def due(self, training: Any) -> bool:
+        return bool(training.progress.optimizer_step == self.step)
+
+    def __call__(self, training: Any) -> None:
+        if training.layout.leads:
+            self.file.touch()
+
+
+class Poison(torch.autograd.Function):
+    """The identity, with a gradient that is not finite."""
+
+    @staticmethod
+    def forward(context: Any, loss: torch.Tensor) -> torch.Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0] * torch.inf
+
+
+class PoisonedObjective(DiffusionObjective):
+    """Of one step on the last rank, either the loss or the gradient alone is not finite."""
+
+    step, kind = 0, ""
+
+    def score(self, *of: Any) -> LossTerms:
+        terms = super().score(*of)
+        last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+        if not last or len(WatchedLoader.samples) != self.step:
+            return terms
+        return replace(terms, total=Poison.apply(terms.total) if self.kind == "gradient" else terms.total * torch.inf)
 
 
 class WatchedLoader(Loader):
@@ -139,11 +197,14 @@ def main(request: dict[str, Any]) -> None:
     tree = load_deepspeed(request["deepspeed"])
     tree.setdefault("zero_optimization", {}).update(request.get("zero_options", {}))
     tree = with_sizes(tree, request.get("pipeline"), request.get("tensor"))
+    if "poison" in request:
+        PoisonedObjective.step, PoisonedObjective.kind = request["poison"]
+        loop.DiffusionObjective = PoisonedObjective  # type: ignore[attr-defined, misc]
     gathered = Gathered() if request.get("watch_gathered") else None
     reports = {}
     for stage in request["stages"]:
         WatchedLoader.samples.clear()
-        seen = reports[stage] = trained(run, stage, tree, request.get("kill_at"))
+        seen = reports[stage] = trained(run, stage, tree, request)
         if gathered is not None:
             seen["most_gathered"] = gathered.take()
             gathered.forget()
@@ -152,7 +213,7 @@ def main(request: dict[str, Any]) -> None:
     print(json.dumps({**reports[stage], "by_stage": reports}))
 
 
-def trained(run: Run, stage: str, tree: dict[str, Any], kill_at: int | None) -> dict[str, Any]:
+def trained(run: Run, stage: str, tree: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
     probe = Probe()
     seen: dict[str, Any] = {}
 
@@ -173,9 +234,15 @@ def trained(run: Run, stage: str, tree: dict[str, Any], kill_at: int | None) -> 
                 for piece in training.engine.pieces.trained
             }
 
-    callbacks: list[Any] = [Look(), probe, *([] if kill_at is None else [KillAt(kill_at)])]
+    callbacks: list[Any] = [Look(), probe]
+    if "kill_at" in request:
+        callbacks.append(KillAt(request["kill_at"]))
+    if "stop_at" in request:
+        callbacks.append(AskToStopAt(request["stop_at"], run.paths.stop))
+    if "wait_at" in request:
+        callbacks.append(WaitAt(request["wait_at"], Path(request["signals"])))
     try:
-        with patch.object(loop, "Loader", WatchedLoader):
+        with patch.object(loop, "Loader", WatchedLoader), patch.object(stopping, "LOOK_EVERY_S", 0.0):
             loop.train_stage(run, stage, tree, callbacks)
     except UserError as error:
         seen["error"] = str(error)
@@ -185,6 +252,7 @@ def trained(run: Run, stage: str, tree: dict[str, Any], kill_at: int | None) -> 
         seen["loss"] = [row["loss"] for row in rows]
         seen["grad_norm"] = [row["grad_norm"] for row in rows]
         seen["text_losses"] = [row["losses"].get("text") for row in rows]
+        seen["applied"] = [row["applied"] for row in rows]
         seen["steps"] = [row["step"] for row in rows]
     return {**seen, **probe.seen, "samples": WatchedLoader.samples[:]}
 

@@ -12,6 +12,8 @@ import torch
 from megadiff.config.layout import Layout
 from megadiff.data.errors import DataError
 from megadiff.training import loop
+from megadiff.training.incidents import Incidents
+from megadiff.weights.fence import Fence
 from tests.minimal import minimal_run
 from tests.training.test_monitor import monitor, result
 
@@ -44,7 +46,17 @@ def trained(folder: Path, unreadable_at: int, share: float = 0.01) -> list[int]:
         record(at, *of, unreadable=unreadable, **how)
 
     watched.record = tell  # type: ignore[method-assign]
-    training: Any = loop.Training(run, run.stages[0], Layout(), engine, watched, loop.Progress())  # type: ignore[arg-type]
+    training: Any = loop.Training(
+        run,
+        run.stages[0],
+        Layout(),
+        engine,  # type: ignore[arg-type]
+        watched,
+        loop.Progress(),
+        SimpleNamespace(beat=lambda *_: None),  # type: ignore[arg-type]
+        Incidents(run.paths.stage("first"), writes=True),
+        Fence.take(run.paths),
+    )
     try:
         loop._train(training, loader, None, ())  # type: ignore[arg-type]
     finally:

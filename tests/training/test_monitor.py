@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from torch.utils.tensorboard import SummaryWriter
 from megadiff.config.errors import UserError
 from megadiff.config.run_folder import RunFolder
 from megadiff.engine.api import StepResult
-from megadiff.training.health import MOST_SKIPPED_IN_A_ROW, Diverged, Health
+from megadiff.training.health import Diverged, Health
+from megadiff.training.incidents import Incidents
 from megadiff.training.monitor import LineFile, Monitor
 from megadiff.types import Metric
 
@@ -25,6 +27,10 @@ from megadiff.types import Metric
 def result(*, total: float = 1.0, grad_norm: float = 0.5, applied: bool = True) -> StepResult:
     quartiles = {"image": [1.0, 2.0, math.nan, 4.0]}
     return StepResult({"image": total}, quartiles, total, grad_norm, 1e-3, applied, samples=16)
+
+
+def health(folder: Path, most_in_a_row: int = 3) -> Health:
+    return Health(most_in_a_row, Incidents(RunFolder(folder).stage("first"), writes=True))
 
 
 def monitor(folder: Path, *, first_step: int = 0, active: bool = True) -> Monitor:
@@ -49,6 +55,9 @@ def test_every_step_is_a_line_and_every_other_one_an_event(tmp_path: Path) -> No
     watched.close()
     rows = [json.loads(line) for line in (tmp_path / "first/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    times = [row["time"] for row in rows]
+    assert times == sorted(times)
+    assert abs(times[-1] - time.time()) < 60
     events = EventAccumulator(str(tmp_path / "tensorboard/first"))
     events.Reload()
     tags = events.Tags()["scalars"]
@@ -79,21 +88,34 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_non_finite_step_that_was_applied_stops_the_run() -> None:
+def test_a_non_finite_step_that_was_applied_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(Diverged, match=r"step 7: loss nan.*learning_rate"):
-        Health().check(result(total=math.nan), 7)
+        health(tmp_path).check(result(total=math.nan), 7)
 
 
-def test_skipped_steps_are_counted_and_too_many_in_a_row_stop_the_run() -> None:
-    health = Health()
-    for step in range(MOST_SKIPPED_IN_A_ROW - 1):
-        health.check(result(grad_norm=math.inf, applied=False), step)
-    health.check(result(), 20)
-    assert health.skipped_steps == MOST_SKIPPED_IN_A_ROW - 1
-    for step in range(1, MOST_SKIPPED_IN_A_ROW):
-        health.check(result(grad_norm=math.inf, applied=False), 20 + step)
-    with pytest.raises(Diverged, match="in a row"):
-        health.check(result(grad_norm=math.inf, applied=False), 20 + MOST_SKIPPED_IN_A_ROW)
+def test_skipped_steps_are_counted_recorded_and_too_many_in_a_row_stop_the_run(tmp_path: Path) -> None:
+    watched = health(tmp_path, most_in_a_row=3)
+    for step, skipped in enumerate((True, True, False, True, True), 1):
+        watched.check(result(grad_norm=math.inf, applied=False) if skipped else result(), step)
+    assert watched.skipped_steps == 4
+    with pytest.raises(Diverged, match=r"step 6: .*3 steps in a row were skipped"):
+        watched.check(result(grad_norm=math.inf, applied=False), 6)
+    rows = [json.loads(line) for line in (tmp_path / "incidents.jsonl").read_text().splitlines()]
+    assert [(row["kind"], row["step"]) for row in rows] == [("skipped", step) for step in (1, 2, 4, 5, 6)]
+    assert rows[0]["detail"] == "loss 1, gradient norm inf"
+
+
+def test_a_step_that_was_skipped_is_a_line_of_json_and_in_no_mean(tmp_path: Path) -> None:
+    watched = monitor(tmp_path)
+    watched.record(1, result(total=3.0), data_wait_s=0.0, unreadable=0)
+    watched.record(2, result(total=math.nan, grad_norm=math.inf, applied=False), data_wait_s=0.0, unreadable=0)
+    watched.close()
+    skipped = json.loads((tmp_path / "first/metrics.jsonl").read_text().splitlines()[1])
+    assert (skipped["loss"], skipped["grad_norm"], skipped["applied"]) == (None, None, False)
+    events = EventAccumulator(str(tmp_path / "tensorboard/first"))
+    events.Reload()
+    assert [event.value for event in events.Scalars("1 loss/total")] == [3.0]
+    assert [event.value for event in events.Scalars("3 optimizer/gradient norm")] == [0.5]
 
 
 def test_training_goes_on_where_its_records_cannot_be_written_and_they_go_on_when_they_can(

@@ -6,6 +6,7 @@ The rest of the package imports from here.
 
 from __future__ import annotations
 
+from megadiff.config.schema.cluster import Cluster, DeepSpeedCluster, LocalCluster, SlurmCluster
 from megadiff.config.schema.data import (
     Cache,
     CaptionField,
@@ -30,7 +31,7 @@ from megadiff.config.schema.model import (
     TokenSpace,
     UniformProcess,
 )
-from megadiff.config.schema.run import Launch, Run
+from megadiff.config.schema.run import Launch, Run, Safeguards
 from megadiff.config.schema.sampling import SampleSheets, Sampling, Showcase
 from megadiff.config.schema.stage import (
     Alignment,
@@ -56,10 +57,12 @@ __all__ = [
     "CategoricalSchedule",
     "Checkpointing",
     "ClassField",
+    "Cluster",
     "Conditioning",
     "ConstantEma",
     "Data",
     "DataField",
+    "DeepSpeedCluster",
     "EmaProfile",
     "FieldSource",
     "GaussianProcess",
@@ -67,6 +70,7 @@ __all__ = [
     "Initialise",
     "LatentField",
     "Launch",
+    "LocalCluster",
     "LogitNormalTimes",
     "MaskedProcess",
     "Modality",
@@ -79,8 +83,10 @@ __all__ = [
     "Process",
     "RESERVED_NAMES",
     "Run",
+    "Safeguards",
     "Sampling",
     "Showcase",
+    "SlurmCluster",
     "Space",
     "Stage",
     "StageModality",

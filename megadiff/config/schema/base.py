@@ -20,6 +20,7 @@ LocalPath = Annotated[str, AfterValidator(_is_path)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[int, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0, le=1e6)]
 NotNegative = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 """A guidance weight; the bound keeps its products finite."""

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from megadiff.config import checks
 from megadiff.config.errors import ConfigError
 from megadiff.config.run_folder import RunFolder
-from megadiff.config.schema.base import LocalPath, Positive, Section
+from megadiff.config.schema.base import LocalPath, Positive, Seconds, Section
 from megadiff.config.schema.data import Data
 from megadiff.config.schema.model import Model
 from megadiff.config.schema.sampling import Showcase
@@ -26,6 +26,27 @@ class Launch(Section):
     """OMP_NUM_THREADS of each rank; None divides the cores."""
 
 
+class Safeguards(Section):
+    """What becomes of a run in trouble (docs/surviving.md). May change between two starts of a run."""
+
+    skipped_in_a_row: Positive = 10
+    """A step with a non-finite loss or gradient is never applied; after so many in a row the run stops. 1: at the first."""
+    stalled_after_s: Seconds = 1800.0
+    """A rank whose step and phase have not changed for so long writes the stacks of its threads to its log."""
+    ended_after_s: Seconds = 7200.0
+    """... and after so long it ends, so that the launcher starts the ranks again. More than any evaluation takes."""
+    collective_timeout_s: Seconds = 1800.0
+    """Ranks that wait for others for longer in a collective fail."""
+
+    @model_validator(mode="after")
+    def _stacks_come_first(self) -> Safeguards:
+        if self.ended_after_s <= self.stalled_after_s:
+            raise ValueError(
+                f"ended_after_s ({self.ended_after_s:g}) must be more than stalled_after_s ({self.stalled_after_s:g})"
+            )
+        return self
+
+
 class Run(Section):
     """A whole run: one model, one source of data, a chain of stages."""
 
@@ -37,6 +58,7 @@ class Run(Section):
     data: Data
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
     launch: Launch = Launch()
+    safeguards: Safeguards = Safeguards()
     showcase: Showcase | None = None
 
     @property
