@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megadiff.config.errors import UserError
+from megadiff.config.run_folder import Incident, IncidentKind
 from megadiff.config.schema import Run, Stage
 from megadiff.launcher import children, folder
 from megadiff.launcher.children import ERROR_FILE, Command, Signals
@@ -39,6 +40,7 @@ def launch(plan: Plan, *, allow_changes: bool = False, say: Say = print) -> int:
         folder.check_checkpoints(run)
         changed = folder.untouched(run)
         folder.write(run, plan.deepspeed)
+        run.paths.stop.unlink(missing_ok=True)  # of ranks that died before they saw it
         for name in changed:
             if run.paths.stage(name).done.exists():
                 say(f"stage {name} is done already: the changes do not reach it (delete {run.folder}/{name} to train it again)")
@@ -99,10 +101,19 @@ def _train(plan: Plan, stage: Stage, lock: int, signals: Signals) -> int:
     if paths.error.exists():
         _complain(f"error: stage {stage.name}: {paths.error.read_text(encoding='utf-8').strip()}")
         return code or 2
+    if not code and not paths.done.exists() and _was_asked_to_stop(plan.run, stage):
+        _complain(f"stage {stage.name} has stopped as asked; the same command goes on from its newest checkpoint")
+        return 1
     if code or not paths.done.exists():
         _complain(f"error: stage {stage.name} ended with {_ending(code)}; see {paths.logs}")
         return 128 - code if code < 0 else code or 1
     return 0
+
+
+def _was_asked_to_stop(run: Run, stage: Stage) -> bool:
+    """Whether ranks that have ended well ended before the stage did, by RUN/STOP."""
+    last = Incident.newest(run.paths.incidents)
+    return last is not None and (last.kind, last.stage) == (IncidentKind.STOP, stage.name)
 
 
 def _complain(message: str) -> None:

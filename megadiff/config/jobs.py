@@ -16,7 +16,7 @@ class SubmittedJob:
 
     Attributes:
         job: Slurm's number of it, as text.
-        name: the stage that it trains, or `samples`.
+        name: the stage that it trains, or `final-samples`.
         time: seconds since 1970.
     """
 

@@ -9,6 +9,7 @@ RUN/  run.yaml  deepspeed.json  .lock  .ranks  .fence  STOP  incidents.jsonl  sa
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from enum import StrEnum
@@ -75,6 +76,15 @@ class Incident:
     step: int
     time: float
     detail: str
+
+    @classmethod
+    def newest(cls, path: Path) -> Incident | None:
+        """The last whole line of a run's incidents; None without any."""
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+        if not lines:
+            return None
+        row = json.loads(lines[-1])
+        return cls(**{**row, "kind": IncidentKind(row["kind"])})
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ Legend: T tensor ranks, R rows, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -121,20 +122,23 @@ def _config(parameter: Tensor) -> ModelParallelConfig:
     )
 
 
+def _arguments(whole: Linear) -> dict[str, Any]:
+    """What megatron's linear maps are built from, of a whole map."""
+    return {
+        "input_size": whole.in_features,
+        "output_size": whole.out_features,
+        "config": _config(whole.weight),
+        "init_method": None,
+        "bias": whole.bias is not None,
+        "tp_group": parallel_state.get_tensor_model_parallel_group(),
+    }
+
+
 class ColumnLinear(Linear, ColumnParallelLinear):  # type: ignore[misc]
     """Replicated input, this rank's outputs."""
 
     def __init__(self, whole: Linear) -> None:
-        ColumnParallelLinear.__init__(
-            self,
-            whole.in_features,
-            whole.out_features,
-            config=_config(whole.weight),
-            init_method=None,
-            bias=whole.bias is not None,
-            gather_output=False,
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-        )
+        ColumnParallelLinear.__init__(self, **_arguments(whole), gather_output=False)
 
     def forward(self, input: Tensor) -> Tensor:
         output, _ = ColumnParallelLinear.forward(self, input.to(self.weight.dtype))
@@ -145,17 +149,7 @@ class RowLinear(Linear, RowParallelLinear):  # type: ignore[misc]
     """This rank's inputs, replicated output; the bias is added once, after the ranks' sum."""
 
     def __init__(self, whole: Linear) -> None:
-        RowParallelLinear.__init__(
-            self,
-            whole.in_features,
-            whole.out_features,
-            config=_config(whole.weight),
-            init_method=None,
-            bias=whole.bias is not None,
-            input_is_parallel=True,
-            skip_bias_add=False,
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-        )
+        RowParallelLinear.__init__(self, **_arguments(whole), input_is_parallel=True, skip_bias_add=False)
         self.bias = whole.bias
 
     def forward(self, input: Tensor) -> Tensor:

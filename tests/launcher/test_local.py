@@ -39,6 +39,11 @@ pathlib.Path(sys.argv[1], 'DONE').touch()
 CRASH = "import sys; sys.exit(5)"
 KILLED = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
 STOPS_EARLY = "pass"
+STOPS_AS_ASKED = """
+import pathlib, sys
+line = '{"kind": "stop", "stage": "first", "step": 2, "time": 1.0, "detail": ""}'
+pathlib.Path(sys.argv[1], '../incidents.jsonl').write_text(line + chr(10))
+"""
 MISTAKE = """
 import os, sys
 open(os.environ['MEGADIFF_ERROR_FILE'], 'x').write('shard x is damaged; delete it')
@@ -153,6 +158,20 @@ def test_a_failure_is_one_sentence_with_stage_and_log(
     assert local.launch(plan_of(run)) == code
     assert started == ["first"]
     assert capfd.readouterr().err.splitlines() == [sentence.format(logs=Path(run.folder) / "first" / "logs")]
+
+
+def test_an_orderly_stop_is_no_error_and_an_old_request_stops_nothing(
+    tmp_path: Path, ranks: Callable[..., list[str]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = minimal_run(tmp_path)
+    run.paths.root.mkdir(parents=True)
+    run.paths.stop.touch()
+    started = ranks(STOPS_AS_ASKED, FINISH)
+    assert local.launch(plan_of(run)) == 1
+    assert (started, run.paths.stop.exists()) == (["first"], False)
+    asked = "megadiff: stage first has stopped as asked; the same command goes on from its newest checkpoint"
+    assert capfd.readouterr().err.splitlines() == [asked]
+    assert local.launch(plan_of(run)) == 0
 
 
 def test_an_old_mistake_is_not_said_again(
