@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megadiff.engine.api import Outcome, PreparedBatch, Score
 from megadiff.engine.blueprint import Blueprint, materialise, split_if_tensor_parallel
+from megadiff.engine.gathered import drop_idle_hooks, release_linear_weights
 from megadiff.engine.optimizer import build_optimizer, gradient_norm, skip_unless_finite
 from megadiff.engine.zero_pieces import zero_pieces
 from megadiff.models.names import decayed_names
@@ -35,6 +36,10 @@ class ZeroBackend:
                 deepspeed.zero.Init(part, replicas, config_dict_or_path=config, mpu=self.mpu)
         optimizer = build_optimizer(module, blueprint.stage.optimizer, decayed_names(module))
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=self.mpu)
+        if blueprint.zero == 3:
+            drop_idle_hooks(self.engine)
+            if config["zero_optimization"].get("memory_efficient_linear", True):
+                release_linear_weights()
         self.module = self.engine.module
         self.pieces = zero_pieces(self.engine, self.layout, splits)
 

@@ -87,6 +87,8 @@ def test_under_zero3_every_parameter_is_partitioned_and_no_rank_ever_holds_the_m
         report = zero3[stage]
         assert report["all_partitioned"]
         assert report["held_between_steps"] < report["whole"] * 0.01
+        assert len(report["hooked"]) > 10
+        assert [path for path, owns_weights in report["hooked"].items() if not owns_weights] == [""]  # the root's start a step
         # The largest single layer here is the token head or embedding with a third of all parameters.
         assert 0 < report["most_gathered"] < report["whole"] * 0.6
 

@@ -227,6 +227,7 @@ def trained(run: Run, stage: str, tree: dict[str, Any], request: dict[str, Any])
             seen["whole"] = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
             seen["held_between_steps"] = held_elements(module)
             seen["all_partitioned"] = all(hasattr(p, "ds_tensor") for p in module.parameters())
+            seen["hooked"] = {path: bool(child._parameters) for path, child in module.named_modules() if child._forward_hooks}
             seen["local_shapes"] = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named_parameters(module)}
             seen["megatron"] = {path: base for path, child in module.named_modules() for base in megatron_classes(child)}
             seen["digests"] = {
