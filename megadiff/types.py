@@ -7,7 +7,7 @@ tensors inside tuples and dicts only (deepspeed.runtime.zero.utils.apply_to_tens
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
@@ -334,4 +334,4 @@ class Moment(Protocol):
 
     def text(self, tag: str, text: str) -> None: ...
 
-    def metric(self, metric: Metric) -> None: ...
+    def metrics(self, metrics: Sequence[Metric]) -> None: ...
