@@ -32,6 +32,7 @@ class Batch:
         data_step: the index of the global batch that this is part of.
         global_samples: samples of the global batch over all ranks and micro-batches.
         features: by modality, precomputed features for an alignment loss, float32 [B, S, F].
+        sources: B names of the samples' sources; empty where there is one only.
     """
 
     states: dict[str, Tensor]
@@ -42,6 +43,7 @@ class Batch:
     data_step: int
     global_samples: int
     features: dict[str, Tensor] = field(default_factory=dict)
+    sources: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""

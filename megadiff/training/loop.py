@@ -174,7 +174,7 @@ def _train(training: Training, loader: Loader, objective: DiffusionObjective, ca
         batches = loader.take(engine.device)
         waited = loader.stats().waited_s - before
         pulse.beat(step, Phase.STEP)
-        result = engine.step(batches, objective)
+        result = engine.step(batches, objective, loader.sources)
         health.check(result, step)
         progress.optimizer_step, progress.data_step = step, loader.data_step
         progress.samples += result.samples

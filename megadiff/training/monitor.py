@@ -234,6 +234,8 @@ class Monitor:
             scalars[f"1 loss/{name}"] = loss
             for quarter, value in zip(QUARTERS, result.quartiles[name], strict=True):
                 scalars[f"2 loss by time/{name} t {quarter}"] = value
+        for name, losses in result.by_source.items():
+            scalars |= {f"2 loss by source/{name} {source}": loss for source, loss in losses.items()}
         for name, bound in result.nelbo.items():
             scalars[f"1 loss/{name} NELBO"] = bound
         for tag, value in scalars.items():
@@ -266,6 +268,10 @@ def average(results: Sequence[StepResult]) -> StepResult:
         total=_mean([result.total for result in results]),
         nelbo={name: _mean([result.nelbo.get(name, math.nan) for result in results]) for name in last.nelbo},
         grad_norm=_mean([result.grad_norm for result in results]),
+        by_source={
+            name: {source: _mean([result.by_source[name][source] for result in results]) for source in losses}
+            for name, losses in last.by_source.items()
+        },
     )
 
 
@@ -279,6 +285,7 @@ def _row(result: StepResult) -> dict[str, Any]:
         **_finite({"loss": result.total}),
         "losses": _finite(result.losses),
         "nelbo": _finite(result.nelbo),
+        "by_source": {name: _finite(losses) for name, losses in result.by_source.items()},
         **_finite({"grad_norm": result.grad_norm}),
         "learning_rate": result.learning_rate,
         "applied": result.applied,

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,20 @@ def test_every_step_is_a_line_and_every_other_one_an_event(tmp_path: Path) -> No
     assert [event.value for event in events.Scalars("6 data/unreadable samples")] == [3, 3]
     assert {"2 loss by time/image t 0.00-0.25", "4 speed/samples per s", "4 speed/model FLOPs utilisation"} <= set(tags)
     assert "2 loss by time/image t 0.50-0.75" not in tags, "a quarter in which nothing fell has no point"
+
+
+def test_losses_by_source_are_curves_and_a_part_of_each_line(tmp_path: Path) -> None:
+    watched = monitor(tmp_path)
+    for step, web in ((1, 1.0), (2, 3.0)):
+        by_source = {"image": {"web": web, "books": math.nan}}
+        watched.record(step, replace(result(), by_source=by_source), data_wait_s=0.0, unreadable=0)
+    watched.close()
+    rows = [json.loads(line) for line in (tmp_path / "first/metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["by_source"] == {"image": {"web": 1.0, "books": None}}
+    events = EventAccumulator(str(tmp_path / "tensorboard/first"))
+    events.Reload()
+    assert [event.value for event in events.Scalars("2 loss by source/image web")] == [2.0]
+    assert "2 loss by source/image books" not in events.Tags()["scalars"]
 
 
 def test_a_run_that_resumes_drops_the_lines_that_it_repeats(tmp_path: Path) -> None:
