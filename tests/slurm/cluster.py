@@ -107,20 +107,25 @@ class SlurmRun:
     def __init__(self, slurm: MiniSlurm, place: Path) -> None:
         self.slurm, self.place, self.folder = slurm, place, RunFolder(place / "run")
         self.first = self.folder.stage("first")
-        self.overrides = [f"folder={self.folder.root}"]
         self.cluster: dict[str, Any] = {"kind": "slurm", "nodes": 2, "restarts": 3}
 
-    def megadiff(self, *arguments: str, code: int = 0) -> str:
+    def megadiff(self, *arguments: str, code: int = 0, cwd: Path = ROOT) -> str:
         """A command line to its end: what it printed, on standard error where `code` is not 0."""
-        done = run_megadiff(*arguments, cwd=ROOT, **self.slurm.variables)
+        done = run_megadiff(*arguments, cwd=cwd, **self.slurm.variables)
         assert done.returncode == code, f"megadiff {' '.join(arguments)}: exit code {done.returncode}\n{done.stderr}"
         return done.stderr if code else done.stdout
+
+    def launch_verb(self, *arguments: str) -> str:
+        """Submit another verb; returns the number of its job. Its files go where the tests' own do."""
+        cluster = write_yaml(self.place / "cluster.yaml", self.cluster)
+        line = self.megadiff("launch", "--cluster", str(cluster), "--", *arguments, cwd=self.place)
+        return line.split()[1].rstrip(":")
 
     def command(self, *overrides: str, deepspeed: str = "zero1") -> list[str]:
         """`megadiff launch` of the run on the cluster."""
         cluster = write_yaml(self.place / "cluster.yaml", self.cluster)
         where = ["--deepspeed", f"ds_configs/{deepspeed}.json", "--cluster", str(cluster)]
-        return ["launch", "tests/tiny.yaml", *where, *self.overrides, *overrides]
+        return ["launch", "tests/tiny.yaml", *where, f"folder={self.folder.root}", *overrides]
 
     def launch(self, *overrides: str, deepspeed: str = "zero1", before_step: str = "", stages: int = 1) -> list[str]:
         """Submit the run; returns the numbers of its jobs.
@@ -159,6 +164,9 @@ class SlurmRun:
     def wait_for(self, outcome: str, timeout_s: float = START_S, times: int = 1) -> None:
         wait_until(lambda: self.outcomes().count(outcome) >= times, timeout_s, f"{times} x {outcome!r}")
 
+    def wait_for_incident(self, kind: str) -> None:
+        wait_until(lambda: kind in self.kinds(), START_S, f"an incident {kind!r}")
+
     def wait_for_end(self, job: str, state: str = "COMPLETED", timeout_s: float = START_S) -> None:
         """Wait until a job is over; raises AssertionError if it ended in another state."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE")
@@ -168,7 +176,7 @@ class SlurmRun:
     def log(self) -> str:
         """What the run and its ranks have written."""
         files = [self.folder.incidents, *sorted(self.folder.root.glob("*/attempts.jsonl"))]
-        files += [*sorted(self.folder.root.glob("*/logs/*.log")), *sorted(self.folder.root.glob("submitted/*/*.log"))]
+        files += [*sorted(self.folder.root.glob("*/logs/*.log")), *sorted(self.place.glob("jobs/*/*.log"))]
         return "\n".join(f"---- {path}\n{path.read_text(errors='replace')[-3000:]}" for path in files if path.exists())
 
 
