@@ -49,7 +49,7 @@ def check_checkpoints(run: Run) -> None:
 
 
 def check_not_queued(run: Run) -> None:
-    """Raises UserError if jobs of the run run or wait on this cluster."""
+    """Raises UserError if jobs of the run run or wait on this cluster, or that cannot be known."""
     if queued := queue.states([job.job for job in SubmittedJob.read(run.paths.jobs)]):
         raise UserError(
             f"{run.folder} is in work by job{'s' * (len(queued) > 1)} {', '.join(queued)}; "

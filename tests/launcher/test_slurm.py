@@ -133,7 +133,7 @@ def test_ranks_get_their_place_from_slurm(node: Node) -> None:
     variables = dict(line.split("=", 1) for line in (node.stage.root / "env").read_text().splitlines() if "=" in line)
     assert [variables[key] for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["3", "2", "1"]
     assert (variables["MASTER_ADDR"], variables["MASTER_PORT"]) == ("node1", "20041")
-    assert variables["MEGADIFF_ERROR_FILE"] == str(node.stage.error)
+    assert variables["MEGADIFF_ERROR_FILE"] == f"{node.stage.error}.41.0"
     assert variables["PYTHONPATH"].split(":")[0] == str(node.run.submission(1).code)
 
 
@@ -160,6 +160,26 @@ def test_failures_are_tried_again_until_no_restart_is_left(node: Node) -> None:
     assert (code, node.outcomes()) == (1, ["started", "failed", "started", "gave up"])
     assert "no restart is left of 1" in err
     assert node.requeued.read_text() == "41\n"
+
+
+def test_failures_at_the_same_step_in_a_row_are_not_tried_a_third_time(tmp_path: Path) -> None:
+    node = Node(tmp_path, SlurmCluster(restarts=9, python="python3"))
+    beat = 'mkdir -p heartbeats; echo \'{"step": %d, "phase": "step", "time": 0.5}\' > heartbeats/rank_%d.json; '
+    seventh = beat % (7, 0) + beat % (6, 1) + "exit 5"
+    for ranks in ("exit 5", "exit 5", seventh, beat % (8, 0) + "exit 5", seventh):  # without a heartbeat no step is known
+        assert node.ends(ranks)[0] == REQUEUED
+    code, err = node.ends(seventh)
+    assert (code, node.outcomes()[-1]) == (3, "stuck")
+    assert "failed at step 7 twice in a row" in err
+
+
+def test_a_turn_that_has_outlived_its_node_leaves_the_job_to_the_newer_turn(node: Node) -> None:
+    started = Attempt.FORM % (0, "41", "started", 0)
+    code, err = node.ends(f"echo {shlex.quote(started)} >> attempts.jsonl; touch ../STOP; exit 143")
+    assert (code, node.outcomes()) == (1, ["started", "started"])
+    assert "job 41 has started again" in err
+    assert node.run.stop.exists()
+    assert not node.requeued.exists()
 
 
 def test_attempts_that_slurm_cut_off_count_as_failures(node: Node) -> None:
