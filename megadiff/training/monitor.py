@@ -22,13 +22,19 @@ from PIL import Image
 from tqdm import tqdm
 
 from megadiff.config.errors import UserError
+from megadiff.config.gpus import GPUS
 from megadiff.config.run_folder import StageFolder
 from megadiff.engine.api import StepResult
 from megadiff.files import write_text
 from megadiff.types import Metric
 
 QUARTERS = ("0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00")
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "V100": 125e12}
+PEAK_FLOPS = {
+    **{name.upper(): gpu.bf16_flops for name, gpu in GPUS.items()},
+    "B200": 2250e12,
+    "L40S": 362e12,
+    "V100": 125e12,
+}
 """Dense bf16 (V100: fp16) tensor-core peaks by name, from the makers' data sheets."""
 
 EVALUATION_SHARE = "4 speed/evaluation share"

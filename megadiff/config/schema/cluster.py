@@ -50,6 +50,10 @@ class Machines(Section):
 
     gpus_per_node: NotNegative = 0
     """GPUs of each node, one rank on each; 0 trains on CPUs."""
+    gpu: Literal["a100", "h100", "h200"] | None = None
+    """What they are; a model that cannot fit into their memory is then refused before a launch, and `plan` tells times."""
+    network_gbit_per_s: Positive | None = None
+    """Between nodes, of each GPU's port, each way; None: as in the maker's own nodes. For `plan` alone."""
     processes_per_node: Positive = 1
     """Ranks of each node without GPUs."""
     cpus_per_process: Positive = 1
@@ -73,6 +77,8 @@ class Machines(Section):
     def _one_rank_per_gpu(self) -> Machines:
         if self.gpus_per_node and "processes_per_node" in self.model_fields_set:
             raise ValueError("gpus_per_node and processes_per_node exclude each other: every GPU has one rank")
+        if self.gpu and not self.gpus_per_node:
+            raise ValueError(f"gpu is {self.gpu}, and gpus_per_node is 0; give their number")
         return self
 
 
