@@ -56,6 +56,8 @@ class IncidentKind(StrEnum):
     """As asked, with a checkpoint."""
     SKIPPED = "skipped"
     """A step was left out: its loss or gradient was not finite."""
+    SPIKE = "spike"
+    """The loss rose and stayed; training went back to a checkpoint from before."""
     DAMAGED = "damaged"
     """A checkpoint is damaged; the one before it is resumed from."""
     ERROR = "error"

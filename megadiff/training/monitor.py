@@ -190,6 +190,22 @@ class Monitor:
         if self.active:
             tqdm.write(message, file=sys.stderr)
 
+    def rewind(self, step: int) -> None:
+        """Forget the steps after `step`, which are done again."""
+        self._results.clear()
+        self._since, self._waited = time.perf_counter(), 0.0
+        if not self.active:
+            return
+        self._bar.update(step - self._bar.n)
+        with self._spared(events=True):
+            self._writer.close()
+            self._open_events(purge_step=step + 1)
+        with self._spared():
+            self._metrics.close()
+            for lines in (self.paths.metrics, self.paths.results):
+                _drop_after(lines, step)
+            self._metrics = LineFile(self.paths.metrics)
+
     def close(self) -> None:
         if self.active:
             self._bar.close()

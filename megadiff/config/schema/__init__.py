@@ -32,7 +32,7 @@ from megadiff.config.schema.model import (
     TokenSpace,
     UniformProcess,
 )
-from megadiff.config.schema.run import Launch, Run, Safeguards
+from megadiff.config.schema.run import Launch, Run, Safeguards, Spikes
 from megadiff.config.schema.sampling import SampleSheets, Sampling, Showcase
 from megadiff.config.schema.stage import (
     Alignment,
@@ -86,6 +86,7 @@ __all__ = [
     "RESERVED_NAMES",
     "Run",
     "Safeguards",
+    "Spikes",
     "Sampling",
     "Showcase",
     "SlurmCluster",

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from megadiff.config import checks
 from megadiff.config.errors import ConfigError
 from megadiff.config.run_folder import RunFolder
-from megadiff.config.schema.base import LocalPath, Positive, Seconds, Section
+from megadiff.config.schema.base import LocalPath, NotNegative, Positive, Seconds, Section
 from megadiff.config.schema.data import Data
 from megadiff.config.schema.model import Model
 from megadiff.config.schema.sampling import Showcase
@@ -26,11 +26,26 @@ class Launch(Section):
     """OMP_NUM_THREADS of each rank; None divides the cores."""
 
 
+class Spikes(Section):
+    """When a loss counts as risen for good: the run goes back to a checkpoint from before, and leaves out those batches."""
+
+    deviations: Annotated[float, Field(gt=0)] = 8.0
+    """How far above the median of the last steps, in standard deviations that outliers do not widen."""
+    steps: Positive = 10
+    """For so many steps in a row."""
+    window: Annotated[int, Field(ge=10)] = 100
+    """How many steps are the measure."""
+    most: NotNegative = 3
+    """How often a stage goes back; then the run stops."""
+
+
 class Safeguards(Section):
     """What becomes of a run in trouble (docs/surviving.md). May change between two starts of a run."""
 
     skipped_in_a_row: Positive = 10
     """A step with a non-finite loss or gradient is never applied; after so many in a row the run stops. 1: at the first."""
+    spikes: Spikes | None = Spikes()
+    """Null: losses are not watched."""
     stalled_after_s: Seconds = 1800.0
     """A rank whose step and phase have not changed for so long writes the stacks of its threads to its log."""
     ended_after_s: Seconds = 7200.0
