@@ -67,7 +67,7 @@ def read_beginning(address: str) -> None:
 
 @dataclass(frozen=True)
 class Probes:
-    """How a rank looks at its node; tests look at others."""
+    """How a rank looks at its node; tests put others in their place."""
 
     clock: Callable[[], float] = time.time
     versions: Callable[[], dict[str, str]] = versions
@@ -134,6 +134,8 @@ def preflight(
     log.info("preflight: %s; %.1f s", verdict.summary, time.monotonic() - began)
     if verdict.faults:
         talk.leave(verdict.faults)
+    if verdict.notes:
+        log.warning("preflight: %s", verdict.notes)
     return verdict.notes
 
 

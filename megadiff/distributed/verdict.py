@@ -94,7 +94,7 @@ def _versions(first: Mapping[str, Findings]) -> Iterator[Fault]:
         most = counts.most_common(1)[0][0]  # of equally many, that of the lower rank
         for node, own in first.items():
             if (version := own.versions.get(name, "none")) != most:
-                yield node, f"has {name} {version}, and others {most}; install the same on all nodes"
+                yield node, f"has {name} {version}, and others {most}; all nodes must have the same"
 
 
 def _clocks(first: Mapping[str, Findings], most_s: float) -> Iterator[Fault]:

@@ -22,7 +22,7 @@ from megadiff.distributed.ranks import Ranks, free_port
 
 TIMEOUT = timedelta(minutes=30)
 """Of a collective."""
-Preflight = Callable[[Store, torch.device], None]
+Examine = Callable[[Store, torch.device], None]
 """A look at the machines: the store where the ranks have met, this rank's device. Collective."""
 
 
@@ -42,17 +42,17 @@ def without_compiler() -> Iterator[None]:
 
 
 def start_process_group(
-    ranks: Ranks, facts: Facts | None = None, timeout: timedelta = TIMEOUT, preflight: Preflight | None = None
+    ranks: Ranks, facts: Facts | None = None, timeout: timedelta = TIMEOUT, examine: Examine | None = None
 ) -> torch.device:
     """Join the other ranks (nccl on GPUs, gloo on CPUs) and return this rank's device.
 
     Args:
         facts: what must be equal on all ranks.
         timeout: of every collective, in this group and in those that DeepSpeed and megatron make of it.
-        preflight: called once the ranks have a group.
+        examine: called once the ranks have a group.
 
     Raises:
-        UserError: on all ranks, if a rank is missing or differs; or what `preflight` raises.
+        UserError: on all ranks, if a rank is missing or differs; or what `examine` raises.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed 0.19.8 calls collectives by the names that torch 2.13 renamed, at every step.
@@ -79,7 +79,7 @@ def start_process_group(
         distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
         store = PrefixStore("group", joined)
         dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=timeout)
-        if preflight is not None:
-            preflight(joined, device)
+        if examine is not None:
+            examine(joined, device)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return device

@@ -139,7 +139,7 @@ def _train_stage(
         if notes := preflight(run, stage, _manifests(run), ranks=ranks, joined=joined, device=device):
             incidents.add(IncidentKind.PREFLIGHT, 0, notes)
 
-    engine = build_engine(run.model, stage, deepspeed, seed=seed, ranks=ranks, facts=facts, timeout=timeout, preflight=examine)
+    engine = build_engine(run.model, stage, deepspeed, seed=seed, ranks=ranks, facts=facts, timeout=timeout, examine=examine)
     layout, fence = engine.layout, _take_fence(run, paths, engine.layout)
     resumed = _resume(engine, paths, incidents)
     if resumed is None:

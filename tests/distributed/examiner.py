@@ -66,7 +66,7 @@ def main(request: dict[str, Any]) -> None:
 
     fault = ""
     try:
-        start_process_group(Ranks(rank, world, 0), own.get("facts"), preflight=examine)
+        start_process_group(Ranks(rank, world, 0), own.get("facts"), examine=examine)
         dist.barrier()  # the store ends with rank 0
     except Exception as error:
         fault = f"{type(error).__name__}: {error}"

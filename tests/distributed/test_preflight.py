@@ -41,7 +41,7 @@ def test_all_that_is_wrong_with_a_node_is_said_at_once(tmp_path: Path) -> None:
     for part in (
         "node1 gets no data.train: s3://bucket/manifest.json may not be read or written with the credentials at hand",
         f"node1 has 0.00 GiB left in {tmp_path}, and needs 1.00; make room",
-        "node1 has NVIDIA driver 535.1, and others 550.54; install the same on all nodes",
+        "node1 has NVIDIA driver 535.1, and others 550.54; all nodes must have the same",
         " s behind the others; have it set (preflight.clock_s: 5)",
         "node1 gets wrong sums from an all-reduce (rank 1)",
     ):

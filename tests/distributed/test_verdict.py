@@ -94,7 +94,7 @@ def test_clocks_are_compared_with_the_middle_one_and_of_two_with_the_first():
 def test_a_version_that_fewest_nodes_have_is_the_odd_one():
     versions = [{"versions": {"driver": "1" if node == "a" else "2"}} for node in NODES]
     said = verdict(dict(enumerate(versions))).faults
-    assert said.startswith("a has driver 1, and others 2; install the same on all nodes. Without a: ")
+    assert said.startswith("a has driver 1, and others 2; all nodes must have the same. Without a: ")
     said = verdict({rank: {"versions": {"driver": "2"}} for rank in range(6)}).faults
     assert said.startswith("d has driver none, and others 2")
 
