@@ -22,7 +22,7 @@ from megadiff.launcher.children import process_start
 
 WAIT_S = 10.0
 """Seconds that a launch waits for the processes of a killed launch, which end soon after it."""
-FREE = ("launch", "safeguards", "showcase")
+FREE = ("launch", "preflight", "safeguards", "showcase")
 """Sections that may change between two launches of one run, as they do not affect training."""
 
 _SHOWN = 6

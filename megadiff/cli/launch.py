@@ -43,7 +43,7 @@ def add(verbs: Verbs) -> None:
         "train all stages of a run, here or on a cluster, or run another verb as several processes",
         "Check everything, then train the run's stages one after the other through DeepSpeed's launcher, on the GPUs of this\n"
         "machine (CUDA_VISIBLE_DEVICES chooses) or on its CPU, and make the sheet of samples at the end. In a folder with\n"
-        "checkpoints the run continues; only its sections launch, safeguards and showcase may have changed.\n"
+        "checkpoints the run continues; only its sections launch, preflight, safeguards and showcase may have changed.\n"
         "With --cluster, ranks run where that file says; on Slurm a chain of jobs is submitted, which run the code and the\n"
         "configuration of this moment (docs/cluster.md). Overrides of the file start with cluster., as cluster.nodes=4.\n"
         "Another verb may follow --; it is run once per GPU, or --processes times, or as all ranks of --cluster.",

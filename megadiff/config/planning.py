@@ -16,7 +16,7 @@ from megadiff.config.gpus import GPUS, Gpu
 from megadiff.config.layout import Layout
 from megadiff.config.layouts import layout_of
 from megadiff.config.schema import Cluster, DeepSpeedCluster, LocalCluster, Run, Stage
-from megadiff.config.speed import Machines, StepTime, step_time
+from megadiff.config.speed import Hardware, StepTime, step_time
 
 GROWTH = (2, 4, 8, 16)
 """Multiples of the nodes that are tried for a model that does not fit."""
@@ -129,7 +129,7 @@ def _choice(plan: Plan, json: str, nodes: int, cluster: Cluster, gpu: Gpu | None
     time, fault = None, ""
     if gpu is not None:
         network = gpu.network_bandwidth if cluster.network_gbit_per_s is None else cluster.network_gbit_per_s * 1e9 / 8
-        time = step_time(plan, Machines(gpu, cluster.ranks_per_node, network))
+        time = step_time(plan, Hardware(gpu, cluster.ranks_per_node, network))
         if held["total"] > gpu.memory_bytes:
             fault = f"a rank holds {held['total'] / 2**30:.1f} GiB, and an {gpu.name} has {gpu.memory_bytes / 2**30:g}"
     return Choice(

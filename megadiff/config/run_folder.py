@@ -52,6 +52,8 @@ class IncidentKind(StrEnum):
 
     START = "start"
     RESUME = "resume"
+    PREFLIGHT = "preflight"
+    """Nodes are not fit for the run, or slow."""
     STOP = "stop"
     """As asked, with a checkpoint."""
     SKIPPED = "skipped"

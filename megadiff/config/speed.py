@@ -13,7 +13,7 @@ from megadiff.config.gpus import Gpu
 
 
 @dataclass(frozen=True)
-class Machines:
+class Hardware:
     """GPUs on nodes, rank 0's node first.
 
     Attributes:
@@ -61,16 +61,16 @@ class StepTime:
         return self.perfect_s / seconds
 
 
-def step_time(plan: Plan, machines: Machines) -> StepTime:
-    """A lower bound of a step's seconds on these machines, by kind."""
-    stages, peak = range(plan.layout.pipeline), _peak(plan, machines.gpu)
+def step_time(plan: Plan, hardware: Hardware) -> StepTime:
+    """A lower bound of a step's seconds on this hardware, by kind."""
+    stages, peak = range(plan.layout.pipeline), _peak(plan, hardware.gpu)
     # The slowest pipeline stage works through all micro-batches, and at both ends waits for one on each of the others.
     flops = [_stage_flops(plan, index) for index in stages]
     compute = ((plan.micro_batches - 1) * max(flops) + sum(flops)) / peak
     moved = max(_bytes_moved(plan, index) for index in stages)
-    network = max(_network_s(plan, index, machines) for index in stages)
+    network = max(_network_s(plan, index, hardware) for index in stages)
     perfect = flops_per_sample(plan.model, plan.stage) * plan.stage.batch.global_samples / (plan.layout.world * peak)
-    return StepTime(compute, moved / machines.gpu.memory_bandwidth, network, perfect)
+    return StepTime(compute, moved / hardware.gpu.memory_bandwidth, network, perfect)
 
 
 def _peak(plan: Plan, gpu: Gpu) -> float:
@@ -104,28 +104,28 @@ def _bytes_moved(plan: Plan, index: int) -> float:
     return plan.micro_batches * a_micro_batch + optimizer
 
 
-def _network_s(plan: Plan, index: int, machines: Machines) -> float:
+def _network_s(plan: Plan, index: int, hardware: Hardware) -> float:
     """Seconds of a rank's collectives, as rings: an all_reduce sends its tensor twice, the others once, but for own parts."""
     layout, sent = plan.layout, bytes_sent_per_step(plan)[index]
     sums = tensor_sums(plan)
     in_tensor = plan.micro_batches * sum(sums[at] for at in plan.own(index))
     replicas = [layout.ranks_of(index, replica)[0] for replica in range(layout.data_ranks)]
     over_data = 2 * (sent["all_reduce"] - in_tensor) + sent["all_gather"] + sent["reduce_scatter"]
-    seconds = _ring_s(over_data, replicas, machines) + _ring_s(2 * in_tensor, layout.ranks_of(index, 0), machines)
+    seconds = _ring_s(over_data, replicas, hardware) + _ring_s(2 * in_tensor, layout.ranks_of(index, 0), hardware)
     if sent["send"]:
         neighbour = index + 1 if index + 1 < layout.pipeline else index - 1
         ends = [layout.ranks_of(at, 0)[0] for at in (index, neighbour)]
-        seconds += sent["send"] / _bandwidth(ends, machines)
+        seconds += sent["send"] / _bandwidth(ends, hardware)
     return seconds
 
 
-def _ring_s(count: float, ranks: Sequence[int], machines: Machines) -> float:
-    return count * (len(ranks) - 1) / len(ranks) / _bandwidth(ranks, machines)
+def _ring_s(count: float, ranks: Sequence[int], hardware: Hardware) -> float:
+    return count * (len(ranks) - 1) / len(ranks) / _bandwidth(ranks, hardware)
 
 
-def _bandwidth(ranks: Sequence[int], machines: Machines) -> float:
+def _bandwidth(ranks: Sequence[int], hardware: Hardware) -> float:
     """Bytes per second of each rank in a ring; between nodes all ports of a group's ranks on a node work side by side."""
-    on_node = Counter(rank // machines.gpus_per_node for rank in ranks)
+    on_node = Counter(rank // hardware.gpus_per_node for rank in ranks)
     if len(on_node) == 1:
-        return machines.gpu.link_bandwidth
-    return min(machines.gpu.link_bandwidth, machines.network_bandwidth * min(on_node.values()))
+        return hardware.gpu.link_bandwidth
+    return min(hardware.gpu.link_bandwidth, hardware.network_bandwidth * min(on_node.values()))

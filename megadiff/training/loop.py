@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from PIL import Image
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from megadiff.config import derived
 from megadiff.config.layout import Layout
@@ -20,8 +21,10 @@ from megadiff.config.load import dump_run
 from megadiff.config.run_folder import IncidentKind, Phase, StageFolder
 from megadiff.config.schema import Run, Stage
 from megadiff.data.reading.loader import Loader, check_unreadable
+from megadiff.data.shards.shard import manifest_of
 from megadiff.diffusion.objective import DiffusionObjective
 from megadiff.distributed.joining import Facts, check_alike, software
+from megadiff.distributed.preflight import PreflightError, preflight
 from megadiff.distributed.ranks import Ranks
 from megadiff.distributed.reduce import barrier, gather_objects, sum_over_replicas
 from megadiff.engine.build import build_engine
@@ -105,7 +108,8 @@ def train_stage(run: Run, stage_name: str, deepspeed: Mapping[str, Any], callbac
         try:
             _train_stage(run, stage, deepspeed, ranks, pulse, incidents, callbacks)
         except Exception as error:
-            incidents.add(IncidentKind.ERROR, pulse.step, f"{type(error).__name__}: {error}")
+            kind = IncidentKind.PREFLIGHT if isinstance(error, PreflightError) else IncidentKind.ERROR
+            incidents.add(kind, pulse.step, f"{type(error).__name__}: {error}")
             raise
 
 
@@ -121,7 +125,12 @@ def _train_stage(
     paths, seed = run.paths.stage(stage.name), stage_seed(run, stage)
     timeout = timedelta(seconds=run.safeguards.collective_timeout_s)
     facts = _facts(run, deepspeed)
-    engine = build_engine(run.model, stage, deepspeed, seed=seed, ranks=ranks, facts=facts, timeout=timeout)
+
+    def examine(joined: Store, device: torch.device) -> None:
+        if notes := preflight(run, stage, _manifests(run), ranks=ranks, joined=joined, device=device):
+            incidents.add(IncidentKind.PREFLIGHT, 0, notes)
+
+    engine = build_engine(run.model, stage, deepspeed, seed=seed, ranks=ranks, facts=facts, timeout=timeout, examine=examine)
     layout, fence = engine.layout, _take_fence(run, paths, engine.layout)
     resumed = _resume(engine, paths, incidents)
     if resumed is None:
@@ -153,6 +162,14 @@ def _facts(run: Run, deepspeed: Mapping[str, Any]) -> Facts:
     """What all ranks must have in common before they build anything."""
     configuration = hashlib.blake2b(f"{dump_run(run)}{json.dumps(deepspeed)}".encode(), digest_size=8)
     return {"configuration": configuration.hexdigest(), **software()}
+
+
+def _manifests(run: Run) -> dict[str, str]:
+    """The manifests of the run's data, by the key of the source."""
+    sources = {"data.train" + (f".{name}" if len(run.data.sources) > 1 else ""): at for name, at in run.data.sources.items()}
+    if run.data.held_out:
+        sources["data.held_out"] = run.data.held_out
+    return {key: manifest_of(address) for key, address in sources.items()}
 
 
 def _train(training: Training, loader: Loader, objective: DiffusionObjective, callbacks: Sequence[Callback]) -> None:

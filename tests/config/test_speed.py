@@ -10,8 +10,8 @@ from megadiff.config.derived import flops_per_sample, layer_flops
 from megadiff.config.footprint import Plan, bytes_sent_per_step, imbalance
 from megadiff.config.gpus import GPUS
 from megadiff.config.layout import Layout
-from megadiff.config.schema.cluster import Machines as ClusterMachines
-from megadiff.config.speed import Machines, StepTime, step_time
+from megadiff.config.schema.cluster import Machines
+from megadiff.config.speed import Hardware, StepTime, step_time
 from tests.config.small import MODELS, stage
 
 MODEL = MODELS["rope and swiglu"]
@@ -19,7 +19,7 @@ H100 = GPUS["h100"]
 
 
 def times(layout: Layout, per_node: int = 8, network: float = 1e9, zero: int = 0, **changes) -> StepTime:
-    return step_time(Plan(MODEL, stage(**changes), layout, zero, "bf16"), Machines(H100, per_node, network))
+    return step_time(Plan(MODEL, stage(**changes), layout, zero, "bf16"), Hardware(H100, per_node, network))
 
 
 def test_one_rank_computes_its_model_flops_at_the_peak_rate_and_sends_nothing():
@@ -31,8 +31,8 @@ def test_one_rank_computes_its_model_flops_at_the_peak_rate_and_sends_nothing():
 
 
 def test_fp32_runs_at_the_rate_without_tf32():
-    machines = Machines(H100, 8, 1e9)
-    bf16, fp32 = (step_time(Plan(MODEL, stage(), Layout(), 0, precision), machines) for precision in ("bf16", "fp32"))
+    hardware = Hardware(H100, 8, 1e9)
+    bf16, fp32 = (step_time(Plan(MODEL, stage(), Layout(), 0, precision), hardware) for precision in ("bf16", "fp32"))
     assert fp32.compute_s / bf16.compute_s == pytest.approx(989 / 67)
 
 
@@ -84,12 +84,12 @@ def test_more_memory_traffic_comes_from_averages_and_micro_batches():
 
 
 def test_offloaded_numbers_do_not_go_through_the_gpu():
-    layout, machines = Layout(), Machines(H100, 8, 1e9)
+    layout, hardware = Layout(), Hardware(H100, 8, 1e9)
     options = {"offload_optimizer": {"device": "cpu"}}
-    whole, offloaded = (step_time(Plan(MODEL, stage(), layout, 3, "bf16", more), machines) for more in ({}, options))
+    whole, offloaded = (step_time(Plan(MODEL, stage(), layout, 3, "bf16", more), hardware) for more in ({}, options))
     assert offloaded.memory_s < whole.memory_s
 
 
 def test_a_cluster_file_may_name_every_gpu():
-    (names, _) = get_args(ClusterMachines.model_fields["gpu"].annotation)
+    (names, _) = get_args(Machines.model_fields["gpu"].annotation)
     assert set(get_args(names)) == set(GPUS)

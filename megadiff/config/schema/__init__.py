@@ -32,7 +32,7 @@ from megadiff.config.schema.model import (
     TokenSpace,
     UniformProcess,
 )
-from megadiff.config.schema.run import Launch, Run, Safeguards, Spikes
+from megadiff.config.schema.run import Launch, Preflight, Run, Safeguards, Spikes
 from megadiff.config.schema.sampling import SampleSheets, Sampling, Showcase
 from megadiff.config.schema.stage import (
     Alignment,
@@ -82,6 +82,7 @@ __all__ = [
     "SampleSheets",
     "PixelField",
     "PowerEma",
+    "Preflight",
     "Process",
     "RESERVED_NAMES",
     "Run",
