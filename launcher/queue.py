@@ -16,7 +16,7 @@ class NoAnswer(UserError):
 
 
 def states(jobs: Sequence[str]) -> Mapping[str, str]:
-    """Which of these jobs are in the queue, and their state in Slurm's words (`PENDING (Dependency)`, `RUNNING`).
+    """Those of these jobs that are in the queue, in order, with Slurm's word for each (`PENDING (Dependency)`, `RUNNING`).
 
     Empty where Slurm is not.
 
@@ -36,7 +36,8 @@ def states(jobs: Sequence[str]) -> Mapping[str, str]:
     if done.returncode:
         raise NoAnswer(f"squeue failed: {' '.join(done.stderr.split())}; try again later")
     rows = [line.strip().split("|") for line in done.stdout.splitlines()]
-    return {job: f"{state} ({why})" if state == "PENDING" else state for job, state, why in rows if job in jobs}
+    found = {job: f"{state} ({why})" if state == "PENDING" else state for job, state, why in rows}
+    return {job: found[job] for job in jobs if job in found}
 
 
 def cancel(jobs: Sequence[str]) -> None:

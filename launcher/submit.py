@@ -93,7 +93,6 @@ def submit_run(plan: RunSubmission, *, allow_changes: bool = False, say: Say = p
     if not plan.scripts:
         raise UserError(f"all stages of {run.folder} are done; more steps need stages.NAME.steps=N and --allow-changes")
     with folder.locked(run):
-        folder.check_not_queued(run)
         if not allow_changes:
             folder.check_unchanged(run)
         folder.check_checkpoints(run)

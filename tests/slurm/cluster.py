@@ -135,8 +135,7 @@ class SlurmRun:
             before_step: Python that the ranks run before each step, with its `number` and the `rank`. It goes into the frozen
                 copy of the code, while the jobs are held.
         """
-        self.cluster["options"] = ["--hold"]
-        self.megadiff(*self.command(*overrides, deepspeed=deepspeed))
+        self.megadiff(*self.command("cluster.options=[--hold]", *overrides, deepspeed=deepspeed))
         submission = SubmittedJob.read(self.folder.jobs)[-1].submission
         if before_step:
             lines = "\n        ".join(before_step.splitlines())

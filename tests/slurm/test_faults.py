@@ -40,8 +40,8 @@ def test_a_node_that_is_lost_costs_the_steps_since_the_checkpoint(run: SlurmRun,
 
 
 def test_ranks_that_outlive_their_job_publish_nothing_over_the_new_one(run: SlurmRun) -> None:
-    run.cluster |= {"nodes": 1, "processes_per_node": 2, "options": []}
-    slower_at_first = "time.sleep(0.5 if os.environ.get('SLURM_RESTART_COUNT') else 2)"
+    run.cluster |= {"nodes": 1, "processes_per_node": 2}
+    slower_at_first = "time.sleep(0.5 if os.environ.get('SLURM_RESTART_COUNT') else 4)"
     job, *_ = run.launch("stages.first.steps=40", *FEW, before_step=slower_at_first)
     run.wait_for_step(2)
     node = run.slurm.fields(job)["NodeList"]

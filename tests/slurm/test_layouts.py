@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megadiff.config.run_folder import RunFolder
-from tests.ranks import fork_megadiff
+from tests.ranks import ROOT, fork_megadiff
 from tests.slurm.cluster import SlurmRun, curve
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed]
@@ -25,6 +25,7 @@ def test_two_nodes_train_as_two_ranks_of_one_machine(run: SlurmRun, deepspeed: s
 def test_samples_are_drawn_by_all_ranks_of_a_job(run: SlurmRun) -> None:
     job, *_ = run.launch("stages.first.steps=1")
     run.wait_for_end(job)
+    (run.place / "examples").symlink_to(ROOT / "examples")  # whose tokenizer the checkpoint names
     samples = run.place / "samples"
     draw = ("--task", "text-to-image", "--steps", "2", "-n", "4", "--prompt", "a cat", "--out", str(samples))
     run.wait_for_end(run.launch_verb("sample", "--checkpoint", str(run.folder.root), *draw))
