@@ -165,7 +165,7 @@ class Monitor:
         if self.active:
             with self._spared(), closing(LineFile(self.paths.results)) as lines:
                 for metric in metrics:
-                    lines.append(json.dumps({"step": step, **asdict(metric)}))
+                    lines.append(json.dumps({"step": step, **asdict(metric), **_finite({"value": metric.value})}))
 
     def evaluated(self, step: int, since: float) -> None:
         """Record that an evaluation has come to its end, and the share of the time that all of them have taken.
