@@ -1,0 +1,54 @@
+"""Checkpoints that ranks write while they train on."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megadiff.config.run_folder import CheckpointsFolder
+from megadiff.weights.checkpoint import MOMENTS, CheckpointReader
+from tests.engine.layouts import WORKER, newest
+from tests.ranks import finish, run_ranks, start_ranks
+
+pytestmark = pytest.mark.distributed
+
+
+def request(folder: Path, steps: int, every: int, *overrides: str, **more: Any) -> dict[str, Any]:
+    """Two ranks of ZeRO-1."""
+    few = [f"stages.*.steps={steps}", f"stages.*.checkpoint={{every_steps: {every}, keep: 9}}", *overrides]
+    return {"folder": str(folder), "deepspeed": "ds_configs/zero1.json", "stages": ["first"], "overrides": few, **more}
+
+
+def test_a_checkpoint_appears_when_the_slowest_rank_has_written_and_is_of_the_step_at_which_it_began(tmp_path: Path) -> None:
+    waited = "stages.*.checkpoint.asynchronous=false"
+    run_ranks(WORKER, 2, request(tmp_path / "waited", 6, 3, waited))
+    reports = run_ranks(WORKER, 2, request(tmp_path / "held", 6, 3, hold_write=(3, 5)))
+    assert [report["newest_while_held"] for report in reports] == [None, None]
+    assert [report["steps"] for report in reports] == [[1, 2, 3, 4, 5, 6]] * 2
+    for step in (3, 6):
+        folders = [CheckpointsFolder(tmp_path / run / "first/checkpoints").step(step) for run in ("held", "waited")]
+        held, waited_for = (CheckpointReader(folder) for folder in folders)
+        assert held.damaged(held.manifest.files) == []
+        assert held.manifest.progress == waited_for.manifest.progress
+        for name, (_, trained) in held.manifest.parameters.items():
+            for kind in ("weight", "ema.main", *(MOMENTS if trained else ())):
+                assert torch.equal(held.read_whole(kind, name), waited_for.read_whole(kind, name)), (step, kind, name)
+
+
+def test_a_run_killed_while_a_checkpoint_is_written_goes_on_from_the_one_before_to_the_bit(tmp_path: Path) -> None:
+    (whole, _) = run_ranks(WORKER, 2, request(tmp_path / "whole", 6, 2))
+    processes = start_ranks(WORKER, 2, request(tmp_path / "cut", 6, 2, hold_write=(4, 6), kill_at=5))
+    ended = [finish(process).returncode for process in processes]
+    assert -signal.SIGKILL in ended
+    assert 0 not in ended
+    stage = tmp_path / "cut/first"
+    assert newest(stage).name == "step_00000002"
+    assert len(CheckpointsFolder(stage / "checkpoints").partials()) == 1
+    (resumed, _) = run_ranks(WORKER, 2, request(tmp_path / "cut", 6, 2))
+    assert CheckpointsFolder(stage / "checkpoints").partials() == []
+    for seen in ("steps", "loss", "grad_norm", "digests"):
+        assert resumed[seen] == whole[seen], seen
