@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -12,9 +15,13 @@ import torch
 from megadiff.config.run_folder import CheckpointsFolder
 from megadiff.weights.checkpoint import MOMENTS, CheckpointReader
 from tests.engine.layouts import WORKER, newest
-from tests.ranks import finish, run_ranks, start_ranks
+from tests.engine.saving_worker import EVERY, newest_step
+from tests.forks import start_forked
+from tests.ranks import finish, run_ranks, start_ranks, wait_until
 
 pytestmark = pytest.mark.distributed
+
+WRITER = Path(__file__).with_name("saving_worker.py")
 
 
 def request(folder: Path, steps: int, every: int, *overrides: str, **more: Any) -> dict[str, Any]:
@@ -52,3 +59,30 @@ def test_a_run_killed_while_a_checkpoint_is_written_goes_on_from_the_one_before_
     assert CheckpointsFolder(stage / "checkpoints").partials() == []
     for seen in ("steps", "loss", "grad_norm", "digests"):
         assert resumed[seen] == whole[seen], seen
+
+
+@pytest.mark.parametrize("times", [8, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
+def test_wherever_a_process_is_killed_its_newest_checkpoint_is_whole_and_an_interval_old_at_most(
+    times: int, tmp_path: Path
+) -> None:
+    folder, begun = CheckpointsFolder(tmp_path / "only/checkpoints"), tmp_path / "begun"
+    begun.touch()
+    reached, random = 0, Random(times)
+
+    def steps() -> list[int]:
+        return [int(line) for line in begun.read_text().split()]
+
+    for turn in range(times):
+        before = len(steps())
+        process = start_forked([str(WRITER), str(tmp_path)], environment=dict(os.environ), turn=turn)
+        try:
+            wait_until(lambda before=before: len(steps()) >= before + 2, process)
+            time.sleep(random.expovariate(20))
+        finally:
+            process.kill()
+        finish(process)
+        assert process.returncode == -signal.SIGKILL
+        last, newest = steps()[-1], newest_step(folder)
+        assert reached < newest, "the second checkpoint begins when the first is published"
+        assert last - EVERY <= newest <= last
+        reached = newest
