@@ -62,6 +62,8 @@ class IncidentKind(StrEnum):
     """The loss rose and stayed; training went back to a checkpoint from before."""
     DAMAGED = "damaged"
     """A checkpoint is damaged; the one before it is resumed from."""
+    COPY = "copy"
+    """A checkpoint could not be copied to the object store; training goes on."""
     ERROR = "error"
 
 
@@ -327,9 +329,8 @@ class CheckpointsFolder:
 
     def published(self) -> dict[int, Path]:
         """Whole checkpoints by step, oldest first; a user's copies under other names are ignored."""
-        matches = {re.fullmatch(rf"{_STEP}([0-9]{{8,}})", path.name): path for path in self.root.glob(f"{_STEP}*")}
-        whole = {int(match[1]): path for match, path in matches.items() if match and (path / MANIFEST).exists()}
-        return dict(sorted(whole.items()))
+        steps = {step_of(path.name): path for path in self.root.glob(f"{_STEP}*")}
+        return dict(sorted((step, path) for step, path in steps.items() if step is not None and (path / MANIFEST).exists()))
 
     def newest(self) -> Path | None:
         """The newest whole checkpoint. A pointer to nothing falls back to the newest folder."""
@@ -346,3 +347,9 @@ class CheckpointsFolder:
             return []
         older = whole[: whole.index(newest)] if newest in whole else []
         return [newest, *reversed(older)]
+
+
+def step_of(name: str) -> int | None:
+    """The step of a checkpoint's folder by its name; None of other names."""
+    match = re.fullmatch(rf"{_STEP}([0-9]{{8,}})", name)
+    return int(match[1]) if match else None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,8 @@ from megadiff.models.names import part_of
 from megadiff.types import ALIGNMENT, Batch, Denoiser, LossTerms, Prediction
 from megadiff.weights.checkpoint import CheckpointError, WeightSource, check_names
 from megadiff.weights.fence import Fence
+
+log = logging.getLogger(__name__)
 
 RAW = "raw"
 """Stands for the plain weights in place of an EMA profile's name."""
@@ -106,9 +109,14 @@ class Engine:
             saver.publish()
         return checkpoints.step(self.optimizer_step)
 
-    def saver(self, checkpoints: CheckpointsFolder, fence: Fence | None = None) -> Saver:
-        """A writer of checkpoints of this stage; `counters` belong to the progress that it is given."""
-        return Saver(checkpoints, self.pieces, self.ema, self.layout, self.device, self.stage, fence)
+    def saver(
+        self,
+        checkpoints: CheckpointsFolder,
+        fence: Fence | None = None,
+        copy_failed: Callable[[int, str], None] = lambda step, why: log.warning("step %d is not copied: %s", step, why),
+    ) -> Saver:
+        """A writer of checkpoints of this stage; `counters` belong to the progress that it is given. Arguments as of Saver."""
+        return Saver(checkpoints, self.pieces, self.ema, self.layout, self.device, self.stage, fence, copy_failed)
 
     def counters(self) -> dict[str, int]:
         """What a checkpoint of this moment has to hold beside the tensors, and `load` sets again."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from megadiff.config.errors import UserError
 from megadiff.config.layout import Layout
-from megadiff.config.run_folder import CheckpointsFolder
+from megadiff.config.run_folder import CheckpointsFolder, step_of
 from megadiff.config.schema import Stage
 from megadiff.distributed.reduce import any_rank, gather_objects, raise_together
 from megadiff.engine.ema import Ema
@@ -28,10 +29,15 @@ from megadiff.weights.checkpoint import (
     DamagedCheckpoint,
     FileEntry,
     WeightSource,
+    read_manifest,
     tensor_key,
 )
 from megadiff.weights.fence import Fence
+from megadiff.weights.remote import RemoteCheckpoints, fetch_files, fetch_manifest
 from megadiff.weights.universal import open_source
+
+RESTORED = "restored"
+"""In place of a start's token, in the name of the folder that a copy is downloaded to."""
 
 
 class WeightReader(Protocol):
@@ -83,14 +89,23 @@ class Saver:
         device: torch.device,
         stage: Stage,
         fence: Fence | None,
+        copy_failed: Callable[[int, str], None],
     ) -> None:
-        """Args: fence: of this start of the run, if others may follow it."""
+        """Allocate nothing yet.
+
+        Args:
+            fence: of this start of the run, if others may follow it.
+            copy_failed: is told, on the first rank, of the step of a checkpoint that could not be copied, and why.
+        """
         self._checkpoints, self._pieces, self._ema, self._layout, self._device = checkpoints, pieces, ema, layout, device
         self._stage, self._fence, self._token = stage, fence, "" if fence is None else fence.token
         self._parameters = {name: each for part in gather_objects(_parameters(pieces)) for name, each in part.items()}
         self._host: dict[str, Tensor] = {}
         self._pending: _Pending | None = None
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._thread, self._copier = ThreadPoolExecutor(1, "checkpoint"), ThreadPoolExecutor(1, "checkpoint copy")
+        self._remote = remote_of(stage) if layout.leads else None
+        self._copy: tuple[int, Future[None]] | None = None
+        self._copy_failed = copy_failed
 
     def begin(self, progress: Mapping[str, Any], config: str) -> None:
         """Begin a checkpoint of this moment, of the step `progress["optimizer_step"]`. The one before has to be published.
@@ -115,8 +130,14 @@ class Saver:
         self._pending.stalled_s = time.perf_counter() - began
 
     def publish_if_written(self) -> Published | None:
-        """Publish the pending checkpoint if all ranks have written their files. Raises as `publish`."""
-        if self._pending is None or any_rank(not self._pending.file.done(), self._device):
+        """Publish the pending checkpoint if all ranks have written their files, and the one before is copied.
+
+        Raises as `publish`.
+        """
+        if self._pending is None:
+            return None
+        copies = self._copy is not None and not self._copy[1].done()
+        if any_rank(copies or not self._pending.file.done(), self._device):
             return None
         return self.publish()
 
@@ -134,6 +155,7 @@ class Saver:
             with all_or_none(self._checkpoints.root):
                 entry = pending.file.result()
             files = tuple(file for file in gather_objects(entry) if file is not None)
+            self._end_copy()  # publication retires older checkpoints
             with all_or_none(self._checkpoints.root):
                 if self._layout.leads:
                     profiles = tuple(self._ema.profiles)
@@ -145,11 +167,42 @@ class Saver:
                     checkpoint.publish(self._checkpoints, pending.step, manifest, self._stage.checkpoint, self._token)
         now = time.perf_counter()
         folder = self._checkpoints.step(pending.step)
+        if self._remote is not None:
+            check = _nothing if self._fence is None else self._fence.check
+            copy = self._copier.submit(self._remote.copy, folder, pending.config, self._stage.checkpoint, check)
+            self._copy = pending.step, copy
         return Published(folder, pending.step, pending.stalled_s + now - since, now - pending.began)
 
+    def go_back(self, folder: Path) -> None:
+        """Let an earlier checkpoint be the newest, here and where the copies are.
+
+        Raises:
+            CheckpointError: on all ranks, as `begin`.
+        """
+        self._end_copy()
+        with all_or_none(self._checkpoints.root):
+            if self._layout.leads:
+                if self._fence is not None:
+                    self._fence.check()
+                checkpoint.point_latest(self._checkpoints, folder)
+        if self._remote is not None:
+            self._copy = 0, self._copier.submit(self._remote.point_latest, folder)
+            self._end_copy()
+
     def close(self) -> None:
-        """Wait for this rank's thread; what is pending is never published."""
+        """Wait for this rank's threads; what is pending is never published, but what is published is copied."""
         self._thread.shutdown()
+        self._end_copy()
+        self._copier.shutdown()
+
+    def _end_copy(self) -> None:
+        if self._copy is None:
+            return
+        (step, copy), self._copy = self._copy, None
+        try:
+            copy.result()
+        except (UserError, OSError) as error:
+            self._copy_failed(step, str(error))
 
     def _copied(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors in host memory that is taken once and used for every checkpoint."""
@@ -169,6 +222,51 @@ class Saver:
             if self._layout.leads:
                 checkpoint.abandon(self._checkpoints, step, self._token)
             raise
+
+
+def remote_of(stage: Stage) -> RemoteCheckpoints | None:
+    """Where a stage's checkpoints are copied to."""
+    return RemoteCheckpoints(stage.checkpoint.remote, stage.name) if stage.checkpoint.remote else None
+
+
+def copies(remote: RemoteCheckpoints, layout: Layout) -> list[str]:
+    """The addresses of a stage's copies, the newest first.
+
+    Raises:
+        StorageError: on all ranks, if the first one cannot reach them.
+    """
+    found: list[str] | None = None
+    with all_or_none(remote.root):
+        if layout.leads:
+            found = remote.newest_first()
+    return next(each for each in gather_objects(found) if each is not None)
+
+
+def restore(address: str, checkpoints: CheckpointsFolder, layout: Layout) -> Path:
+    """Download a copy to where it was written first, each rank its share of the files; returns the folder.
+
+    Raises:
+        DamagedCheckpoint: on all ranks, if it is damaged; nothing of it stays.
+        UserError: on all ranks, if it cannot be read, or not be written here.
+    """
+    step = step_of(address.rpartition("/")[2])
+    assert step is not None
+    partial = checkpoints.partial(step, RESTORED)
+    try:
+        with all_or_none(checkpoints.root):
+            if layout.leads:
+                checkpoint.begin(checkpoints, step, RESTORED)
+                fetch_manifest(address, partial)
+        with all_or_none(checkpoints.root):
+            fetch_files(address, partial, read_manifest(partial).files[layout.rank :: layout.world])
+        with all_or_none(checkpoints.root):
+            if layout.leads:
+                checkpoint.give_name(checkpoints, step, RESTORED)
+    except UserError:
+        if layout.leads:
+            checkpoint.abandon(checkpoints, step, RESTORED)
+        raise
+    return checkpoints.step(step)
 
 
 def all_shapes(pieces: Pieces) -> dict[str, Shape]:
@@ -233,16 +331,17 @@ def check_same_profiles(reader: WeightSource, profiles: Mapping[str, Any]) -> No
 
 
 @contextmanager
-def all_or_none(place: Path) -> Iterator[None]:
+def all_or_none(place: Path | str) -> Iterator[None]:
     """Raise on all ranks if the block's work on the disk fails on one. Collective at its end.
 
     Raises:
-        CheckpointError: the block's own, or the disk is full, read-only, or gone.
+        UserError: the block's own.
+        CheckpointError: the disk is full, read-only, or gone.
     """
-    error: CheckpointError | None = None
+    error: UserError | None = None
     try:
         yield
-    except CheckpointError as fault:
+    except UserError as fault:
         error = fault
     except OSError as fault:
         error = CheckpointError(f"a checkpoint cannot be written to {place}: {fault}; what was saved before is still there")
@@ -277,3 +376,7 @@ def _parameters(pieces: Pieces) -> dict[str, tuple[Shape, bool]]:
     """By name the whole shape, and whether the parameter is trained."""
     frozen = {piece.name for piece in pieces.frozen}
     return {name: (shape, name not in frozen) for name, shape in pieces.shapes.items()}
+
+
+def _nothing() -> None:
+    """Nothing is fenced."""

@@ -11,6 +11,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -24,6 +25,8 @@ CHUNK_BYTES = 2**18
 """Least size of the chunks that a body is read in; a body that breaks loses less than one."""
 ATTEMPTS = 8
 """Consecutive failures after which a request is given up; every chunk received resets the count."""
+_LEAST_PART, _MOST_PARTS = 2**23, 9_000
+"""Bytes of a part of an upload; S3 takes 10,000 parts of an object."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 15.0
 
 Result = TypeVar("Result")
@@ -68,6 +71,36 @@ def write_bytes(address: str, data: bytes) -> None:
     client, key = clients.client_and_key(address)
     _retried(address, lambda: obstore.put(client, key, data))
     return None
+
+
+def upload(path: Path, address: str) -> None:
+    """Copy a file of any size to an address; a reader sees the old object or the new one, never a part.
+
+    Raises:
+        StorageError: the file cannot be read, or the address not be written after several attempts.
+    """
+    try:
+        part = max(_LEAST_PART, path.stat().st_size // _MOST_PARTS + 1)
+    except OSError as error:
+        raise local.unreadable(str(path), error) from None
+    if addresses.is_local(address):
+        return _write_aside(address, lambda aside: shutil.copyfile(path, aside))
+    client, key = clients.client_and_key(address)
+    _retried(address, lambda: obstore.put(client, key, path, chunk_size=part))
+    return None
+
+
+def delete(address: str) -> None:
+    """Delete an object, which may be missing. Raises StorageError."""
+    if addresses.is_local(address):
+        try:
+            addresses.local_path(address).unlink(missing_ok=True)
+        except OSError as error:
+            raise local.unwritable(address, error) from None
+        return
+    client, key = clients.client_and_key(address)
+    with suppress(MissingError):  # some stores say so
+        _retried(address, lambda: obstore.delete(client, key))
 
 
 def download(address: str, path: Path) -> None:
@@ -139,16 +172,34 @@ def list_names(folder: str) -> list[str]:
     return sorted(entry["path"].rpartition("/")[2] for entry in listing["objects"])
 
 
+def list_folders(folder: str) -> list[str]:
+    """Sorted names of the folders directly inside a folder; none if there is no such folder."""
+    if addresses.is_local(folder):
+        try:
+            return sorted(path.name for path in addresses.local_path(folder).iterdir() if path.is_dir())
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise StorageError(f"{addresses.shown(folder)} cannot be listed: {error.strerror}") from None
+    client, key = clients.client_and_key(folder)
+    listing = _retried(folder, lambda: obstore.list_with_delimiter(client, key))
+    return sorted(prefix.rstrip("/").rpartition("/")[2] for prefix in listing["common_prefixes"])
+
+
 # --------------------------------------------------------------------------------------------------------------- files
 
 
 def _write_file(address: str, data: bytes) -> None:
+    _write_aside(address, lambda aside: aside.write_bytes(data))
+
+
+def _write_aside(address: str, write: Callable[[Path], object]) -> None:
     path = addresses.local_path(address)
     aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            aside.write_bytes(data)
+            write(aside)
             aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +20,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from megadiff.config import derived
 from megadiff.config.layout import Layout
 from megadiff.config.load import dump_run
-from megadiff.config.run_folder import IncidentKind, Phase, StageFolder
+from megadiff.config.run_folder import CheckpointsFolder, IncidentKind, Phase, StageFolder
 from megadiff.config.schema import Run, Stage
 from megadiff.data.reading.loader import Loader, check_unreadable
 from megadiff.data.shards.shard import manifest_of
@@ -29,7 +31,7 @@ from megadiff.distributed.ranks import Ranks
 from megadiff.distributed.reduce import barrier, gather_objects, sum_over_replicas
 from megadiff.engine.build import build_engine
 from megadiff.engine.engine import Engine
-from megadiff.engine.saving import Published, Saver, all_or_none
+from megadiff.engine.saving import Published, Saver, all_or_none, copies, remote_of, restore
 from megadiff.training.health import Diverged, Health
 from megadiff.training.incidents import Incidents
 from megadiff.training.monitor import Monitor
@@ -39,7 +41,7 @@ from megadiff.training.spikes import Spike, SpikeWatch
 from megadiff.training.stages import initialise, stage_seed
 from megadiff.training.stopping import StopFile
 from megadiff.types import Denoiser, Metric, Moment
-from megadiff.weights.checkpoint import DamagedCheckpoint, clear, point_latest
+from megadiff.weights.checkpoint import DamagedCheckpoint, clear
 from megadiff.weights.fence import Fence
 
 log = logging.getLogger(__name__)
@@ -57,7 +59,6 @@ class Training:
     progress: Progress
     pulse: Pulse
     incidents: Incidents
-    fence: Fence
     saver: Saver
 
     @property
@@ -148,8 +149,12 @@ def _train_stage(
     if resumed:
         monitor.say(f"{stage.name} resumes from its checkpoint of step {progress.optimizer_step}")
     incidents.add(IncidentKind.RESUME if resumed else IncidentKind.START, progress.optimizer_step, f"{ranks.world} ranks")
-    with closing(monitor), closing(loader), closing(engine.saver(paths.checkpoints, fence)) as saver:
-        training = Training(run, stage, layout, engine, monitor, progress, pulse, incidents, fence, saver)
+
+    def copy_failed(step: int, why: str) -> None:
+        incidents.add(IncidentKind.COPY, step, why)
+
+    with closing(monitor), closing(loader), closing(engine.saver(paths.checkpoints, fence, copy_failed)) as saver:
+        training = Training(run, stage, layout, engine, monitor, progress, pulse, incidents, saver)
         _train(training, loader, DiffusionObjective(run.model, stage, seed), callbacks)
     barrier()
     if layout.leads and training.last:
@@ -245,10 +250,7 @@ def _go_back(training: Training, loader: Loader, spike: Spike, most: int) -> boo
     if len(skipped) > most:
         raise Diverged(f"{what}, after {len(skipped) - 1} rollbacks; lower optimizer.learning_rate and go on from {before[-1]}")
     saved = training.engine.load(before[-1])
-    with all_or_none(checkpoints.root):
-        if training.layout.leads:
-            training.fence.check()
-            point_latest(checkpoints, before[-1])
+    training.saver.go_back(before[-1])
     training.progress = Progress.of(saved)
     training.progress.skipped = skipped
     loader.skip_to(training.progress.data_step)
@@ -264,16 +266,28 @@ def _resume(engine: Engine, paths: StageFolder, incidents: Incidents) -> dict[st
 
     Raises:
         CheckpointError: all are damaged, or the newest whole one does not fit the stage.
+        StorageError: there is none here, and the store of their copies cannot be reached.
     """
-    folders = paths.checkpoints.newest_first()
-    for number, folder in enumerate(folders, 1):
+    damaged: DamagedCheckpoint | None = None
+    for folder in _checkpoints(engine, paths.checkpoints):
+        if damaged is not None:
+            incidents.add(IncidentKind.DAMAGED, 0, str(damaged))
         try:
-            return engine.load(folder)
+            return engine.load(folder())
         except DamagedCheckpoint as error:
-            if number == len(folders):
-                raise
-            incidents.add(IncidentKind.DAMAGED, 0, str(error))
+            damaged = error
+    if damaged is not None:
+        raise damaged
     return None
+
+
+def _checkpoints(engine: Engine, here: CheckpointsFolder) -> Iterator[Callable[[], Path]]:
+    """The way to each of a stage's checkpoints, the newest first; those that are not here are downloaded. Collective."""
+    for folder in here.newest_first():
+        yield partial(Path, folder)
+    if remote := remote_of(engine.stage):
+        for address in copies(remote, engine.layout):
+            yield partial(restore, address, here, engine.layout)
 
 
 def _take_fence(run: Run, paths: StageFolder, layout: Layout) -> Fence:

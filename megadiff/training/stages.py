@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megadiff.config.schema import Run, Stage
 from megadiff.weights.checkpoint import CheckpointError
+from megadiff.weights.loading import local_path
 
 if TYPE_CHECKING:
     from megadiff.engine.engine import Engine
@@ -40,6 +40,6 @@ def initialise(engine: Engine, run: Run, stage: Stage) -> None:
             )
         source = newest
     else:
-        source = Path(rule.source)
+        source = local_path(rule.source)
     fresh = engine.initialise_from(source, rule)
     log.info("stage %s starts from %s (%s weights); %d parameters start fresh", stage.name, source, rule.weights, len(fresh))

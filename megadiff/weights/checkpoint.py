@@ -155,10 +155,20 @@ def publish(
     Returns:
         The folder.
     """
-    partial, final = checkpoints.partial(step, token), checkpoints.step(step)
+    partial = checkpoints.partial(step, token)
     tree = {"format": FORMAT, "version": VERSION, **asdict(manifest), "files": [_entry_tree(entry) for entry in manifest.files]}
     (partial / MANIFEST).write_text(json.dumps(tree), encoding="utf-8")
     sync(partial / MANIFEST)
+    final = give_name(checkpoints, step, token)
+    whole = checkpoints.published()
+    for old in retired([each for each in whole if each <= step], rule):
+        _remove(whole[old], old)
+    return final
+
+
+def give_name(checkpoints: CheckpointsFolder, step: int, token: str = "") -> Path:
+    """Rename a folder that was wholly written to what it holds, and point `latest` at it. For one process."""
+    partial, final = checkpoints.partial(step, token), checkpoints.step(step)
     sync(partial)
     if final.exists():
         _remove(final, step)
@@ -166,9 +176,6 @@ def publish(
     partial.rename(final)
     sync(checkpoints.root)
     point_latest(checkpoints, final)
-    whole = checkpoints.published()
-    for old in retired([each for each in whole if each <= step], rule):
-        _remove(whole[old], old)
     return final
 
 
@@ -204,7 +211,7 @@ def _remove(folder: Path, step: int) -> None:
     if folder.is_symlink():
         return
     try:
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
         if manifest.progress.get("optimizer_step") != step:
             return
         (folder / MANIFEST).rename(folder / f".{MANIFEST}")  # from here on it is no checkpoint
@@ -250,7 +257,7 @@ class CheckpointReader:
     def __init__(self, folder: Path) -> None:
         """Raises DamagedCheckpoint if a file is missing or has another size, CheckpointError if the folder is no checkpoint."""
         self.folder = folder
-        self.manifest = _read_manifest(folder)
+        self.manifest = read_manifest(folder)
         self._handles: dict[str, Any] = {}
         for entry in self.manifest.files:
             path = folder / entry.name
@@ -378,7 +385,8 @@ def _file_entry(tree: Mapping[str, Any]) -> FileEntry:
     return FileEntry(tree["name"], tree["bytes"], tree["sha256"], extents)
 
 
-def _read_manifest(folder: Path) -> CheckpointManifest:
+def read_manifest(folder: Path) -> CheckpointManifest:
+    """Raises DamagedCheckpoint if it cannot be read, CheckpointError if there is none, or one of another format."""
     path = folder / MANIFEST
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))

@@ -23,6 +23,7 @@ from megadiff.weights import export
 from megadiff.weights.card import model_card
 from megadiff.weights.checkpoint import CheckpointError, CheckpointReader, WeightSource, newest_checkpoint
 from megadiff.weights.posthoc import Combination, Profile, combine, power_exponent, reconstruct, tracked_averages
+from megadiff.weights.remote import fetched
 from megadiff.weights.universal import is_universal, open_source
 
 HUB = "hf:"
@@ -56,7 +57,7 @@ def load(address: str, weights: str = "ema", device: torch.device | str = "cpu")
 
     Args:
         address: a run's folder (its newest checkpoint), a checkpoint's folder, an export's folder, or hf:ORG/NAME (an export
-            in a Hugging Face repository).
+            in a Hugging Face repository); a run or a checkpoint may lie in an object store (s3://BUCKET/runs/NAME).
         weights: `ema` or `raw`; without effect on an export, which holds one set.
 
     Raises:
@@ -169,7 +170,7 @@ def export_run(source: str, out: str, weights: str = "ema") -> None:
     Raises:
         UserError: there is no checkpoint, or `out` is not empty.
     """
-    folder = Path(source)
+    folder = local_path(source)
     if (folder / export.CONFIG).exists():
         raise UserError(f"{source} is an export already; copy its folder")
     export.write(Path(out), from_checkpoint(folder if (folder / MANIFEST).exists() else _newest(folder), weights))
@@ -181,7 +182,7 @@ def checkpoint_of(address: str) -> WeightSource:
     Raises:
         UserError: there is none.
     """
-    folder = Path(address)
+    folder = local_path(address)
     return open_source(folder if (folder / MANIFEST).exists() or is_universal(folder) else _newest(folder))
 
 
@@ -209,11 +210,14 @@ def _build(model: Model, predicted: tuple[str, ...], tensors: dict[str, torch.Te
 
 
 def local_path(address: str | Path) -> Path:
-    """The path itself; for hf:ORG/NAME the folder with the downloaded Hugging Face repository.
+    """The path itself; for hf:ORG/NAME the folder with the downloaded Hugging Face repository, for the address of a run or
+    checkpoint in an object store that with the downloaded checkpoint.
 
     Raises:
-        UserError: the repository cannot be downloaded.
+        UserError: it cannot be downloaded.
     """
+    if not addresses.is_local(str(address)):
+        return fetched(str(address))
     repository = str(address).removeprefix(HUB)
     return Path(_download(repository) if repository != str(address) else address)
 

@@ -1,6 +1,6 @@
 """A process that only writes checkpoints, until it is killed: every number in one is its step.
 
-It goes on from the newest checkpoint, after looking at all of its numbers. Each step at which it begins one is a line of a file.
+It goes on from the newest checkpoint, after looking at all of its numbers. Where it begins one, it writes the step to a file.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main(run: Path) -> None:
     optimizer = torch.optim.AdamW([weight])
     pieces = Pieces(optimizer, [Piece("w", (SIZE,), whole((SIZE,)), weight, 0, owned=True)], [], {"w": (SIZE,)}, lambda: None)
     ema = Ema(STAGE.ema, pieces)
-    saver = Saver(checkpoints, pieces, ema, Layout(), torch.device("cpu"), STAGE, fence)
+    saver = Saver(checkpoints, pieces, ema, Layout(), torch.device("cpu"), STAGE, fence, print)
     begun = os.open(run / "begun", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     while True:
         step += 1

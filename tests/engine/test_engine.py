@@ -22,12 +22,14 @@ from megadiff.config.schema import Batching, Checkpointing, ConstantEma, Initial
 from megadiff.engine.api import Outcome, PreparedBatch, Score
 from megadiff.engine.engine import RAW, Engine
 from megadiff.engine.pieces import FrozenPiece, Piece, Pieces
+from megadiff.engine.saving import Saver
 from megadiff.models.idle import Idle
 from megadiff.types import Batch, Denoiser, LossTerms
 from megadiff.weights import checkpoint, universal
 from megadiff.weights.boxes import whole
 from megadiff.weights.checkpoint import CheckpointError, CheckpointReader, FileEntry
 from megadiff.weights.fence import Fence
+from megadiff.weights.remote import RemoteCheckpoints
 from tests.diffusion.small import batch_of, part_of
 
 STAGE = Stage(
@@ -296,6 +298,65 @@ def test_a_newer_start_takes_the_fence_while_a_checkpoint_is_written(tmp_path: P
         with pytest.raises(CheckpointError, match="belongs to a newer start of this run"):
             saver.publish()
     assert list(folder.root.iterdir()) == []
+
+
+def copying(tmp_path: Path, told: list[tuple[int, str]]) -> tuple[Engine, Saver]:
+    """A stage that keeps one checkpoint here and two copies."""
+    one = engine()
+    rule = Checkpointing(keep=1, remote=str(tmp_path / "there"), remote_keep=2)
+    one.stage = STAGE.model_copy(update={"checkpoint": rule})
+    return one, one.saver(CheckpointsFolder(tmp_path / "here"), copy_failed=lambda *of: told.append(of))
+
+
+def test_each_published_checkpoint_is_copied_before_the_next_one_retires_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may, copy = Event(), RemoteCheckpoints.copy
+
+    def held(*of: Any) -> None:
+        assert may.wait(60)
+        copy(*of)
+
+    monkeypatch.setattr(RemoteCheckpoints, "copy", held)
+    one, saver = copying(tmp_path, told := [])
+    with closing(saver):
+        for step in (1, 2, 3):
+            one.step(batches(), Sums())
+            saver.begin(one.counters(), "config")
+            if step == 2:
+                time.sleep(0.2)
+                assert saver.publish_if_written() is None, "the first one is still copied"
+                may.set()
+            saver.publish()
+        there = RemoteCheckpoints(str(tmp_path / "there"), "only")
+    assert list(there.published()) == [2, 3]
+    assert list(CheckpointsFolder(tmp_path / "here").published()) == [3]
+    assert told == []
+
+
+def test_a_copy_that_fails_is_told_of_and_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / "there").write_text("no folder")
+    one, saver = copying(tmp_path, told := [])
+    with closing(saver):
+        for _ in range(2):
+            one.step(batches(), Sums())
+            saver.begin(one.counters(), "config")
+            assert saver.publish() is not None
+    assert [step for step, _ in told] == [1, 2]
+    assert "there" in told[0][1]
+
+
+def test_going_back_holds_for_the_copies_too(tmp_path: Path) -> None:
+    one, saver = copying(tmp_path, [])
+    with closing(saver):
+        for _ in range(2):
+            one.step(batches(), Sums())
+            saver.begin(one.counters(), "config")
+            saver.publish()
+        saver.go_back(CheckpointsFolder(tmp_path / "here").step(1))
+    there = RemoteCheckpoints(str(tmp_path / "there"), "only")
+    assert list(there.published()) == [1, 2]
+    assert there.newest_first() == [there.step(1)]
 
 
 def test_a_thread_that_cannot_write_fails_the_publication_and_leaves_the_checkpoint_before(

@@ -379,3 +379,30 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path,
 def test_a_missing_folder_cannot_be_listed(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="absent cannot be listed: No such file"):
         store.list_names(str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize("size", [0, 1, 2**20])
+def test_a_file_is_copied_to_an_address_over_what_is_there(folder: str, tmp_path: Path, size: int) -> None:
+    file, address = tmp_path / "file", f"{folder}/a/b.bin"
+    store.write_bytes(address, b"before")
+    file.write_bytes(bytes(size))
+    store.upload(file, address)
+    assert store.read_bytes(address) == bytes(size)
+    assert store.list_names(f"{folder}/a") == ["b.bin"]
+    with pytest.raises(StorageError, match="missing cannot be read"):
+        store.upload(tmp_path / "missing", address)
+
+
+def test_what_is_deleted_is_gone_and_may_be_deleted_again(folder: str) -> None:
+    for name in ("a", "b"):
+        store.write_bytes(f"{folder}/{name}", b"1")
+    for _ in range(2):
+        store.delete(f"{folder}/a")
+        assert store.list_names(folder) == ["b"]
+
+
+def test_folders_are_listed_without_files_and_what_lies_deeper(folder: str) -> None:
+    assert store.list_folders(folder) == []
+    for name in ("step_2/deeper/x", "step_1/x", "file"):
+        store.write_bytes(f"{folder}/{name}", b"1")
+    assert store.list_folders(folder) == ["step_1", "step_2"]

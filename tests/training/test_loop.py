@@ -14,7 +14,6 @@ from megadiff.data.errors import DataError
 from megadiff.training import loop
 from megadiff.training.incidents import Incidents
 from megadiff.training.progress import Progress
-from megadiff.weights.fence import Fence
 from tests.minimal import minimal_run
 from tests.training.test_monitor import monitor, result
 
@@ -58,7 +57,6 @@ def trained(folder: Path, unreadable_at: int, share: float = 0.01) -> list[int]:
         Progress(),
         SimpleNamespace(beat=lambda *_: None),  # type: ignore[arg-type]
         Incidents(run.paths.stage("first"), writes=True),
-        Fence.take(run.paths),
         saver,  # type: ignore[arg-type]
     )
     try:

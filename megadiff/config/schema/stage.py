@@ -102,8 +102,8 @@ class Initialise(Section):
     """Where a stage's weights come from."""
 
     source: str | None = None
-    """None: fresh. `previous`: the last checkpoint of the stage before. Else a checkpoint folder, or one in
-    DeepSpeed's universal format (`weights: raw`)."""
+    """None: fresh. `previous`: the last checkpoint of the stage before. Else a checkpoint folder, one in DeepSpeed's universal
+    format (`weights: raw`), or the address of a checkpoint's or run's copy (`checkpoint.remote`)."""
     weights: Literal["ema", "raw"] = "ema"
     ema: Name | None = None
     """Which EMA profile; None takes the first."""
@@ -121,6 +121,11 @@ class Checkpointing(Section):
     """Number of newest checkpoints that stay."""
     keep_every_steps: Positive | None = None
     """Checkpoints at multiples of this stay for good."""
+    remote: str | None = None
+    """A folder of an object store, s3://BUCKET/runs/NAME: published checkpoints are copied there, and if the run's own folder
+    has none that is whole, the stage goes on from there."""
+    remote_keep: Positive = 3
+    """Number of newest copies that stay there; `keep_every_steps` holds there as well."""
     asynchronous: bool = True
     """Steps go on while a checkpoint is written: they wait only for a copy in host memory, which stays taken (weights, moments
     and averages that the rank saves, once). False writes without the copy, and steps wait for the disk."""
