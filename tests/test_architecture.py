@@ -25,7 +25,7 @@ DOORS: dict[str, frozenset[str]] = {
         "launcher": "config files",
         "distributed": "config storage",
         "data": "types rng files config storage distributed report",
-        "report": "",
+        "report": "config",
         "models": "types config kernels",
         "diffusion": "types rng config kernels",
         "weights": "types files config storage models",
@@ -34,7 +34,7 @@ DOORS: dict[str, frozenset[str]] = {
         "generation": "types rng config storage distributed data diffusion weights report",
         "evaluation": "types rng config storage distributed data diffusion weights generation report",
         "interfaces": "config data diffusion models weights generation",
-        "cli": "config storage distributed data training weights generation evaluation report interfaces launcher",
+        "cli": "types files config storage distributed data training weights generation evaluation report interfaces launcher",
         "__init__": "",
         "__main__": "cli",
     }.items()

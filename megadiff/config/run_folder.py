@@ -148,6 +148,11 @@ class RunFolder:
         return self.root / "samples.png"
 
     @property
+    def report(self) -> Path:
+        """The page that tells of the run."""
+        return self.root / "report.html"
+
+    @property
     def results(self) -> Path:
         """The figures that are measured at the end, and what they depend on."""
         return self.root / "results.json"
