@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from megadiff.engine import saving, statistics
 from megadiff.engine.api import Backend, Objective, PreparedBatch, StepResult
 from megadiff.engine.ema import Ema
 from megadiff.engine.optimizer import hold_still, learning_rate
+from megadiff.engine.saving import Saver
 from megadiff.models.idle import Idle
 from megadiff.models.names import part_of
 from megadiff.types import ALIGNMENT, Batch, Denoiser, LossTerms, Prediction
@@ -100,23 +101,22 @@ class Engine:
         Raises:
             CheckpointError: on all ranks, if one cannot write, or a newer start of the run has taken the fence.
         """
-        counters = {
+        with closing(self.saver(checkpoints, fence)) as saver:
+            saver.begin({**progress, **self.counters()}, config)
+            saver.publish()
+        return checkpoints.step(self.optimizer_step)
+
+    def saver(self, checkpoints: CheckpointsFolder, fence: Fence | None = None) -> Saver:
+        """A writer of checkpoints of this stage; `counters` belong to the progress that it is given."""
+        return Saver(checkpoints, self.pieces, self.ema, self.layout, self.device, self.stage, fence)
+
+    def counters(self) -> dict[str, int]:
+        """What a checkpoint of this moment has to hold beside the tensors, and `load` sets again."""
+        return {
             "optimizer_step": self.optimizer_step,
             "adam_steps": max(gather_objects(self.pieces.adam_steps)),  # a pipeline stage may train nothing
             "ema_updates": self.ema.updates,
         }
-        return saving.save(
-            checkpoints,
-            self.optimizer_step,
-            self.pieces,
-            self.ema,
-            self.layout,
-            stage=self.stage.name,
-            progress={**progress, **counters},
-            config=config,
-            rule=self.stage.checkpoint,
-            fence=fence,
-        )
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Resume from `folder`: weights, moments, averages, counters. Returns the saved progress.

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from megadiff.config.layout import Layout
 from megadiff.config.run_folder import CheckpointsFolder
-from megadiff.config.schema import Checkpointing
-from megadiff.distributed.reduce import gather_objects, raise_together
+from megadiff.config.schema import Stage
+from megadiff.distributed.reduce import any_rank, gather_objects, raise_together
 from megadiff.engine.ema import Ema
 from megadiff.engine.pieces import Pieces, Shape
 from megadiff.weights import checkpoint
@@ -38,47 +40,135 @@ class WeightReader(Protocol):
     def read(self, kind: str, parameter: str, extent: Extent) -> Tensor: ...
 
 
-def save(
-    checkpoints: CheckpointsFolder,
-    step: int,
-    pieces: Pieces,
-    ema: Ema,
-    layout: Layout,
-    *,
-    stage: str,
-    progress: Mapping[str, Any],
-    config: str,
-    rule: Checkpointing,
-    fence: Fence | None,
-) -> Path:
-    """Write and publish a checkpoint; `latest` changes when all of it is on the disk.
+@dataclass(frozen=True)
+class Published:
+    """A checkpoint that is whole and has its name.
 
-    Raises:
-        CheckpointError: on all ranks, if one cannot write, or a newer start of the run has taken the fence.
+    Attributes:
+        stalled_s: seconds that training waited for it on this rank: for the copy, and for what is done together.
+        took_s: seconds from the moment that it holds to its publication.
     """
-    token = "" if fence is None else fence.token
-    try:
-        with all_or_none(checkpoints.root):
-            if layout.leads:
-                if fence is not None:
-                    fence.check()
-                checkpoint.begin(checkpoints, step, token)
+
+    folder: Path
+    step: int
+    stalled_s: float
+    took_s: float
+
+
+@dataclass
+class _Pending:
+    """A checkpoint that the ranks still write."""
+
+    step: int
+    progress: dict[str, Any]
+    config: str
+    file: Future[FileEntry]
+    began: float
+    stalled_s: float = 0.0
+
+
+class Saver:
+    """Writes a stage's checkpoints, one at a time, each by a thread of every rank.
+
+    With `checkpoint.asynchronous` the thread writes a copy in host memory, and steps go on meanwhile. All methods but `close`
+    are collective, and only they change what is published: what a thread has not finished, nobody sees.
+    """
+
+    def __init__(
+        self,
+        checkpoints: CheckpointsFolder,
+        pieces: Pieces,
+        ema: Ema,
+        layout: Layout,
+        device: torch.device,
+        stage: Stage,
+        fence: Fence | None,
+    ) -> None:
+        """Args: fence: of this start of the run, if others may follow it."""
+        self._checkpoints, self._pieces, self._ema, self._layout, self._device = checkpoints, pieces, ema, layout, device
+        self._stage, self._fence, self._token = stage, fence, "" if fence is None else fence.token
+        self._parameters = {name: each for part in gather_objects(_parameters(pieces)) for name, each in part.items()}
+        self._host: dict[str, Tensor] = {}
+        self._pending: _Pending | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+
+    def begin(self, progress: Mapping[str, Any], config: str) -> None:
+        """Begin a checkpoint of this moment, of the step `progress["optimizer_step"]`. The one before has to be published.
+
+        Raises:
+            CheckpointError: on all ranks, if the folder cannot be made, or a newer start of the run has taken the fence.
+        """
+        assert self._pending is None
+        began, step = time.perf_counter(), progress["optimizer_step"]
+        with self._abandoned_on_failure(step), all_or_none(self._checkpoints.root):
+            if self._layout.leads:
+                if self._fence is not None:
+                    self._fence.check()
+                checkpoint.begin(self._checkpoints, step, self._token)
+        trained = _trained(self._pieces, self._ema)
+        if self._stage.checkpoint.asynchronous:
+            trained = self._copied(trained)
+        tensors, folder = trained | _frozen(self._pieces), self._checkpoints.partial(step, self._token)
+        rank, extents = self._layout.rank, _extents(self._pieces)
+        file = self._thread.submit(checkpoint.write_rank_file, folder, rank, tensors, extents)
+        self._pending = _Pending(step, dict(progress), config, file, began)
+        self._pending.stalled_s = time.perf_counter() - began
+
+    def publish_if_written(self) -> Published | None:
+        """Publish the pending checkpoint if all ranks have written their files. Raises as `publish`."""
+        if self._pending is None or any_rank(not self._pending.file.done(), self._device):
+            return None
+        return self.publish()
+
+    def publish(self) -> Published | None:
+        """Wait until all ranks have written the pending checkpoint, if there is one, and publish it.
+
+        Raises:
+            CheckpointError: on all ranks, if one could not write, or a newer start of the run has taken the fence.
+        """
+        if self._pending is None:
+            return None
+        pending, self._pending, since = self._pending, None, time.perf_counter()
         entry: FileEntry | None = None
-        with all_or_none(checkpoints.root):
-            entry = checkpoint.write_rank_file(checkpoints.partial(step, token), layout.rank, *_tensors(pieces, ema))
-        files = [file for file in gather_objects(entry) if file is not None]
-        parameters = {name: parameter for part in gather_objects(_parameters(pieces)) for name, parameter in part.items()}
-        with all_or_none(checkpoints.root):
-            if layout.leads:
-                manifest = CheckpointManifest(stage, parameters, tuple(ema.profiles), dict(progress), config, tuple(files))
-                if fence is not None:
-                    fence.check()
-                checkpoint.publish(checkpoints, step, manifest, rule, token)
-    except CheckpointError:
-        if layout.leads:
-            checkpoint.abandon(checkpoints, step, token)
-        raise
-    return checkpoints.step(step)
+        with self._abandoned_on_failure(pending.step):
+            with all_or_none(self._checkpoints.root):
+                entry = pending.file.result()
+            files = tuple(file for file in gather_objects(entry) if file is not None)
+            with all_or_none(self._checkpoints.root):
+                if self._layout.leads:
+                    profiles = tuple(self._ema.profiles)
+                    manifest = CheckpointManifest(
+                        self._stage.name, self._parameters, profiles, pending.progress, pending.config, files
+                    )
+                    if self._fence is not None:
+                        self._fence.check()
+                    checkpoint.publish(self._checkpoints, pending.step, manifest, self._stage.checkpoint, self._token)
+        now = time.perf_counter()
+        folder = self._checkpoints.step(pending.step)
+        return Published(folder, pending.step, pending.stalled_s + now - since, now - pending.began)
+
+    def close(self) -> None:
+        """Wait for this rank's thread; what is pending is never published."""
+        self._thread.shutdown()
+
+    def _copied(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors in host memory that is taken once and used for every checkpoint."""
+        for key, tensor in tensors.items():
+            if key not in self._host:
+                self._host[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._host[key].copy_(tensor, non_blocking=True)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return self._host
+
+    @contextmanager
+    def _abandoned_on_failure(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError:
+            if self._layout.leads:
+                checkpoint.abandon(self._checkpoints, step, self._token)
+            raise
 
 
 def all_shapes(pieces: Pieces) -> dict[str, Shape]:
@@ -154,29 +244,33 @@ def all_or_none(place: Path) -> Iterator[None]:
         yield
     except CheckpointError as fault:
         error = fault
-    except (OSError, SafetensorError) as fault:
+    except OSError as fault:
         error = CheckpointError(f"a checkpoint cannot be written to {place}: {fault}; what was saved before is still there")
     raise_together(error)
 
 
-def _tensors(pieces: Pieces, ema: Ema) -> tuple[dict[str, Tensor], dict[str, Extent]]:
-    """The tensors that this rank saves, and by name the part of the parameter that they are."""
+def _trained(pieces: Pieces, ema: Ema) -> dict[str, Tensor]:
+    """By key, the tensors that this rank saves and that the next step changes."""
     tensors: dict[str, Tensor] = {}
-    extents: dict[str, Extent] = {}
     for index, piece in enumerate(pieces.trained):
-        if not piece.owned:
-            continue
-        extents[piece.name] = piece.extent
-        tensors[tensor_key("weight", piece.name)] = piece.master.cpu()
-        for kind in MOMENTS:
-            tensors[tensor_key(kind, piece.name)] = piece.moment(pieces.optimizer, kind).cpu()
-        for profile, averages in ema.averages.items():
-            tensors[tensor_key(f"ema.{profile}", piece.name)] = averages[index].cpu()
-    for frozen in pieces.frozen:
-        if frozen.extent.size:
-            extents[frozen.name] = frozen.extent
-            tensors[tensor_key("weight", frozen.name)] = frozen.master
-    return tensors, extents
+        if piece.owned:
+            tensors[tensor_key("weight", piece.name)] = piece.master
+            for kind in MOMENTS:
+                tensors[tensor_key(kind, piece.name)] = piece.moment(pieces.optimizer, kind)
+            for profile, averages in ema.averages.items():
+                tensors[tensor_key(f"ema.{profile}", piece.name)] = averages[index]
+    return tensors
+
+
+def _frozen(pieces: Pieces) -> dict[str, Tensor]:
+    """By key, the tensors that this rank saves and that no step changes; in host memory."""
+    return {tensor_key("weight", piece.name): piece.master for piece in pieces.frozen if piece.extent.size}
+
+
+def _extents(pieces: Pieces) -> dict[str, Extent]:
+    """By name, the part of the parameter that this rank saves."""
+    trained = {piece.name: piece.extent for piece in pieces.trained if piece.owned}
+    return trained | {piece.name: piece.extent for piece in pieces.frozen if piece.extent.size}
 
 
 def _parameters(pieces: Pieces) -> dict[str, tuple[Shape, bool]]:

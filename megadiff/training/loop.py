@@ -29,7 +29,7 @@ from megadiff.distributed.ranks import Ranks
 from megadiff.distributed.reduce import barrier, gather_objects, sum_over_replicas
 from megadiff.engine.build import build_engine
 from megadiff.engine.engine import Engine
-from megadiff.engine.saving import all_or_none
+from megadiff.engine.saving import Published, Saver, all_or_none
 from megadiff.training.health import Diverged, Health
 from megadiff.training.incidents import Incidents
 from megadiff.training.monitor import Monitor
@@ -58,6 +58,7 @@ class Training:
     pulse: Pulse
     incidents: Incidents
     fence: Fence
+    saver: Saver
 
     @property
     def step(self) -> int:
@@ -147,12 +148,9 @@ def _train_stage(
     if resumed:
         monitor.say(f"{stage.name} resumes from its checkpoint of step {progress.optimizer_step}")
     incidents.add(IncidentKind.RESUME if resumed else IncidentKind.START, progress.optimizer_step, f"{ranks.world} ranks")
-    training = Training(run, stage, layout, engine, monitor, progress, pulse, incidents, fence)
-    try:
+    with closing(monitor), closing(loader), closing(engine.saver(paths.checkpoints, fence)) as saver:
+        training = Training(run, stage, layout, engine, monitor, progress, pulse, incidents, fence, saver)
         _train(training, loader, DiffusionObjective(run.model, stage, seed), callbacks)
-    finally:
-        loader.close()
-        monitor.close()
     barrier()
     if layout.leads and training.last:
         paths.done.touch()
@@ -210,8 +208,10 @@ def _train(training: Training, loader: Loader, objective: DiffusionObjective, ca
         if due:
             monitor.evaluated(step, since=paused)
         stops = stop.asked() and not training.last
+        _published(training, training.saver.publish_if_written())
         if stops or training.last or step % training.stage.checkpoint.every_steps == 0:
-            save(training)  # last: a resumed run does not repeat the step, so its callbacks must have run
+            # The last: a resumed run does not repeat the step, so its callbacks must have run.
+            save(training, waits=stops or training.last or not training.stage.checkpoint.asynchronous)
         monitor.resume(paused)
         if stops:
             monitor.say(f"{training.stage.name} stops at step {step} as asked; its checkpoint is whole")
@@ -235,6 +235,7 @@ def _go_back(training: Training, loader: Loader, spike: Spike, most: int) -> boo
     checkpoints = training.run.paths.stage(training.stage.name).checkpoints
     first, last = spike.data_steps
     what = f"losses above {spike.bound:g}, up to {spike.loss:g}, from step {spike.step} on"
+    _published(training, training.saver.publish())
     folders = gather_objects(checkpoints.published())[0]
     before = [folder for step, folder in folders.items() if step < spike.step]
     if not before:
@@ -285,11 +286,18 @@ def _take_fence(run: Run, paths: StageFolder, layout: Layout) -> Fence:
     return next(one for one in gather_objects(fence) if one is not None)
 
 
-def save(training: Training) -> None:
-    """Write a checkpoint of this moment. Collective."""
+def save(training: Training, *, waits: bool) -> None:
+    """Begin a checkpoint of this moment, once the one before is published; `waits` until this one is as well. Collective."""
     training.pulse.beat(training.step, Phase.SAVE)
-    folder = training.run.paths.stage(training.stage.name).checkpoints
-    training.engine.save(folder, asdict(training.progress), dump_run(training.run), training.fence)
+    _published(training, training.saver.publish())
+    training.saver.begin({**asdict(training.progress), **training.engine.counters()}, dump_run(training.run))
+    if waits:
+        _published(training, training.saver.publish())
+
+
+def _published(training: Training, published: Published | None) -> None:
+    if published is not None:
+        training.monitor.saved(published.step, stalled_s=published.stalled_s, took_s=published.took_s)
 
 
 def _check_data(training: Training, loader: Loader) -> int:

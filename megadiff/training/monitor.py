@@ -85,6 +85,7 @@ class Monitor:
         self._waited = self._evaluating_s = self._evaluating = 0.0
         self._warned = False
         self._results: list[StepResult] = []
+        self._checkpoint: dict[str, Any] = {}
         if not active:
             return
         self._complained = self._events_lost = False
@@ -116,7 +117,8 @@ class Monitor:
         self._results.append(result)
         self._waited += data_wait_s
         with self._spared():
-            row = {"step": step, "time": time.time(), **_row(result), "evaluation_share": self._evaluating}
+            row = {"step": step, "time": time.time(), **_row(result), "evaluation_share": self._evaluating, **self._checkpoint}
+            self._checkpoint = {}
             self._metrics.append(json.dumps(row))
             if self._events_lost:
                 self._open_events(purge_step=None)
@@ -184,6 +186,17 @@ class Monitor:
             self.say(f"{self.paths.name}: {told}, {most}: let held_out_loss and samples be rarer or smaller")
         elif step == self.total_steps:
             self.say(f"{self.paths.name}: {told}")
+
+    def saved(self, step: int, *, stalled_s: float, took_s: float) -> None:
+        """Record that the checkpoint of a step is published, in the line of the next step as well.
+
+        Args:
+            stalled_s: seconds that training has waited for it.
+            took_s: seconds from the end of the step to the publication.
+        """
+        self._checkpoint = {"checkpoint": {"step": step, "stalled_s": stalled_s, "took_s": took_s}}
+        self.scalar("4 speed/checkpoint stall s", stalled_s, step)
+        self.scalar("4 speed/checkpoint until published s", took_s, step)
 
     def say(self, message: str) -> None:
         """Print a line above the progress bar, or in the log."""

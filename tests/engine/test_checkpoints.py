@@ -57,7 +57,7 @@ def test_ranks_that_outlived_their_job_publish_nothing_over_a_newer_start(tmp_pa
         "folder": str(run),
         "deepspeed": "ds_configs/zero1.json",
         "stages": ["first"],
-        "overrides": ["stages.*.steps=6", "stages.*.checkpoint={every_steps: 2, keep: 9}"],
+        "overrides": ["stages.*.steps=6", "stages.*.checkpoint={every_steps: 2, keep: 9, asynchronous: false}"],
     }
     outlived = start_ranks(WORKER, 2, {**request, "wait_at": 3, "signals": str(signals)})
     try:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 
 from megadiff.config.layout import Layout
 from megadiff.config.run_folder import CheckpointsFolder, RunFolder
-from megadiff.config.schema import Batching, ConstantEma, Initialise, Optimizer, Stage
+from megadiff.config.schema import Batching, Checkpointing, ConstantEma, Initialise, Optimizer, Stage
 from megadiff.engine.api import Outcome, PreparedBatch, Score
 from megadiff.engine.engine import RAW, Engine
 from megadiff.engine.pieces import FrozenPiece, Piece, Pieces
@@ -23,7 +26,7 @@ from megadiff.models.idle import Idle
 from megadiff.types import Batch, Denoiser, LossTerms
 from megadiff.weights import checkpoint, universal
 from megadiff.weights.boxes import whole
-from megadiff.weights.checkpoint import CheckpointError, CheckpointReader
+from megadiff.weights.checkpoint import CheckpointError, CheckpointReader, FileEntry
 from megadiff.weights.fence import Fence
 from tests.diffusion.small import batch_of, part_of
 
@@ -214,6 +217,104 @@ def test_a_save_that_a_newer_start_overtakes_is_not_published(tmp_path: Path, mo
     with pytest.raises(CheckpointError, match="belongs to a newer start of this run"):
         later.save(folder, {}, "config", fence)
     assert sorted(path.name for path in folder.root.iterdir()) == ["latest", "step_00000000"]
+
+
+class Held:
+    """`write_rank_file`, which waits until it may."""
+
+    def __init__(self) -> None:
+        self.write, self.may = checkpoint.write_rank_file, Event()
+
+    def __call__(self, *of: Any) -> FileEntry:
+        assert self.may.wait(60)
+        return self.write(*of)
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
+    held = Held()
+    monkeypatch.setattr(checkpoint, "write_rank_file", held)
+    yield held
+    held.may.set()
+
+
+def test_a_checkpoint_is_of_its_moment_although_steps_go_on_while_it_is_written(tmp_path: Path, held: Held) -> None:
+    one, folder = engine(), CheckpointsFolder(tmp_path)
+    with closing(one.saver(folder)) as saver:
+        one.step(batches(), Sums())
+        moment = {"weight": one.pieces.trained[0].master.clone()}
+        moment |= {f"ema.{name}": averages[0].clone() for name, averages in one.ema.averages.items()}
+        saver.begin(one.counters(), "config")
+        one.step(batches(), Sums())
+        assert not torch.equal(one.pieces.trained[0].master, moment["weight"])
+        assert saver.publish_if_written() is None
+        assert folder.newest() is None
+        held.may.set()
+        published = saver.publish()
+    assert published is not None
+    assert (published.folder, published.step) == (folder.newest(), 1)
+    assert 0 < published.stalled_s < published.took_s
+    reader = CheckpointReader(published.folder)
+    assert reader.damaged(reader.manifest.files) == []
+    assert reader.manifest.progress["optimizer_step"] == 1
+    for kind, values in moment.items():
+        assert torch.equal(reader.read_whole(kind, "embed"), values), kind
+
+
+def test_checkpoints_are_published_at_the_first_look_after_they_are_written_out_of_the_same_memory(tmp_path: Path) -> None:
+    one, folder = engine(), CheckpointsFolder(tmp_path)
+    addresses = []
+    with closing(one.saver(folder)) as saver:
+        for step in (1, 2):
+            one.step(batches(), Sums())
+            saver.begin(one.counters(), "config")
+            addresses.append({key: tensor.data_ptr() for key, tensor in saver._host.items()})
+            while (published := saver.publish_if_written()) is None:
+                time.sleep(0.001)
+            assert published.folder == folder.step(step) == folder.newest()
+        assert saver.publish() is None
+    assert addresses[0] == addresses[1]
+    masters = {piece.master.data_ptr() for piece in one.pieces.trained}
+    assert not masters & set(addresses[0].values())
+
+
+def test_without_a_copy_no_host_memory_is_taken(tmp_path: Path) -> None:
+    one = engine()
+    one.stage = STAGE.model_copy(update={"checkpoint": Checkpointing(asynchronous=False)})
+    with closing(one.saver(CheckpointsFolder(tmp_path))) as saver:
+        saver.begin(one.counters(), "config")
+        assert saver.publish() is not None
+        assert saver._host == {}
+
+
+def test_a_newer_start_takes_the_fence_while_a_checkpoint_is_written(tmp_path: Path, held: Held) -> None:
+    run, folder, one = RunFolder(tmp_path), CheckpointsFolder(tmp_path / "checkpoints"), engine()
+    with closing(one.saver(folder, Fence.take(run))) as saver:
+        saver.begin(one.counters(), "config")
+        Fence.take(run)
+        held.may.set()
+        with pytest.raises(CheckpointError, match="belongs to a newer start of this run"):
+            saver.publish()
+    assert list(folder.root.iterdir()) == []
+
+
+def test_a_thread_that_cannot_write_fails_the_publication_and_leaves_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> FileEntry:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    one, folder = engine(), CheckpointsFolder(tmp_path)
+    before = one.save(folder, {}, "config")
+    monkeypatch.setattr(checkpoint, "write_rank_file", full)
+    one.step(batches(), Sums())
+    with closing(one.saver(folder)) as saver:
+        saver.begin(one.counters(), "config")
+        with pytest.raises(CheckpointError, match="No space left on device; what was saved before is still there"):
+            saver.publish()
+        assert saver.publish() is None
+    assert folder.newest() == before
+    assert folder.partials() == []
 
 
 def test_what_is_trained_cannot_change_within_a_stage(tmp_path: Path) -> None:

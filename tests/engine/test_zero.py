@@ -97,7 +97,8 @@ def test_under_zero3_every_parameter_is_partitioned_and_no_rank_ever_holds_the_m
 
 
 def test_a_run_killed_and_resumed_repeats_the_uninterrupted_curve_to_the_bit(tmp_path: Path) -> None:
-    steps = ["stages.*.steps=8", HELD_OUT.replace("every_steps: 100", "every_steps: 3")]
+    waits = "stages.*.checkpoint.asynchronous=false"
+    steps = ["stages.*.steps=8", waits, HELD_OUT.replace("every_steps: 100", "every_steps: 3")]
     whole = train(tmp_path / "whole", 2, 3, overrides=steps)
     request = {"folder": str(tmp_path / "cut"), "deepspeed": "ds_configs/zero3.json", "stages": ["first"], "overrides": steps}
     ended = []

@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from threading import Event
 from typing import Any, ClassVar
 from unittest.mock import patch
 
@@ -20,6 +21,7 @@ from megadiff.config.deepspeed import load_deepspeed
 from megadiff.config.errors import UserError
 from megadiff.config.layouts import with_sizes
 from megadiff.config.load import load_run
+from megadiff.config.run_folder import CheckpointsFolder
 from megadiff.config.schema import Run
 from megadiff.data.reading.loader import Loader
 from megadiff.diffusion.objective import DiffusionObjective
@@ -27,6 +29,8 @@ from megadiff.evaluation.build import callbacks as evaluation_callbacks
 from megadiff.models.names import named_parameters
 from megadiff.training import loop, stopping
 from megadiff.types import Batch, Denoiser, Dense, DrawRule, LossTerms, Noised, RowKeys, RowLogits, SampledRows
+from megadiff.weights import checkpoint
+from megadiff.weights.checkpoint import FileEntry
 
 
 class KillAt:
@@ -69,6 +73,28 @@ class AskToStopAt:
     def __call__(self, training: Any) -> None:
         if training.layout.leads:
             self.file.touch()
+
+
+class HeldWrite:
+    """The last rank's write of a step's checkpoint, which is held until the callback of a later step."""
+
+    def __init__(self, held: int, until: int, checkpoints: CheckpointsFolder) -> None:
+        self.held, self.until, self.checkpoints = f"{held:08d}", until, checkpoints
+        self.write, self.may = checkpoint.write_rank_file, Event()
+        self.newest: str | None = None
+
+    def write_rank_file(self, folder: Path, rank: int, *of: Any) -> FileEntry:
+        if self.held in folder.name and rank == int(os.environ["WORLD_SIZE"]) - 1:
+            assert self.may.wait(60)
+        return self.write(folder, rank, *of)
+
+    def due(self, training: Any) -> bool:
+        return bool(training.progress.optimizer_step == self.until)
+
+    def __call__(self, training: Any) -> None:
+        newest = self.checkpoints.newest()
+        self.newest = newest and newest.name
+        self.may.set()
 
 
 class Poison(torch.autograd.Function):
@@ -262,11 +288,19 @@ def trained(run: Run, stage: str, tree: dict[str, Any], request: dict[str, Any])
         callbacks.append(AskToStopAt(request["stop_at"], run.paths.stop))
     if "wait_at" in request:
         callbacks.append(WaitAt(request["wait_at"], Path(request["signals"])))
+    begun, until = request.get("hold_write", (0, 0))
+    held = HeldWrite(begun, until, run.paths.stage(stage).checkpoints)
+    callbacks.append(held)
     try:
-        with patch.object(loop, "Loader", WatchedLoader), patch.object(stopping, "LOOK_EVERY_S", 0.0):
+        with (
+            patch.object(checkpoint, "write_rank_file", held.write_rank_file),
+            patch.object(loop, "Loader", WatchedLoader),
+            patch.object(stopping, "LOOK_EVERY_S", 0.0),
+        ):
             loop.train_stage(run, stage, tree, callbacks)
     except UserError as error:
         seen["error"] = str(error)
+    seen["newest_while_held"] = held.newest
     metrics, results = run.paths.stage(stage).metrics, run.paths.stage(stage).results
     if results.exists():
         figures = [json.loads(line) for line in results.read_text().splitlines()]

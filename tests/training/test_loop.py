@@ -37,8 +37,9 @@ def trained(folder: Path, unreadable_at: int, share: float = 0.01) -> list[int]:
         sources=(),
     )
     engine = SimpleNamespace(
-        device=torch.device("cpu"), step=lambda *_: result(), ema=SimpleNamespace(update=lambda: None), save=lambda *_: None
+        device=torch.device("cpu"), step=lambda *_: result(), ema=SimpleNamespace(update=lambda: None), counters=dict
     )
+    saver = SimpleNamespace(begin=lambda *_: None, publish=lambda: None, publish_if_written=lambda: None)
     watched, told = monitor(folder), list[int]()
     watched.total_steps = 5
     record = watched.record
@@ -58,6 +59,7 @@ def trained(folder: Path, unreadable_at: int, share: float = 0.01) -> list[int]:
         SimpleNamespace(beat=lambda *_: None),  # type: ignore[arg-type]
         Incidents(run.paths.stage("first"), writes=True),
         Fence.take(run.paths),
+        saver,  # type: ignore[arg-type]
     )
     try:
         loop._train(training, loader, None, ())  # type: ignore[arg-type]

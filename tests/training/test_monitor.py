@@ -82,6 +82,22 @@ def test_losses_by_source_are_curves_and_a_part_of_each_line(tmp_path: Path) -> 
     assert "2 loss by source/image books" not in events.Tags()["scalars"]
 
 
+def test_a_checkpoint_is_two_points_at_its_step_and_stands_in_the_next_line(tmp_path: Path) -> None:
+    watched = monitor(tmp_path)
+    for step in range(1, 5):
+        watched.record(step, result(), data_wait_s=0.0, unreadable=0)
+        if step == 2:
+            watched.saved(1, stalled_s=0.25, took_s=1.5)
+    watched.close()
+    rows = [json.loads(line) for line in (tmp_path / "first/metrics.jsonl").read_text().splitlines()]
+    assert [row.get("checkpoint") for row in rows] == [None, None, {"step": 1, "stalled_s": 0.25, "took_s": 1.5}, None]
+    events = EventAccumulator(str(tmp_path / "tensorboard/first"))
+    events.Reload()
+    points = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert points["4 speed/checkpoint stall s"] == [(1, 0.25)]
+    assert points["4 speed/checkpoint until published s"] == [(1, 1.5)]
+
+
 def test_a_run_that_resumes_drops_the_lines_that_it_repeats(tmp_path: Path) -> None:
     watched = monitor(tmp_path)
     for step in range(1, 4):

@@ -121,6 +121,9 @@ class Checkpointing(Section):
     """Number of newest checkpoints that stay."""
     keep_every_steps: Positive | None = None
     """Checkpoints at multiples of this stay for good."""
+    asynchronous: bool = True
+    """Steps go on while a checkpoint is written: they wait only for a copy in host memory, which stays taken (weights, moments
+    and averages that the rank saves, once). False writes without the copy, and steps wait for the disk."""
 
 
 class Alignment(Section):
