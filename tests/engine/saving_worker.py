@@ -1,6 +1,6 @@
 """A process that only writes checkpoints, until it is killed: every number in one is its step.
 
-It goes on from the newest checkpoint, after looking at all of its numbers. Each step at which it begins one is a line in a file.
+It goes on from the newest checkpoint, after looking at all of its numbers. Each step that begins one is a line of a file.
 """
 
 from __future__ import annotations
