@@ -1,7 +1,7 @@
-"""torchvision beside a torch that cannot load its operators: those in PyPI's wheels are built for CUDA's torch, not for a CPU's.
+"""torchvision beside a torch that cannot load its operators: PyPI's are built for CUDA's torch, and do not go with a CPU's.
 
-Without them torchvision ends its own import (`operator torchvision::nms does not exist`), and with it that of clean-fid and of most
-models in transformers and diffusers, none of which calls these operators here.
+Without them torchvision ends its own import (`operator torchvision::nms does not exist`), and with it that of clean-fid and of
+most models in transformers and diffusers, none of which calls these operators here.
 """
 
 from __future__ import annotations

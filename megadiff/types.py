@@ -7,7 +7,7 @@ tensors inside tuples and dicts only (deepspeed.runtime.zero.utils.apply_to_tens
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
@@ -32,6 +32,7 @@ class Batch:
         data_step: the index of the global batch that this is part of.
         global_samples: samples of the global batch over all ranks and micro-batches.
         features: by modality, precomputed features for an alignment loss, float32 [B, S, F].
+        sources: B names of the samples' sources; empty where there is one only.
     """
 
     states: dict[str, Tensor]
@@ -42,6 +43,7 @@ class Batch:
     data_step: int
     global_samples: int
     features: dict[str, Tensor] = field(default_factory=dict)
+    sources: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -334,4 +336,4 @@ class Moment(Protocol):
 
     def text(self, tag: str, text: str) -> None: ...
 
-    def metric(self, metric: Metric) -> None: ...
+    def metrics(self, metrics: Sequence[Metric]) -> None: ...

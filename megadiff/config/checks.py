@@ -134,6 +134,8 @@ def stage_faults(stage: Stage, model: Model, data: Data, *, first: bool) -> list
     faults += _loss_faults(stage)
     if stage.samples is not None:
         faults += [f"samples: {fault}" for fault in _shown_faults(stage.samples.sampling, model, data)]
+    if stage.held_out_loss is not None and data.held_out is None:
+        faults.append("held_out_loss needs data.held_out, the manifest of shards that are never trained on")
     if stage.alignment is not None:
         faults += _alignment_faults(stage.alignment, model, data)
     if first and stage.initialise.source == "previous":

@@ -5,18 +5,17 @@ Legend: B samples of a micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megadiff import rng
 from megadiff.config.schema import Model, Stage
 from megadiff.diffusion.build import build_processes
 from megadiff.diffusion.process import NoisedState, Process
-from megadiff.diffusion.times import SMALLEST_TIME, draw_times
-from megadiff.types import ALIGNMENT, Aligned, Batch, Denoiser, LossTerms, Noised, Prediction, Ragged, Readout
+from megadiff.diffusion.times import draw_times
+from megadiff.types import ALIGNMENT, Aligned, Batch, LossTerms, Noised, Prediction, Ragged, Readout
 
 
 @dataclass(frozen=True)
@@ -147,37 +146,3 @@ def ragged_of(process: Process, state: Tensor, times: Tensor, predicted: Tensor 
         lengths = lengths.masked_fill(predicted, state.shape[1])
     total, longest = torch.stack([lengths.sum(), lengths.max()]).tolist()
     return Ragged(lengths, total, longest) if total < state.numel() else None
-
-
-def conditional_losses(
-    denoiser: Denoiser,
-    model: Model,
-    clean: Mapping[str, Tensor],
-    keys: Tensor,
-    *,
-    target: str,
-    given: Collection[str],
-    times: int,
-) -> Tensor:
-    """The loss of `target` given the clean `given` modalities, float64 [B], per element; the other modalities are absent.
-
-    For grids it is the mean squared error over all times, for tokens the exact NELBO in nats per token.
-
-    Args:
-        times: strata of the time axis; one time is drawn in each, keyed per sample.
-    """
-    processes = build_processes(model)
-    losses = torch.zeros(len(keys), dtype=torch.float64, device=keys.device)
-    fixed = {name: torch.full((len(keys),), 0.0 if name in given else 1.0, device=keys.device) for name in processes}
-    absent = {name: p.prior(keys) for name, p in processes.items() if name not in given and name != target}
-    for stratum in range(times):
-        own = rng.fold(keys, stratum)
-        at = ((stratum + rng.uniform(own, "evaluation time")) / times).clamp_min(SMALLEST_TIME)
-        noised = processes[target].noise(clean[target], at, own)
-        states = {name: clean[name] if name in given else absent.get(name, noised.state) for name in processes}
-        everywhere = torch.ones_like(at, dtype=torch.bool)
-        readout = {target: processes[target].readout(noised, at, everywhere)}
-        prediction = denoiser(noised_of(processes, states, {**fixed, target: at}, {target: everywhere}), readout)
-        exact = processes[target].losses(prediction[target], noised, at, exact=True)
-        losses += (exact.sums.double() / exact.counts.double()) / times
-    return losses

@@ -87,6 +87,7 @@ class StepResult:
         applied: False if the optimizer skipped the step (non-finite gradients).
         samples: number of scored (readable) samples.
         nelbo: per categorical modality the likelihood bound in nats per token, for any training loss.
+        by_source: per modality and source of data the mean loss; NaN for sources without samples.
     """
 
     losses: dict[str, float]
@@ -97,3 +98,4 @@ class StepResult:
     applied: bool
     samples: int
     nelbo: dict[str, float] = field(default_factory=dict)
+    by_source: dict[str, dict[str, float]] = field(default_factory=dict)

@@ -40,13 +40,16 @@ class Engine:
         self.ema = Ema(stage.ema, self.pieces)
         self.optimizer_step = 0
 
-    def step(self, batches: Sequence[Batch], objective: Objective) -> StepResult:
+    def step(self, batches: Sequence[Batch], objective: Objective, sources: Sequence[str] = ()) -> StepResult:
         """One optimizer step over this replica's micro-batches; the averages follow if it was applied.
 
         It changes nothing on any rank if the loss or the gradient is not finite on one.
 
         Masked counts differ between ranks and micro-batches, and DeepSpeed averages over both. So all micro-batches are
         prepared first, the counts are summed once, and each micro-batch's sum is scaled to the global mean.
+
+        Args:
+            sources: the names of the data's sources, if their losses are told apart.
         """
         names = objective.losses
         prepared = [objective.prepare(batch) for batch in batches]
@@ -63,7 +66,7 @@ class Engine:
         if outcome.applied:
             self.ema.update()
         weights = {name: self._loss_weight(name) for name in names}
-        return statistics.step_result(outcome, batches, weights, self.layout, self.device, rate)
+        return statistics.step_result(outcome, batches, weights, sources, self.layout, self.device, rate)
 
     def _loss_weight(self, name: str) -> float:
         if name == ALIGNMENT and self.stage.alignment is not None:

@@ -1,4 +1,4 @@
-"""Loss statistics of a step: sums and counts of every loss over all times and by quarter, divided once at the end."""
+"""Loss statistics of a step: sums and counts of every loss, in all, by quarter of time and by source; divided at the end."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ def step_result(
     outcome: Outcome,
     batches: Sequence[Batch],
     weights: Mapping[str, float],
+    sources: Sequence[str],
     layout: Layout,
     device: torch.device,
     rate: float,
@@ -38,12 +39,13 @@ def step_result(
 
     Args:
         weights: by loss, its weight in the total.
+        sources: of the data, whose losses are told apart.
     """
     names = list(weights)
-    losses = torch.zeros(len(names), QUARTILES + 1, 2, dtype=torch.float64, device=device)
+    losses = torch.zeros(len(names), 1 + QUARTILES + len(sources), 2, dtype=torch.float64, device=device)
     bounds = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
-    for terms in outcome.terms:
-        losses += _losses(terms, names)
+    for terms, batch in zip(outcome.terms, batches if outcome.terms else (), strict=True):
+        losses += _losses(terms, names, _indices(batch, sources, device), len(sources))
         bounds += _bounds(terms, names)
     readable = sum_tensors([batch.weight.sum() for batch in batches]).to(device) if batches else losses.new_zeros(())
     sums = torch.cat([losses.flatten(), bounds.flatten(), readable.reshape(1)])
@@ -52,7 +54,7 @@ def step_result(
     counted = {name: bool(count) for name, count in zip(names, loss_totals.reshape(losses.shape)[:, 0, 1], strict=True)}
     return StepResult(
         losses={name: values[0] for name, values in means.items()},
-        quartiles={name: values[1:] for name, values in means.items()},
+        quartiles={name: values[1 : 1 + QUARTILES] for name, values in means.items()},
         total=sum(weights[name] * means[name][0] for name in names if counted[name]),
         grad_norm=outcome.grad_norm,
         learning_rate=rate,
@@ -63,6 +65,9 @@ def step_result(
             for name, (total, count) in zip(names, bound_totals.reshape(bounds.shape).tolist(), strict=True)
             if count
         },
+        by_source={name: dict(zip(sources, values[1 + QUARTILES :], strict=True)) for name, values in means.items()}
+        if sources
+        else {},
     )
 
 
@@ -71,14 +76,22 @@ def sum_tensors(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([tensor.to(torch.float64) for tensor in tensors]).sum(0)
 
 
-def _losses(terms: LossTerms, names: Sequence[str]) -> Tensor:
-    """Loss sums and counts, over all times and per quarter of the time axis: [losses, 1 + QUARTILES, 2]."""
+def _indices(batch: Batch, sources: Sequence[str], device: torch.device) -> Tensor | None:
+    """int64 [B], each sample's source; None if they are not told apart."""
+    return torch.tensor([sources.index(name) for name in batch.sources], device=device) if sources else None
+
+
+def _losses(terms: LossTerms, names: Sequence[str], source: Tensor | None, sources: int) -> Tensor:
+    """Loss sums and counts, over all times, per quarter of the time axis, per source: [losses, 1 + QUARTILES + sources, 2]."""
     rows = []
     for name in names:
         pairs = torch.stack([terms.sample_sums[name], terms.sample_counts[name]], dim=-1).to(torch.float64)
         quarter = (terms.times[name] * QUARTILES).long().clamp(0, QUARTILES - 1)
         per_quarter = pairs.new_zeros(QUARTILES, 2).index_add_(0, quarter, pairs)
-        rows.append(torch.cat([pairs.sum(0, keepdim=True), per_quarter]))
+        per_source = pairs.new_zeros(sources, 2)
+        if source is not None:
+            per_source.index_add_(0, source, pairs)
+        rows.append(torch.cat([pairs.sum(0, keepdim=True), per_quarter, per_source]))
     return torch.stack(rows)
 
 

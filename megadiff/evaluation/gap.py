@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megadiff import rng
 from megadiff.config.schema import Model
-from megadiff.diffusion.objective import conditional_losses
+from megadiff.diffusion.conditional import exact_losses
 from megadiff.types import Denoiser, Metric
 
 RESAMPLES = 2000
@@ -61,18 +61,17 @@ def conditioning_gap(
 
     Args:
         states: clean states [N, ...] of all modalities; sample i's wrong condition is sample (i + 1) mod N's.
+        batch: samples of one call of the denoiser.
         times: stratified times per sample.
     """
     count = len(next(iter(states.values())))
     given = [name for name in states if name != target]
     keys = rng.sample_keys(seed, torch.arange(count), device=states[target].device)
-    losses: dict[str, list[Tensor]] = {"right": [], "wrong": []}
-    for start in range(0, count, batch):
-        part = slice(start, start + batch)
-        for side, shift in (("right", 0), ("wrong", 1)):
-            clean = {name: (state.roll(-shift, 0) if name in given else state)[part] for name, state in states.items()}
-            losses[side].append(conditional_losses(denoiser, model, clean, keys[part], target=target, given=given, times=times))
-    right, wrong = torch.cat(losses["right"]).cpu(), torch.cat(losses["wrong"]).cpu()
+    others = {name: state.roll(-1, 0) if name in given else state for name, state in states.items()}
+    right, wrong = (
+        exact_losses(denoiser, model, clean, keys, target=target, given=given, times=times, rows=batch).cpu()
+        for clean in (states, others)
+    )
     low, high = bootstrap_interval(wrong - right, seed)
     difference = (wrong - right).mean().item()
     return Gap(target, "+".join(given), count, right.mean().item(), wrong.mean().item(), difference, low, high)

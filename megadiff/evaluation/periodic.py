@@ -37,9 +37,8 @@ class PeriodicSamples:
         return moment.step % self.rule.every_steps == 0 or moment.last
 
     def __call__(self, moment: Moment) -> None:
-        kinds = ("ema", "raw") if self.rule.weights == "both" else (self.rule.weights,)
         sheets: dict[str, dict[str, list[Cell]]] = {task.name: {} for task in self.tasks}
-        for kind in kinds:
+        for kind in self.rule.kinds:
             with moment.denoiser(None if kind == "ema" else kind) as denoiser:
                 for task in self.tasks:
                     sheets[task.name][kind] = self.cells(denoiser, task, moment.layout, moment.device)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from megadiff.config.errors import UserError
+from megadiff.data.shards.shard import manifest_of
 from megadiff.storage import store
 from megadiff.types import Metric
 
 FORMAT, VERSION = "megadiff-results", 1
+
+
+def of_data(source: str) -> dict[str, str]:
+    """A source of data as a figure depends on it: its address, and the hash of its manifest."""
+    return {"data": source, "data_hash": hashlib.sha256(store.read_bytes(manifest_of(source))).hexdigest()}
 
 
 def write_results(path: Path, metrics: Sequence[Metric]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,10 +15,9 @@ from megadiff.config.schema import Run, Showcase
 from megadiff.data.codecs.base import TEXT, Codec
 from megadiff.data.codecs.build import table_columns
 from megadiff.data.reading.loader import HeldOut, read_held_out
-from megadiff.data.shards.shard import manifest_of
 from megadiff.diffusion.sampler import Conditions
 from megadiff.evaluation.gap import conditioning_gap
-from megadiff.evaluation.results import write_results
+from megadiff.evaluation.results import of_data, write_results
 from megadiff.evaluation.table import ColumnArrays, columns_of, compare, picture
 from megadiff.generation.loading import codecs_of, load
 from megadiff.generation.tasks import JOINT, Task, draw, find_task, progress_bar, shown_cell, tasks_of
@@ -67,8 +65,7 @@ def make_showcase(run: Run) -> int:
 
 def _depends(run: Run, loaded: Loaded, source: str) -> dict[str, Any]:
     """The dependencies of a figure that compares with a source of data."""
-    data = hashlib.sha256(store.read_bytes(manifest_of(source))).hexdigest()
-    return {"weights": loaded.fingerprint, "data": source, "data_hash": data, "seed": run.seed}
+    return {"weights": loaded.fingerprint, **of_data(source), "seed": run.seed}
 
 
 def _table(run: Run, rule: Showcase, loaded: Loaded, device: torch.device) -> int:

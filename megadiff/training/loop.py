@@ -89,8 +89,8 @@ class Training:
     def text(self, tag: str, text: str) -> None:
         self.monitor.text(tag, text, self.step)
 
-    def metric(self, metric: Metric) -> None:
-        self.monitor.metric(metric, self.step)
+    def metrics(self, metrics: Sequence[Metric]) -> None:
+        self.monitor.metrics(metrics, self.step)
 
 
 class Callback(Protocol):
@@ -174,7 +174,7 @@ def _train(training: Training, loader: Loader, objective: DiffusionObjective, ca
         batches = loader.take(engine.device)
         waited = loader.stats().waited_s - before
         pulse.beat(step, Phase.STEP)
-        result = engine.step(batches, objective)
+        result = engine.step(batches, objective, loader.sources)
         health.check(result, step)
         progress.optimizer_step, progress.data_step = step, loader.data_step
         progress.samples += result.samples
@@ -184,10 +184,12 @@ def _train(training: Training, loader: Loader, objective: DiffusionObjective, ca
         if not result.applied:
             training.scalar("3 optimizer/skipped steps", health.skipped_steps)
         paused = monitor.pause()
-        for callback in callbacks:
-            if callback.due(training):
-                pulse.beat(step, Phase.EVALUATE)
-                callback(training)
+        due = [callback for callback in callbacks if callback.due(training)]
+        for callback in due:
+            pulse.beat(step, Phase.EVALUATE)
+            callback(training)
+        if due:
+            monitor.evaluated(step, since=paused)
         stops = stop.asked() and not training.last
         if stops or training.last or step % training.stage.checkpoint.every_steps == 0:
             save(training)  # last: a resumed run does not repeat the step, so its callbacks must have run

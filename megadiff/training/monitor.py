@@ -31,6 +31,10 @@ QUARTERS = ("0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00")
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "V100": 125e12}
 """Dense bf16 (V100: fp16) tensor-core peaks by name, from the makers' data sheets."""
 
+EVALUATION_SHARE = "4 speed/evaluation share"
+MOST_EVALUATING, JUDGED_AFTER_S = 0.02, 60.0
+"""The share of the time above which evaluation is warned of, once the first steps weigh little."""
+
 
 def peak_flops(device: torch.device) -> float:
     """FLOP/s at full utilisation: the data sheet's on a known GPU, else those of a matrix product here."""
@@ -71,7 +75,9 @@ class Monitor:
         self.flops_per_sample = flops_per_sample
         self._device = device
         self._peak = peak_flops(device) * ranks if active else 1.0
-        self._since, self._waited = time.perf_counter(), 0.0
+        self._began = self._since = time.perf_counter()
+        self._waited = self._evaluating_s = self._evaluating = 0.0
+        self._warned = False
         self._results: list[StepResult] = []
         if not active:
             return
@@ -104,7 +110,8 @@ class Monitor:
         self._results.append(result)
         self._waited += data_wait_s
         with self._spared():
-            self._metrics.append(json.dumps({"step": step, "time": time.time(), **_row(result)}))
+            row = {"step": step, "time": time.time(), **_row(result), "evaluation_share": self._evaluating}
+            self._metrics.append(json.dumps(row))
             if self._events_lost:
                 self._open_events(purge_step=None)
         if not self.writes_at(step):
@@ -144,12 +151,33 @@ class Monitor:
             with self._spared(events=True):
                 self._writer.add_text(tag, text, step)
 
-    def metric(self, metric: Metric, step: int) -> None:
-        """Write a figure to TensorBoard, and with what it depends on as a line into the stage's results."""
-        self.scalar(f"7 results/{metric.name}", metric.value, step)
+    def metrics(self, metrics: Sequence[Metric], step: int) -> None:
+        """Write figures to TensorBoard, and with what they depend on as lines into the stage's results."""
+        for metric in metrics:
+            group = "" if "/" in metric.name else "results/"
+            self.scalar(f"7 {group}{metric.name}", metric.value, step)
         if self.active:
             with self._spared(), closing(LineFile(self.paths.results)) as lines:
-                lines.append(json.dumps({"step": step, **asdict(metric)}))
+                for metric in metrics:
+                    lines.append(json.dumps({"step": step, **asdict(metric)}))
+
+    def evaluated(self, step: int, since: float) -> None:
+        """Record that an evaluation has come to its end, and the share of the time that all of them have taken.
+
+        Args:
+            since: the clock of `pause` when it began.
+        """
+        now = time.perf_counter()
+        self._evaluating_s += now - since
+        self._evaluating = self._evaluating_s / max(now - self._began, 1e-9)
+        self.scalar(EVALUATION_SHARE, self._evaluating, step)
+        told = f"evaluation has taken {100 * self._evaluating:.1f} % of the time since this start"
+        if self._evaluating > MOST_EVALUATING and now - self._began > JUDGED_AFTER_S and not self._warned:
+            self._warned = True
+            most = f"more than {100 * MOST_EVALUATING:g} %"
+            self.say(f"{self.paths.name}: {told}, {most}: let held_out_loss and samples be rarer or smaller")
+        elif step == self.total_steps:
+            self.say(f"{self.paths.name}: {told}")
 
     def say(self, message: str) -> None:
         """Print a line above the progress bar, or in the log."""
@@ -206,6 +234,8 @@ class Monitor:
             scalars[f"1 loss/{name}"] = loss
             for quarter, value in zip(QUARTERS, result.quartiles[name], strict=True):
                 scalars[f"2 loss by time/{name} t {quarter}"] = value
+        for name, losses in result.by_source.items():
+            scalars |= {f"2 loss by source/{name} {source}": loss for source, loss in losses.items()}
         for name, bound in result.nelbo.items():
             scalars[f"1 loss/{name} NELBO"] = bound
         for tag, value in scalars.items():
@@ -238,6 +268,10 @@ def average(results: Sequence[StepResult]) -> StepResult:
         total=_mean([result.total for result in results]),
         nelbo={name: _mean([result.nelbo.get(name, math.nan) for result in results]) for name in last.nelbo},
         grad_norm=_mean([result.grad_norm for result in results]),
+        by_source={
+            name: {source: _mean([result.by_source[name][source] for result in results]) for source in losses}
+            for name, losses in last.by_source.items()
+        },
     )
 
 
@@ -251,6 +285,7 @@ def _row(result: StepResult) -> dict[str, Any]:
         **_finite({"loss": result.total}),
         "losses": _finite(result.losses),
         "nelbo": _finite(result.nelbo),
+        "by_source": {name: _finite(losses) for name, losses in result.by_source.items()},
         **_finite({"grad_norm": result.grad_norm}),
         "learning_rate": result.learning_rate,
         "applied": result.applied,

@@ -74,6 +74,14 @@ def test_a_stage_named_like_a_folder_of_the_run_is_refused(tmp_path: Path) -> No
             "stage first: every weight of the mixture is 0; give one source at least a share",
         ),
         (
+            {"stage_defaults__held_out_loss": {"every_steps": 5}},
+            "held_out_loss needs data.held_out, the manifest of shards that are never trained on",
+        ),
+        (
+            {"stage_defaults__held_out_loss": {"every_steps": 5, "times": [0.1, 0.5, 0.1004]}},
+            "times must differ by 0.001 or more: 0.100, 0.500, 0.100",
+        ),
+        (
             {"stage_defaults__batch__global_samples": 4},
             "batch.global_samples (4) must be a multiple of data.lanes (8); nearest: 8",
         ),

@@ -308,6 +308,17 @@ def test_a_rank_that_does_not_read_counts_the_steps_and_opens_no_shard(opened: A
     assert (idle.data_step, idle.stats()) == (2, LoaderStats(0, 0))
 
 
+def test_samples_of_several_sources_say_which_they_are_of(tmp_path: Path, opened: Any) -> None:
+    train = {name: write_source(tmp_path / name, [40, 40]) for name in ("web", "books")}
+    loader = opened(data_of("").model_copy(update={"train": train}), mixture={"web": 3, "books": 1})
+    batches = [batch for _ in range(4) for batch in loader.take()]
+    assert loader.sources == ("web", "books")
+    assert [name.split("/")[0] for batch in batches for name in batch.ids] == [s for batch in batches for s in batch.sources]
+    assert sum(batch.sources.count("web") for batch in batches) == 48
+    alone = opened()
+    assert (alone.sources, alone.take()[0].sources) == ((), ())
+
+
 def test_the_fingerprint_is_that_of_the_manifests(tmp_path: Path, opened: Any) -> None:
     sources = [data_of(write_source(tmp_path / name, [4, samples])) for name, samples in (("a", 4), ("b", 4), ("c", 5))]
     prints = [opened(source).fingerprint() for source in (*sources, sources[0])]

@@ -11,8 +11,8 @@ from megadiff import rng
 from megadiff.config.schema import Model, Sampling
 from megadiff.diffusion.build import build_process, build_processes
 from megadiff.diffusion.categorical_solvers import Ancestral, draws
+from megadiff.diffusion.conditional import exact_losses
 from megadiff.diffusion.masked import Masked
-from megadiff.diffusion.objective import conditional_losses
 from megadiff.diffusion.process import Process
 from megadiff.diffusion.solvers import SolverStep
 from megadiff.kernels.head_draw import draw_rows
@@ -75,7 +75,7 @@ def test_a_rare_id_behind_a_frequent_one_is_drawn_at_its_own_rate():
 def token_losses(model: Model) -> torch.Tensor:
     states = draw_pairs(100)
     clean = {"tokens": states["tokens"], "grid": states["grid"]}
-    return conditional_losses(IdealDenoiser(model), model, clean, KEYS[:100], target="tokens", given=["grid"], times=4)
+    return exact_losses(IdealDenoiser(model), model, clean, KEYS[:100], target="tokens", given=["grid"], times=4)
 
 
 @pytest.mark.parametrize("training", [{"weight_cap": 1.0}, {"loss": "plain"}, {"end_id": 4, "after_end_weight": 0.0}])
@@ -103,7 +103,7 @@ def test_every_time_of_an_evaluation_has_its_own_noise_in_its_own_stratum():
 
     states = draw_pairs(COUNT)
     clean = {"tokens": states["tokens"], "grid": states["grid"]}
-    conditional_losses(watched, model, clean, KEYS, target="grid", given=["tokens"], times=4)
+    exact_losses(watched, model, clean, KEYS, target="grid", given=["tokens"], times=4)
     noises = []
     for stratum, noised in enumerate(seen):
         times = noised.clocks["grid"]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from megadiff import rng
-from megadiff.diffusion.objective import DiffusionObjective, conditional_losses
+from megadiff.diffusion.conditional import exact_losses
+from megadiff.diffusion.objective import DiffusionObjective
 from megadiff.types import Batch, LossTerms, TokenLosses
 from tests.diffusion.ideal import GRIDS, SHARES, TOKENS, IdealDenoiser, draw_pairs
 from tests.diffusion.small import batch_of, model_of, part_of, stage_of
@@ -177,7 +178,7 @@ def ideal_losses(target: str, given: tuple[str, ...], states: dict[str, Tensor],
     count = len(states["tokens"])
     keys = rng.sample_keys(5, torch.arange(count))
     clean = {"tokens": states["tokens"], "grid": states["grid"]}
-    return conditional_losses(DENOISER, MODEL, clean, keys, target=target, given=given, times=times)
+    return exact_losses(DENOISER, MODEL, clean, keys, target=target, given=given, times=times)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +206,6 @@ def test_evaluation_losses_do_not_depend_on_the_batch():
     keys = rng.sample_keys(5, torch.arange(20))
     clean = {"tokens": states["tokens"], "grid": states["grid"]}
     options = {"target": "tokens", "given": ("grid",), "times": 3}
-    whole = conditional_losses(DENOISER, MODEL, clean, keys, **options)
-    part = conditional_losses(DENOISER, MODEL, {n: s[4:9] for n, s in clean.items()}, keys[4:9], **options)
+    whole = exact_losses(DENOISER, MODEL, clean, keys, **options)
+    part = exact_losses(DENOISER, MODEL, {n: s[4:9] for n, s in clean.items()}, keys[4:9], **options)
     torch.testing.assert_close(part, whole[4:9])

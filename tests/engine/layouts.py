@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 
 from megadiff.config.deepspeed import load_deepspeed
@@ -77,9 +78,13 @@ SHORT = f"stages.*.steps={STEPS}"
 """The length of the stages of `train_plainly`."""
 
 
+HELD_OUT = "stages.*.held_out_loss={every_steps: 100, pairs: 3, times: [0.3, 0.9], nelbo_times: 2}"
+"""Measured after the last step; the pairs do not divide by two replicas."""
+
+
 def train_plainly(folder: Path) -> dict[str, dict[str, Any]]:
     """By stage, the report of one rank without ZeRO, micro-batches, or activations that are computed again."""
-    overrides = (SHORT, "stages.*.activation_checkpointing=false")
+    overrides = (SHORT, HELD_OUT, "stages.*.activation_checkpointing=false")
     return train(ONE_RANK, folder, *overrides, f"stages.*.batch.micro_batch={GLOBAL_SAMPLES}")[0]
 
 
@@ -116,6 +121,13 @@ def deviations(report: dict[str, Any], reference: dict[str, Any]) -> dict[str, f
 def assert_same_curve(report: dict[str, Any], reference: dict[str, Any]) -> None:
     found = deviations(report, reference)
     assert max(found.values()) < TOLERANCE, found
+
+
+def assert_same_held_out(report: dict[str, Any], reference: dict[str, Any], stage: str) -> None:
+    """Of both kinds of weights, two times given and absent of each modality that is predicted, and the bound of the text."""
+    found, expected = report[stage]["held_out"], reference[stage]["held_out"]
+    assert len(found) == (8 if stage == "first" else 20)
+    assert found == pytest.approx(expected, rel=TOLERANCE)
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints

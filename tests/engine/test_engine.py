@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,18 @@ def test_losses_are_means_over_all_that_is_scored_and_the_total_is_their_weighte
     assert result.quartiles["grid"][0] == result.quartiles["grid"][3] == 2.0
     assert result.quartiles["grid"][1] != result.quartiles["grid"][1], "a quarter without samples has no mean"
     assert (result.samples, result.grad_norm, result.applied, result.learning_rate) == (4, 0.25, True, 0.1)
+
+
+def test_losses_are_told_apart_by_the_source_of_each_sample() -> None:
+    first, second = batches()
+    told = [replace(first, sources=("web", "web")), replace(second, sources=("books", "web"))]
+    result = engine().step(told, Sums(), ("web", "books", "code"))
+    assert result.losses == engine().step(batches(), Sums()).losses
+    assert result.by_source["grid"].keys() == {"web", "books", "code"}
+    assert result.by_source["grid"]["web"] == pytest.approx((1 + 1 + 3) / 3)
+    assert (result.by_source["grid"]["books"], result.by_source["tokens"]["books"]) == (3.0, 6.0)
+    assert math.isnan(result.by_source["grid"]["code"]), "a source without samples has no mean"
+    assert engine().step(batches(), Sums()).by_source == {}
 
 
 def test_the_gradient_is_that_of_the_global_mean() -> None:

@@ -14,12 +14,14 @@ from tests.engine import layouts
 from tests.engine.layouts import (
     CLIP,
     CLIPPED,
+    HELD_OUT,
     RECOMPUTED,
     SHORT,
     STAGES,
     STEPS,
     assert_idle_weights_stay,
     assert_same_curve,
+    assert_same_held_out,
     newest,
 )
 from tests.engine.test_zero import train
@@ -44,12 +46,13 @@ def train_drawn(world: int, pipeline: int, zero: int, **request: Any) -> list[di
 def two_stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All three stages through a pipeline of two, with ZeRO-1."""
     folder = tmp_path_factory.mktemp("two_stages")
-    return {"folder": folder, **layouts.train("pipeline x 2", folder, SHORT)[0]}
+    return {"folder": folder, **layouts.train("pipeline x 2", folder, SHORT, HELD_OUT)[0]}
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_pipeline_stages_follow_the_curve_of_one_rank(stage, one_rank, two_stages):
     assert_same_curve(two_stages[stage], one_rank[stage])
+    assert_same_held_out(two_stages, one_rank, stage)
     assert min(one_rank[stage]["grad_norm"]) > CLIP  # so that every step was clipped
     assert two_stages[stage]["engine"] == "PipelineEngine"
     assert two_stages[stage]["engine_steps"] == STEPS

@@ -20,6 +20,7 @@ from megadiff.weights.loading import load
 from tests.engine import layouts
 from tests.engine.layouts import (
     CLIPPED,
+    HELD_OUT,
     PARTITION_ALL,
     RECOMPUTED,
     SHORT,
@@ -28,6 +29,7 @@ from tests.engine.layouts import (
     WORKER,
     assert_idle_weights_stay,
     assert_same_curve,
+    assert_same_held_out,
     newest,
 )
 from tests.engine.worker import text_readouts
@@ -47,7 +49,7 @@ def train(folder: Path, world: int, zero: int, *overrides: str, **request: Any) 
 @pytest.fixture(scope="module")
 def tensor_zero1(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("tensor_zero1")
-    return {"folder": folder, "ranks": layouts.train("tensor x 2", folder, SHORT)}
+    return {"folder": folder, "ranks": layouts.train("tensor x 2", folder, SHORT, HELD_OUT)}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,7 @@ def tensor_zero3(one_rank: dict[str, Any], tmp_path_factory: pytest.TempPathFact
     """The last stage alone."""
     folder = tmp_path_factory.mktemp("tensor_zero3")
     shutil.copytree(one_rank["folder"] / "second", folder / "second")
-    return {"folder": folder, "ranks": train(folder, 2, 3, tensor=2, stages=["third"])}
+    return {"folder": folder, "ranks": train(folder, 2, 3, HELD_OUT, tensor=2, stages=["third"])}
 
 
 @pytest.mark.parametrize(("run", "stage"), [*(("tensor_zero1", stage) for stage in STAGES), ("tensor_zero3", "third")])
@@ -64,6 +66,7 @@ def test_two_tensor_ranks_follow_the_curve_of_one_rank(
 ) -> None:
     for report in request.getfixturevalue(run)["ranks"]:
         assert_same_curve(report[stage], one_rank[stage])
+        assert_same_held_out(report, one_rank, stage)
 
 
 @pytest.mark.slow

@@ -20,12 +20,14 @@ from tests.data.small import sample, write_source
 from tests.engine import layouts
 from tests.engine.layouts import (
     CLIPPED,
+    HELD_OUT,
     PARTITION_ALL,
     SHORT,
     STAGES,
     WORKER,
     assert_idle_weights_stay,
     assert_same_curve,
+    assert_same_held_out,
     newest,
 )
 from tests.engine.worker import probe_input
@@ -50,12 +52,13 @@ def zero3(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All three stages on two ranks with ZeRO-3, every parameter partitioned."""
     folder = tmp_path_factory.mktemp("zero3")
     watched = {"zero_options": PARTITION_ALL, "watch_gathered": True}
-    return {"folder": folder, **layouts.train("ZeRO-3 x 2", folder, SHORT, **watched)[0]}
+    return {"folder": folder, **layouts.train("ZeRO-3 x 2", folder, SHORT, HELD_OUT, **watched)[0]}
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_zero3_on_two_ranks_follows_the_curve_of_one_rank(stage: str, one_rank: dict[str, Any], zero3: dict[str, Any]) -> None:
     assert_same_curve(zero3[stage], one_rank[stage])
+    assert_same_held_out(zero3, one_rank, stage)
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2])
@@ -94,7 +97,7 @@ def test_under_zero3_every_parameter_is_partitioned_and_no_rank_ever_holds_the_m
 
 
 def test_a_run_killed_and_resumed_repeats_the_uninterrupted_curve_to_the_bit(tmp_path: Path) -> None:
-    steps = ["stages.*.steps=8"]
+    steps = ["stages.*.steps=8", HELD_OUT.replace("every_steps: 100", "every_steps: 3")]
     whole = train(tmp_path / "whole", 2, 3, overrides=steps)
     request = {"folder": str(tmp_path / "cut"), "deepspeed": "ds_configs/zero3.json", "stages": ["first"], "overrides": steps}
     ended = []
@@ -109,6 +112,8 @@ def test_a_run_killed_and_resumed_repeats_the_uninterrupted_curve_to_the_bit(tmp
     assert resumed["steps"] == list(range(1, 9))
     assert resumed["loss"] == whole["loss"]
     assert resumed["grad_norm"] == whole["grad_norm"]
+    assert resumed["held_out"] == whole["held_out"]
+    assert len(whole["held_out"]) == 3 * 8  # after steps 3, 6 and 8
 
 
 @pytest.mark.parametrize("zero", [1, 3])

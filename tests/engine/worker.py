@@ -23,6 +23,7 @@ from megadiff.config.load import load_run
 from megadiff.config.schema import Run
 from megadiff.data.reading.loader import Loader
 from megadiff.diffusion.objective import DiffusionObjective
+from megadiff.evaluation.build import callbacks as evaluation_callbacks
 from megadiff.models.names import named_parameters
 from megadiff.training import loop, stopping
 from megadiff.types import Batch, Denoiser, Dense, DrawRule, LossTerms, Noised, RowKeys, RowLogits, SampledRows
@@ -235,7 +236,7 @@ def trained(run: Run, stage: str, tree: dict[str, Any], request: dict[str, Any])
                 for piece in training.engine.pieces.trained
             }
 
-    callbacks: list[Any] = [Look(), probe]
+    callbacks: list[Any] = [Look(), probe, *evaluation_callbacks(run, run.stage(stage))]
     if "kill_at" in request:
         callbacks.append(KillAt(request["kill_at"]))
     if "stop_at" in request:
@@ -247,7 +248,10 @@ def trained(run: Run, stage: str, tree: dict[str, Any], request: dict[str, Any])
             loop.train_stage(run, stage, tree, callbacks)
     except UserError as error:
         seen["error"] = str(error)
-    metrics = run.paths.stage(stage).metrics
+    metrics, results = run.paths.stage(stage).metrics, run.paths.stage(stage).results
+    if results.exists():
+        figures = [json.loads(line) for line in results.read_text().splitlines()]
+        seen["held_out"] = {f"{figure['step']} {figure['name']}": figure["value"] for figure in figures}
     if metrics.exists():
         rows = [json.loads(line) for line in metrics.read_text().splitlines()]
         seen["loss"] = [row["loss"] for row in rows]

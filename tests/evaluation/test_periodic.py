@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ class Moment:
     def scalar(self, tag: str, value: float) -> None:
         raise AssertionError("samples are no numbers")
 
-    def metric(self, metric: Metric) -> None:
+    def metrics(self, metrics: Sequence[Metric]) -> None:
         raise AssertionError("samples are no figures")
 
 

@@ -33,6 +33,7 @@ def trained(folder: Path, unreadable_at: int, share: float = 0.01) -> list[int]:
         stats=lambda: SimpleNamespace(waited_s=0.0, read=1000, unreadable=int(step >= unreadable_at)),
         state=dict,
         data_step=0,
+        sources=(),
     )
     engine = SimpleNamespace(
         device=torch.device("cpu"), step=lambda *_: result(), ema=SimpleNamespace(update=lambda: None), save=lambda *_: None

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,20 @@ def test_every_step_is_a_line_and_every_other_one_an_event(tmp_path: Path) -> No
     assert [event.value for event in events.Scalars("6 data/unreadable samples")] == [3, 3]
     assert {"2 loss by time/image t 0.00-0.25", "4 speed/samples per s", "4 speed/model FLOPs utilisation"} <= set(tags)
     assert "2 loss by time/image t 0.50-0.75" not in tags, "a quarter in which nothing fell has no point"
+
+
+def test_losses_by_source_are_curves_and_a_part_of_each_line(tmp_path: Path) -> None:
+    watched = monitor(tmp_path)
+    for step, web in ((1, 1.0), (2, 3.0)):
+        by_source = {"image": {"web": web, "books": math.nan}}
+        watched.record(step, replace(result(), by_source=by_source), data_wait_s=0.0, unreadable=0)
+    watched.close()
+    rows = [json.loads(line) for line in (tmp_path / "first/metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["by_source"] == {"image": {"web": 1.0, "books": None}}
+    events = EventAccumulator(str(tmp_path / "tensorboard/first"))
+    events.Reload()
+    assert [event.value for event in events.Scalars("2 loss by source/image web")] == [2.0]
+    assert "2 loss by source/image books" not in events.Tags()["scalars"]
 
 
 def test_a_run_that_resumes_drops_the_lines_that_it_repeats(tmp_path: Path) -> None:
@@ -168,12 +183,44 @@ def test_records_that_cannot_be_begun_are_one_sentence(tmp_path: Path) -> None:
 def test_a_picture_is_kept_as_a_png_and_a_figure_as_a_line(tmp_path: Path) -> None:
     watched = monitor(tmp_path)
     watched.picture("samples/text-to-image", Image.new("RGB", (4, 4), "red"), 3)
-    watched.metric(Metric("gap/text", 0.5, low=0.4, depends={"seed": 1}), 3)
+    watched.metrics([Metric("gap/text", 0.5, low=0.4, depends={"seed": 1}), Metric("fid", 12.5)], 3)
     watched.close()
     with Image.open(tmp_path / "first/pictures/samples-text-to-image-00000003.png") as picture:
         assert picture.getpixel((0, 0)) == (255, 0, 0)
-    (line,) = (tmp_path / "first/results.jsonl").read_text().splitlines()
+    line, other = (tmp_path / "first/results.jsonl").read_text().splitlines()
     told = {"step": 3, "name": "gap/text", "value": 0.5, "low": 0.4, "high": None, "depends": {"seed": 1}}
     assert json.loads(line) == told
+    assert json.loads(other)["value"] == 12.5
+    events = EventAccumulator(str(tmp_path / "tensorboard/first"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["7 gap/text", "7 results/fid"]
     monitor(tmp_path, first_step=2).close()
     assert (tmp_path / "first/results.jsonl").read_text() == ""
+
+
+def test_the_share_of_evaluation_is_recorded_and_warned_of_once_above_two_percent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = 0.0
+    monkeypatch.setattr("megadiff.training.monitor.peak_flops", lambda _: 1.0)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock)
+    watched = monitor(tmp_path)
+    for step, (steps_s, evaluation_s) in enumerate([(10.0, 10.0), (90.0, 0.0), (100.0, 1.0), (1000.0, 2.0)], 1):
+        clock += steps_s
+        watched.record(step, result(), data_wait_s=0.0, unreadable=0)
+        began = watched.pause()
+        clock += evaluation_s
+        if evaluation_s:
+            watched.evaluated(step, since=began)
+    watched.close()
+    rows = [json.loads(line) for line in (tmp_path / "first/metrics.jsonl").read_text().splitlines()]
+    assert [row["evaluation_share"] for row in rows] == [0.0, 0.5, 0.5, 11 / 211]
+    events = EventAccumulator(str(tmp_path / "tensorboard/first"))
+    events.Reload()
+    shares = {event.step: event.value for event in events.Scalars("4 speed/evaluation share")}
+    assert shares == pytest.approx({1: 0.5, 3: 11 / 211, 4: 13 / 1213})
+    told = [line for line in capsys.readouterr().err.splitlines() if "evaluation has taken" in line]
+    assert len(told) == 2
+    assert "5.2 %" in told[0]  # the first one came too early to be judged
+    assert "more than 2 %: let held_out_loss and samples be rarer or smaller" in told[0]
+    assert told[1] == "first: evaluation has taken 1.1 % of the time since this start"

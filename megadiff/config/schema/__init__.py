@@ -18,6 +18,7 @@ from megadiff.config.schema.data import (
     NumberField,
     PixelField,
 )
+from megadiff.config.schema.evaluation import HeldOutLoss
 from megadiff.config.schema.model import (
     RESERVED_NAMES,
     CategoricalSchedule,
@@ -67,6 +68,7 @@ __all__ = [
     "FieldSource",
     "GaussianProcess",
     "GridSpace",
+    "HeldOutLoss",
     "Initialise",
     "LatentField",
     "Launch",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -30,3 +30,16 @@ class Section(BaseModel):
     """Base of all sections: immutable, unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Periodic(Section):
+    """What is done with the weights every so many steps of training, and after the last one."""
+
+    every_steps: Positive
+    weights: Literal["ema", "raw", "both"] = "both"
+    """The first EMA profile, the plain weights, or both."""
+
+    @property
+    def kinds(self) -> tuple[Literal["ema", "raw"], ...]:
+        """Each kind of weights."""
+        return ("ema", "raw") if self.weights == "both" else (self.weights,)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from megadiff.config.schema.base import NotNegative, Positive, Section, Share, Weight
+from megadiff.config.schema.base import NotNegative, Periodic, Positive, Section, Share, Weight
 
 MOST_STEPS = 1_000_000
 """Bound on the steps of sampling: their times must fit into memory."""
@@ -73,10 +73,9 @@ class Sampling(Section):
         return self
 
 
-class SampleSheets(Section):
+class SampleSheets(Periodic):
     """Samples drawn during training and shown in TensorBoard."""
 
-    every_steps: Positive
     count: Positive = 8
     weights: Literal["ema", "raw", "both"] = "ema"
     """The weights that draw them: the first EMA profile, the plain weights, or both, one below the other."""

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megadiff.config.schema.base import Momentum, Name, NotNegative, Positive, Section, Share
+from megadiff.config.schema.evaluation import HeldOutLoss
 from megadiff.config.schema.sampling import SampleSheets
 
 
@@ -159,4 +160,5 @@ class Stage(Section):
     initialise: Initialise = Initialise()
     checkpoint: Checkpointing = Checkpointing()
     samples: SampleSheets | None = None
+    held_out_loss: HeldOutLoss | None = None
     log_every_steps: Positive = 10

@@ -110,7 +110,11 @@ class _Codecs:
 
 
 class Loader:
-    """This rank's micro-batches of one global batch after another; what they hold does not depend on workers or ranks."""
+    """This rank's micro-batches of one global batch after another; what they hold does not depend on workers or ranks.
+
+    Attributes:
+        sources: the names of the sources, if there are several.
+    """
 
     def __init__(
         self,
@@ -152,7 +156,7 @@ class Loader:
             ShardReader(addresses.folder_of(data.sources[name]), manifest, cache, fetchers=self._fetchers)
             for name, manifest in manifests.items()
         ]
-        self._prefixes = [f"{name}/" if len(manifests) > 1 else "" for name in manifests]
+        self.sources = tuple(manifests) if len(manifests) > 1 else ()
         self.seed, self.global_samples, self.micro_batch = seed, global_samples, micro_batch
         self.data_step = data_step
         self._ahead = data.prefetch_batches if data.workers else 1
@@ -257,11 +261,15 @@ class Loader:
             shard = shards.get((source, number))
             if shard is None:
                 shard = shards[source, number] = self._readers[source].shard(number)
-            names.append(f"{self._prefixes[source]}{self._readers[source].manifest.shards[number].name}/{shard.key(offset)}")
+            prefix = f"{self.sources[source]}/" if self.sources else ""
+            names.append(f"{prefix}{self._readers[source].manifest.shards[number].name}/{shard.key(offset)}")
             samples.append(shard.views(offset))
         slots = torch.tensor(list(self._slots))
+        sources = [self.sources[source] for source in step.source.tolist()] if self.sources else []
         parts = [slice(start, start + self.micro_batch) for start in range(0, len(samples), self.micro_batch)]
-        return [self._batch(samples[part], keys[part], slots[part], names[part], bucket, data_step) for part in parts]
+        return [
+            self._batch(samples[part], keys[part], slots[part], names[part], sources[part], bucket, data_step) for part in parts
+        ]
 
     def _batch(
         self,
@@ -269,6 +277,7 @@ class Loader:
         keys: Tensor,
         slots: Tensor,
         names: Sequence[str],
+        sources: Sequence[str],
         bucket: Bucket | None,
         data_step: int,
     ) -> Batch:
@@ -277,7 +286,7 @@ class Loader:
         for place, error in sorted(errors.items()):
             self._report(names[place], error)
             weight[place] = 0
-        return Batch(values, keys, slots, weight, tuple(names), data_step, self.global_samples, features)
+        return Batch(values, keys, slots, weight, tuple(names), data_step, self.global_samples, features, tuple(sources))
 
     def _report(self, name: str, error: SampleError) -> None:
         with self._lock:
