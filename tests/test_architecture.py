@@ -33,7 +33,7 @@ DOORS: dict[str, frozenset[str]] = {
         "engine": "types config kernels distributed models weights",
         "training": "types files config distributed data diffusion engine weights",
         "generation": "types rng config storage distributed data diffusion weights report",
-        "evaluation": "types rng config storage distributed data diffusion weights generation report",
+        "evaluation": "types rng files torchvision_ops config storage distributed data diffusion weights generation report",
         "interfaces": "torchvision_ops config data diffusion models weights generation",
         "cli": "config storage distributed data training weights generation evaluation report interfaces launcher",
         "__init__": "",
