@@ -29,12 +29,13 @@ def declare_missing() -> None:
     if spec is None or spec.origin is None:
         return
     try:
-        torch.ops.load_library(Path(spec.origin).with_name("_C.so"))
+        torch.ops.load_library(Path(spec.origin).with_name("_C.so"))  # type: ignore[no-untyped-call]
     except OSError:
-        _LIBRARIES.append(torch.library.Library("torchvision", "FRAGMENT"))
+        library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
         for schema in SCHEMAS:
-            _LIBRARIES[-1].define(schema)
+            library.define(schema)  # type: ignore[no-untyped-call]
+        _KEPT.append(library)
 
 
-_LIBRARIES: list[object] = []
+_KEPT: list[object] = []
 """What is declared lasts as long as its library."""

@@ -30,18 +30,26 @@ _ROWS = 1024
 
 @dataclass(frozen=True)
 class Moments:
-    """A set of features as a normal distribution: mean [D], covariance [D, D], and how many pictures, if that is known."""
+    """A set of features as a normal distribution.
+
+    Attributes:
+        mean, covariance: [D] and [D, D].
+        count: how many pictures, if that is known.
+        factor: [R, D] with factor^T factor = covariance and R < D, if there is one.
+    """
 
     mean: NDArray[np.float64]
     covariance: NDArray[np.float64]
     count: int | None = None
+    factor: NDArray[np.float64] | None = None
 
     @classmethod
     def of(cls, features: Features) -> Moments:
         """Raises UserError if there are fewer than FEWEST."""
         check_count(features, FEWEST)
-        values = features.astype(np.float64)
-        return cls(values.mean(0), np.atleast_2d(np.cov(values, rowvar=False)), len(values))
+        values, count = features.astype(np.float64), len(features)
+        factor = (values - values.mean(0)) / np.sqrt(count - 1)
+        return cls(values.mean(0), factor.T @ factor, count, factor if count < values.shape[1] else None)
 
     @property
     def rank_deficient(self) -> bool:
@@ -58,18 +66,20 @@ def check_count(features: Features, fewest: int) -> None:
 def frechet_distance(one: Moments, other: Moments) -> float:
     """|mu_1 - mu_2|^2 + Tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)) (Heusel et al., arXiv 1706.08500, eq. 6).
 
-    The last trace is the sum of the singular values of C_1^(1/2) C_2^(1/2): unlike a square root of C_1 C_2 it needs no
-    correction where a covariance is singular.
+    With C = F^T F the last trace is the sum of the singular values of F_1 F_2^T: unlike a square root of C_1 C_2 it needs no
+    correction where a covariance is singular, and of few pictures it takes no time.
     """
-    singular = np.linalg.svd(_root(one.covariance) @ _root(other.covariance), compute_uv=False)
+    singular = np.linalg.svd(_factor(one) @ _factor(other).T, compute_uv=False)
     difference = one.mean - other.mean
     return float(difference @ difference + np.trace(one.covariance) + np.trace(other.covariance) - 2 * singular.sum())
 
 
-def _root(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
-    values, vectors = np.linalg.eigh(covariance)
-    root: NDArray[np.float64] = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    return root
+def _factor(moments: Moments) -> NDArray[np.float64]:
+    if moments.factor is not None:
+        return moments.factor
+    values, vectors = np.linalg.eigh(moments.covariance)
+    factor: NDArray[np.float64] = (vectors * np.sqrt(values.clip(0))).T
+    return factor
 
 
 def kernel_distance(generated: Features, reference: Features, seed: int = 0) -> float:

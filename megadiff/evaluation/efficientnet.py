@@ -66,8 +66,8 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = nn.functional.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
         y = nn.functional.relu6(self._bn1(self._depthwise_conv(y)))
-        y = self._bn2(self._project_conv(y))
-        return x + y if self.adds else y
+        projected: Tensor = self._bn2(self._project_conv(y))
+        return x + projected if self.adds else projected
 
 
 class _Convolution(nn.Conv2d):
@@ -76,7 +76,8 @@ class _Convolution(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         total = self.kernel_size[0] - self.stride[0]
         before, after = total // 2, total - total // 2
-        return super().forward(nn.functional.pad(x, (before, after, before, after)) if total > 0 else x)
+        convolved: Tensor = super().forward(nn.functional.pad(x, (before, after, before, after)) if total > 0 else x)
+        return convolved
 
 
 def _convolution(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:

@@ -24,6 +24,8 @@ from megadiff.config.errors import UserError
 from megadiff.evaluation.efficientnet import SIDE_PX, EfficientNetLite0
 from megadiff.files import sha256
 
+Features = NDArray[np.float32]
+"""[B, D]."""
 Pixels = NDArray[np.uint8]
 """A picture, RGB [H, W, 3], of any size."""
 RESIZE = "clean-fid bicubic"
@@ -47,15 +49,15 @@ class Extractor:
     fingerprint: str
     device: torch.device
 
-    def __call__(self, pictures: Sequence[Pixels]) -> NDArray[np.float32]:
-        """Features [B, D]."""
+    def __call__(self, pictures: Sequence[Pixels]) -> Features:
+        """The features of pictures."""
         torchvision_ops.declare_missing()
         from cleanfid.resize import make_resizer
 
         resize = make_resizer("PIL", False, "bicubic", (self.side_px, self.side_px))
         batch = torch.from_numpy(np.stack([resize(picture) for picture in pictures])).permute(0, 3, 1, 2).contiguous()
         with torch.no_grad():
-            features: NDArray[np.float32] = self.network(batch.to(self.device)).float().cpu().numpy()
+            features: Features = self.network(batch.to(self.device)).float().cpu().numpy()
         return features
 
     @property
