@@ -59,7 +59,6 @@ setup(
             "pytest-timeout>=2.4",
             "pytest-xdist>=3.8",
             "hypothesis>=6.130",
-            "torch-fidelity>=0.4",
             "moto[s3,server]>=5.1",
             "boto3>=1.40",
             "ruff>=0.12",

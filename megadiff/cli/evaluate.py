@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from megadiff.cli import sample
-from megadiff.cli.arguments import Verbs, add_verb
+from megadiff.cli.arguments import Verbs, add_verb, positive
 from megadiff.cli.errors import enough_memory
 from megadiff.config.errors import UserError
 from megadiff.config.run_folder import EXPORT, MANIFEST, RUN
@@ -25,6 +25,8 @@ EXAMPLES = """\
   megadiff evaluate eval/ --reference coco/val2014 --metrics fid --inception FILE --against earlier/results.json
 """
 
+LIKELIHOOD = "likelihood"
+"""The metric that needs a network, and no samples."""
 DRAWING = (*sample.REQUEST_FLAGS, *Sampling.model_fields, "preset", "repeat_prompt")
 """Flags that only a network needs."""
 
@@ -46,7 +48,8 @@ def add(verbs: Verbs) -> None:
         "--metrics",
         metavar="A,B",
         required=True,
-        help="fid, kid (Inception), cmmd (CLIP), and with any features: fd, kd, precision-recall, density-coverage",
+        help="fid, kid (Inception), cmmd (CLIP); with any features: fd, kd, precision-recall, density-coverage; of pairs by "
+        "CLIP: clip-score, retrieval; captions (with --data); likelihood (NELBO and conditioning gap of held-out pairs)",
     )
     score.add_argument(
         "--reference", metavar="REF", help="a folder of pictures, a manifest of tar shards, or statistics.npz (mu and sigma)"
@@ -60,6 +63,7 @@ def add(verbs: Verbs) -> None:
     score.add_argument(
         "--square", action="store_true", help="crop the reference's pictures to their middle square, as training does"
     )
+    score.add_argument("--pairs", metavar="N", type=positive, help="likelihood: most held-out pairs (default: 1000)")
     score.add_argument("--save-statistics", metavar="FILE.npz", help="keep the reference's statistics for later calls")
     score.add_argument(
         "--against", metavar="RESULTS", action="append", default=[], help="compare with other results; repeat for more"
@@ -71,22 +75,28 @@ def add(verbs: Verbs) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     network = _is_network(arguments.source)
-    if network and not (arguments.task and arguments.out):
+    metrics = tuple(arguments.metrics.split(","))
+    drawn = network and metrics != (LIKELIHOOD,)
+    if network and not ((arguments.task or not drawn) and arguments.out):
         raise UserError(f"{arguments.source} is a network: say with --task what it is to draw, and with --out DIR where to")
-    if not network and (given := [name for name in DRAWING if getattr(arguments, name) != arguments.parser.get_default(name)]):
-        flag = f"--{given[0].replace('_', '-')}"
-        raise UserError(f"{flag} is for a network, and {arguments.source} is none (no {RUN}, checkpoint or export)")
-    fields = sample.request_fields(arguments) if network else {}
+    if not network and LIKELIHOOD in metrics:
+        raise UserError(f"{LIKELIHOOD} is of a network, and {arguments.source} is none (no {RUN}, checkpoint or export)")
+    if arguments.pairs and LIKELIHOOD not in metrics:
+        raise UserError(f"--pairs goes with --metrics {LIKELIHOOD}")
+    given = [name for name in DRAWING if getattr(arguments, name) != arguments.parser.get_default(name)]
+    if not drawn and (idle := [name for name in given if not (network and name in ("weights", "batch"))]):
+        raise UserError(f"--{idle[0].replace('_', '-')} is for what a network draws, and here nothing is drawn")
+    fields = sample.request_fields(arguments) if drawn else {}
     if arguments.processes > 1 and "RANK" not in os.environ:
         return several(arguments.processes, sys.argv[1:])
     from megadiff.evaluation.evaluate import EvaluateRequest, evaluate, report
     from megadiff.generation.request import GenerateRequest
 
     out = arguments.out or arguments.source
-    samples = GenerateRequest(checkpoint=arguments.source, out=out, **fields) if network else None
+    samples = GenerateRequest(checkpoint=arguments.source, out=out, **fields) if drawn else None
     request = EvaluateRequest(
         source=arguments.source,
-        metrics=tuple(arguments.metrics.split(",")),
+        metrics=metrics,
         out=out,
         reference=arguments.reference,
         features=arguments.features,
@@ -94,10 +104,13 @@ def run(arguments: argparse.Namespace) -> int:
         square=arguments.square,
         save_statistics=arguments.save_statistics,
         samples=samples,
+        weights_kind=arguments.weights,
+        batch=arguments.batch,
+        **({"pairs": arguments.pairs} if arguments.pairs else {}),
     )
     with enough_memory("--size or --batch"):
-        metrics = evaluate(request)
-    print(report(metrics, tuple(arguments.against)))
+        found = evaluate(request)
+    print(report(found, tuple(arguments.against)))
     return 0
 
 

@@ -21,7 +21,7 @@ Features = NDArray[np.floating[Any]]
 FEWEST = 10
 """Fewest pictures of either set; distances between fewer say nothing."""
 KID_SUBSETS, KID_SUBSET = 100, 1000
-"""Subsets, and the most pictures of each, over which the kernel distance is averaged (clean-fid's and torch-fidelity's)."""
+"""Subsets, and the most pictures of each, over which the kernel distance is averaged (clean-fid's)."""
 MANIFOLD_NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
 """k of precision and recall (arXiv 1904.06991), and of density and coverage (arXiv 2002.09797)."""
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0

@@ -9,25 +9,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megadiff.config.errors import UserError
+from megadiff.data.codecs.captions import CaptionCodec
+from megadiff.data.pictures import flat, open_picture
+from megadiff.data.reading.loader import ShuffledSamples, read_held_out
 from megadiff.distributed.ranks import Ranks
 from megadiff.evaluation import scores
+from megadiff.evaluation.captions import caption_metrics
+from megadiff.evaluation.clip_score import clip_score, pair_scorer, retrieval
 from megadiff.evaluation.features import FEATURES, build_extractor
-from megadiff.evaluation.picture_sets import features_of, open_pictures
-from megadiff.evaluation.pieces import Pieces
-from megadiff.evaluation.results import RESULTS, comparison, read_results, write_results
+from megadiff.evaluation.likelihood import likelihood_metrics
+from megadiff.evaluation.picture_sets import features_of, open_pictures, pairs_in, records_in
+from megadiff.evaluation.pieces import Pieces, key_of
+from megadiff.evaluation.results import RESULTS, comparison, of_data, read_results, write_results
 from megadiff.evaluation.scores import DISTANCES, OWN_FEATURES, FeatureSet
 from megadiff.generation.generate import SECONDS_BETWEEN_LOOKS, generate
+from megadiff.generation.loading import codecs_of, load
 from megadiff.generation.request import GenerateRequest
 from megadiff.generation.writing import RECORDS, REQUEST
 from megadiff.types import Metric
 
 PIECES = ".pieces"
+PAIRS_PER_PIECE = 32
 WITHOUT_EFFECT = ("batch", "format")
 """Parts of a request that change nothing of its samples."""
-METRICS = DISTANCES
+PAIRS = ("clip-score", "retrieval")
+LIKELIHOOD = "likelihood"
+METRICS = (*DISTANCES, *PAIRS, "captions", LIKELIHOOD)
+DEFAULT_PAIRS = 1000
 
 
 @dataclass(frozen=True)
@@ -35,7 +47,9 @@ class EvaluateRequest:
     """The flags of `megadiff evaluate`, one field each (see its help).
 
     Attributes:
-        samples: how samples are drawn; None for a folder of pictures that is there.
+        samples: how samples are drawn; None for a folder of pictures that is there, and if no metric looks at samples.
+        weights_kind: `ema` or `raw`, of a network that is not drawn from.
+        pairs: most held-out pairs of the likelihood.
         out: the folder of samples, of results.json and of features.
         weights: paths of networks' weights by the names of `FEATURES`.
     """
@@ -49,6 +63,9 @@ class EvaluateRequest:
     square: bool = False
     save_statistics: str | None = None
     samples: GenerateRequest | None = None
+    weights_kind: str = "ema"
+    pairs: int = DEFAULT_PAIRS
+    batch: int = 32
 
 
 def evaluate(request: EvaluateRequest) -> list[Metric]:
@@ -69,7 +86,11 @@ def evaluate(request: EvaluateRequest) -> list[Metric]:
         generate(request.samples)
         while not (out / RECORDS).exists():  # rank 0 writes them when all have drawn
             time.sleep(SECONDS_BETWEEN_LOOKS)
-    metrics = _distances(request, Pieces(out / PIECES, ranks), device)
+    pieces = Pieces(out / PIECES, ranks)
+    metrics = _distances(request, pieces, device)
+    metrics += _pair_metrics(request, pieces, device)
+    metrics += _caption_metrics(request, ranks)
+    metrics += _likelihood(request, pieces, device)
     if ranks.rank:
         return []
     write_results(out / RESULTS, metrics)
@@ -88,10 +109,16 @@ def check(request: EvaluateRequest) -> None:
     if request.square and (request.reference or ".npz").endswith(".npz"):
         raise UserError("--square crops the reference's pictures; leave it out where there are none")
     used = {OWN_FEATURES.get(name, request.features) for name in distances}
-    if idle := [name for name, path in (request.weights or {}).items() if path is not None and name not in used]:
+    needed = used | {"clip" for name in request.metrics if name in PAIRS}
+    if idle := [name for name, path in (request.weights or {}).items() if path is not None and name not in needed]:
         raise UserError(f"--{idle[0]} has no effect on {', '.join(request.metrics)}; leave it out")
     if request.save_statistics and len(used) != 1:
         raise UserError("--save-statistics is for metrics of one network's features: one file holds one network's")
+
+    if "captions" in request.metrics and (request.samples is None or request.samples.data is None):
+        raise UserError("captions are scored against those of --data, from which a network draws: give RUN, --task and --data")
+    if LIKELIHOOD in request.metrics and (request.reference is None or request.reference.endswith(".npz")):
+        raise UserError(f"{LIKELIHOOD} needs --reference: a manifest of held-out pairs in tar shards")
 
 
 def report(metrics: list[Metric], against: tuple[str, ...]) -> str:
@@ -147,6 +174,64 @@ def _distances(request: EvaluateRequest, pieces: Pieces, device: torch.device) -
         made = scores.distance_metrics(names, *known)
         metrics += [Metric(one.name, one.value, depends={**one.depends, **drawn_by(sets[0].source)}) for one in made]
     return metrics
+
+
+def _pair_metrics(request: EvaluateRequest, pieces: Pieces, device: torch.device) -> list[Metric]:
+    """CLIP score and retrieval of the pairs in a folder of samples."""
+    names = [name for name in request.metrics if name in PAIRS]
+    if not names:
+        return []
+    folder = Path(request.out if request.samples else request.source)
+    pairs = pairs_in(folder)
+    scorer = pair_scorer((request.weights or {}).get("clip"), device)
+    stats = [(folder / pair.picture).stat() for pair in pairs]
+    identities = [[*vars(pair).values(), stat.st_size, stat.st_mtime_ns] for pair, stat in zip(pairs, stats, strict=True)]
+    starts = range(0, len(pairs), PAIRS_PER_PIECE)
+    keys = [key_of({**scorer.depends, "pairs": identities[start : start + PAIRS_PER_PIECE]}) for start in starts]
+
+    def embed(number: int) -> dict[str, Any]:
+        own = pairs[starts[number] : starts[number] + PAIRS_PER_PIECE]
+        pictures = [np.array(flat(open_picture(folder / pair.picture))) for pair in own]
+        images, texts = scorer(pictures, [pair.caption for pair in own])
+        return {"images": images, "texts": texts}
+
+    found = pieces.gather(keys, embed)
+    if found is None:
+        return []
+    images, texts = (np.concatenate([piece[side] for piece in found]) for side in ("images", "texts"))
+    depends = {**scorer.depends, "count": len(pairs), **drawn_by(str(folder))}
+    metrics = [clip_score(images, texts, depends)] if "clip-score" in names else []
+    return metrics + (retrieval(images, texts, depends) if "retrieval" in names else [])
+
+
+def _caption_metrics(request: EvaluateRequest, ranks: Ranks) -> list[Metric]:
+    """Metrics of generated captions against all those of the samples that they were drawn for."""
+    samples = request.samples
+    if "captions" not in request.metrics or samples is None or ranks.rank:
+        return []
+    loaded = load(samples.checkpoint, samples.weights, autoencoder=samples.autoencoder, size=samples.size)
+    codecs = codecs_of(loaded)
+    source = ShuffledSamples(str(samples.data), loaded.data, loaded.model)
+    captions, references = [], []
+    for record in records_in(Path(request.out)):
+        name = next((name for name, entry in record["generated"].items() if "text" in entry), None)
+        codec = codecs.get(name or "")
+        if name is None or not isinstance(codec, CaptionCodec):
+            raise UserError(f"--task {samples.task} draws no captions, which the metric captions is of")
+        captions.append(record["generated"][name]["text"])
+        references.append(codec.read_all(source.members(record["number"])))
+    return caption_metrics(captions, references, {**of_data(str(samples.data)), **drawn_by(request.out)})
+
+
+def _likelihood(request: EvaluateRequest, pieces: Pieces, device: torch.device) -> list[Metric]:
+    if LIKELIHOOD not in request.metrics:
+        return []
+    loaded = load(request.source, request.weights_kind, device)
+    pairs = read_held_out(str(request.reference), loaded.data, loaded.model, request.pairs)
+    if len(pairs.ids) < 2:
+        raise UserError(f"{request.reference} has one pair, and {LIKELIHOOD} takes two or more")
+    depends = {"weights": loaded.fingerprint, "kind": request.weights_kind, **of_data(str(request.reference))}
+    return likelihood_metrics(loaded, pairs.states, pieces, depends, rows=request.batch)
 
 
 def drawn_by(folder: str) -> dict[str, Any]:

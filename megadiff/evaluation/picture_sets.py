@@ -56,7 +56,7 @@ class PictureSet:
             side = min(picture.size)
             left, top = (picture.width - side) // 2, (picture.height - side) // 2
             picture = picture.crop((left, top, left + side, top + side))
-        return np.asarray(picture)
+        return np.array(picture)
 
 
 def features_of(pictures: PictureSet, extractor: Extractor, pieces: Pieces) -> tuple[Features, str] | None:
@@ -114,6 +114,33 @@ def records_in(folder: Path) -> list[dict[str, Any]]:
 def generated_picture(record: Mapping[str, Any]) -> str | None:
     """The file of the picture that was generated for a record; None if none was."""
     return next((entry["picture"] for entry in record["generated"].values() if "picture" in entry), None)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A sample's picture, by its file, and caption; one of them, or both, generated."""
+
+    picture: str
+    caption: str
+
+
+def pairs_in(folder: Path) -> list[Pair]:
+    """The pairs in a folder of samples.
+
+    Raises:
+        UserError: it holds none, or they lie in tar shards.
+    """
+    if not (folder / RECORDS).exists() or (folder / MANIFEST).exists():
+        raise UserError(f"{folder} holds no pairs: give a folder of samples with pictures and captions in --format folder")
+    pairs = []
+    for record in records_in(folder):
+        entries = [*record["generated"].values(), *record["given"].values()]
+        picture = next((entry["picture"] for entry in entries if "picture" in entry), None)
+        caption = next((entry["text"] for entry in entries if "text" in entry), None)
+        if picture is None or caption is None:
+            raise UserError(f"{folder}: sample {record['name']} is no pair of a picture and a caption")
+        pairs.append(Pair(picture, caption))
+    return pairs
 
 
 def _in_shards(address: str, square: bool) -> PictureSet:

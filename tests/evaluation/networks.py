@@ -45,7 +45,7 @@ def stand_in_inception(path: Path, seed: int = 0) -> Path:
 def tiny_clip(folder: Path) -> Any:
     """A CLIPModel of random weights with its processor's files, in `folder`."""
     torchvision_ops.declare_missing()
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
@@ -57,6 +57,7 @@ def tiny_clip(folder: Path) -> Any:
     words = {word: place for place, word in enumerate(["<s>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
     marks = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=16, **marks).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(

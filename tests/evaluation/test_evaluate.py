@@ -24,7 +24,9 @@ from megadiff.evaluation.distances import Moments, frechet_distance
 from megadiff.evaluation.evaluate import EvaluateRequest, evaluate
 from megadiff.evaluation.features import Extractor
 from megadiff.evaluation.results import RESULTS, read_results
-from tests.evaluation.networks import stand_in_inception
+from tests.evaluation.networks import stand_in_inception, tiny_clip
+
+pytestmark = pytest.mark.thorough
 
 ROOT = Path(__file__).parents[2]
 HELD_OUT = str(ROOT / "examples/emoji32/held_out")
@@ -198,6 +200,32 @@ def test_a_network_is_drawn_from_and_scored_with_all_that_its_numbers_depend_on(
     # The folder of samples is scored without its sheet and without a network.
     assert cli.main(["evaluate", str(out), *SCORE, str(sides[1])]) == 0
     assert read_results(out / RESULTS) == found
+
+
+def test_captions_and_pairs_are_scored_and_so_is_the_likelihood(exported, tmp_path):
+    clip, out = str(tmp_path / "clip"), str(tmp_path / "out")
+    tiny_clip(Path(clip))
+    draw = ["--task", "image-to-text", "--data", HELD_OUT, "-n", "4", "--steps", "2", "--out", out]
+    score = ["--metrics", "captions,clip-score,retrieval,likelihood", "--clip", clip, "--reference", HELD_OUT, "--pairs", "3"]
+    assert cli.main(["evaluate", str(exported), *draw, *score]) == 0
+    found = read_results(tmp_path / "out" / RESULTS)
+    assert {"BLEU", "chrF", "CIDEr", "self-BLEU", "distinct-2", "CLIP score", "R@5 text-to-image"} <= set(found)
+    assert {"NELBO text/given", "error image/absent", "conditioning gap/image t 0.75-1.00"} <= set(found)
+    assert found["CIDEr"].depends["drawn.task"] == "image-to-text"
+    assert found["NELBO text/given"].depends["pairs"] == 3
+    assert found["CLIP score"].depends["count"] == 4
+    # The folder of samples alone has the pairs; captions need the data.
+    assert cli.main(["evaluate", out, "--metrics", "clip-score", "--clip", clip]) == 0
+    assert read_results(tmp_path / "out" / RESULTS) == found
+    assert cli.main(["evaluate", out, "--metrics", "captions"]) == 2
+
+
+def test_the_likelihood_of_a_network_draws_nothing(exported, tmp_path):
+    command = ["evaluate", str(exported), "--metrics", "likelihood", "--reference", HELD_OUT, "--out", str(tmp_path / "out")]
+    assert cli.main([*command, "--pairs", "2"]) == 0
+    assert not (tmp_path / "out/samples.jsonl").exists()
+    assert cli.main([*command, "--steps", "3"]) == 2
+    assert cli.main(["evaluate", str(tmp_path), "--metrics", "likelihood", "--reference", HELD_OUT]) == 2
 
 
 def test_a_network_needs_a_task_and_a_folder(exported, capsys):
