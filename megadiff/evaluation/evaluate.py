@@ -16,6 +16,7 @@ from megadiff.config.errors import UserError
 from megadiff.data.codecs.captions import CaptionCodec
 from megadiff.data.pictures import flat, open_picture
 from megadiff.data.reading.loader import ShuffledSamples, read_held_out
+from megadiff.data.shards.shard import MANIFEST
 from megadiff.distributed.ranks import Ranks
 from megadiff.evaluation import scores
 from megadiff.evaluation.captions import caption_metrics
@@ -26,7 +27,7 @@ from megadiff.evaluation.picture_sets import features_of, open_pictures, pairs_i
 from megadiff.evaluation.pieces import Pieces, key_of
 from megadiff.evaluation.results import RESULTS, comparison, of_data, read_results, write_results
 from megadiff.evaluation.scores import DISTANCES, OWN_FEATURES, FeatureSet
-from megadiff.generation.generate import SECONDS_BETWEEN_LOOKS, generate
+from megadiff.generation.generate import SECONDS_BETWEEN_LOOKS, device_of, generate
 from megadiff.generation.loading import codecs_of, load
 from megadiff.generation.request import GenerateRequest
 from megadiff.generation.writing import RECORDS, REQUEST
@@ -78,13 +79,12 @@ def evaluate(request: EvaluateRequest) -> list[Metric]:
     """
     check(request)
     ranks = Ranks.from_environment()
-    device = (
-        torch.device("cuda", ranks.local_rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
-    )
+    device = device_of(ranks)
     out = Path(request.out)
     if request.samples is not None:
         generate(request.samples)
-        while not (out / RECORDS).exists():  # rank 0 writes them when all have drawn
+        joined = (RECORDS, MANIFEST) if request.samples.format == "tar" else (RECORDS,)
+        while not all((out / name).exists() for name in joined):  # rank 0 writes them when all have drawn
             time.sleep(SECONDS_BETWEEN_LOOKS)
     pieces = Pieces(out / PIECES, ranks)
     metrics = _distances(request, pieces, device)
@@ -144,7 +144,7 @@ def _warning(metric: Metric) -> str:
     counts = [metric.depends.get(key) for key in ("count", "reference_count")]
     return (
         f"  (of {counts[0]} and {counts[1]} pictures: no more on one side than the network has features, so the covariance is "
-        "singular and the value too high or too low by an unknown amount; take more pictures)"
+        "singular and the value biased upwards; take more)"
     )
 
 
