@@ -4,9 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= auto
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadscope --no-loadscope-reorder --durations=25
+# One cluster runs on a machine, hence one process.
+SLURM_PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=25
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help quickstart install test test-fast test-s3 test-all lint clean
+.PHONY: help quickstart install test test-fast test-s3 test-slurm smoke-slurm test-all lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,8 +32,17 @@ test-fast: $(VENV)/.installed-test  ## for the inner loop: no processes, no serv
 test-s3: $(VENV)/.installed-test  ## the tests of S3, most of them against a real server (tests/s3/README.md); part of `make test`
 	$(PYTEST) -m s3
 
-test-all: lint  ## every test; those that need a GPU are skipped where there is none
-	$(PYTEST)
+test-slurm: $(VENV)/.installed-test  ## the tests on a real Slurm of two nodes (tests/slurm/README.md); needs root
+	tests/slurm/mini_slurm.sh install
+	$(SLURM_PYTEST) -m slurm
+
+smoke-slurm: $(VENV)/.installed-test  ## the first of them: two nodes, a job that queues again
+	tests/slurm/mini_slurm.sh install
+	$(SLURM_PYTEST) tests/slurm/test_smoke.py
+
+test-all: lint  ## every test; those that need a GPU or a Slurm are skipped where there can be none
+	$(PYTEST) -m "not slurm"
+	! tests/slurm/mini_slurm.sh check || $(MAKE) test-slurm
 
 clean:  ## delete .venv, caches and build files (not runs/)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -22,7 +22,7 @@ from megadiff.launcher.children import process_start
 
 WAIT_S = 10.0
 """Seconds that a launch waits for the processes of a killed launch, which end soon after it."""
-FREE = ("launch", "safeguards", "showcase")
+FREE = ("launch", "preflight", "safeguards", "showcase")
 """Sections that may change between two launches of one run, as they do not affect training."""
 
 _SHOWN = 6
@@ -46,15 +46,6 @@ def check_checkpoints(run: Run) -> None:
                 )
             return
         reader = f"stage {stage.name} starts from it" if stage.initialise.source == "previous" and not there else ""
-
-
-def check_not_queued(run: Run) -> None:
-    """Raises UserError if jobs of the run run or wait on this cluster."""
-    if queued := queue.states([job.job for job in SubmittedJob.read(run.paths.jobs)]):
-        raise UserError(
-            f"{run.folder} is in work by job{'s' * (len(queued) > 1)} {', '.join(queued)}; "
-            f"wait, or give `megadiff stop {run.folder}` first"
-        )
 
 
 def check_unchanged(run: Run) -> None:
@@ -107,7 +98,7 @@ def locked(run: Run) -> Iterator[int]:
     """Hold the folder, once no rank of an earlier launch is left in it; yields the lock's file descriptor for the children.
 
     Raises:
-        UserError: another launch holds it, ranks stay for longer than WAIT_S, or the folder cannot be made.
+        UserError: another launch holds it, its jobs run or wait, ranks stay for longer than WAIT_S, or it cannot be made.
     """
     descriptor = _open(run.paths.lock)
     try:
@@ -120,6 +111,7 @@ def locked(run: Run) -> Iterator[int]:
             time.sleep(0.1)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        _check_not_queued(run)
         _wait_for_ranks(run.paths, deadline)
         yield descriptor
     finally:
@@ -149,6 +141,15 @@ def join(folder: RunFolder) -> int:
     with suppress(OSError):  # see _lock
         fcntl.flock(descriptor, fcntl.LOCK_SH)
     return descriptor
+
+
+def _check_not_queued(run: Run) -> None:
+    """Raises UserError if jobs of the run run or wait on this cluster, or that cannot be known."""
+    if queued := queue.states([job.job for job in SubmittedJob.read(run.paths.jobs)]):
+        raise UserError(
+            f"{run.folder} is in work by job{'s' * (len(queued) > 1)} {', '.join(queued)}; "
+            f"wait, or give `megadiff stop {run.folder}` first"
+        )
 
 
 def _wait_for_ranks(folder: RunFolder, deadline: float) -> None:

@@ -34,7 +34,6 @@ def launch(plan: Plan, *, allow_changes: bool = False, say: Say = print) -> int:
     if absent:
         raise UserError(f"not found: {'; '.join(absent)}; paths are relative to the folder where megadiff is started")
     with folder.locked(run) as lock:
-        folder.check_not_queued(run)
         if not allow_changes:
             folder.check_unchanged(run)
         folder.check_checkpoints(run)

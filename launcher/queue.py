@@ -5,14 +5,23 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Mapping, Sequence
 
+from megadiff.config.errors import UserError
+
 PATIENCE_S = 60.0
 """Seconds that Slurm's commands may take; without its controller they give up after about ten."""
 
 
-def states(jobs: Sequence[str]) -> Mapping[str, str]:
-    """Which of these jobs are in the queue, and their state in Slurm's words (`PENDING (Dependency)`, `RUNNING`).
+class NoAnswer(UserError):
+    """Slurm is here, and its controller is away."""
 
-    Empty where Slurm is not, or does not answer.
+
+def states(jobs: Sequence[str]) -> Mapping[str, str]:
+    """Those of these jobs that are in the queue, in order, with Slurm's word for each (`PENDING (Dependency)`, `RUNNING`).
+
+    Empty where Slurm is not.
+
+    Raises:
+        NoAnswer: nothing is known of them.
     """
     if not jobs:
         return {}
@@ -20,10 +29,15 @@ def states(jobs: Sequence[str]) -> Mapping[str, str]:
     command = ["squeue", "--me", "--noheader", "--format=%i|%T|%r"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
+    except FileNotFoundError:
         return {}
+    except subprocess.TimeoutExpired:
+        raise NoAnswer(f"squeue gave no answer for {PATIENCE_S:g} s; try again later") from None
+    if done.returncode:
+        raise NoAnswer(f"squeue failed: {' '.join(done.stderr.split())}; try again later")
     rows = [line.strip().split("|") for line in done.stdout.splitlines()]
-    return {job: f"{state} ({why})" if state == "PENDING" else state for job, state, why in rows if job in jobs}
+    found = {job: f"{state} ({why})" if state == "PENDING" else state for job, state, why in rows}
+    return {job: found[job] for job in jobs if job in found}
 
 
 def cancel(jobs: Sequence[str]) -> None:

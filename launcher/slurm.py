@@ -24,6 +24,7 @@ class Job:
     Attributes:
         arguments: the verb's own, after `megadiff`.
         working_folder: where relative paths start.
+        node_counts: on how many nodes it can run, from the most down.
         stage: the stage that it trains: the job queues again until that is done. None: it is done when it exits with 0.
     """
 
@@ -32,6 +33,7 @@ class Job:
     working_folder: Path
     submission: SubmissionFolder
     environment: Mapping[str, str]
+    node_counts: Sequence[int]
     stage: StageFolder | None = None
 
     @property
@@ -63,10 +65,12 @@ def trial() -> list[str]:
 
 def _header(cluster: Slurm, job: Job, run: str) -> str:
     tasks = 1 if isinstance(cluster, DeepSpeedCluster) else cluster.ranks_per_node
+    elastic = len(job.node_counts) > 1
     options = {
         "job-name": f"{run}-{job.name}",
-        "nodes": cluster.nodes,
-        "ntasks-per-node": tasks,
+        "nodes": "-".join(map(str, dict.fromkeys((job.node_counts[-1], job.node_counts[0])))),
+        # Of a range of nodes, Slurm 22.05 gives one task a node the fewest if the one is asked for, and else the most.
+        "ntasks-per-node": None if elastic and tasks == 1 else tasks,
         "cpus-per-task": cluster.cpus_per_process * cluster.ranks_per_node // tasks,
         "gpus-per-node": cluster.gpus_per_node or None,
         "time": cluster.time_limit_minutes,
@@ -81,14 +85,21 @@ def _header(cluster: Slurm, job: Job, run: str) -> str:
 
 
 def _settings(cluster: Slurm, job: Job) -> str:
-    environment = {**job.environment, ERROR_FILE: str(job.error)}
     lines = [
         "# Written by megadiff launch. The job runs the code and the configuration of that moment.",
         f"cd {shlex.quote(str(job.working_folder))} || exit 1",
     ]
     if cluster.modules:
         lines += ["type module > /dev/null 2>&1 || source /etc/profile", f"module load {shlex.join(cluster.modules)} || exit 1"]
-    lines += [f"export {key}={shlex.quote(value)}" for key, value in environment.items()]
+    if len(job.node_counts) > 1:
+        counts = " ".join(map(str, job.node_counts))
+        lines += [
+            "# The ranks of so many nodes divide the batch and the layout; further nodes of the allocation stay idle.",
+            f"for nodes in {counts}; do if ((nodes <= SLURM_NNODES)); then break; fi; done",
+        ]
+    lines += [f"export {key}={shlex.quote(value)}" for key, value in job.environment.items()]
+    # Ranks that have outlived an earlier turn of the job must not speak for this one.
+    lines += [f'export {ERROR_FILE}={shlex.quote(str(job.error))}."$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}"']
     if cluster.cache:
         cache = f'{shlex.quote(cluster.cache)}/"$(id -un)"'
         lines += [f"export TRITON_CACHE_DIR={cache}/triton TORCH_EXTENSIONS_DIR={cache}/torch_extensions"]
@@ -101,6 +112,7 @@ def _settings(cluster: Slurm, job: Job) -> str:
     ]
     if job.stage:
         files = {"done_file": job.stage.done, "stop_file": job.stage.of.stop, "attempts": job.stage.attempts}
+        files |= {"heartbeats": job.stage.heartbeats, "logs": job.stage.logs}
         lines += [f"{name}={shlex.quote(str(path))}" for name, path in files.items()]
         lines += [f"attempt={shlex.quote(Attempt.FORM)} key={shlex.quote(Attempt.KEY)} restarts={cluster.restarts}"]
     return "\n".join(lines)
@@ -113,7 +125,8 @@ def _srun(cluster: Slurm, job: Job) -> str:
     if isinstance(cluster, DeepSpeedCluster):
         tasks, hosts = 1, shlex.quote(str(job.submission.hostfile(job.name)))
         slots = f"s/$/ slots={cluster.ranks_per_node}/"
-        lines += [f'    scontrol show hostnames "$SLURM_JOB_NODELIST" | sed {shlex.quote(slots)} > {hosts}']
+        used = ' | head -n "$nodes"' if len(job.node_counts) > 1 else ""
+        lines += [f'    scontrol show hostnames "$SLURM_JOB_NODELIST"{used} | sed {shlex.quote(slots)} > {hosts}']
         task = f'exec {shlex.join([*python, *RUNNER])} --no_ssh --node_rank "$SLURM_NODEID" "$@"'
         master = '--master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT"'
         words = f"{master} --hostfile {hosts} --module {shlex.join(['megadiff', *job.arguments])}"
@@ -121,7 +134,10 @@ def _srun(cluster: Slurm, job: Job) -> str:
         tasks = cluster.ranks_per_node
         task = 'export RANK="$SLURM_PROCID" WORLD_SIZE="$SLURM_NTASKS" LOCAL_RANK="$SLURM_LOCALID"; exec "$@"'
         words = shlex.join([*python, "-m", "megadiff", *job.arguments])
-    size = f"--nodes={cluster.nodes} --ntasks={cluster.nodes * tasks} --ntasks-per-node={tasks}"
+    if len(job.node_counts) > 1:
+        size = f'--nodes="$nodes" --ntasks="$((nodes * {tasks}))" --ntasks-per-node={tasks}'
+    else:
+        size = f"--nodes={job.node_counts[0]} --ntasks={job.node_counts[0] * tasks} --ntasks-per-node={tasks}"
     cores = cluster.cpus_per_process * cluster.ranks_per_node // tasks
     lines += [
         f"    srun {size} --cpus-per-task={cores} --kill-on-bad-exit=1 --export=ALL \\",
@@ -135,10 +151,23 @@ def _srun(cluster: Slurm, job: Job) -> str:
 _STAGE = r"""
 record() { printf "$attempt\n" "$(date +%s)" "$SLURM_JOB_ID" "$1" "$2" >> "$attempts"; }
 count() { grep -cF "$(printf "$key" "$SLURM_JOB_ID" "$1")" "$attempts"; }
+# The last step that a rank was at; 0 if none has come so far.
+reached() {
+    sed -n 's/.*"step": \([0-9]*\).*/\1/p' "$heartbeats"/rank_*.json 2> /dev/null | sort -n | tail -n 1 | grep . || echo 0
+}
 say() { echo "megadiff: $1" >&2; }
+leave_to_newer_turn() {  # a node that was cut off may run this on after the job has started again elsewhere
+    if (($(count started) == turn)); then return; fi
+    say "job $SLURM_JOB_ID has started again, and what is left of this turn ends"
+    exit 1
+}
 requeue() {  # the same job, so that those after it go on waiting; Slurm ends this script within a second
     record "$1" "$2"
-    for _ in 1 2 3 4 5; do scontrol requeue "$SLURM_JOB_ID" && sleep 120; sleep 20; done
+    for _ in 1 2 3 4 5; do
+        leave_to_newer_turn
+        scontrol requeue "$SLURM_JOB_ID" && sleep 120
+        sleep 20
+    done
     say "job $SLURM_JOB_ID could not be requeued"
     exit 1
 }
@@ -156,10 +185,13 @@ if [ -e "$stop_file" ]; then
     record stopped 0
     exit 1
 fi
+failed_at=0
+if tail -n 1 "$attempts" 2> /dev/null | grep -qF "$(printf "$key" "$SLURM_JOB_ID" failed)"; then failed_at=$(reached); fi
+rm -f "$heartbeats"/rank_*.json
 record started 0
-rm -f "$MEGADIFF_ERROR_FILE"
+turn=$(count started)
 # Attempts that failed or were cut off, and this one. Slurm itself requeues a job that loses a node.
-unplanned=$(($(count started) - $(count 'time limit')))
+unplanned=$((turn - $(count 'time limit')))
 if ((unplanned > restarts + 1)); then give_up 1; fi
 
 # The ranks are never signalled: children of theirs would die of it. They look for the file, save, and end together.
@@ -176,6 +208,7 @@ ranks=$!
 while kill -0 "$ranks" 2> /dev/null; do wait "$ranks"; done  # a signal ends the wait, not the ranks
 wait "$ranks"
 code=$?
+leave_to_newer_turn
 if ((limit)); then rm -f "$stop_file"; fi
 
 # Only a whole stage ends with 0, for that starts the next one. The code is srun's, and not that of the rank that failed.
@@ -194,13 +227,18 @@ if ((code == 0)) || [ -e "$stop_file" ]; then
     record stopped "$code"
     exit 1
 fi
+step=$(reached)
+if ((step > 0 && step == failed_at)); then
+    record stuck "$code"
+    say "the ranks have failed at step $step twice in a row, so they are not started again; see $logs"
+    exit 3
+fi
 if ((unplanned > restarts)); then give_up "$code"; fi
 requeue failed "$code"
 """
 
 _VERB = r"""
 trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
-rm -f "$MEGADIFF_ERROR_FILE"
 start_ranks &
 ranks=$!
 while kill -0 "$ranks" 2> /dev/null; do wait "$ranks"; done  # a signal ends the wait, not the ranks

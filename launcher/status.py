@@ -61,7 +61,10 @@ class Status:
 def status(run: Run) -> Status:
     """Look at a run; cheap enough to be asked every second."""
     jobs = SubmittedJob.read(run.paths.jobs)
-    queued = queue.states([job.job for job in jobs])
+    try:
+        queued = queue.states([job.job for job in jobs])
+    except queue.NoAnswer:
+        queued = {job.job: "unknown (squeue failed)" for job in jobs}
     newest = {job.name: job.job for job in jobs}
     waiting = [stage.name for stage in run.stages if not run.paths.stage(stage.name).done.exists()]
     here = waiting[0] if waiting and folder.holder(run.paths) is not None else None
@@ -95,7 +98,7 @@ def stop(run: Run, *, now: bool) -> list[str]:
         What was done, in sentences.
 
     Raises:
-        UserError: nothing of the run is running or queued, or its folder cannot be written.
+        UserError: nothing of the run is running or queued, Slurm does not answer, or the run's folder cannot be written.
     """
     queued = queue.states([job.job for job in SubmittedJob.read(run.paths.jobs)])
     launcher = folder.holder(run.paths)

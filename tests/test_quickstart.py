@@ -19,6 +19,7 @@ pytestmark = pytest.mark.distributed
 FEW = [
     "stages.*.steps=2",
     "stages.*.log_every_steps=1",
+    "stages.*.held_out_loss.pairs=2",
     "stages.*.samples.every_steps=2",
     "stages.*.samples.count=2",
     "stages.*.samples.sampling.steps=2",
@@ -54,6 +55,9 @@ def test_three_stages_end_in_a_sheet_a_gap_and_a_log(launched: tuple[Path, subpr
         assert (folder / stage / "DONE").exists()
         assert len((folder / stage / "metrics.jsonl").read_text().splitlines()) == 2
         assert list((folder / "tensorboard" / stage).iterdir())
+        assert f"{stage}: evaluation has taken" in done.stdout + done.stderr
+    curves = [json.loads(line)["name"] for line in (folder / "joint/results.jsonl").read_text().splitlines()]
+    assert {"held-out image/t 0.500 absent ema", "held-out text/NELBO given ema"} <= set(curves)
     with Image.open(folder / "samples.png") as sheet:
         assert sheet.width > 100
     for direction in ("image given text", "text given image"):

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megadiff.config.deepspeed import Tree, check, load_deepspeed
 from megadiff.config.errors import UserError
 from megadiff.config.layouts import with_sizes
-from megadiff.config.load import load_run
+from megadiff.config.load import load_cluster, load_run
 from megadiff.config.run_folder import RUN
-from megadiff.config.schema import Run
+from megadiff.config.schema import Cluster, Run
 
 Verbs = Any
 """What argparse's add_subparsers returns (its class is private)."""
+OF_CLUSTER = "cluster."
+"""How an override of the cluster file starts."""
 
 
 def add_verb(verbs: Verbs, name: str, summary: str, description: str, examples: str = "") -> argparse.ArgumentParser:
@@ -68,6 +71,21 @@ def deepspeed_tree(arguments: argparse.Namespace) -> Tree:
     tree = with_sizes(load_deepspeed(arguments.deepspeed), arguments.pipeline_stages, arguments.tensor_parallel)
     check(tree)
     return tree
+
+
+def cluster_of(arguments: argparse.Namespace, overrides: Sequence[str]) -> Cluster | None:
+    """The file of --cluster; None without it."""
+    if arguments.cluster is not None:
+        return load_cluster(arguments.cluster, overrides)
+    if overrides:
+        arguments.parser.error(f"{OF_CLUSTER}{overrides[0]} goes with --cluster CLUSTER.yaml")
+    return None
+
+
+def sort_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides of the cluster file, without their prefix, and the others."""
+    of_cluster = [text.removeprefix(OF_CLUSTER) for text in overrides if text.startswith(OF_CLUSTER)]
+    return of_cluster, [text for text in overrides if not text.startswith(OF_CLUSTER)]
 
 
 def launched_run(place: str) -> Run:

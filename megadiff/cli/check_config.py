@@ -8,14 +8,13 @@ from typing import Any
 
 from megadiff.cli import layout_table
 from megadiff.cli.arguments import Verbs, add_run, add_sizes, add_verb, deepspeed_tree, positive
-from megadiff.config.activations import Precision
 from megadiff.config.alignment import check_local_manifests
-from megadiff.config.deepspeed import resolve_run, zero_stage
-from megadiff.config.footprint import Plan
+from megadiff.config.deepspeed import resolve_run
 from megadiff.config.layout import Layout
 from megadiff.config.layouts import layout_of
 from megadiff.config.load import load_run
-from megadiff.config.schema import Run, Stage
+from megadiff.config.planning import plan_of
+from megadiff.config.schema import Run
 from megadiff.config.summary import layout_summary, summary
 from megadiff.launcher.devices import find_devices, processes_for
 
@@ -60,20 +59,13 @@ def run(arguments: argparse.Namespace) -> int:
     stages = [summary(loaded, stage, layout.data_ranks) for stage in loaded.stages]
     if resolved is not None:
         for stage, numbers in zip(loaded.stages, stages, strict=True):
-            numbers["layout"] = layout_summary(plan(loaded, stage, layout, resolved[stage.name]))
+            numbers["layout"] = layout_summary(plan_of(loaded, stage, layout, resolved[stage.name]))
     if arguments.json:
         report = {"run": loaded.model_dump(mode="json"), "deepspeed": resolved, "stages": stages}
         print(json.dumps(report, indent=2, ensure_ascii=False))
     else:
         print(table(loaded, stages, layout))
     return 0
-
-
-def plan(loaded: Run, stage: Stage, layout: Layout, resolved: dict[str, Any]) -> Plan:
-    """A stage with its resolved DeepSpeed JSON."""
-    precision: Precision = "bf16" if resolved["bf16"]["enabled"] else "fp32"
-    options = resolved.get("zero_optimization", {})
-    return Plan(loaded.model, stage, layout, zero_stage(resolved), precision, options)
 
 
 def table(loaded: Run, stages: list[dict[str, Any]], layout: Layout) -> str:

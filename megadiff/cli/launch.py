@@ -9,10 +9,20 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megadiff.cli.arguments import Verbs, add_run, add_sizes, add_verb, deepspeed_tree, positive
+from megadiff.cli.arguments import (
+    Verbs,
+    add_run,
+    add_sizes,
+    add_verb,
+    cluster_of,
+    deepspeed_tree,
+    positive,
+    sort_overrides,
+)
 from megadiff.config.errors import UserError
-from megadiff.config.load import load_cluster, load_run
-from megadiff.config.schema import Cluster, DeepSpeedCluster, LocalCluster, Run
+from megadiff.config.load import load_run
+from megadiff.config.planning import check_fits
+from megadiff.config.schema import Allocation, DeepSpeedCluster, LocalCluster, Run
 from megadiff.launcher import children, folder, hostfile, job, local, submit
 from megadiff.launcher.children import Command, Signals, several
 from megadiff.launcher.devices import find_devices
@@ -25,9 +35,6 @@ EXAMPLES = """\
   megadiff launch --processes 8 -- data encode s3://bucket/pairs s3://bucket/latents --autoencoder models/sd-vae
 """
 
-OF_CLUSTER = "cluster."
-"""How an override of the cluster file starts."""
-
 
 def add(verbs: Verbs) -> None:
     parser = add_verb(
@@ -36,7 +43,7 @@ def add(verbs: Verbs) -> None:
         "train all stages of a run, here or on a cluster, or run another verb as several processes",
         "Check everything, then train the run's stages one after the other through DeepSpeed's launcher, on the GPUs of this\n"
         "machine (CUDA_VISIBLE_DEVICES chooses) or on its CPU, and make the sheet of samples at the end. In a folder with\n"
-        "checkpoints the run continues; only its sections launch and showcase may have changed.\n"
+        "checkpoints the run continues; only its sections launch, preflight, safeguards and showcase may have changed.\n"
         "With --cluster, ranks run where that file says; on Slurm a chain of jobs is submitted, which run the code and the\n"
         "configuration of this moment (docs/cluster.md). Overrides of the file start with cluster., as cluster.nodes=4.\n"
         "Another verb may follow --; it is run once per GPU, or --processes times, or as all ranks of --cluster.",
@@ -69,14 +76,18 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.parser.error("give RUN.yaml and --deepspeed DS.json, or -- and another verb")
     if arguments.processes is not None:
         arguments.parser.error("--processes is of a verb after --; a run takes launch.processes=N")
-    of_cluster, of_run = _sorted(arguments.overrides)
-    cluster = _cluster(arguments, of_cluster)
+    of_cluster, of_run = sort_overrides(arguments.overrides)
+    cluster = cluster_of(arguments, of_cluster)
     run, tree = load_run(arguments.run_file, of_run), deepspeed_tree(arguments)
     if cluster is not None and run.launch.processes != "accelerators":
         raise UserError(
             f"launch.processes is {run.launch.processes} beside --cluster, whose file says how many ranks there are; "
             "give launch.processes=accelerators"
         )
+    if cluster is not None:
+        check_fits(run, Path(arguments.deepspeed), tree, cluster)
+        if isinstance(cluster, Allocation):  # on fewer ranks each holds more
+            check_fits(run, Path(arguments.deepspeed), tree, cluster.model_copy(update={"nodes": cluster.fewest_nodes}))
     match cluster:
         case None:
             plan = job.plan_launch(run, tree)
@@ -110,13 +121,13 @@ def _show(run: Run, text: str, arguments: argparse.Namespace) -> int:
 
 def _launch_verb(arguments: argparse.Namespace) -> int:
     words = [word for word in (arguments.run_file, *arguments.overrides) if word]
-    of_cluster, others = _sorted(words)
+    of_cluster, others = sort_overrides(words)
     of_a_run = ("deepspeed", "pipeline_stages", "tensor_parallel", "allow_changes")
     if others or any(getattr(arguments, name) for name in of_a_run) or (arguments.dry_run and not arguments.cluster):
         arguments.parser.error("before -- only --processes N may stand, or --cluster CLUSTER.yaml and --dry-run")
     if arguments.command[0] in ("launch", "train"):
         raise UserError(f"launch starts {arguments.command[0]} by RUN.yaml and --deepspeed, not after --")
-    cluster = _cluster(arguments, of_cluster)
+    cluster = cluster_of(arguments, of_cluster)
     if cluster is None:
         return several(arguments.processes or max(find_devices().count, 1), arguments.command)
     if arguments.processes is not None:
@@ -146,20 +157,6 @@ def _launch_verb(arguments: argparse.Namespace) -> int:
                 print(submit.describe([script]))
                 return 0
             return submit.submit_verb(script, cluster, _say)
-
-
-def _cluster(arguments: argparse.Namespace, overrides: Sequence[str]) -> Cluster | None:
-    if arguments.cluster is not None:
-        return load_cluster(arguments.cluster, overrides)
-    if overrides:
-        arguments.parser.error(f"{OF_CLUSTER}{overrides[0]} goes with --cluster CLUSTER.yaml")
-    return None
-
-
-def _sorted(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Overrides of the cluster file, without their prefix, and the others."""
-    of_cluster = [text.removeprefix(OF_CLUSTER) for text in overrides if text.startswith(OF_CLUSTER)]
-    return of_cluster, [text for text in overrides if not text.startswith(OF_CLUSTER)]
 
 
 def _say(message: str) -> None:

@@ -22,6 +22,7 @@ from megadiff.cli import (
     import_paper,
     launch,
     logs,
+    plan,
     sample,
     showcase,
     status,
@@ -32,7 +33,7 @@ from megadiff.config.errors import UserError
 from megadiff.launcher.children import end_with_launcher
 
 VERBS = (
-    *(check_config, launch, status, logs, stop, train, sample, evaluate, showcase),
+    *(check_config, plan, launch, status, logs, stop, train, sample, evaluate, showcase),
     *(export, checkpoint, ema, data, import_paper, export_paper),
 )
 """Modules with `add(verbs)`; each parser that they add sets `run`, a function: parsed arguments -> exit code."""

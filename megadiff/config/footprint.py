@@ -73,6 +73,13 @@ class Plan:
         return 1 if self.zero == 0 and self.precision == "bf16" else self.zero
 
     @property
+    def offloaded(self) -> frozenset[str]:
+        """Kinds of bytes that lie in the host's memory instead of the GPU's."""
+        kinds = {"offload_param": {"weights"}, "offload_optimizer": {"master", "adam", "ema"}}
+        blocks = [block for block in kinds if self.options.get(block, {}).get("device", "none") != "none"]
+        return frozenset(kind for block in blocks for kind in kinds[block])
+
+    @property
     def size(self) -> int:
         """Bytes of a weight, a gradient and an activation."""
         return number_bytes(self.precision)
@@ -162,7 +169,7 @@ def _kept(plan: Plan) -> list[int]:
     """
     distance = int(plan.options.get("stage3_max_reuse_distance", DEFAULT_DISTANCE))
     kept, after = [], 0
-    for layer, backward in zip(reversed(plan.layers), reversed(_backward(plan)), strict=True):
+    for layer, backward in zip(reversed(plan.layers), reversed(crosses_back(plan)), strict=True):
         count = layer.held.total if layer.runs else 0
         near = min(count, max(0, distance // 2 - after)) if backward else 0
         kept.append(near)
@@ -170,7 +177,7 @@ def _kept(plan: Plan) -> list[int]:
     return kept[::-1]
 
 
-def _backward(plan: Plan) -> list[bool]:
+def crosses_back(plan: Plan) -> list[bool]:
     """By layer, whether training's backward pass goes through it."""
     needs = flows(plan.model, plan.layers)
     return [
@@ -196,7 +203,7 @@ def bytes_sent_per_step(plan: Plan) -> list[Bytes]:
 def _stage_sent(plan: Plan, index: int) -> Bytes:
     zero, size, count = plan.effective_zero, plan.size, plan.micro_batches
     trained = sum(plan.layers[at].trained.total for at in plan.own(index))
-    sums, several = _tensor_sums(plan), plan.layout.data_ranks > 1
+    sums, several = tensor_sums(plan), plan.layout.data_ranks > 1
     reduced = 0 if not several or zero == 3 else size * trained * (count if zero == 2 else 1)
     gathered = 0 if not several or zero == 0 else size * (trained if zero < 3 else count * _gathers(plan))
     return with_total(
@@ -212,7 +219,7 @@ def _stage_sent(plan: Plan, index: int) -> Bytes:
 def _gathers(plan: Plan) -> int:
     """Parameters that ZeRO-3 gathers for a micro-batch."""
     run = [layer.held.total if layer.runs else 0 for layer in plan.layers]
-    again = [count for count, backward in zip(run, _backward(plan), strict=True) if backward]
+    again = [count for count, backward in zip(run, crosses_back(plan), strict=True) if backward]
     return sum(run) + sum(again) - sum(_kept(plan))
 
 
@@ -233,7 +240,7 @@ def _wire(plan: Plan, bound: int) -> tuple[int, int]:
     return plan.size * batch * numbers, batch * sum(counts.values()) + 8 * (3 + 4 * len(counts))
 
 
-def _tensor_sums(plan: Plan) -> list[int]:
+def tensor_sums(plan: Plan) -> list[int]:
     """By layer, the bytes that tensor parallelism adds up for a micro-batch: behind maps split by inputs forward, before maps
     split by outputs backward, where a gradient is needed.
     """

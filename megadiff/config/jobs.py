@@ -50,6 +50,8 @@ class Outcome(StrEnum):
     """It queued again after a failure."""
     GAVE_UP = "gave up"
     """It has used up its restarts."""
+    STUCK = "stuck"
+    """It failed at the step at which the attempt before had failed."""
 
 
 @dataclass(frozen=True)

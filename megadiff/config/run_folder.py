@@ -2,7 +2,7 @@
 
 RUN/  run.yaml  deepspeed.json  .lock  .ranks  .fence  STOP  incidents.jsonl  samples.png  results.json  tensorboard/STAGE/
       hostfile  jobs.jsonl  submitted/NNN/  code/megadiff/  config.yaml  deepspeed.json  cluster.yaml  NAME.sh  NAME.log
-      STAGE/  DONE  error.txt  metrics.jsonl  results.jsonl  attempts.jsonl  pictures/*.png  heartbeats/rank_N.json
+      STAGE/  DONE  error.txt[.JOB.TURN]  metrics.jsonl  results.jsonl  attempts.jsonl  pictures/*.png  heartbeats/rank_N.json
               logs/  rank_N.log  job_J.log
               checkpoints/  step_XXXXXXXX/manifest.json  latest
 """
@@ -54,10 +54,14 @@ class IncidentKind(StrEnum):
 
     START = "start"
     RESUME = "resume"
+    PREFLIGHT = "preflight"
+    """Nodes are not fit for the run, or slow."""
     STOP = "stop"
     """As asked, with a checkpoint."""
     SKIPPED = "skipped"
     """A step was left out: its loss or gradient was not finite."""
+    SPIKE = "spike"
+    """The loss rose and stayed; training went back to a checkpoint from before."""
     DAMAGED = "damaged"
     """A checkpoint is damaged; the one before it is resumed from."""
     ERROR = "error"
@@ -248,7 +252,7 @@ class StageFolder:
 
     @property
     def error(self) -> Path:
-        """The sentence of a rank that stopped for a user's mistake."""
+        """The sentence of a rank that stopped for a user's mistake; Slurm's jobs add their number and turn to the name."""
         return self.root / "error.txt"
 
     @property
@@ -274,9 +278,13 @@ class StageFolder:
         """A rank's own log, which grows over restarts."""
         return self.logs / f"rank_{rank}.log"
 
+    @property
+    def heartbeats(self) -> Path:
+        return self.root / "heartbeats"
+
     def heartbeat(self, rank: int) -> Path:
         """A rank's Heartbeat."""
-        return self.root / "heartbeats" / f"rank_{rank}.json"
+        return self.heartbeats / f"rank_{rank}.json"
 
     def job_log(self, job: str) -> Path:
         """A job's output, which grows over restarts."""

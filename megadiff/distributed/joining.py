@@ -15,7 +15,7 @@ from pathlib import Path
 from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from megadiff.config.errors import UserError
-from megadiff.distributed.ranks import Ranks
+from megadiff.distributed.ranks import Ranks, node_name
 from megadiff.distributed.reduce import gather_objects
 
 TIMEOUT_VARIABLE, TIMEOUT_S = "MEGADIFF_JOIN_TIMEOUT_S", 600.0
@@ -51,12 +51,12 @@ def join(ranks: Ranks, facts: Facts) -> Store:
     timeout_s = _timeout_s()
     own = {"WORLD_SIZE": str(ranks.world), **facts}
     store = _store(ranks, timeout_s)
-    store.set(_key(ranks.rank), json.dumps(own))
+    store.set(_key(ranks.rank), json.dumps({"node": node_name(), "facts": own}))
     if ranks.rank == 0:
         store.set(_VERDICT, _judge(store, own, ranks.world, timeout_s))
     try:
         store.wait([_key(0), _VERDICT], timedelta(seconds=timeout_s + 30))
-        verdict, first = store.get(_VERDICT).decode(), json.loads(store.get(_key(0)))
+        verdict, first = store.get(_VERDICT).decode(), json.loads(store.get(_key(0)))["facts"]
         store.set(_key(ranks.rank, "heard"), "")
     except (DistError, RuntimeError):
         raise UserError(f"rank {ranks.rank}: rank 0 has left while the others were joining; its log says why") from None
@@ -80,13 +80,17 @@ def check_alike(facts: Facts) -> None:
             raise UserError(fault)
 
 
-def difference(rank: int, facts: Facts, first: Facts) -> str:
-    """A sentence if a rank's facts are not rank 0's, or else nothing."""
+def difference(rank: int, facts: Facts, first: Facts, node: str = "") -> str:
+    """A sentence if a rank's facts are not rank 0's, or else nothing.
+
+    Args:
+        node: the rank's, if it is not rank 0's.
+    """
     for name in dict.fromkeys([*first, *facts]):
         one, other = first.get(name, "nothing"), facts.get(name, "nothing")
         if one != other:
             return (
-                f"rank {rank} differs from rank 0 in its {name}: {other} instead of {one}; "
+                f"rank {rank}{f' on {node}' if node else ''} differs from rank 0 in its {name}: {other} instead of {one}; "
                 "start all ranks with the same files, packages and settings"
             )
     return ""
@@ -98,7 +102,9 @@ def _judge(store: Store, own: Facts, world: int, timeout_s: float) -> str:
     while waiting:
         here = [rank for rank in waiting if store.check([_key(rank)])]
         for rank in here:
-            if fault := difference(rank, json.loads(store.get(_key(rank))), own):
+            theirs = json.loads(store.get(_key(rank)))
+            elsewhere = theirs["node"] if theirs["node"] != node_name() else ""
+            if fault := difference(rank, theirs["facts"], own, elsewhere):
                 return fault
         waiting = [rank for rank in waiting if rank not in here]
         if waiting and time.monotonic() > deadline:

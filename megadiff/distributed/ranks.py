@@ -57,6 +57,11 @@ def _whole(environment: Mapping[str, str], name: str, default: int) -> int:
     return int(text)
 
 
+def node_name() -> str:
+    """This machine's name; under Slurm the one that its options take."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def free_port() -> int:
     """A free TCP port of this machine."""
     with socket.socket() as probe:

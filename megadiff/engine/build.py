@@ -17,7 +17,7 @@ from megadiff.engine.blueprint import draw_up
 from megadiff.engine.engine import Engine
 from megadiff.engine.initial import InitialValues
 from megadiff.engine.saving import load_weights
-from megadiff.engine.start import TIMEOUT, start_process_group
+from megadiff.engine.start import TIMEOUT, Examine, start_process_group
 from megadiff.models.mmdit import initial_distributions
 
 
@@ -30,6 +30,7 @@ def build_engine(
     ranks: Ranks,
     facts: Facts | None = None,
     timeout: timedelta = TIMEOUT,
+    examine: Examine | None = None,
 ) -> Engine:
     """Join the other ranks, and build this one's part of a freshly initialised model. Collective.
 
@@ -38,9 +39,10 @@ def build_engine(
         seed: of the initial values.
         facts: what must be equal on all ranks.
         timeout: of every collective.
+        examine: called when the ranks have joined, before anything is built.
 
     Raises:
-        UserError: on all ranks, if one is missing or differs.
+        UserError: on all ranks, if one is missing or differs; or what `examine` raises.
         ConfigError: the JSON contradicts the stage, or sizes do not divide.
     """
     layout = layout_of(tree, ranks.world, ranks.rank)
@@ -48,7 +50,7 @@ def build_engine(
     if layout.tensor > 1:
         # Before CUDA starts: one hardware queue, so that a gradient's sum over ranks begins before the next product.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    blueprint = draw_up(model, stage, tree, layout, start_process_group(ranks, facts, timeout))
+    blueprint = draw_up(model, stage, tree, layout, start_process_group(ranks, facts, timeout, examine))
     distributions = initial_distributions(blueprint.module)
     backend: Backend
     if layout.pipeline > 1:

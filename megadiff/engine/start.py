@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -14,7 +14,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from torch.distributed import PrefixStore, distributed_c10d  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, distributed_c10d  # type: ignore[attr-defined]
 
 from megadiff.config.errors import UserError
 from megadiff.distributed.joining import Facts, join
@@ -22,6 +22,8 @@ from megadiff.distributed.ranks import Ranks, free_port
 
 TIMEOUT = timedelta(minutes=30)
 """Of a collective."""
+Examine = Callable[[Store, torch.device], None]
+"""A look at the machines: the store where the ranks have met, this rank's device. Collective."""
 
 
 @contextmanager
@@ -39,15 +41,18 @@ def without_compiler() -> Iterator[None]:
         torch.compile = compiling
 
 
-def start_process_group(ranks: Ranks, facts: Facts | None = None, timeout: timedelta = TIMEOUT) -> torch.device:
+def start_process_group(
+    ranks: Ranks, facts: Facts | None = None, timeout: timedelta = TIMEOUT, examine: Examine | None = None
+) -> torch.device:
     """Join the other ranks (nccl on GPUs, gloo on CPUs) and return this rank's device.
 
     Args:
         facts: what must be equal on all ranks.
         timeout: of every collective, in this group and in those that DeepSpeed and megatron make of it.
+        examine: called once the ranks have a group.
 
     Raises:
-        UserError: on all ranks, if a rank is missing or differs.
+        UserError: on all ranks, if a rank is missing or differs; or what `examine` raises.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed 0.19.8 calls collectives by the names that torch 2.13 renamed, at every step.
@@ -69,9 +74,12 @@ def start_process_group(ranks: Ranks, facts: Facts | None = None, timeout: timed
     deepspeed.runtime.compiler.compile = lambda: deepspeed.runtime.compiler.dummy_decorator
     backend = accelerator.communication_backend_name() if device.type != "cpu" else "gloo"
     if not dist.is_initialized():
-        store = PrefixStore("group", join(ranks, facts or {}))
+        joined = join(ranks, facts or {})
         # DeepSpeed makes groups without a time-out, and these take torch's defaults: with nccl 10 minutes.
         distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
+        store = PrefixStore("group", joined)
         dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=timeout)
+        if examine is not None:
+            examine(joined, device)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return device

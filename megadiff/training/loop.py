@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
 from PIL import Image
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from megadiff.config import derived
 from megadiff.config.layout import Layout
@@ -20,35 +21,28 @@ from megadiff.config.load import dump_run
 from megadiff.config.run_folder import IncidentKind, Phase, StageFolder
 from megadiff.config.schema import Run, Stage
 from megadiff.data.reading.loader import Loader, check_unreadable
+from megadiff.data.shards.shard import manifest_of
 from megadiff.diffusion.objective import DiffusionObjective
 from megadiff.distributed.joining import Facts, check_alike, software
+from megadiff.distributed.preflight import PreflightError, preflight
 from megadiff.distributed.ranks import Ranks
 from megadiff.distributed.reduce import barrier, gather_objects, sum_over_replicas
 from megadiff.engine.build import build_engine
 from megadiff.engine.engine import Engine
 from megadiff.engine.saving import all_or_none
-from megadiff.training.health import Health
+from megadiff.training.health import Diverged, Health
 from megadiff.training.incidents import Incidents
 from megadiff.training.monitor import Monitor
+from megadiff.training.progress import Progress
 from megadiff.training.pulse import Pulse
+from megadiff.training.spikes import Spike, SpikeWatch
 from megadiff.training.stages import initialise, stage_seed
 from megadiff.training.stopping import StopFile
 from megadiff.types import Denoiser, Metric, Moment
-from megadiff.weights.checkpoint import DamagedCheckpoint, clear
+from megadiff.weights.checkpoint import DamagedCheckpoint, clear, point_latest
 from megadiff.weights.fence import Fence
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Progress:
-    """Counters of a stage. `skipped` holds ranges of data steps that were left out."""
-
-    optimizer_step: int = 0
-    data_step: int = 0
-    samples: int = 0
-    loader: dict[str, Any] = field(default_factory=dict)
-    skipped: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass
@@ -114,7 +108,8 @@ def train_stage(run: Run, stage_name: str, deepspeed: Mapping[str, Any], callbac
         try:
             _train_stage(run, stage, deepspeed, ranks, pulse, incidents, callbacks)
         except Exception as error:
-            incidents.add(IncidentKind.ERROR, pulse.step, f"{type(error).__name__}: {error}")
+            kind = IncidentKind.PREFLIGHT if isinstance(error, PreflightError) else IncidentKind.ERROR
+            incidents.add(kind, pulse.step, f"{type(error).__name__}: {error}")
             raise
 
 
@@ -130,14 +125,19 @@ def _train_stage(
     paths, seed = run.paths.stage(stage.name), stage_seed(run, stage)
     timeout = timedelta(seconds=run.safeguards.collective_timeout_s)
     facts = _facts(run, deepspeed)
-    engine = build_engine(run.model, stage, deepspeed, seed=seed, ranks=ranks, facts=facts, timeout=timeout)
+
+    def examine(joined: Store, device: torch.device) -> None:
+        if notes := preflight(run, stage, _manifests(run), ranks=ranks, joined=joined, device=device):
+            incidents.add(IncidentKind.PREFLIGHT, 0, notes)
+
+    engine = build_engine(run.model, stage, deepspeed, seed=seed, ranks=ranks, facts=facts, timeout=timeout, examine=examine)
     layout, fence = engine.layout, _take_fence(run, paths, engine.layout)
     resumed = _resume(engine, paths, incidents)
     if resumed is None:
         initialise(engine, run, stage)
         progress = Progress()
     else:
-        progress = Progress(**{key: resumed[key] for key in asdict(Progress())})
+        progress = Progress.of(resumed)
     if layout.leads and not run.paths.run.exists():  # written by the launcher, but not by torchrun
         run.paths.root.mkdir(parents=True, exist_ok=True)
         run.paths.run.write_text(dump_run(run), encoding="utf-8")
@@ -164,11 +164,24 @@ def _facts(run: Run, deepspeed: Mapping[str, Any]) -> Facts:
     return {"configuration": configuration.hexdigest(), **software()}
 
 
+def _manifests(run: Run) -> dict[str, str]:
+    """The manifests of the run's data, by the key of the source."""
+    sources = {"data.train" + (f".{name}" if len(run.data.sources) > 1 else ""): at for name, at in run.data.sources.items()}
+    if run.data.held_out:
+        sources["data.held_out"] = run.data.held_out
+    return {key: manifest_of(address) for key, address in sources.items()}
+
+
 def _train(training: Training, loader: Loader, objective: DiffusionObjective, callbacks: Sequence[Callback]) -> None:
-    engine, progress, monitor, pulse = training.engine, training.progress, training.monitor, training.pulse
-    health = Health(training.run.safeguards.skipped_in_a_row, training.incidents)
+    engine, monitor, pulse, safeguards = training.engine, training.monitor, training.pulse, training.run.safeguards
+    health = Health(safeguards.skipped_in_a_row, training.incidents)
+    spikes = SpikeWatch(safeguards.spikes) if safeguards.spikes else None
     stop = StopFile(training.run.paths.stop, looks=training.layout.leads, device=engine.device)
-    for step in _steps(training):
+    while training.step < training.stage.steps:
+        progress, step = training.progress, training.step + 1
+        data_step = progress.next_data_step(loader.data_step)
+        if data_step != loader.data_step:
+            loader.skip_to(data_step)
         before = loader.stats().waited_s
         pulse.beat(step, Phase.DATA)
         batches = loader.take(engine.device)
@@ -176,6 +189,12 @@ def _train(training: Training, loader: Loader, objective: DiffusionObjective, ca
         pulse.beat(step, Phase.STEP)
         result = engine.step(batches, objective, loader.sources)
         health.check(result, step)
+        if (
+            spikes
+            and (spike := spikes.look(result.total, step, data_step))
+            and _go_back(training, loader, spike, spikes.rule.most)
+        ):
+            continue
         progress.optimizer_step, progress.data_step = step, loader.data_step
         progress.samples += result.samples
         progress.loader = loader.state()
@@ -201,8 +220,42 @@ def _train(training: Training, loader: Loader, objective: DiffusionObjective, ca
             return
 
 
-def _steps(training: Training) -> Iterator[int]:
-    return iter(range(training.progress.optimizer_step + 1, training.stage.steps + 1))
+def _go_back(training: Training, loader: Loader, spike: Spike, most: int) -> bool:
+    """Load the newest checkpoint from before a spike, and leave out the batches of the spike from then on. Collective.
+
+    Args:
+        most: how often a stage may.
+
+    Returns:
+        Whether there is such a checkpoint; without one nothing has changed.
+
+    Raises:
+        Diverged: the run has gone back too often.
+    """
+    checkpoints = training.run.paths.stage(training.stage.name).checkpoints
+    first, last = spike.data_steps
+    what = f"losses above {spike.bound:g}, up to {spike.loss:g}, from step {spike.step} on"
+    folders = gather_objects(checkpoints.published())[0]
+    before = [folder for step, folder in folders.items() if step < spike.step]
+    if not before:
+        training.incidents.add(IncidentKind.SPIKE, training.step, f"{what}; no checkpoint from before, so training goes on")
+        return False
+    skipped = [*training.progress.skipped, (first, last)]
+    if len(skipped) > most:
+        raise Diverged(f"{what}, after {len(skipped) - 1} rollbacks; lower optimizer.learning_rate and go on from {before[-1]}")
+    saved = training.engine.load(before[-1])
+    with all_or_none(checkpoints.root):
+        if training.layout.leads:
+            training.fence.check()
+            point_latest(checkpoints, before[-1])
+    training.progress = Progress.of(saved)
+    training.progress.skipped = skipped
+    loader.skip_to(training.progress.data_step)
+    training.incidents.add(
+        IncidentKind.SPIKE, training.step, f"{what}; back to step {training.step}, without the batches {first} to {last}"
+    )
+    training.monitor.rewind(training.step)
+    return True
 
 
 def _resume(engine: Engine, paths: StageFolder, incidents: Incidents) -> dict[str, Any] | None:

@@ -22,13 +22,19 @@ from PIL import Image
 from tqdm import tqdm
 
 from megadiff.config.errors import UserError
+from megadiff.config.gpus import GPUS
 from megadiff.config.run_folder import StageFolder
 from megadiff.engine.api import StepResult
 from megadiff.files import write_text
 from megadiff.types import Metric
 
 QUARTERS = ("0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00")
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "V100": 125e12}
+PEAK_FLOPS = {
+    **{name.upper(): gpu.bf16_flops for name, gpu in GPUS.items()},
+    "B200": 2250e12,
+    "L40S": 362e12,
+    "V100": 125e12,
+}
 """Dense bf16 (V100: fp16) tensor-core peaks by name, from the makers' data sheets."""
 
 EVALUATION_SHARE = "4 speed/evaluation share"
@@ -159,7 +165,7 @@ class Monitor:
         if self.active:
             with self._spared(), closing(LineFile(self.paths.results)) as lines:
                 for metric in metrics:
-                    lines.append(json.dumps({"step": step, **asdict(metric)}))
+                    lines.append(json.dumps({"step": step, **asdict(metric), **_finite({"value": metric.value})}))
 
     def evaluated(self, step: int, since: float) -> None:
         """Record that an evaluation has come to its end, and the share of the time that all of them have taken.
@@ -183,6 +189,22 @@ class Monitor:
         """Print a line above the progress bar, or in the log."""
         if self.active:
             tqdm.write(message, file=sys.stderr)
+
+    def rewind(self, step: int) -> None:
+        """Forget the steps after `step`, which are done again."""
+        self._results.clear()
+        self._since, self._waited = time.perf_counter(), 0.0
+        if not self.active:
+            return
+        self._bar.update(step - self._bar.n)
+        with self._spared(events=True):
+            self._writer.close()
+            self._open_events(purge_step=step + 1)
+        with self._spared():
+            self._metrics.close()
+            for lines in (self.paths.metrics, self.paths.results):
+                _drop_after(lines, step)
+            self._metrics = LineFile(self.paths.metrics)
 
     def close(self) -> None:
         if self.active:

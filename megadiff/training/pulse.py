@@ -54,7 +54,9 @@ class Pulse:
 
     def _watch(self) -> None:
         told, dumped = None, False
-        while True:
+        closed = False
+        while not closed:
+            closed = self._closed.wait(WRITE_EVERY_S if told else 0)  # the last beat is written too
             last = self._last
             step, phase, at, beaten = last
             quiet = time.monotonic() - beaten
@@ -67,5 +69,3 @@ class Pulse:
                 dumped = True
                 log.error("step %d, %s: nothing has moved for %.0f s; the stacks of all threads:", step, phase.value, quiet)
                 faulthandler.dump_traceback(self._stacks)
-            if self._closed.wait(WRITE_EVERY_S):
-                return

@@ -134,18 +134,23 @@ def publish(
     _set_aside(final)
     partial.rename(final)
     sync(checkpoints.root)
-    pointer = checkpoints.latest.with_name(f".{checkpoints.latest.name}")
-    for path in (pointer, checkpoints.latest):
-        if path.is_dir():
-            _set_aside(path)
-    pointer.write_text(final.name, encoding="utf-8")
-    sync(pointer)
-    pointer.replace(checkpoints.latest)
-    sync(checkpoints.root)
+    point_latest(checkpoints, final)
     whole = checkpoints.published()
     for old in retired([each for each in whole if each <= step], rule):
         _remove(whole[old], old)
     return final
+
+
+def point_latest(checkpoints: CheckpointsFolder, folder: Path) -> None:
+    """Let a whole checkpoint be the newest, from which the stage is resumed. For one process."""
+    pointer = checkpoints.latest.with_name(f".{checkpoints.latest.name}")
+    for path in (pointer, checkpoints.latest):
+        if path.is_dir():
+            _set_aside(path)
+    pointer.write_text(folder.name, encoding="utf-8")
+    sync(pointer)
+    pointer.replace(checkpoints.latest)
+    sync(checkpoints.root)
 
 
 def _clear(path: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from megadiff.engine.statistics import normaliser_of
 from megadiff.models.mmdit import build_model
 from megadiff.models.names import decayed_names, part_of
 from megadiff.training import loop
+from megadiff.training.progress import Progress
 from megadiff.training.stages import stage_seed
 from megadiff.weights.checkpoint import MOMENTS, CheckpointReader
 
@@ -40,14 +40,14 @@ def main(request: dict[str, Any]) -> None:
     layout = Layout(ranks.rank, ranks.world)
     engine = plain_engine(run, stage, layout, request["zero"])
     seen: dict[str, Any] = {}
-    progress = loop.Progress()
+    progress = Progress()
     if "load" in request:
         source = Path(request["load"])
         path, _ = engine.load_checkpoint(str(source))
         assert path is not None
         repair(engine, source / (source / "latest_universal").read_text())
         reader = CheckpointReader(Path(request["ours"]))
-        progress = loop.Progress(**{key: reader.manifest.progress[key] for key in asdict(loop.Progress())})
+        progress = Progress.of(reader.manifest.progress)
         seen["differing"] = differing(engine, reader)
         seen["adam_steps"] = sorted({float(state["step"]) for state in engine.basic_optimizer.state.values()})
         seen["decays"] = sorted(group["weight_decay"] for group in engine.basic_optimizer.param_groups)
@@ -112,7 +112,7 @@ def differing(engine: Any, reader: CheckpointReader, tolerance: float = 0.0) -> 
     return found
 
 
-def train(engine: Any, run: Run, stage: Stage, layout: Layout, progress: loop.Progress, steps: int) -> Any:
+def train(engine: Any, run: Run, stage: Stage, layout: Layout, progress: Progress, steps: int) -> Any:
     """The global loss of each step."""
     seed = stage_seed(run, stage)
     objective = DiffusionObjective(run.model, stage, seed)

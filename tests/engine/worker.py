@@ -96,15 +96,30 @@ class PoisonedObjective(DiffusionObjective):
         return replace(terms, total=Poison.apply(terms.total) if self.kind == "gradient" else terms.total * torch.inf)
 
 
+class SpikedObjective(DiffusionObjective):
+    """The losses of some data steps, first to last, are far too large on every rank."""
+
+    data_steps = range(0)
+
+    def score(self, *of: Any) -> LossTerms:
+        terms = super().score(*of)
+        if WatchedLoader.data_steps[-1] not in self.data_steps:
+            return terms
+        sums = {name: 1000 * loss for name, loss in terms.sample_sums.items()}
+        return replace(terms, total=terms.total * 1000, sample_sums=sums)
+
+
 class WatchedLoader(Loader):
     """Remembers by step the key of each sample that it gave, by its slot."""
 
     samples: ClassVar[list[dict[int, int]]] = []
+    data_steps: ClassVar[list[int]] = []
 
     def take(self, device: torch.device | str = "cpu") -> list[Batch]:
         batches = super().take(device)
         pairs = [zip(batch.slots.tolist(), batch.keys.tolist(), strict=True) for batch in batches]
         self.samples.append(dict(chain.from_iterable(pairs)))
+        self.data_steps.append(batches[0].data_step)
         return batches
 
 
@@ -201,10 +216,14 @@ def main(request: dict[str, Any]) -> None:
     if "poison" in request:
         PoisonedObjective.step, PoisonedObjective.kind = request["poison"]
         loop.DiffusionObjective = PoisonedObjective  # type: ignore[attr-defined, misc]
+    if "spike" in request:
+        SpikedObjective.data_steps = range(*request["spike"])
+        loop.DiffusionObjective = SpikedObjective  # type: ignore[attr-defined, misc]
     gathered = Gathered() if request.get("watch_gathered") else None
     reports = {}
     for stage in request["stages"]:
         WatchedLoader.samples.clear()
+        WatchedLoader.data_steps.clear()
         seen = reports[stage] = trained(run, stage, tree, request)
         if gathered is not None:
             seen["most_gathered"] = gathered.take()
@@ -259,7 +278,7 @@ def trained(run: Run, stage: str, tree: dict[str, Any], request: dict[str, Any])
         seen["text_losses"] = [row["losses"].get("text") for row in rows]
         seen["applied"] = [row["applied"] for row in rows]
         seen["steps"] = [row["step"] for row in rows]
-    return {**seen, **probe.seen, "samples": WatchedLoader.samples[:]}
+    return {**seen, **probe.seen, "samples": WatchedLoader.samples[:], "data_steps": WatchedLoader.data_steps[:]}
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def second_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_the_run_goes_on_at_the_snapshots_step_with_its_settings(words, tmp_path):
-    from megadiff.training.loop import Progress
+    from megadiff.training.progress import Progress
 
     run = imported(trained(CONFIG).snapshot(), tmp_path, words)
     reader, stage = reader_of(run), load_run(run / "run.yaml").stages[0]

@@ -170,7 +170,10 @@ def test_a_job_that_is_refused_leaves_none_of_the_chain_behind(
     assert SubmittedJob.read(launch.run.jobs) == []
 
 
-def test_without_slurm_it_is_said_plainly(launch: Launch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_slurm_it_is_said_plainly(
+    launch: Launch, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(launch.place))
     assert "sbatch is not here; give this command on a machine of the Slurm" in said(capsys, *launch.command(), code=2)
 
 
@@ -282,6 +285,17 @@ def test_status_of_a_launch_on_this_machine(launch: Launch, capsys: pytest.Captu
         assert said(capsys, "status", str(launch.run.root)).splitlines()[2].split()[:2] == ["first", "running"]
     launch.run.stage("first").done.touch()
     assert said(capsys, "status", str(launch.run.root)).splitlines()[2].split()[:2] == ["first", "done"]
+
+
+def test_without_the_controller_nothing_is_taken_for_ended(
+    launch: Launch, slurm: SlurmStandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(launch.command()) == 0
+    (slurm.folder / "queue").unlink()  # and squeue fails
+    capsys.readouterr()
+    assert "first          unknown (squeue failed)  41" in said(capsys, "status", str(launch.run.root))
+    for command in (["stop", str(launch.run.root)], launch.command()):
+        assert "squeue failed: cat:" in said(capsys, *command, code=2)
 
 
 def test_stop_asks_the_running_job_and_cancels_those_that_wait(

@@ -13,6 +13,7 @@ from megadiff.config.layout import Layout
 from megadiff.data.errors import DataError
 from megadiff.training import loop
 from megadiff.training.incidents import Incidents
+from megadiff.training.progress import Progress
 from megadiff.weights.fence import Fence
 from tests.minimal import minimal_run
 from tests.training.test_monitor import monitor, result
@@ -53,7 +54,7 @@ def trained(folder: Path, unreadable_at: int, share: float = 0.01) -> list[int]:
         Layout(),
         engine,  # type: ignore[arg-type]
         watched,
-        loop.Progress(),
+        Progress(),
         SimpleNamespace(beat=lambda *_: None),  # type: ignore[arg-type]
         Incidents(run.paths.stage("first"), writes=True),
         Fence.take(run.paths),

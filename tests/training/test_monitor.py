@@ -183,14 +183,14 @@ def test_records_that_cannot_be_begun_are_one_sentence(tmp_path: Path) -> None:
 def test_a_picture_is_kept_as_a_png_and_a_figure_as_a_line(tmp_path: Path) -> None:
     watched = monitor(tmp_path)
     watched.picture("samples/text-to-image", Image.new("RGB", (4, 4), "red"), 3)
-    watched.metrics([Metric("gap/text", 0.5, low=0.4, depends={"seed": 1}), Metric("fid", 12.5)], 3)
+    watched.metrics([Metric("gap/text", 0.5, low=0.4, depends={"seed": 1}), Metric("fid", 12.5), Metric("is", math.nan)], 3)
     watched.close()
     with Image.open(tmp_path / "first/pictures/samples-text-to-image-00000003.png") as picture:
         assert picture.getpixel((0, 0)) == (255, 0, 0)
-    line, other = (tmp_path / "first/results.jsonl").read_text().splitlines()
+    line, *others = (tmp_path / "first/results.jsonl").read_text().splitlines()
     told = {"step": 3, "name": "gap/text", "value": 0.5, "low": 0.4, "high": None, "depends": {"seed": 1}}
     assert json.loads(line) == told
-    assert json.loads(other)["value"] == 12.5
+    assert [json.loads(other)["value"] for other in others] == [12.5, None]
     events = EventAccumulator(str(tmp_path / "tensorboard/first"))
     events.Reload()
     assert events.Tags()["scalars"] == ["7 gap/text", "7 results/fid"]

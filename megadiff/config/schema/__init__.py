@@ -6,7 +6,7 @@ The rest of the package imports from here.
 
 from __future__ import annotations
 
-from megadiff.config.schema.cluster import Cluster, DeepSpeedCluster, LocalCluster, SlurmCluster
+from megadiff.config.schema.cluster import Allocation, Cluster, DeepSpeedCluster, LocalCluster, SlurmCluster
 from megadiff.config.schema.data import (
     Cache,
     CaptionField,
@@ -32,7 +32,7 @@ from megadiff.config.schema.model import (
     TokenSpace,
     UniformProcess,
 )
-from megadiff.config.schema.run import Launch, Run, Safeguards
+from megadiff.config.schema.run import Launch, Preflight, Run, Safeguards, Spikes
 from megadiff.config.schema.sampling import SampleSheets, Sampling, Showcase
 from megadiff.config.schema.stage import (
     Alignment,
@@ -51,6 +51,7 @@ from megadiff.config.schema.stage import (
 )
 
 __all__ = [
+    "Allocation",
     "Alignment",
     "Batching",
     "Cache",
@@ -82,10 +83,12 @@ __all__ = [
     "SampleSheets",
     "PixelField",
     "PowerEma",
+    "Preflight",
     "Process",
     "RESERVED_NAMES",
     "Run",
     "Safeguards",
+    "Spikes",
     "Sampling",
     "Showcase",
     "SlurmCluster",

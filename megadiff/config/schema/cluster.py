@@ -50,6 +50,10 @@ class Machines(Section):
 
     gpus_per_node: NotNegative = 0
     """GPUs of each node, one rank on each; 0 trains on CPUs."""
+    gpu: Literal["a100", "h100", "h200"] | None = None
+    """What they are; a model that cannot fit into their memory is then refused before a launch, and `plan` tells times."""
+    network_gbit_per_s: Positive | None = None
+    """Between nodes, of each GPU's port, each way; None: as in the maker's own nodes. For `plan` alone."""
     processes_per_node: Positive = 1
     """Ranks of each node without GPUs."""
     cpus_per_process: Positive = 1
@@ -73,6 +77,8 @@ class Machines(Section):
     def _one_rank_per_gpu(self) -> Machines:
         if self.gpus_per_node and "processes_per_node" in self.model_fields_set:
             raise ValueError("gpus_per_node and processes_per_node exclude each other: every GPU has one rank")
+        if self.gpu and not self.gpus_per_node:
+            raise ValueError(f"gpu is {self.gpu}, and gpus_per_node is 0; give their number")
         return self
 
 
@@ -86,6 +92,8 @@ class Allocation(Machines):
     """What a job asks Slurm for, and how it survives there."""
 
     nodes: Positive = 1
+    least_nodes: Positive | None = None
+    """Where fewer than `nodes` are free, a job starts, or starts again, on fewer, down to so many; None: on `nodes` alone."""
     time_limit_minutes: Positive = 24 * 60
     """Time limit of a job; at its end the stage goes on in the same job's next turn, from a checkpoint."""
     stop_before_s: Positive = 600
@@ -106,6 +114,16 @@ class Allocation(Machines):
     """The command before every rank's own, a word per entry: `[apptainer, exec, --nv, image.sif]`."""
     python: Line | None = None
     """The interpreter on the nodes, or in the container; None: the one that launches."""
+
+    @property
+    def fewest_nodes(self) -> int:
+        return self.least_nodes or self.nodes
+
+    @model_validator(mode="after")
+    def _fewest_are_no_more(self) -> Allocation:
+        if self.fewest_nodes > self.nodes:
+            raise ValueError(f"least_nodes ({self.least_nodes}) must not be more than nodes ({self.nodes})")
+        return self
 
     @model_validator(mode="after")
     def _stops_before_its_limit(self) -> Allocation:

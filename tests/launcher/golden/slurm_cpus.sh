@@ -13,7 +13,7 @@
 cd '/home/me/my work' || exit 1
 export OMP_NUM_THREADS=12
 export NCCL_IB_HCA=mlx5_0,mlx5_1
-export MEGADIFF_ERROR_FILE=/shared/100%/runs/minimal/first/error.txt
+export MEGADIFF_ERROR_FILE=/shared/100%/runs/minimal/first/error.txt."$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
 export PYTHONSAFEPATH=1 PYTHONPATH=/shared/100%/runs/minimal/submitted/001/code:"${PYTHONPATH:+$PYTHONPATH:}$PWD"
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))  # from 32768 on, Linux gives ports to outgoing connections
@@ -21,6 +21,8 @@ export MASTER_ADDR MASTER_PORT
 done_file=/shared/100%/runs/minimal/first/DONE
 stop_file=/shared/100%/runs/minimal/STOP
 attempts=/shared/100%/runs/minimal/first/attempts.jsonl
+heartbeats=/shared/100%/runs/minimal/first/heartbeats
+logs=/shared/100%/runs/minimal/first/logs
 attempt='{"time": %d, "job": "%s", "outcome": "%s", "code": %d}' key='"job": "%s", "outcome": "%s"' restarts=10
 
 start_ranks() {
@@ -31,10 +33,23 @@ start_ranks() {
 
 record() { printf "$attempt\n" "$(date +%s)" "$SLURM_JOB_ID" "$1" "$2" >> "$attempts"; }
 count() { grep -cF "$(printf "$key" "$SLURM_JOB_ID" "$1")" "$attempts"; }
+# The last step that a rank was at; 0 if none has come so far.
+reached() {
+    sed -n 's/.*"step": \([0-9]*\).*/\1/p' "$heartbeats"/rank_*.json 2> /dev/null | sort -n | tail -n 1 | grep . || echo 0
+}
 say() { echo "megadiff: $1" >&2; }
+leave_to_newer_turn() {  # a node that was cut off may run this on after the job has started again elsewhere
+    if (($(count started) == turn)); then return; fi
+    say "job $SLURM_JOB_ID has started again, and what is left of this turn ends"
+    exit 1
+}
 requeue() {  # the same job, so that those after it go on waiting; Slurm ends this script within a second
     record "$1" "$2"
-    for _ in 1 2 3 4 5; do scontrol requeue "$SLURM_JOB_ID" && sleep 120; sleep 20; done
+    for _ in 1 2 3 4 5; do
+        leave_to_newer_turn
+        scontrol requeue "$SLURM_JOB_ID" && sleep 120
+        sleep 20
+    done
     say "job $SLURM_JOB_ID could not be requeued"
     exit 1
 }
@@ -52,10 +67,13 @@ if [ -e "$stop_file" ]; then
     record stopped 0
     exit 1
 fi
+failed_at=0
+if tail -n 1 "$attempts" 2> /dev/null | grep -qF "$(printf "$key" "$SLURM_JOB_ID" failed)"; then failed_at=$(reached); fi
+rm -f "$heartbeats"/rank_*.json
 record started 0
-rm -f "$MEGADIFF_ERROR_FILE"
+turn=$(count started)
 # Attempts that failed or were cut off, and this one. Slurm itself requeues a job that loses a node.
-unplanned=$(($(count started) - $(count 'time limit')))
+unplanned=$((turn - $(count 'time limit')))
 if ((unplanned > restarts + 1)); then give_up 1; fi
 
 # The ranks are never signalled: children of theirs would die of it. They look for the file, save, and end together.
@@ -72,6 +90,7 @@ ranks=$!
 while kill -0 "$ranks" 2> /dev/null; do wait "$ranks"; done  # a signal ends the wait, not the ranks
 wait "$ranks"
 code=$?
+leave_to_newer_turn
 if ((limit)); then rm -f "$stop_file"; fi
 
 # Only a whole stage ends with 0, for that starts the next one. The code is srun's, and not that of the rank that failed.
@@ -89,6 +108,12 @@ if ((code == 0)) || [ -e "$stop_file" ]; then
     rm -f "$stop_file"
     record stopped "$code"
     exit 1
+fi
+step=$(reached)
+if ((step > 0 && step == failed_at)); then
+    record stuck "$code"
+    say "the ranks have failed at step $step twice in a row, so they are not started again; see $logs"
+    exit 3
 fi
 if ((unplanned > restarts)); then give_up "$code"; fi
 requeue failed "$code"

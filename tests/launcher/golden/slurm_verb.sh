@@ -13,7 +13,7 @@
 cd /home/me || exit 1
 export OMP_NUM_THREADS=12
 export NCCL_IB_HCA=mlx5_0,mlx5_1
-export MEGADIFF_ERROR_FILE=/shared/100%/runs/minimal/submitted/001/samples.error
+export MEGADIFF_ERROR_FILE=/shared/100%/runs/minimal/submitted/001/samples.error."$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
 export PYTHONSAFEPATH=1 PYTHONPATH=/shared/100%/runs/minimal/submitted/001/code:"${PYTHONPATH:+$PYTHONPATH:}$PWD"
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))  # from 32768 on, Linux gives ports to outgoing connections
@@ -26,7 +26,6 @@ start_ranks() {
 }
 
 trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
-rm -f "$MEGADIFF_ERROR_FILE"
 start_ranks &
 ranks=$!
 while kill -0 "$ranks" 2> /dev/null; do wait "$ranks"; done  # a signal ends the wait, not the ranks

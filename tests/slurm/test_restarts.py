@@ -1,0 +1,58 @@
+"""Jobs that queue again: near their time limit, after failures of ranks, and when they no longer do."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.slurm.cluster import START_S, SlurmRun
+
+pytestmark = [pytest.mark.slurm, pytest.mark.distributed]
+
+
+def test_slurm_itself_gives_the_word_before_the_time_limit(run: SlurmRun) -> None:
+    run.cluster |= {"time_limit_minutes": 2, "stop_before_s": 60}
+    job, *_ = run.launch("stages.first.steps=100_000", "stages.first.checkpoint.every_steps=100_000")
+    run.wait_for("time limit", timeout_s=150)
+    run.wait_for("started", times=2)
+    run.wait_for_incident("resume")
+    start, stop, resume = run.incidents()[:3]
+    assert (start.kind, stop.kind, resume.kind) == ("start", "stop", "resume")
+    assert resume.step == stop.step > 0
+    assert run.slurm.fields(job)["JobState"] == "RUNNING"
+
+
+def test_a_rank_that_dies_costs_no_more_than_the_steps_since_the_checkpoint(run: SlurmRun) -> None:
+    dies = (
+        "if number == 6 and rank == 1 and not os.path.exists('died'): open('died', 'w'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    at = str(run.place / "died")
+    few = ("stages.first.steps=8", "stages.first.checkpoint.every_steps=4")
+    job, *_ = run.launch(*few, before_step=dies.replace("'died'", repr(at)))
+    run.wait_for_end(job)
+    assert run.outcomes() == ["started", "failed", "started", "done"]
+    assert [incident.step for incident in run.incidents() if incident.kind == "resume"] == [4]
+
+
+def test_a_step_that_fails_twice_is_not_tried_again_and_later_stages_are_cancelled(run: SlurmRun) -> None:
+    few = ("stages.first.steps=8", "stages.first.checkpoint.every_steps=2")
+    jobs = run.launch(*few, before_step="if number == 4: raise RuntimeError('a bad batch')", stages=3)
+    run.wait_for("stuck", timeout_s=2 * START_S)
+    run.wait_for_end(jobs[0], "FAILED")
+    assert run.slurm.fields(jobs[0])["ExitCode"] == "3:0"
+    run.wait_for_end(jobs[2], "CANCELLED")
+    assert run.outcomes() == ["started", "failed", "started", "stuck"]
+    assert "the ranks have failed at step 4 twice in a row" in run.megadiff("logs", str(run.folder.root))
+    first, *later = run.megadiff("status", str(run.folder.root)).splitlines()[2:]
+    assert first.split()[:4] == ["first", "stuck", jobs[0], "3/8"]
+    assert [line.split()[1:3] for line in later] == [["not", "started"]] * 2
+
+
+def test_failures_at_changing_steps_end_with_the_last_restart(run: SlurmRun) -> None:
+    run.cluster["restarts"] = 1
+    few = ("stages.first.steps=8", "stages.first.checkpoint.every_steps=2")
+    turn = "int(os.environ.get('SLURM_RESTART_COUNT', 0))"
+    job, *_ = run.launch(*few, before_step=f"if number == 4 + {turn}: os._exit(7)")
+    run.wait_for("gave up", timeout_s=2 * START_S)
+    run.wait_for_end(job, "FAILED")
+    assert run.outcomes() == ["started", "failed", "started", "gave up"]
+    assert "no restart is left of 1" in run.megadiff("logs", str(run.folder.root))
