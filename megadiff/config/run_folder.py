@@ -19,6 +19,8 @@ RUN = "run.yaml"
 """The resolved run."""
 MANIFEST = "manifest.json"
 """The file in a checkpoint's folder that says what it holds; written last."""
+EXPORT = "megadiff.yaml"
+"""The file in an export's folder that says what it holds."""
 _STEP = "step_"
 
 

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 
+from megadiff import torchvision_ops
 from megadiff.cli.main import main
 from megadiff.config.errors import ConfigError, UserError
 from megadiff.config.schema import CaptionField, Data, GridSpace, LatentField, Model
@@ -157,6 +158,7 @@ def test_features_of_several_buckets_are_one_mistake_when_the_loader_opens(tmp_p
 
 
 def test_features_are_a_vision_models_tokens_without_those_before_them(tmp_path: Path) -> None:
+    torchvision_ops.declare_missing()
     from transformers import Dinov2Config, Dinov2Model
 
     torch.manual_seed(0)
