@@ -247,6 +247,7 @@ def test_latents_beside_moments_are_moments_without_deviation() -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow  # tests/s3/test_raw_to_training.py does the same on S3
 @pytest.mark.timeout(180)
 def test_two_processes_that_are_killed_and_started_again_make_each_shard_once(tmp_path: Path, autoencoder: str) -> None:
     address = write_source(tmp_path / "raw", [3] * 12)
