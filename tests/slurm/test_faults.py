@@ -32,7 +32,8 @@ def test_a_node_that_is_lost_costs_the_steps_since_the_checkpoint(run: SlurmRun,
     reached = curve(run.first)[-1][0]
     run.slurm.do(*cure.split())
     run.wait_for_end(job)
-    assert run.outcomes() == ["started", "started", "done"]
+    # The job's script may see its ranks fail before Slurm sees the node lost.
+    assert [outcome for outcome in run.outcomes() if outcome != "failed"] == ["started", "started", "done"]
     (resume,) = [incident for incident in run.incidents() if incident.kind == "resume"]
     assert reached - 4 <= resume.step <= reached
     assert [step for step, *_ in curve(run.first)] == list(range(1, steps + 1))
