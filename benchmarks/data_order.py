@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.data_sets import allow_torchvision
+from megadiff import torchvision_ops
 
 BATCH = 256
 Numbers = NDArray[np.int64]
@@ -94,7 +94,7 @@ def webdataset(buffer: int) -> Competitor:
 
 def streaming(algorithm: str, block_shards: int | None = None) -> Competitor:
     def order(size: Size, _: Path) -> Numbers:
-        allow_torchvision()
+        torchvision_ops.declare_missing()
         from streaming.base.partition import get_partitions
         from streaming.base.shuffle import get_shuffle
 

@@ -31,7 +31,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.data_sets import LENGTH, VOCABULARY, allow_torchvision, caption_of, write
+from benchmarks.data_sets import LENGTH, VOCABULARY, caption_of, write
+from megadiff import torchvision_ops
 
 BATCH = 256
 POINTS = (0.1, 0.5, 0.9)
@@ -215,7 +216,7 @@ def _import(case: str) -> None:
 
     torch.set_num_threads(1)
     if case == "streaming":
-        allow_torchvision()
+        torchvision_ops.declare_missing()
         importlib.import_module("streaming")
         importlib.import_module("streaming.base.batching")
     if case == "megadiff":

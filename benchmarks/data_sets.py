@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
+from megadiff import torchvision_ops
+
 LENGTH, VOCABULARY = 120, 2000
 PER_SHARD = {"latents": 1000, "jpeg": 500}
 MOMENTS = (2, 4, 32, 32)
@@ -99,7 +101,7 @@ def _npy(array: np.ndarray[Any, Any]) -> bytes:
 
 def _mds(folder: Path, kind: str, count: int) -> None:
     """mosaicml-streaming's format, in files of about our shards' size."""
-    allow_torchvision()
+    torchvision_ops.declare_missing()
     from streaming import MDSWriter
 
     columns = {"latents": f"ndarray:float16:{','.join(map(str, MOMENTS))}", "tokens": "ndarray:int32"}
@@ -123,22 +125,6 @@ def _litdata(folder: Path, kind: str, count: int) -> None:
 
 def _shard_bytes(kind: str) -> int:
     return {"latents": 17_000_000, "jpeg": 10_000_000}[kind]
-
-
-def allow_torchvision() -> None:
-    """streaming imports torchvision, whose operators cannot be loaded beside a torch for CPUs; it uses none here."""
-    import torch
-
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for schema in ("nms(Tensor a, Tensor b, float c) -> Tensor", "qnms(Tensor a, Tensor b, float c) -> Tensor"):
-        try:
-            library.define(schema)
-        except RuntimeError:
-            return
-    _KEPT.append(library)
-
-
-_KEPT: list[Any] = []
 
 
 def caption_of(tokens: np.ndarray[Any, Any], choice: int) -> np.ndarray[Any, Any]:

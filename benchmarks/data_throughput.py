@@ -27,7 +27,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.data_sets import LENGTH, VOCABULARY, allow_torchvision, caption_of, pixels_of, prepare
+from benchmarks.data_sets import LENGTH, VOCABULARY, caption_of, pixels_of, prepare
+from megadiff import torchvision_ops
 
 BATCH = {"latents": 256, "jpeg": 64}
 SETTINGS: dict[str, list[dict[str, Any]]] = {
@@ -233,7 +234,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
 
     torch.set_num_threads(1)
     if arguments.child == "streaming":
-        allow_torchvision()
+        torchvision_ops.declare_missing()
         importlib.import_module("streaming")
     cache = Path(arguments.cache)
     for module in IMPORTS[arguments.child.partition(",")[0]]:

@@ -24,6 +24,7 @@ class Job:
     Attributes:
         arguments: the verb's own, after `megadiff`.
         working_folder: where relative paths start.
+        node_counts: on how many nodes it can run, from the most down.
         stage: the stage that it trains: the job queues again until that is done. None: it is done when it exits with 0.
     """
 
@@ -32,6 +33,7 @@ class Job:
     working_folder: Path
     submission: SubmissionFolder
     environment: Mapping[str, str]
+    node_counts: Sequence[int]
     stage: StageFolder | None = None
 
     @property
@@ -63,10 +65,12 @@ def trial() -> list[str]:
 
 def _header(cluster: Slurm, job: Job, run: str) -> str:
     tasks = 1 if isinstance(cluster, DeepSpeedCluster) else cluster.ranks_per_node
+    elastic = len(job.node_counts) > 1
     options = {
         "job-name": f"{run}-{job.name}",
-        "nodes": cluster.nodes,
-        "ntasks-per-node": tasks,
+        "nodes": "-".join(map(str, dict.fromkeys((job.node_counts[-1], job.node_counts[0])))),
+        # Of a range of nodes, Slurm 22.05 gives one task a node the fewest if the one is asked for, and else the most.
+        "ntasks-per-node": None if elastic and tasks == 1 else tasks,
         "cpus-per-task": cluster.cpus_per_process * cluster.ranks_per_node // tasks,
         "gpus-per-node": cluster.gpus_per_node or None,
         "time": cluster.time_limit_minutes,
@@ -87,6 +91,12 @@ def _settings(cluster: Slurm, job: Job) -> str:
     ]
     if cluster.modules:
         lines += ["type module > /dev/null 2>&1 || source /etc/profile", f"module load {shlex.join(cluster.modules)} || exit 1"]
+    if len(job.node_counts) > 1:
+        counts = " ".join(map(str, job.node_counts))
+        lines += [
+            "# The ranks of so many nodes divide the batch and the layout; further nodes of the allocation stay idle.",
+            f"for nodes in {counts}; do if ((nodes <= SLURM_NNODES)); then break; fi; done",
+        ]
     lines += [f"export {key}={shlex.quote(value)}" for key, value in job.environment.items()]
     # Ranks that have outlived an earlier turn of the job must not speak for this one.
     lines += [f'export {ERROR_FILE}={shlex.quote(str(job.error))}."$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}"']
@@ -115,7 +125,8 @@ def _srun(cluster: Slurm, job: Job) -> str:
     if isinstance(cluster, DeepSpeedCluster):
         tasks, hosts = 1, shlex.quote(str(job.submission.hostfile(job.name)))
         slots = f"s/$/ slots={cluster.ranks_per_node}/"
-        lines += [f'    scontrol show hostnames "$SLURM_JOB_NODELIST" | sed {shlex.quote(slots)} > {hosts}']
+        used = ' | head -n "$nodes"' if len(job.node_counts) > 1 else ""
+        lines += [f'    scontrol show hostnames "$SLURM_JOB_NODELIST"{used} | sed {shlex.quote(slots)} > {hosts}']
         task = f'exec {shlex.join([*python, *RUNNER])} --no_ssh --node_rank "$SLURM_NODEID" "$@"'
         master = '--master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT"'
         words = f"{master} --hostfile {hosts} --module {shlex.join(['megadiff', *job.arguments])}"
@@ -123,7 +134,10 @@ def _srun(cluster: Slurm, job: Job) -> str:
         tasks = cluster.ranks_per_node
         task = 'export RANK="$SLURM_PROCID" WORLD_SIZE="$SLURM_NTASKS" LOCAL_RANK="$SLURM_LOCALID"; exec "$@"'
         words = shlex.join([*python, "-m", "megadiff", *job.arguments])
-    size = f"--nodes={cluster.nodes} --ntasks={cluster.nodes * tasks} --ntasks-per-node={tasks}"
+    if len(job.node_counts) > 1:
+        size = f'--nodes="$nodes" --ntasks="$((nodes * {tasks}))" --ntasks-per-node={tasks}'
+    else:
+        size = f"--nodes={job.node_counts[0]} --ntasks={job.node_counts[0] * tasks} --ntasks-per-node={tasks}"
     cores = cluster.cpus_per_process * cluster.ranks_per_node // tasks
     lines += [
         f"    srun {size} --cpus-per-task={cores} --kill-on-bad-exit=1 --export=ALL \\",

@@ -61,8 +61,7 @@ def plan_run(run: Run, deepspeed: Mapping[str, Any], cluster: Slurm) -> RunSubmi
     Raises:
         UserError: the DeepSpeed JSON, the batch or the manifests' buckets do not fit the run on these nodes.
     """
-    ranks = cluster.nodes * cluster.ranks_per_node
-    check(run, deepspeed, ranks, Devices(CUDA, ranks) if cluster.accelerated else Devices(CPU, 0))
+    counts = _node_counts(run, deepspeed, cluster)
     number, here = run.paths.next_submission(), Path.cwd()
     # Slurm starts the script elsewhere; relative paths inside the run are of the folder where it was launched.
     absolute = type(run.paths)(run.paths.root.absolute())
@@ -72,11 +71,11 @@ def plan_run(run: Run, deepspeed: Mapping[str, Any], cluster: Slurm) -> RunSubmi
     for stage in run.stages:
         if not run.paths.stage(stage.name).done.exists():
             train = ["train", str(frozen.config), "--stage", stage.name, "--deepspeed", str(frozen.deepspeed)]
-            job = Job(stage.name, train, here, frozen, rank_environment(cluster, threads), absolute.stage(stage.name))
+            job = Job(stage.name, train, here, frozen, rank_environment(cluster, threads), counts, absolute.stage(stage.name))
             scripts.append(Script(job, slurm.script(cluster, job, run.name)))
     if run.showcase:
         single = _one_rank(cluster)
-        job = Job(SAMPLES, ["showcase", str(frozen.config)], here, frozen, rank_environment(single, threads))
+        job = Job(SAMPLES, ["showcase", str(frozen.config)], here, frozen, rank_environment(single, threads), [1])
         scripts.append(Script(job, slurm.script(single, job, run.name)))
     return RunSubmission(run, deepspeed, cluster, number, tuple(scripts))
 
@@ -112,7 +111,8 @@ def submit_run(plan: RunSubmission, *, allow_changes: bool = False, say: Say = p
 def plan_verb(arguments: Sequence[str], cluster: Slurm, place: Path) -> Script:
     """A job that runs another verb as all ranks of the cluster; its files go into `place`."""
     name = arguments[0]
-    job = Job(name, arguments, Path.cwd(), SubmissionFolder(place.absolute()), rank_environment(cluster))
+    counts = range(cluster.nodes, cluster.fewest_nodes - 1, -1)
+    job = Job(name, arguments, Path.cwd(), SubmissionFolder(place.absolute()), rank_environment(cluster), counts)
     return Script(job, slurm.script(cluster, job, "megadiff"))
 
 
@@ -139,11 +139,30 @@ def describe(scripts: Sequence[Script]) -> str:
     return "\n".join(lines)
 
 
+def _node_counts(run: Run, deepspeed: Mapping[str, Any], cluster: Slurm) -> list[int]:
+    """On how many of the cluster's nodes the run can be trained, from the most down.
+
+    Raises:
+        UserError: not on the most or the fewest of them.
+    """
+    fitting = []
+    for nodes in range(cluster.nodes, cluster.fewest_nodes - 1, -1):
+        ranks = nodes * cluster.ranks_per_node
+        try:
+            check(run, deepspeed, ranks, Devices(CUDA, ranks) if cluster.accelerated else Devices(CPU, 0))
+        except UserError:
+            if nodes in (cluster.nodes, cluster.fewest_nodes):
+                raise
+        else:
+            fitting.append(nodes)
+    return fitting
+
+
 def _one_rank(cluster: Slurm) -> Slurm:
     """One rank on one node, with all cores that a node's ranks would have."""
     cores = cluster.cpus_per_process * cluster.ranks_per_node
-    update = {"nodes": 1, "gpus_per_node": min(cluster.gpus_per_node, 1), "processes_per_node": 1, "cpus_per_process": cores}
-    return cluster.model_copy(update=update)
+    size = {"nodes": 1, "least_nodes": None, "gpus_per_node": min(cluster.gpus_per_node, 1), "processes_per_node": 1}
+    return cluster.model_copy(update={**size, "cpus_per_process": cores})
 
 
 def _try(scripts: Sequence[Script]) -> None:

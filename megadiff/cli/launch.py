@@ -22,7 +22,7 @@ from megadiff.cli.arguments import (
 from megadiff.config.errors import UserError
 from megadiff.config.load import load_run
 from megadiff.config.planning import check_fits
-from megadiff.config.schema import DeepSpeedCluster, LocalCluster, Run
+from megadiff.config.schema import Allocation, DeepSpeedCluster, LocalCluster, Run
 from megadiff.launcher import children, folder, hostfile, job, local, submit
 from megadiff.launcher.children import Command, Signals, several
 from megadiff.launcher.devices import find_devices
@@ -86,6 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if cluster is not None:
         check_fits(run, Path(arguments.deepspeed), tree, cluster)
+        if isinstance(cluster, Allocation):  # on fewer ranks each holds more
+            check_fits(run, Path(arguments.deepspeed), tree, cluster.model_copy(update={"nodes": cluster.fewest_nodes}))
     match cluster:
         case None:
             plan = job.plan_launch(run, tree)

@@ -16,12 +16,14 @@ from megadiff.cli import (
     data,
     ema,
     errors,
+    evaluate,
     export,
     export_paper,
     import_paper,
     launch,
     logs,
     plan,
+    report,
     sample,
     showcase,
     status,
@@ -32,7 +34,7 @@ from megadiff.config.errors import UserError
 from megadiff.launcher.children import end_with_launcher
 
 VERBS = (
-    *(check_config, plan, launch, status, logs, stop, train, sample, showcase),
+    *(check_config, plan, launch, status, logs, stop, report, train, sample, evaluate, showcase),
     *(export, checkpoint, ema, data, import_paper, export_paper),
 )
 """Modules with `add(verbs)`; each parser that they add sets `run`, a function: parsed arguments -> exit code."""

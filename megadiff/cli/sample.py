@@ -27,6 +27,24 @@ EXAMPLES = """\
   megadiff sample --checkpoint runs/diamonds --task impute --table rows.csv --out imputed
 """
 
+REQUEST_FLAGS = (
+    *(
+        "task",
+        "weights",
+        "format",
+        "limit_context_len",
+        "n",
+        "prompt",
+        "prompts",
+        "image",
+        "mask_image",
+        "blank_tokens",
+        "table",
+    ),
+    *("data", "strength", "condition_time", "autoencoder", "size", "guide", "seed", "batch"),
+)
+"""Flags that are fields of a request as they are."""
+
 NEEDS = {
     "grid_shift": ("grid", ("shifted",)),
     "threshold": ("order", ("threshold",)),
@@ -44,7 +62,21 @@ def add(verbs: Verbs) -> None:
         "the same sample whatever the batch size and the number of processes. After a stop the same command continues.",
         EXAMPLES,
     )
-    _add_what(parser.add_argument_group("what"))
+    what = parser.add_argument_group("what")
+    what.add_argument(
+        "--checkpoint",
+        metavar="RUN|EXPORT|hf:ORG/NAME",
+        required=True,
+        help="a run's or an export's folder, or a Hugging Face repository",
+    )
+    what.add_argument("--out", metavar="DIR", required=True, help="where samples are written")
+    add_flags(parser, what, needs_task=True)
+    parser.set_defaults(run=run)
+
+
+def add_flags(parser: argparse.ArgumentParser, what: Any, *, needs_task: bool) -> None:
+    """The flags that say what is drawn and how; `what` is the group of those about the first."""
+    _add_what(what, needs_task)
     _add_condition(parser.add_argument_group("condition"))
     how = parser.add_argument_group("how")
     how.add_argument("--preset", metavar="NAME", help="the paper's recipes: paper-t2i, paper-joint; other flags win over it")
@@ -58,7 +90,6 @@ def add(verbs: Verbs) -> None:
         "--batch", metavar="B", type=positive, default=32, help="samples drawn at once; no effect on them (default: 32)"
     )
     how.add_argument("--processes", metavar="N", type=positive, default=1, help="processes on this machine (default: 1)")
-    parser.set_defaults(run=run)
 
 
 def _add_field(group: Any, name: str, field: FieldInfo) -> None:
@@ -76,21 +107,14 @@ def _add_field(group: Any, name: str, field: FieldInfo) -> None:
     group.add_argument(f"--{name.replace('_', '-')}", **how, help=f"{text} (default: {default})")
 
 
-def _add_what(group: Any) -> None:
-    group.add_argument(
-        "--checkpoint",
-        metavar="RUN|EXPORT|hf:ORG/NAME",
-        required=True,
-        help="a run's or an export's folder, or a Hugging Face repository",
-    )
+def _add_what(group: Any, needs_task: bool) -> None:
     group.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged or plain weights (default: ema)")
     group.add_argument(
         "--task",
         metavar="TASK",
-        required=True,
+        required=needs_task,
         help="GIVEN-to-WANTED, such as text-to-image or image-to-text; joint; inpaint; or impute (a table's empty cells)",
     )
-    group.add_argument("--out", metavar="DIR", required=True, help="where samples are written")
     group.add_argument(
         "--format",
         choices=("folder", "tar"),
@@ -132,21 +156,29 @@ def _add_condition(group: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    check(arguments)
-    sampling, repeat_prompt = how_to_sample(arguments)
+    fields = request_fields(arguments)
     if arguments.processes > 1 and "RANK" not in os.environ:
         return several(arguments.processes, sys.argv[1:])
     from megadiff.generation.generate import generate
     from megadiff.generation.request import GenerateRequest
 
-    own = {"run", "parser", "preset", "processes", "repeat_prompt", *Sampling.model_fields}
-    flags = {key: value for key, value in vars(arguments).items() if key not in own}
-    flags = {key: value for key, value in flags.items() if value is not None}
-    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in flags.items()}
     with enough_memory("--size or --batch"):
-        records = generate(GenerateRequest(**fields, sampling=sampling, repeat_prompt=repeat_prompt))
+        records = generate(GenerateRequest(checkpoint=arguments.checkpoint, out=arguments.out, **fields))
     print(f"samples: {records}")
     return 0
+
+
+def request_fields(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a GenerateRequest that `add_flags` has flags for.
+
+    Raises:
+        UserError: a flag is out of its range, or some do not go together.
+    """
+    check(arguments)
+    sampling, repeat_prompt = how_to_sample(arguments)
+    flags = {name: value for name in REQUEST_FLAGS if (value := getattr(arguments, name)) is not None}
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in flags.items()}
+    return {**fields, "sampling": sampling, "repeat_prompt": repeat_prompt}
 
 
 def how_to_sample(arguments: argparse.Namespace) -> tuple[Sampling, bool]:

@@ -19,6 +19,8 @@ RUN = "run.yaml"
 """The resolved run."""
 MANIFEST = "manifest.json"
 """The file in a checkpoint's folder that says what it holds; written last."""
+EXPORT = "megadiff.yaml"
+"""The file in an export's folder that says what it holds."""
 _STEP = "step_"
 
 
@@ -148,6 +150,11 @@ class RunFolder:
     def samples(self) -> Path:
         """The sheet of samples that is drawn at the end."""
         return self.root / "samples.png"
+
+    @property
+    def report(self) -> Path:
+        """The page that tells of the run."""
+        return self.root / "report.html"
 
     @property
     def results(self) -> Path:

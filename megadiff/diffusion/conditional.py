@@ -93,9 +93,24 @@ def exact_losses(
         times: K.
         rows: see `losses_at`; by default P.
     """
+    return stratum_losses(denoiser, model, clean, keys, target=target, given=given, times=times, rows=rows).mean(0)
+
+
+def stratum_losses(
+    denoiser: Denoiser,
+    model: Model,
+    clean: Mapping[str, Tensor],
+    keys: Tensor,
+    *,
+    target: str,
+    given: Collection[str],
+    times: int,
+    rows: int | None = None,
+) -> Tensor:
+    """The losses whose mean over times is `exact_losses`, by stratum of times: float64 [K, P]."""
     own = torch.stack([rng.fold(keys, stratum) for stratum in range(times)])
     strata = torch.arange(times, device=keys.device)[:, None]
     at = ((strata + rng.uniform(own.flatten(), "evaluation time").view_as(own)) / times).clamp_min(SMALLEST_TIME)
     processes, rows = build_processes(model), rows or len(keys)
     losses = losses_at(denoiser, processes, clean, at, own, target=target, given=given, rows=rows, exact=True)
-    return (losses.sums.double() / losses.counts.double()).mean(0)
+    return losses.sums.double() / losses.counts.double()

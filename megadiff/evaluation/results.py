@@ -14,6 +14,7 @@ from megadiff.storage import store
 from megadiff.types import Metric
 
 FORMAT, VERSION = "megadiff-results", 1
+RESULTS = "results.json"
 
 
 def of_data(source: str) -> dict[str, str]:
@@ -51,3 +52,20 @@ def differing(one: Metric, other: Metric) -> list[str]:
     """The dependencies in which two figures of one name differ; if there are any, the figures do not compare."""
     keys = {**one.depends, **other.depends}
     return [key for key in keys if one.depends.get(key) != other.depends.get(key)]
+
+
+SUBJECT = ("pictures_hash", "drawn.checkpoint", "drawn.weights_hash", "drawn.guide", "drawn.guide_hash", "weights")
+"""Dependencies that say what was measured. Two figures compare where they differ in these alone."""
+
+
+def comparison(one: Metric, other: Metric) -> str:
+    """A sentence about an earlier figure of the same name, which names all that keeps the two from comparing."""
+    text = f"{one.name} {other.value:.6g} (now {one.value - other.value:+.6g})"
+    if keys := [key for key in differing(one, other) if key not in SUBJECT]:
+        values = "; ".join(f"{key}: {_shown(other, key)}, now {_shown(one, key)}" for key in keys)
+        return f"{text}, DOES NOT COMPARE: {values}"
+    return text
+
+
+def _shown(metric: Metric, key: str) -> str:
+    return json.dumps(metric.depends.get(key), ensure_ascii=False)[:80]

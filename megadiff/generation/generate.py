@@ -39,7 +39,7 @@ def generate(request: GenerateRequest) -> Path:
         UserError: the checkpoint, the task, a condition or the output folder is at fault.
     """
     ranks = Ranks.from_environment()
-    device = _device(ranks)
+    device = device_of(ranks)
     loaded = load(request.checkpoint, request.weights, device, autoencoder=request.autoencoder, size=request.size)
     guide = None if request.guide is None else _guide(request, loaded, device)
     _check_autoencoders(loaded, request)
@@ -63,7 +63,8 @@ def generate(request: GenerateRequest) -> Path:
     return out / RECORDS
 
 
-def _device(ranks: Ranks) -> torch.device:
+def device_of(ranks: Ranks) -> torch.device:
+    """The device that a process draws on."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", ranks.local_rank % torch.cuda.device_count())

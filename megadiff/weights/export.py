@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megadiff.config.errors import UserError
+from megadiff.config.run_folder import EXPORT
 from megadiff.config.schema import Data, FieldSource, Model
 from megadiff.storage import store
 
-CONFIG, WEIGHTS, CARD = "megadiff.yaml", "model.safetensors", "README.md"
+CONFIG, WEIGHTS, CARD = EXPORT, "model.safetensors", "README.md"
 FORMAT, VERSION = "megadiff-export", 1
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from megadiff import torchvision_ops
 from megadiff.config.load import load_run
 from megadiff.config.schema import Data, Model
 from megadiff.data.shards.shard import Manifest, Members, write_manifest, write_shard
@@ -57,6 +58,7 @@ def write_source(folder: Path | str, sizes: list[int], changed: Mapping[int, Mem
 
 def make_autoencoder(folder: Path) -> str:
     """An AutoencoderKL of random weights; two halvings, so 4 pixels per latent."""
+    torchvision_ops.declare_missing()
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 
+from megadiff import torchvision_ops
 from megadiff.cli.main import main
 from megadiff.config.errors import ConfigError, UserError
 from megadiff.config.schema import CaptionField, Data, GridSpace, LatentField, Model
@@ -157,6 +158,7 @@ def test_features_of_several_buckets_are_one_mistake_when_the_loader_opens(tmp_p
 
 
 def test_features_are_a_vision_models_tokens_without_those_before_them(tmp_path: Path) -> None:
+    torchvision_ops.declare_missing()
     from transformers import Dinov2Config, Dinov2Model
 
     torch.manual_seed(0)
@@ -245,6 +247,7 @@ def test_latents_beside_moments_are_moments_without_deviation() -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow  # tests/s3/test_raw_to_training.py does the same on S3
 @pytest.mark.timeout(180)
 def test_two_processes_that_are_killed_and_started_again_make_each_shard_once(tmp_path: Path, autoencoder: str) -> None:
     address = write_source(tmp_path / "raw", [3] * 12)

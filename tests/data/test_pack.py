@@ -256,6 +256,7 @@ def test_killed_at_any_write_and_started_again_the_output_is_the_same(folder: Pa
 
 
 @pytest.mark.distributed
+@pytest.mark.slow  # tests/s3/test_raw_to_training.py kills and goes on too
 def test_processes_share_the_work_and_a_killed_one_loses_nothing(tmp_path: Path) -> None:
     for number in range(4):
         img2dataset_tar(tmp_path / f"raw/{number}.tar", 100 * number, 40)

@@ -27,6 +27,8 @@ LAYOUTS = {
     "tensor, ZeRO-0": {"deepspeed": "ds_configs/tensor_zero1.json", "zero_options": {"stage": 0}},
     "tensor, ZeRO-1": {"deepspeed": "ds_configs/tensor_zero1.json"},
 }
+OFTEN = ("ZeRO-0", "ZeRO-3", "pipeline, ZeRO-1", "tensor, ZeRO-1")
+"""Whose ways of skipping differ; the others are slow tests."""
 
 
 def train(folder: Path, layout: dict[str, Any], ranks: int, kind: str, *overrides: str) -> list[dict[str, Any]]:
@@ -52,7 +54,12 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("kind", "layout"),
-    [*(("gradient", layout) for layout in LAYOUTS), *(("loss", layout) for layout in ("ZeRO-0", "ZeRO-3", "pipeline, ZeRO-1"))],
+    [
+        *(("gradient", layout) for layout in OFTEN),
+        ("loss", "ZeRO-0"),
+        *(pytest.param("gradient", layout, marks=pytest.mark.slow) for layout in LAYOUTS if layout not in OFTEN),
+        *(pytest.param("loss", layout, marks=pytest.mark.slow) for layout in ("ZeRO-3", "pipeline, ZeRO-1")),
+    ],
 )
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
     kind: str, layout: str, one_rank: dict[str, Any], tmp_path: Path

@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from megadiff import torchvision_ops
 from megadiff.cli import main as cli
 from megadiff.config.errors import UserError
 from megadiff.config.load import load_run
@@ -167,6 +168,7 @@ def test_a_stage_of_another_run_can_start_from_it(run):
 
 
 def test_it_can_be_sampled_from(run, tmp_path):
+    torchvision_ops.declare_missing()
     from diffusers import AutoencoderKL
 
     kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}

@@ -83,7 +83,7 @@ def test_a_job_runs_the_launcher_once_on_each_node_of_an_allocation(
 ) -> None:
     submission = SubmissionFolder(tmp_path / "submission")
     submission.root.mkdir()
-    job = Job("data", ["data", "verify", str(tmp_path)], ROOT, submission, {"DS_ACCELERATOR": "cpu"})
+    job = Job("data", ["data", "verify", str(tmp_path)], ROOT, submission, {"DS_ACCELERATOR": "cpu"}, [2])
     submission.script("data").write_text(slurm.script(DeepSpeedCluster(nodes=2, python=sys.executable), job, "megadiff"))
     for name, value in {"SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "node[1-2]"}.items():
         monkeypatch.setenv(name, value)

@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -36,26 +37,28 @@ LARGE = {
 }
 
 
-def job(run: RunFolder, *, stage: bool = True) -> Job:
+def job(run: RunFolder, node_counts: Sequence[int], *, stage: bool = True) -> Job:
     submission = run.submission(1)
     train = ["train", str(submission.config), "--stage", "first", "--deepspeed", str(submission.deepspeed)]
     environment = {"OMP_NUM_THREADS": "12", "NCCL_IB_HCA": "mlx5_0,mlx5_1"}
     if not stage:
-        return Job("samples", ["showcase", "a run.yaml"], Path("/home/me"), submission, environment)
-    return Job("first", train, Path("/home/me/my work"), submission, environment, run.stage("first"))
+        return Job("samples", ["showcase", "a run.yaml"], Path("/home/me"), submission, environment, node_counts)
+    return Job("first", train, Path("/home/me/my work"), submission, environment, node_counts, run.stage("first"))
 
 
 @pytest.mark.parametrize(
-    ("name", "cluster", "stage"),
+    ("name", "cluster", "stage", "node_counts"),
     [
-        ("slurm_gpus", SlurmCluster(**LARGE), True),
-        ("slurm_cpus", SlurmCluster(nodes=2, processes_per_node=2, python="python3"), True),
-        ("slurm_verb", SlurmCluster(python="python3"), False),
-        ("deepspeed_gpus", DeepSpeedCluster(**LARGE), True),
+        ("slurm_gpus", SlurmCluster(**LARGE), True, [2]),
+        ("slurm_cpus", SlurmCluster(nodes=2, processes_per_node=2, python="python3"), True, [2]),
+        ("slurm_verb", SlurmCluster(python="python3"), False, [1]),
+        ("deepspeed_gpus", DeepSpeedCluster(**LARGE), True, [2]),
+        ("slurm_elastic", SlurmCluster(nodes=8, least_nodes=2, python="python3"), True, [8, 4, 2]),
+        ("deepspeed_elastic", DeepSpeedCluster(nodes=8, least_nodes=2, python="python3"), True, [8, 4, 2]),
     ],
 )
-def test_the_script_is_this(name: str, cluster: Slurm, stage: bool) -> None:
-    text = slurm.script(cluster, job(RunFolder(Path("/shared/100%/runs/minimal")), stage=stage), "minimal")
+def test_the_script_is_this(name: str, cluster: Slurm, stage: bool, node_counts: Sequence[int]) -> None:
+    text = slurm.script(cluster, job(RunFolder(Path("/shared/100%/runs/minimal")), node_counts, stage=stage), "minimal")
     golden = GOLDEN / f"{name}.sh"
     if os.environ.get("MEGADIFF_WRITE_GOLDEN"):
         golden.write_text(text)
@@ -71,7 +74,7 @@ def test_a_chain_waits_for_success_and_ends_with_a_failure() -> None:
 class Node:
     """Where a job's script runs: `srun` runs `ranks`, `scontrol requeue` ends the script as Slurm does."""
 
-    def __init__(self, folder: Path, cluster: Slurm, *, stage: bool = True) -> None:
+    def __init__(self, folder: Path, cluster: Slurm, *, stage: bool = True, counts: Sequence[int] = (1,)) -> None:
         self.run = RunFolder(folder / "it's a run")
         self.stage = self.run.stage("first")
         self.requeued = folder / "requeued"
@@ -81,14 +84,14 @@ class Node:
         self._command(folder, "scontrol", f'[ "$1" = show ] && printf "node1\\nnode2\\n"\n{requeue}')
         self.folder, self.cluster = folder, cluster
         self.job = Job(
-            "first" if stage else "verb", ["train"], folder, self.run.submission(1), {}, self.stage if stage else None
+            "first" if stage else "verb", ["train"], folder, self.run.submission(1), {}, counts, self.stage if stage else None
         )
         self.script = folder / "job.sh"
         self.script.write_text(slurm.script(cluster, self.job, "minimal"))
 
-    def start(self, ranks: str) -> subprocess.Popen[str]:
+    def start(self, ranks: str, nodes: int = 1) -> subprocess.Popen[str]:
         self._command(self.folder, "srun", f"cd {shlex.quote(str(self.stage.root))}\n{ranks}")
-        environment = {"SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS": "2"}
+        environment = {"SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS": "2", "SLURM_NNODES": str(nodes)}
         return subprocess.Popen(
             ["bash", str(self.script)],
             env={**os.environ, **environment, "PATH": f"{self.folder}/bin:{os.environ['PATH']}"},
@@ -96,9 +99,9 @@ class Node:
             text=True,
         )
 
-    def ends(self, ranks: str) -> tuple[int, str]:
+    def ends(self, ranks: str, nodes: int = 1) -> tuple[int, str]:
         """Exit code and standard error of the script."""
-        process = self.start(ranks)
+        process = self.start(ranks, nodes)
         _, err = process.communicate(timeout=30)
         return process.returncode, err
 
@@ -135,6 +138,13 @@ def test_ranks_get_their_place_from_slurm(node: Node) -> None:
     assert (variables["MASTER_ADDR"], variables["MASTER_PORT"]) == ("node1", "20041")
     assert variables["MEGADIFF_ERROR_FILE"] == f"{node.stage.error}.41.0"
     assert variables["PYTHONPATH"].split(":")[0] == str(node.run.submission(1).code)
+
+
+@pytest.mark.parametrize(("allocated", "used"), [(8, 8), (7, 4), (4, 4), (3, 2), (2, 2)])
+def test_a_job_uses_as_many_of_its_nodes_as_divide_the_batch(allocated: int, used: int, tmp_path: Path) -> None:
+    node = Node(tmp_path, SlurmCluster(nodes=8, least_nodes=2, processes_per_node=4, python="python3"), counts=[8, 4, 2])
+    assert node.ends('echo "$1 $2 $3" > size; touch DONE', allocated) == (0, "")
+    assert (node.stage.root / "size").read_text() == f"--nodes={used} --ntasks={4 * used} --ntasks-per-node=4\n"
 
 
 def test_before_the_time_limit_ranks_are_told_to_save_and_the_job_queues_again(node: Node) -> None:

@@ -36,7 +36,7 @@ def test_a_stage_starts_from_a_copy_and_samples_are_drawn_from_it(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     remote = f"{bucket}/runs/mine"
     two = ["stages.*.steps=2", f"stages.first.checkpoint.remote={remote}", f"stages.second.initialise.source={remote}"]
-    request = {"deepspeed": "ds_configs/zero1.json", "overrides": two}
+    request = {"deepspeed": "ds_configs/zero1.json", "overrides": [*two, "stages.second.checkpoint.remote=null"]}
     run_ranks(WORKER, 1, {**request, "folder": str(tmp_path / "one"), "stages": ["first"]})
     (started,) = run_ranks(WORKER, 1, {**request, "folder": str(tmp_path / "other"), "stages": ["second"]})
     assert started["steps"] == [1, 2]

@@ -77,8 +77,8 @@ class MiniSlurm:
         """End all jobs and bring all back that a test has broken."""
         self.do("ctl", "start")
         for node in NODES:
+            self.do("boot", node)  # a node without power has no socket for a cable
             self.do("plug", node)
-            self.do("boot", node)
         wait_until(lambda: self._call("status").returncode == 0, 60, "usable nodes")
         self.command("scancel", "--user=root")
         wait_until(lambda: not self.command("squeue", "--noheader"), 60, "an empty queue")

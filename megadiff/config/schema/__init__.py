@@ -6,7 +6,7 @@ The rest of the package imports from here.
 
 from __future__ import annotations
 
-from megadiff.config.schema.cluster import Cluster, DeepSpeedCluster, LocalCluster, SlurmCluster
+from megadiff.config.schema.cluster import Allocation, Cluster, DeepSpeedCluster, LocalCluster, SlurmCluster
 from megadiff.config.schema.data import (
     Cache,
     CaptionField,
@@ -51,6 +51,7 @@ from megadiff.config.schema.stage import (
 )
 
 __all__ = [
+    "Allocation",
     "Alignment",
     "Batching",
     "Cache",

@@ -92,6 +92,8 @@ class Allocation(Machines):
     """What a job asks Slurm for, and how it survives there."""
 
     nodes: Positive = 1
+    least_nodes: Positive | None = None
+    """Where fewer than `nodes` are free, a job starts, or starts again, on fewer, down to so many; None: on `nodes` alone."""
     time_limit_minutes: Positive = 24 * 60
     """Time limit of a job; at its end the stage goes on in the same job's next turn, from a checkpoint."""
     stop_before_s: Positive = 600
@@ -112,6 +114,16 @@ class Allocation(Machines):
     """The command before every rank's own, a word per entry: `[apptainer, exec, --nv, image.sif]`."""
     python: Line | None = None
     """The interpreter on the nodes, or in the container; None: the one that launches."""
+
+    @property
+    def fewest_nodes(self) -> int:
+        return self.least_nodes or self.nodes
+
+    @model_validator(mode="after")
+    def _fewest_are_no_more(self) -> Allocation:
+        if self.fewest_nodes > self.nodes:
+            raise ValueError(f"least_nodes ({self.least_nodes}) must not be more than nodes ({self.nodes})")
+        return self
 
     @model_validator(mode="after")
     def _stops_before_its_limit(self) -> Allocation:

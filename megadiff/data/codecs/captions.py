@@ -61,6 +61,12 @@ class CaptionCodec(Codec):
         captions = captions_of(members, self.member)
         return captions[key % len(captions)]
 
+    def read_all(self, members: Views) -> list[str]:
+        """All captions in a sample's members. Raises SampleError as `read`."""
+        if self.member.endswith("npy"):
+            return [self.read(members, number) for number in range(len(array_of(members, self.member)))]
+        return captions_of(members, self.member)
+
     def encode(self, value: str) -> Tensor:
         """A caption to int64 [S]; what is too long is cut so that the end mark stays."""
         return torch.from_numpy(self._sequence(self.ids(value)))

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from megadiff import rng
+from megadiff import rng, torchvision_ops
 from megadiff.config.errors import ConfigError
 from megadiff.config.schema import GridSpace, LatentField, PixelField
 from megadiff.data.buckets import Bucket
@@ -148,6 +148,7 @@ def load_autoencoder(folder: str, where: str) -> Any:
     """
     if not (Path(folder) / "config.json").exists():
         raise ConfigError(f"{where}: {folder} has no config.json; give the folder of a diffusers AutoencoderKL")
+    torchvision_ops.declare_missing()
     from diffusers import AutoencoderKL
 
     try:

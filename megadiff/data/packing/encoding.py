@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megadiff import torchvision_ops
 from megadiff.config.errors import ConfigError, UserError
 from megadiff.config.schema import GridSpace, PixelField
 from megadiff.data import npy
@@ -284,6 +285,7 @@ def _fingerprint(folder: str | None) -> str:
 def _vision_model(folder: str, device: torch.device) -> Any:
     if not (Path(folder) / "config.json").exists():
         raise ConfigError(f"--features: {folder} has no config.json; give the folder of a transformers vision model (DINOv2)")
+    torchvision_ops.declare_missing()
     from transformers import AutoModel
 
     try:

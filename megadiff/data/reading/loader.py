@@ -331,9 +331,7 @@ class ShuffledSamples:
         Raises:
             UserError: its shard cannot be read.
         """
-        visits = self._order.visits(0, number, 1)
-        place, offset = self._shards[int(visits.shard[0])], int(visits.offset[0])
-        shard = self._reader.shard(place)
+        place, shard, offset = self._find(number)
         values, _, errors = self._codecs.load([shard.views(offset)], [0])
         if errors:
             name = self._reader.manifest.shards[place].name
@@ -341,6 +339,17 @@ class ShuffledSamples:
             return None
         states = self._codecs.finish(values, rng.sample_keys(0))
         return shard.key(offset).rpartition("/")[2], {name: state[0] for name, state in states.items()}
+
+    def members(self, number: int) -> Views:
+        """A sample's members. Raises UserError if its shard cannot be read."""
+        _, shard, offset = self._find(number)
+        return shard.views(offset)
+
+    def _find(self, number: int) -> tuple[int, Shard, int]:
+        """(place of its shard in the manifest, shard, place in it) of a sample."""
+        visits = self._order.visits(0, number, 1)
+        place = self._shards[int(visits.shard[0])]
+        return place, self._reader.shard(place), int(visits.offset[0])
 
 
 def _of_own_size(address: str, manifest: Manifest, data: Data, model: Model) -> list[int]:

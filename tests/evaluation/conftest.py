@@ -1,0 +1,5 @@
+"""The fixtures of tests/exports.py."""
+
+from tests.exports import exported, tiny
+
+__all__ = ["exported", "tiny"]
