@@ -39,7 +39,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     """
     path = Path(path)
     tree = _read_with_bases(path, ())
-    tree = _merge_stage_defaults(tree, path)
+    tree = _unshared(_merge_stage_defaults(tree, path))
     if path.name == RUN and RunFolder(path.parent).launched:
         tree["folder"] = str(path.parent)
     for override in overrides:
@@ -58,7 +58,7 @@ def load_cluster(path: str | Path, overrides: Sequence[str] = ()) -> Cluster:
     Raises:
         ConfigError: a file is missing or is no YAML, the kind or a key is unknown, a value is wrong.
     """
-    tree = _read_with_bases(Path(path), ())
+    tree = _unshared(_read_with_bases(Path(path), ()))
     for override in overrides:
         _apply_override(tree, override)
     kind = tree.get("kind")
@@ -152,6 +152,13 @@ def _merge_stage_defaults(tree: Tree, path: Path) -> Tree:
         below = _read_with_bases(Path(base), ()) if base else {}
         merged.append(merge(merge(defaults, below), own))
     return {**tree, "stages": merged}
+
+
+def _unshared(tree: Any) -> Any:
+    """A copy in which no section is another one's too: of stage_defaults, or by YAML's anchors."""
+    if isinstance(tree, dict):
+        return {key: _unshared(value) for key, value in tree.items()}
+    return [_unshared(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def _apply_override(tree: Tree, override: str) -> None:

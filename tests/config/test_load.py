@@ -194,3 +194,15 @@ def test_the_run_file_in_a_runs_folder_is_of_that_folder_wherever_it_was_moved(t
     (moved / ".lock").touch()
     assert load_run(moved / "run.yaml").folder == str(moved)
     assert load_run(moved / "run.yaml", ["folder=runs/new"]).folder == "runs/new"
+
+
+def test_an_override_reaches_no_other_section_that_was_written_once_for_several(tmp_path: Path) -> None:
+    run = load(tmp_path, "stages.first.checkpoint.keep=9", stage_defaults__checkpoint={"every_steps": 5})
+    assert [stage.checkpoint.keep for stage in run.stages] == [9, 3]
+    rule = {"kind": "constant", "decay": 0.9}
+    run = load(tmp_path, "stages.first.ema.a.decay=0.5", stage_defaults__ema={"a": rule, "b": rule})
+    assert any("&id" in path.read_text() for path in tmp_path.iterdir())  # the file has the rule once, under an anchor
+    assert [[profile.model_dump()["decay"] for profile in stage.ema.values()] for stage in run.stages] == [
+        [0.5, 0.9],
+        [0.9, 0.9],
+    ]

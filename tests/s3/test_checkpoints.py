@@ -29,6 +29,7 @@ def test_copies_come_back_and_older_ones_are_deleted(bucket: str, tmp_path: Path
         assert torch.equal(numbers(loading.local_path(address)), torch.full((NUMBERS,), float(step)))
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_stage_starts_from_a_copy_and_samples_are_drawn_from_it(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -36,10 +37,10 @@ def test_a_stage_starts_from_a_copy_and_samples_are_drawn_from_it(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     remote = f"{bucket}/runs/mine"
     two = ["stages.*.steps=2", f"stages.first.checkpoint.remote={remote}", f"stages.second.initialise.source={remote}"]
-    request = {"deepspeed": "ds_configs/zero1.json", "overrides": [*two, "stages.second.checkpoint.remote=null"]}
+    request = {"deepspeed": "ds_configs/zero1.json", "overrides": two}
     run_ranks(WORKER, 1, {**request, "folder": str(tmp_path / "one"), "stages": ["first"]})
     (started,) = run_ranks(WORKER, 1, {**request, "folder": str(tmp_path / "other"), "stages": ["second"]})
-    assert started["steps"] == [1, 2]
+    assert started.get("steps") == [1, 2], started
     loaded, here = loading.load(remote), loading.load(str(tmp_path / "one"))
     assert loaded.fingerprint == here.fingerprint
     assert all(torch.equal(a, b) for a, b in zip(loaded.module.parameters(), here.module.parameters(), strict=True))
