@@ -89,6 +89,7 @@ def write_rank_file(folder: Path, rank: int, tensors: Mapping[str, Tensor], exte
     """
     name = f"rank_{rank:05d}.safetensors"
     digest = hashlib.sha256()
+    (folder / name).unlink(missing_ok=True)  # tensors that were read from it may be views of the file
     with (folder / name).open("wb") as file:
         for part in _safetensors(tensors):
             for start in range(0, len(part), _WRITTEN_AT_ONCE):
