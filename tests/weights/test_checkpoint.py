@@ -238,8 +238,12 @@ def test_an_old_checkpoint_that_cannot_be_removed_does_not_fail_the_save(
 ) -> None:
     publish(tmp_path, 1, keep=1)
 
-    def refused(*_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied")
+    unlink = Path.unlink
+
+    def refused(path: Path, missing_ok: bool = False) -> None:
+        if path.parent.name == "step_00000001":
+            raise PermissionError(13, "Permission denied")
+        unlink(path, missing_ok)
 
     monkeypatch.setattr(Path, "unlink", refused)
     assert publish(tmp_path, 2, keep=1).name == "step_00000002"
