@@ -98,7 +98,8 @@ class Saver:
             copy_failed: is told, on the first rank, of the step of a checkpoint that could not be copied, and why.
         """
         self._checkpoints, self._pieces, self._ema, self._layout, self._device = checkpoints, pieces, ema, layout, device
-        self._stage, self._fence, self._token = stage, fence, "" if fence is None else fence.token
+        self._stage, self._token = stage, "" if fence is None else fence.token
+        self._check_fence = _nothing if fence is None else fence.check
         self._parameters = {name: each for part in gather_objects(_parameters(pieces)) for name, each in part.items()}
         self._host: dict[str, Tensor] = {}
         self._pending: _Pending | None = None
@@ -117,8 +118,7 @@ class Saver:
         began, step = time.perf_counter(), progress["optimizer_step"]
         with self._abandoned_on_failure(step), all_or_none(self._checkpoints.root):
             if self._layout.leads:
-                if self._fence is not None:
-                    self._fence.check()
+                self._check_fence()
                 checkpoint.begin(self._checkpoints, step, self._token)
         trained = _trained(self._pieces, self._ema)
         if self._stage.checkpoint.asynchronous:
@@ -162,14 +162,12 @@ class Saver:
                     manifest = CheckpointManifest(
                         self._stage.name, self._parameters, profiles, pending.progress, pending.config, files
                     )
-                    if self._fence is not None:
-                        self._fence.check()
+                    self._check_fence()
                     checkpoint.publish(self._checkpoints, pending.step, manifest, self._stage.checkpoint, self._token)
         now = time.perf_counter()
         folder = self._checkpoints.step(pending.step)
         if self._remote is not None:
-            check = _nothing if self._fence is None else self._fence.check
-            copy = self._copier.submit(self._remote.copy, folder, pending.config, self._stage.checkpoint, check)
+            copy = self._copier.submit(self._remote.copy, folder, pending.config, self._stage.checkpoint, self._check_fence)
             self._copy = pending.step, copy
         return Published(folder, pending.step, pending.stalled_s + now - since, now - pending.began)
 
@@ -182,8 +180,7 @@ class Saver:
         self._end_copy()
         with all_or_none(self._checkpoints.root):
             if self._layout.leads:
-                if self._fence is not None:
-                    self._fence.check()
+                self._check_fence()
                 checkpoint.point_latest(self._checkpoints, folder)
         if self._remote is not None:
             self._copy = 0, self._copier.submit(self._remote.point_latest, folder)
