@@ -18,6 +18,7 @@ from megadiff.diffusion.process import Losses, NoisedState
 from megadiff.types import Dense
 
 BETA_START, BETA_END, DISCRETE_STEPS = 0.00085, 0.012, 1000
+VELOCITY_WEIGHT_CAP = 400.0
 SMALLEST_DIVISOR = 1e-3
 """Nothing is divided by an alpha (the flow and the cosine at t = 1) or a sigma (t = 0) below this."""
 
@@ -102,9 +103,20 @@ class Gaussian:
     def losses(self, prediction: Tensor, noised: NoisedState, times: Tensor, *, exact: bool = False) -> Losses:
         """Squared error, weighted in time where the configuration asks for it; `exact`: unweighted."""
         errors = (prediction.float() - noised.target.float()).square().flatten(1).sum(1)
-        if self.config.loss_weight == "min_snr" and not exact:
-            errors = errors * self.min_snr_weight(times)
+        match self.config.loss_weight:
+            case "min_snr" if not exact:
+                errors = errors * self.min_snr_weight(times)
+            case "velocity" if not exact:
+                errors = errors * self.velocity_weight(times)
         return Losses(errors, self.counts(noised))
+
+    def velocity_weight(self, times: Tensor) -> Tensor:
+        """[B]: the weight of the clean state's squared error that gives the velocity's, (1 + alpha / sigma)^2, up to 400.
+
+        The cap is met at sigma / (alpha + sigma) = 0.05. Source: Li and He, "Back to Basics", arXiv 2511.13720.
+        """
+        alpha, sigma = self.alpha(times), self.sigma(times)
+        return ((alpha + sigma) / sigma.clamp_min(1e-6)).square().clamp_max(VELOCITY_WEIGHT_CAP)
 
     def min_snr_weight(self, times: Tensor) -> Tensor:
         """[B]: the weight of the target's squared error that gives the clean state's min(SNR, gamma); SNR = (alpha / sigma)^2.

@@ -29,6 +29,7 @@ def test_a_value_out_of_its_bounds_is_named(tmp_path: Path, override: str, reaso
     [
         ({"model__modalities__image__process": {"kind": "gaussian", "schedule": "vp", "shift": 2.0}}, "shift belongs to"),
         ({"model__modalities__image__process": {"kind": "gaussian", "loss_weight": "min_snr"}}, "use logit_normal times"),
+        ({"model__modalities__image__process": {"kind": "gaussian", "loss_weight": "velocity"}}, "belongs to target clean"),
         ({"model__modalities__text__process": {"kind": "masked", "mask_class": True}}, "mask_class is part of the plain loss"),
         ({"model__modalities__text__process": {"kind": "gaussian"}}, "a tokens space takes a masked or uniform process"),
         ({"model__modalities__text__process": {"kind": "masked", "padding": "pad_id"}}, "and the space has no pad_id"),

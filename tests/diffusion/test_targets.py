@@ -110,6 +110,20 @@ def test_min_snr_weighs_every_target_as_min_snr_gamma_does_the_clean_state(sched
     torch.testing.assert_close(process.losses(prediction, noised, times, exact=True).sums, unweighted)
 
 
+@pytest.mark.parametrize("schedule", GAUSSIAN_SCHEDULES)
+def test_velocity_weighs_the_clean_state_as_a_network_of_velocities_would(schedule):
+    process = gaussian(schedule, "clean", loss_weight="velocity")
+    times = torch.linspace(0.2, 1.0, 40)
+    clean, noise = torch.randn(40, 1, 1, 2), torch.randn(40, 1, 1, 2)
+    state = wide(process.alpha(times)) * clean + wide(process.sigma(times)) * noise
+    prediction = clean + 0.1 * torch.randn_like(clean)
+    expected = (process.slope(prediction, state, times) - (noise - clean)).square().flatten(1).sum(1)
+    torch.testing.assert_close(
+        process.losses(prediction, NoisedState(state, clean), times).sums, expected, rtol=2e-3, atol=1e-5
+    )
+    assert process.velocity_weight(torch.tensor([0.0])) == 400  # never unbounded
+
+
 # --------------------------------------------------------------------------------------------------------- categorical
 
 

@@ -79,8 +79,9 @@ class GaussianProcess(Section):
     """The network's prediction: the noise; the clean state; alpha * noise - sigma * clean; noise - clean."""
     clock: Literal["time", "std"] = "time"
     """The network's time input: t, or the marginal standard deviation sigma(t) (the paper's network)."""
-    loss_weight: Literal["uniform", "min_snr"] = "uniform"
-    """min_snr: the squared error of the clean state weighs min(alpha^2 / sigma^2, min_snr_gamma) (arXiv 2303.09556)."""
+    loss_weight: Literal["uniform", "min_snr", "velocity"] = "uniform"
+    """min_snr: the squared error of the clean state weighs min(alpha^2 / sigma^2, min_snr_gamma) (arXiv 2303.09556); velocity,
+    for target clean: it weighs what the velocity's would, near t = 0 400 at most (arXiv 2511.13720)."""
     min_snr_gamma: Annotated[float, Field(gt=0)] = 5.0
 
     @model_validator(mode="after")
@@ -90,6 +91,8 @@ class GaussianProcess(Section):
             raise ValueError(f"shift belongs to the rectified_flow schedule, not to {self.schedule}")
         if self.loss_weight == "min_snr" and flow:
             raise ValueError("min_snr weights the vp and cosine schedules; for rectified_flow use logit_normal times")
+        if self.loss_weight == "velocity" and self.target != "clean":
+            raise ValueError(f"loss_weight velocity belongs to target clean, not to {self.target}")
         return self
 
 
