@@ -11,7 +11,7 @@ from megadiff import rng
 from megadiff.kernels.head_draw import draw_rows, head_draw
 from megadiff.kernels.head_draw.reference import ROWS_AT_ONCE, TILE
 from megadiff.types import DrawRule, RowKeys
-from tests.kernels.harness import DTYPES, TOLERANCES, assert_agrees, implementations, numbers, poison
+from tests.kernels.harness import DTYPES, TOLERANCES, assert_agrees, numbers, poison
 
 COUNT = 20_000
 UNIFORMS = rng.uniform(rng.sample_keys(5, torch.arange(COUNT)), "draw", dtype=torch.float64)
@@ -142,9 +142,8 @@ def naive_draw(hidden, weight, bias, rows, weights, keys, rule):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rule", [DrawRule(), DrawRule(temperature=0.6, top_k=3)], ids=str)
 @pytest.mark.parametrize(("branches", "vocabulary"), [(1, 5), (1, 2 * TILE + 3), (2, 41), (3, TILE)])
-@pytest.mark.parametrize("run", implementations("head_draw"))
 @torch.no_grad()
-def test_head_draw_draws_what_a_naive_loop_draws_with_the_same_keys(run, branches, vocabulary, rule, dtype):
+def test_head_draw_draws_what_a_naive_loop_draws_with_the_same_keys(branches, vocabulary, rule, dtype):
     batch, length, width, count = 3 * branches, 7, 9, 17
     rows = torch.randperm(3 * length)[:count] + torch.arange(branches)[:, None] * 3 * length
     unread = torch.ones(batch * length, dtype=torch.bool)
@@ -156,4 +155,4 @@ def test_head_draw_draws_what_a_naive_loop_draws_with_the_same_keys(run, branche
     keys = RowKeys(rng.sample_keys(3, rows[0] // length), "words token", rows[0] % length)
     # Inputs are rounded to bfloat16 alike for both, and nothing after them is.
     tolerance = 20 * TOLERANCES[torch.float32]
-    assert_agrees(run, naive_draw, hidden, weight, bias, rows, weights, keys, rule, tolerance=tolerance)
+    assert_agrees(head_draw, naive_draw, hidden, weight, bias, rows, weights, keys, rule, tolerance=tolerance)
