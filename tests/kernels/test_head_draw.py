@@ -11,7 +11,7 @@ from megadiff import rng
 from megadiff.kernels.head_draw import draw_rows, head_draw, row_uniforms
 from megadiff.kernels.head_draw.reference import PRODUCT_ROWS, ROWS_AT_ONCE, TILE, draw_with
 from megadiff.types import DrawRule, RowKeys, TokenDraws
-from tests.kernels.harness import DTYPES, TOLERANCES, assert_agrees, implementations, numbers, poison
+from tests.kernels.harness import DTYPES, TOLERANCES, assert_agrees, numbers, poison
 
 COUNT = 20_000
 
@@ -131,15 +131,14 @@ def test_rows_are_drawn_from_the_head_at_those_rows_whatever_the_chunk():
     torch.testing.assert_close(drawn.entropy, wanted.entropy)
 
 
-@pytest.mark.parametrize("run", implementations("head_draw"))
-def test_a_rows_draw_is_the_same_to_the_bit_alone_and_among_any_others(run):
+def test_a_rows_draw_is_the_same_to_the_bit_alone_and_among_any_others():
     """A library sums in another order for another number of rows; so the product has always the same number."""
     hidden, weight, bias = torch.randn(1, 3 * PRODUCT_ROWS, 96), torch.randn(1000, 96) / 4, torch.randn(1000)
     keys = keys_of(3 * PRODUCT_ROWS)
 
     def drawn(rows: torch.Tensor) -> TokenDraws:
         own = RowKeys(keys.keys[rows], keys.purpose, keys.places[rows])
-        return run(hidden, weight, bias, rows[None], torch.ones(1, len(rows)), own, DrawRule(min_p=0.01))
+        return head_draw(hidden, weight, bias, rows[None], torch.ones(1, len(rows)), own, DrawRule(min_p=0.01))
 
     every = drawn(torch.arange(3 * PRODUCT_ROWS))
     for rows in (torch.tensor([150]), torch.tensor([5, 70, 6]), torch.randperm(3 * PRODUCT_ROWS)[: PRODUCT_ROWS + 1]):
@@ -193,9 +192,8 @@ RULES = [DrawRule(), DrawRule(temperature=0.6, top_k=3), DrawRule(temperature=1.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize(("branches", "vocabulary"), [(1, 5), (1, 2 * TILE + 3), (2, 41), (3, TILE)])
-@pytest.mark.parametrize("run", implementations("head_draw"))
 @torch.no_grad()
-def test_head_draw_draws_what_a_naive_loop_draws_with_the_same_keys(run, branches, vocabulary, rule, dtype):
+def test_head_draw_draws_what_a_naive_loop_draws_with_the_same_keys(branches, vocabulary, rule, dtype):
     batch, length, width, count = 3 * branches, 7, 9, 17
     rows = torch.randperm(3 * length)[:count] + torch.arange(branches)[:, None] * 3 * length
     unread = torch.ones(batch * length, dtype=torch.bool)
@@ -207,4 +205,4 @@ def test_head_draw_draws_what_a_naive_loop_draws_with_the_same_keys(run, branche
     keys = RowKeys(rng.sample_keys(3, rows[0] // length), "words token", rows[0] % length)
     # Inputs are rounded to bfloat16 alike for both, and nothing after them is.
     tolerance = 20 * TOLERANCES[torch.float32]
-    assert_agrees(run, naive_draw, hidden, weight, bias, rows, weights, keys, rule, tolerance=tolerance)
+    assert_agrees(head_draw, naive_draw, hidden, weight, bias, rows, weights, keys, rule, tolerance=tolerance)
