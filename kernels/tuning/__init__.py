@@ -8,7 +8,8 @@ is no table yet: every kernel runs with its defaults, which are chosen by the co
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,15 @@ Config = Mapping[str, int]
 Defaults = Mapping[int, Config]
 """By architecture (80, 90, ...; a GPU takes the newest that is not above it); 0: Triton's interpreter."""
 TABLES = Path(__file__).parent
+_assumed: Target | None = None
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
+
+
+class Target(NamedTuple):
+    """What kernels are compiled for: an architecture (0: Triton's interpreter) and, if it is known, torch's name of the GPU."""
+
+    architecture: int
+    gpu: str = ""
 
 
 class Entry(NamedTuple):
@@ -33,6 +42,7 @@ class Entry(NamedTuple):
         bucket: what of the shape matters, as the op's triton.py names it, such as "d64".
         dtype: such as "bfloat16".
         gpu: torch's name of the GPU.
+        architecture: its own, 80, 90, ...
         triton, ptxas: versions.
         config: the fastest one.
     """
@@ -41,6 +51,7 @@ class Entry(NamedTuple):
     bucket: str
     dtype: str
     gpu: str
+    architecture: int
     triton: str
     ptxas: str
     config: dict[str, int]
@@ -54,10 +65,20 @@ def entries() -> tuple[Entry, ...]:
 
 
 def configuration(kernel: str, bucket: str, dtype: torch.dtype, device: torch.device, defaults: Defaults) -> Config:
-    """The configuration of a kernel on a device."""
-    if device.type != "cuda":
-        return defaults[0]
-    return _configuration(kernel, bucket, dtype, device.index) or _newest(defaults, architecture(device.index))
+    """The configuration of a kernel on a device: its entry in a table, else a default."""
+    target = _assumed or (_target(device.index) if device.type == "cuda" else Target(0))
+    return _measured(kernel, bucket, str(dtype).removeprefix("torch."), target) or _default(defaults, target.architecture)
+
+
+@contextmanager
+def assumed(target: Target) -> Iterator[None]:
+    """Configurations are those of a target, whatever the device, so that kernels can be compiled without it."""
+    global _assumed
+    before, _assumed = _assumed, target
+    try:
+        yield
+    finally:
+        _assumed = before
 
 
 def options(config: Config) -> dict[str, int]:
@@ -66,17 +87,16 @@ def options(config: Config) -> dict[str, int]:
 
 
 @lru_cache(maxsize=8)
-def architecture(index: int | None) -> int:
-    """Of a GPU: 80, 90, ..."""
+def _target(index: int | None) -> Target:
     major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
+    return Target(10 * major + minor, torch.cuda.get_device_name(index))
 
 
 @lru_cache(maxsize=256)
-def _configuration(kernel: str, bucket: str, dtype: torch.dtype, index: int | None) -> Config | None:
-    key = (kernel, bucket, str(dtype).removeprefix("torch."), torch.cuda.get_device_name(index), *toolchain.toolchain())
-    return next((entry.config for entry in entries() if entry[:6] == key), None)
+def _measured(kernel: str, bucket: str, dtype: str, target: Target) -> Config | None:
+    key = (kernel, bucket, dtype, target.gpu, target.architecture, *toolchain.toolchain())
+    return next((entry.config for entry in entries() if entry[:7] == key), None) if target.gpu else None
 
 
-def _newest(defaults: Defaults, limit: int) -> Config:
-    return defaults[max(architecture for architecture in defaults if 0 < architecture <= limit)]
+def _default(defaults: Defaults, limit: int) -> Config:
+    return defaults[max(each for each in defaults if each <= limit and bool(each) == bool(limit))]

@@ -173,13 +173,13 @@ def dispatch_check(monkeypatch, twin):
 
 
 def test_a_table_s_entry_holds_for_its_gpu_and_versions_only_and_defaults_elsewhere(monkeypatch, tmp_path):
-    entry = tuning.Entry("op.forward", "d64", "bfloat16", "GPU", *GOOD, {"queries": 128})
+    entry = tuning.Entry("op.forward", "d64", "bfloat16", "GPU", 89, *GOOD, {"queries": 128})
     (tmp_path / "GPU.json").write_text(json.dumps([entry._asdict()]))
     monkeypatch.setattr(tuning, "TABLES", tmp_path)
     monkeypatch.setattr(toolchain, "toolchain", lambda: GOOD)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 9))
-    caches = tuning.entries, tuning._configuration, tuning.architecture
+    caches = tuning.entries, tuning._measured, tuning._target
 
     def chosen(**changes):
         for cache in caches:
