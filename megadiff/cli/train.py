@@ -44,7 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
         from megadiff.evaluation.build import callbacks
         from megadiff.training.loop import train_stage
 
-        train_stage(loaded, stage.name, tree, callbacks(loaded, stage))
+        found = callbacks(loaded, stage)
+        train_stage(loaded, stage.name, tree, found, [name for each in found for name in each.measures])
     except (UserError, OSError) as error:  # a full disk above all, and it names the file
         # The terminal gets it once, below or from the launcher.
         logging.getLogger("megadiff").info("stopped: %s", error, exc_info=isinstance(error, OSError))
