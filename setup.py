@@ -22,7 +22,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["megadiff", "megadiff.*"]),
-    package_data={"megadiff": ["py.typed"]},
+    package_data={"megadiff": ["py.typed"], "megadiff.kernels.tuning": ["*.json"]},
     entry_points={"console_scripts": ["megadiff = megadiff.cli.main:main"]},
     install_requires=[
         "torch>=2.11",

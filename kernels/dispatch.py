@@ -1,9 +1,14 @@
 """Which implementation of an op runs: the reference, or its Triton twin if there is one that takes the arguments.
 
-A twin is the file kernels/<folder>/triton.py. It has a function of the op's name for some ops of the folder, and
-`refusal(op, *arguments)`, which gives the reason why it cannot take such arguments (device, dtype, shape), or None. The
-environment variable MEGADIFF_KERNELS=reference|triton decides for all ops; if it is not set, a twin runs wherever it can. The
-choice and its reason are logged once per op.
+A twin is the file kernels/<folder>/op.py, which registers with torch what the kernels of triton.py do. It has, for some ops of
+the folder, a function of the op's name, and
+
+    refusal(op, *arguments) -> str | None    why it cannot take such arguments (`toolchain.unfit`; shape), or None
+    example(op, device) -> tuple             small arguments for the check at start-up, with requires_grad where it applies
+
+By default twins run on GPUs, for which toolchain's versions are known to be right, and after the check: outputs and gradients
+of the example equal the reference's. On a CPU, or with MEGADIFF_KERNELS=reference, references run; MEGADIFF_KERNELS=triton
+requires kernels, on a CPU in Triton's interpreter. The choice and its reason are logged once per op.
 """
 
 from __future__ import annotations
@@ -14,11 +19,18 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import torch
+
+from megadiff.kernels import agreement, toolchain
 
 P = ParamSpec("P")
 R = TypeVar("R")
 VARIABLE, KINDS = "MEGADIFF_KERNELS", ("reference", "triton")
+CHECK_LIMIT = 0.02
+"""Relative error that the check at start-up allows: bfloat16 stays below it, wrong code is of the order of 1."""
 log = logging.getLogger(__name__)
 
 
@@ -58,14 +70,14 @@ def dispatched(reference: Callable[P, R]) -> Callable[P, R]:
             return reference(*arguments, **keywords)
         refusal = twin.refusal(op, *arguments, **keywords)
         if refusal is None:
-            _say(op, "triton", "it takes these arguments")
+            say(op, "triton", "it takes these arguments")
             result: R = twin.run(*arguments, **keywords)
             return result
         if twin.must:
             raise ValueError(
                 f"{VARIABLE} is triton, but {op} cannot run so: {refusal}; unset it to let the reference run there"
             )
-        _say(op, "reference", refusal)
+        say(op, "reference", refusal)
         return reference(*arguments, **keywords)
 
     return run
@@ -75,31 +87,65 @@ def settle() -> None:
     """Decide for every op now, not at its first call.
 
     Raises:
-        ValueError: the environment variable is neither of its two values, or requires a kernel that does not exist.
+        ValueError: the environment variable is neither of its two values, or requires a kernel that does not exist or that
+            cannot run here.
     """
     for op in _OPS:
         if op not in _TWINS:
             _decide(op)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def say(op: str, kind: str, why: str) -> None:
+    """Log once which implementation of an op runs, and why."""
+    if (op, kind) not in _LOGGED:
+        _LOGGED.add((op, kind))
+        log.info("%s: %s runs (%s)", op, kind, why)
+
+
 def _decide(op: str) -> Twin | None:
     kind = os.environ.get(VARIABLE, "")
     if kind not in ("", *KINDS):
         raise ValueError(f"{VARIABLE} ({kind}) must be {' or '.join(KINDS)}, or unset")
-    file = f"{_OPS[op].__module__.rpartition('.')[0]}.triton"
-    module = None if kind == "reference" or importlib.util.find_spec(file) is None else importlib.import_module(file)
-    run = getattr(module, op, None)
-    if module is None or run is None:
-        if kind == "triton":
-            raise ValueError(f"{VARIABLE} is triton, but {op} has no Triton kernel yet; unset it, or set it to reference")
-        _say(op, "reference", f"{VARIABLE} says so" if kind else "it has no Triton kernel yet")
-        _TWINS[op] = None
+    if kind == "reference":
+        _reference(op, f"{VARIABLE} says so")
         return None
-    twin = _TWINS[op] = Twin(run, module.refusal, must=kind == "triton")
+    module, fault = _twin(op, required=kind == "triton")
+    if module is None or fault is not None:
+        if kind == "triton":
+            raise ValueError(f"{VARIABLE} is triton, but {op} cannot run so: {fault}; unset it, or set it to reference")
+        _reference(op, str(fault))
+        return None
+    twin = _TWINS[op] = Twin(getattr(module, op), module.refusal, must=kind == "triton")
     return twin
 
 
-def _say(op: str, kind: str, why: str) -> None:
-    if (op, kind) not in _LOGGED:
-        _LOGGED.add((op, kind))
-        log.info("%s: %s runs (%s)", op, kind, why)
+def _reference(op: str, why: str) -> None:
+    say(op, "reference", why)
+    _TWINS[op] = None
+
+
+def _twin(op: str, required: bool) -> tuple[ModuleType | None, str | None]:
+    """An op's twin, and why it must not run here; Triton's interpreter is for tests, so it must be `required`."""
+    file = f"{_OPS[op].__module__.rpartition('.')[0]}.op"
+    if importlib.util.find_spec(file) is None:
+        return None, "it has no Triton kernel yet"
+    if toolchain.interpreted() and not required:
+        return None, f"kernels run in Triton's interpreter only if {VARIABLE} is triton"
+    if (fault := toolchain.fault()) is not None:
+        return None, fault
+    module = importlib.import_module(file)
+    if not hasattr(module, op):
+        return None, "it has no Triton kernel yet"
+    return module, None if toolchain.interpreted() else _check(op, module)
+
+
+def _check(op: str, module: ModuleType) -> str | None:
+    """What is wrong with the numbers of an op's kernels on this GPU, or None."""
+    example = module.example(op, torch.device("cuda"))
+    with torch.enable_grad():
+        actual = agreement.outcome(getattr(module, op), example)
+        expected = agreement.outcome(_OPS[op], agreement.converted(example, torch.float32))
+    errors = agreement.relative_errors(actual, expected)
+    wrong = {name: error for name, error in errors.items() if not error <= CHECK_LIMIT}
+    return f"the check at start-up gives relative errors of {wrong}, above {CHECK_LIMIT}" if wrong else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megadiff.config.errors import UserError
+from megadiff.config.jobs import FAILED_AT
 from megadiff.config.run_folder import Incident, IncidentKind
 from megadiff.config.schema import Run, Stage
 from megadiff.launcher import children, folder
@@ -92,7 +94,8 @@ def _train(plan: Plan, stage: Stage, lock: int, signals: Signals) -> int:
     paths = plan.run.paths.stage(stage.name)
     paths.root.mkdir(parents=True, exist_ok=True)
     paths.error.unlink(missing_ok=True)
-    ranks = Command(plan.command(stage, free_port()), {**plan.environment, ERROR_FILE: str(paths.error)})
+    variables = {ERROR_FILE: str(paths.error), FAILED_AT: str(_failed_at(plan.run, stage))}
+    ranks = Command(plan.command(stage, free_port()), {**plan.environment, **variables})
     (code,) = children.run([ranks], signals, keep=[lock])
     if signals.received:
         _complain(f"interrupted in stage {stage.name}; the same command goes on from its newest checkpoint")
@@ -113,6 +116,14 @@ def _was_asked_to_stop(run: Run, stage: Stage) -> bool:
     """Whether ranks that have ended well ended before the stage did, by RUN/STOP."""
     last = Incident.newest(run.paths.incidents)
     return last is not None and (last.kind, last.stage) == (IncidentKind.STOP, stage.name)
+
+
+def _failed_at(run: Run, stage: Stage) -> int:
+    """The step at which the last ranks of a stage ended, unless they were asked to stop; 0 if there were none."""
+    if _was_asked_to_stop(run, stage):
+        return 0
+    heartbeats = run.paths.stage(stage.name).heartbeats.glob("rank_*.json")
+    return max((json.loads(path.read_text(encoding="utf-8"))["step"] for path in heartbeats), default=0)
 
 
 def _complain(message: str) -> None:

@@ -112,7 +112,7 @@ def _settings(cluster: Slurm, job: Job) -> str:
     ]
     if job.stage:
         files = {"done_file": job.stage.done, "stop_file": job.stage.of.stop, "attempts": job.stage.attempts}
-        files |= {"heartbeats": job.stage.heartbeats, "logs": job.stage.logs}
+        files |= {"heartbeats": job.stage.heartbeats, "logs": job.stage.logs, "incidents": job.stage.of.incidents}
         lines += [f"{name}={shlex.quote(str(path))}" for name, path in files.items()]
         lines += [f"attempt={shlex.quote(Attempt.FORM)} key={shlex.quote(Attempt.KEY)} restarts={cluster.restarts}"]
     return "\n".join(lines)
@@ -188,6 +188,7 @@ fi
 failed_at=0
 if tail -n 1 "$attempts" 2> /dev/null | grep -qF "$(printf "$key" "$SLURM_JOB_ID" failed)"; then failed_at=$(reached); fi
 rm -f "$heartbeats"/rank_*.json
+export MEGADIFF_FAILED_AT="$failed_at"
 record started 0
 turn=$(count started)
 # Attempts that failed or were cut off, and this one. Slurm itself requeues a job that loses a node.
@@ -230,7 +231,7 @@ fi
 step=$(reached)
 if ((step > 0 && step == failed_at)); then
     record stuck "$code"
-    say "the ranks have failed at step $step twice in a row, so they are not started again; see $logs"
+    say "the ranks have failed at step $step twice in a row; see $logs, and for the samples of the step $incidents"
     exit 3
 fi
 if ((unplanned > restarts)); then give_up "$code"; fi

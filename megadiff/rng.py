@@ -110,17 +110,6 @@ def uniform(keys: Tensor, purpose: str, shape: Sequence[int] = (), *, dtype: tor
     return numbers.flatten(1)[:, :count].reshape(len(keys), *shape)
 
 
-def uniform_at(keys: Tensor, purpose: str, places: Tensor) -> Tensor:
-    """float64 [R]: one of the float64 numbers that `uniform` gives for each key; the others are not made.
-
-    Args:
-        keys: int64 [R]; the same one may stand in several rows.
-        places: int64 [R], where that number is in the flattened shape.
-    """
-    pairs = _from_52_bits(_words(keys, purpose, (places // 2)[:, None]))[:, 0]
-    return pairs.gather(1, (places % 2)[:, None])[:, 0]
-
-
 def _from_52_bits(words: Tensor) -> Tensor:
     """Pairs of words, int64 [..., 4], as float64 [..., 2] in (0, 1)."""
     bits = ((words[..., 0::2] >> 6) << 26) | (words[..., 1::2] >> 6)

@@ -194,12 +194,12 @@ class DrawRule(NamedTuple):
 
 
 class RowKeys(NamedTuple):
-    """The random number of each of R rows, as arguments of `rng.uniform_at`.
+    """The random numbers of each of R rows: those of the key `rng.fold(keys, places)`.
 
     Attributes:
         keys: int64 [R], the key of each row's sample (and step).
         purpose: a few words.
-        places: int64 [R], the index of each row's number among its sample's.
+        places: int64 [R], the position of each row in its sample.
     """
 
     keys: Tensor

@@ -116,11 +116,3 @@ def test_keys_differ_for_any_difference_in_seed_epoch_or_sample():
     assert len(keys.unique()) == len(keys)
     assert (keys >= 0).all()
     assert torch.equal(rng.sample_keys(1, 2, index)[17:18], rng.sample_keys(1, 2, index[17:18]))
-
-
-def test_one_number_at_a_place_is_the_one_among_all():
-    keys = rng.sample_keys(1, torch.arange(6))
-    every = rng.uniform(keys, "place", (3, 5), dtype=torch.float64).flatten(1)
-    samples, places = torch.tensor([5, 0, 0, 3, 5]), torch.tensor([14, 0, 7, 1, 2])
-    assert torch.equal(rng.uniform_at(keys[samples], "place", places), every[samples, places])
-    assert rng.uniform_at(keys[:0], "place", places[:0]).shape == (0,)

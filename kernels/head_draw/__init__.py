@@ -2,8 +2,8 @@
 
 from megadiff.kernels.dispatch import dispatched
 from megadiff.kernels.head_draw import reference
-from megadiff.kernels.head_draw.reference import draw_rows
+from megadiff.kernels.head_draw.reference import draw_rows, row_uniforms
 
-__all__ = ["draw_rows", "head_draw"]
+__all__ = ["draw_rows", "head_draw", "row_uniforms"]
 
 head_draw = dispatched(reference.head_draw)

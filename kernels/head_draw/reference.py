@@ -1,10 +1,11 @@
 """The reference for token draws: plain torch, float32 logits, a chunk of rows at a time.
 
-Legend: B samples, S positions, D width, V vocabulary, R rows, K branches of guidance.
+Legend: B samples, S positions, D width, V vocabulary, R rows, K branches of guidance, T tiles of the vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -15,8 +16,10 @@ from megadiff import rng
 from megadiff.types import DrawRule, RowKeys, TokenDraws
 
 ROWS_AT_ONCE = 512
+PRODUCT_ROWS = 64
+"""Rows of one matrix product, padded with zeros: a library picks its order of summation by the number of rows."""
 TILE = 128
-"""Tokens per tile; probabilities are summed within tiles, then over them. The draws depend on it, so do not tune it."""
+"""Tokens per tile: the draws depend on it, so do not tune it."""
 
 
 def head_draw(
@@ -33,8 +36,8 @@ def head_draw(
         bias: [V] or None.
         rows: int64 [K, R], indices into the flattened [B * S] positions.
         weights: float32 [K, R], columns adding up to 1.
-        keys: the random number of each row.
-        rule: see `draw_rows`.
+        keys: the random numbers of each row.
+        rule: see `draw_with`.
     """
     head = weight.float(), None if bias is None else bias.float()
     return draw_by_chunks(hidden, lambda mixed: F.linear(mixed, *head), rows, weights, keys, rule)
@@ -46,74 +49,81 @@ def draw_by_chunks(
     """`head_draw` with any linear head.
 
     Args:
-        logits_of: from the mixed hidden states of a chunk of rows, float32 [r, D], to their logits, float32 [r, V].
+        logits_of: from the mixed hidden states of `PRODUCT_ROWS` rows, float32 [r, D], to their logits, float32 [r, V].
     """
     flat = hidden.flatten(0, 1)
     parts = []
     for start in range(0, max(rows.shape[1], 1), ROWS_AT_ONCE):
         part = slice(start, start + ROWS_AT_ONCE)
-        branches = flat[rows[:, part].flatten()].float().view(*rows[:, part].shape, hidden.shape[-1])
-        mixed = branches[0] if len(branches) == 1 else (branches * weights[:, part, None]).sum(0)
-        uniforms = rng.uniform_at(keys.keys[part], keys.purpose, keys.places[part])
-        parts.append(draw_rows(logits_of(mixed), uniforms, *rule))
+        mixed = mixed_rows(flat, rows[:, part], weights[:, part])
+        padded = F.pad(mixed, (0, 0, 0, -len(mixed) % PRODUCT_ROWS))
+        logits = torch.cat([logits_of(chunk) for chunk in torch.split(padded, PRODUCT_ROWS)])[: len(mixed)]
+        parts.append(draw_rows(logits, RowKeys(keys.keys[part], keys.purpose, keys.places[part]), rule))
     return TokenDraws(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def draw_rows(
-    logits: Tensor,
-    uniforms: Tensor,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-) -> TokenDraws:
-    """One token per row of float32 logits [R, V], by the inverse distribution function, summed in float64.
+def mixed_rows(flat: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """float32 [R, D]: the sum over branches of weight x hidden state, of rows int64 [K, R] of [B * S, D]."""
+    branches = flat[rows.flatten()].float().view(*rows.shape, flat.shape[-1])
+    return branches[0] if len(branches) == 1 else (branches * weights[..., None]).sum(0)
 
-    Gumbel noise in float32 lowers the temperature (Zheng et al., arXiv 2409.02908); one float64 uniform per row does not.
-    Log-probability, entropy and margin are of the distribution before temperature and truncation.
+
+def draw_rows(logits: Tensor, keys: RowKeys, rule: DrawRule) -> TokenDraws:
+    """One token per row of float32 logits [R, V]; see `draw_with`."""
+    return draw_with(logits, row_uniforms(keys, logits.shape[1]), rule)
+
+
+def row_uniforms(keys: RowKeys, vocabulary: int) -> Tensor:
+    """float64 [R, T, 2] in (0, 1): for each row and tile one number for the choice of the tile, one for that within it."""
+    return rng.uniform(rng.fold(keys.keys, keys.places), keys.purpose, (-(-vocabulary // TILE), 2), dtype=torch.float64)
+
+
+def draw_with(logits: Tensor, uniforms: Tensor, rule: DrawRule) -> TokenDraws:
+    """One token per row of float32 logits [R, V], exactly, in two levels: Gumbel-max over tiles, the inverse within one.
+
+    A tile is chosen with its share of the probability, a token with its share of the tile's. Log-probability, entropy and
+    margin are of the distribution before temperature and truncation. `top_k`, `top_p` of what that leaves, and `min_p` keep
+    ties: more tokens if equal.
 
     Args:
-        uniforms: float64 [R] in (0, 1).
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: number of likeliest tokens to draw among (more if equal); 0 is all.
-        top_p: total probability that the likeliest of those must reach, to draw among (more if equal).
-        min_p: smallest probability of a token to draw, as a share of the likeliest one's, after the temperature.
+        uniforms: see `row_uniforms`.
+        rule: temperature 0 takes the likeliest token.
     """
-    logs = logits.float().log_softmax(-1)
+    logits = logits.float()
+    logs = logits.log_softmax(-1)
     shares = logs.exp()
     entropy = -torch.special.xlogy(shares, shares).sum(-1)
-    truncation = top_k, top_p, min_p
-    ids = logs.argmax(-1) if temperature == 0 else _inverse(_shares(logs, temperature, *truncation), uniforms)
+    ids = logits.argmax(-1) if rule.temperature == 0 else _two_level(logits, uniforms, rule)
     best = shares.topk(min(2, shares.shape[1])).values
     margin = best[:, 0] - best[:, 1:].sum(-1)
     return TokenDraws(ids, logs.gather(1, ids[:, None])[:, 0], entropy, margin)
 
 
-def _shares(logs: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """Probabilities up to a factor, float32 [R, V]."""
-    if temperature != 1:
-        logs = (logs - logs.amax(-1, keepdim=True)) / temperature
-    if 0 < top_k < logs.shape[1]:
-        logs = logs.masked_fill(logs < logs.topk(top_k).values[:, -1:], -torch.inf)
-    if top_p < 1:
-        ordered = logs.softmax(-1).sort(-1, descending=True).values
-        before = ordered.double().cumsum(-1) - ordered
-        least = torch.where(before < top_p, ordered, torch.inf).amin(-1, keepdim=True)
-        logs = logs.masked_fill(logs.softmax(-1) < least, -torch.inf)
-    shares = (logs - logs.amax(-1, keepdim=True)).exp()
-    return shares.masked_fill(shares < min_p, 0)
+def _two_level(logits: Tensor, uniforms: Tensor, rule: DrawRule) -> Tensor:
+    vocabulary = logits.shape[1]
+    kept = logits.masked_fill(logits < _least_logit(logits, rule), -torch.inf)
+    tiles = F.pad(kept, (0, -vocabulary % TILE), value=-torch.inf).view(len(logits), -(-vocabulary // TILE), TILE)
+    # A tile without a token that may be drawn has a finite top too: it has no share, and not NaN.
+    tops = tiles.amax(-1).clamp_min(torch.finfo(torch.float32).min)
+    shares = ((tiles - tops[..., None]) / rule.temperature).exp()
+    logs = (tops - tops.amax(-1, keepdim=True)) / rule.temperature + shares.sum(-1).log()
+    tile = (logs - (-uniforms[..., 0].log()).log()).argmax(-1, keepdim=True)
+    ends = shares.take_along_dim(tile[..., None], 1)[:, 0].double().cumsum(-1)
+    target = uniforms[..., 1].gather(1, tile) * ends[:, -1:]
+    return tile[:, 0] * TILE + (ends <= target).sum(-1)
 
 
-def _inverse(shares: Tensor, uniforms: Tensor) -> Tensor:
-    """The first index at which the cumulative share exceeds uniform x total; first among tiles, then within one."""
-    vocabulary = shares.shape[1]
-    tiles = F.pad(shares, (0, -vocabulary % TILE)).view(len(shares), -(-vocabulary // TILE), TILE)
-    ends = tiles.sum(-1, dtype=torch.float64).cumsum(-1)
-    target = uniforms[:, None] * ends[:, -1:]
-    tile = torch.searchsorted(ends, target, right=True).clamp_max(ends.shape[1] - 1)
-    before = torch.where(tile > 0, ends.gather(1, (tile - 1).clamp_min(0)), 0.0)
-    inside = tiles.gather(1, tile[:, :, None].expand(-1, -1, TILE))[:, 0].double().cumsum(-1)
-    # Rounding may put the target beyond the tile's own sum: it then means the last token of the tile with any share.
-    target = torch.minimum(target - before, torch.nextafter(inside[:, -1:], torch.zeros_like(inside[:, -1:])))
-    place = torch.searchsorted(inside, target, right=True)
-    return (tile * TILE + place)[:, 0].clamp_max(vocabulary - 1)
+def _least_logit(logits: Tensor, rule: DrawRule) -> Tensor:
+    """float32 [R, 1]: the smallest logit that may be drawn."""
+    best = logits.amax(-1, keepdim=True)
+    least = torch.full_like(best, -torch.inf)
+    if 0 < rule.top_k < logits.shape[1]:
+        least = logits.topk(rule.top_k).values[:, -1:]
+    if rule.top_p < 1:
+        ordered = logits.sort(-1, descending=True).values
+        shares = ((ordered - best) / rule.temperature).exp().masked_fill(ordered < least, 0).double()
+        needed = shares.cumsum(-1) - shares < rule.top_p * shares.sum(-1, keepdim=True)
+        least = torch.where(needed, ordered, torch.inf).amin(-1, keepdim=True)
+    if rule.min_p > 0:
+        least = torch.maximum(least, best + rule.temperature * math.log(rule.min_p))
+    return least

@@ -84,11 +84,16 @@ def _add_show(actions: Verbs) -> None:
         "show",
         "a sheet of samples drawn at random, with their captions",
         "Draw samples at random, the same for the same seed, and write them as one picture: each with its first caption and\n"
-        "its key. Latents show as pictures with an autoencoder, else as their first three channels.",
+        "its key; or show those that are named. Latents show as pictures with an autoencoder, else as their first three\n"
+        "channels.",
         "  megadiff data show data/pairs --out sheet.png\n"
+        "  megadiff data show data/pairs --samples train-000003.tar/00001234 train-000003.tar/00001240\n"
         "  megadiff data show s3://bucket/latents --autoencoder models/sd-vae --tokenizer tokenizer.json --out sheet.png\n",
     )
     _add_shards(parser)
+    parser.add_argument(
+        "--samples", metavar="SHARD/KEY", nargs="+", help="these, as a run's logs and incidents name them, and none at random"
+    )
     parser.add_argument("--count", metavar="N", type=positive, default=32, help="samples (default: 32)")
     parser.add_argument("--seed", metavar="S", type=int, default=0, help="(default: 0)")
     parser.add_argument("--autoencoder", metavar="FOLDER", help="a diffusers AutoencoderKL: decodes latents.npy")
@@ -281,7 +286,7 @@ def show(arguments: argparse.Namespace) -> int:
     from megadiff.data.codecs.base import LATENTS, TOKENS
     from megadiff.data.codecs.captions import load_tokenizer
     from megadiff.data.inspection import pictures
-    from megadiff.data.inspection.show import draw_samples
+    from megadiff.data.inspection.show import draw_samples, find_samples
     from megadiff.data.shards.shard import read_manifest
     from megadiff.report.sheet import SheetSection, contact_sheet, png_bytes
     from megadiff.storage import addresses, store
@@ -291,12 +296,16 @@ def show(arguments: argparse.Namespace) -> int:
         _check_tokenizer(arguments.tokenizer, manifest.facts)
     tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None
     decode = pictures.decoder(arguments.autoencoder, arguments.scale or 1.0) if arguments.autoencoder else None
-    samples = draw_samples(arguments.shards, manifest, arguments.count, arguments.seed)
+    if arguments.samples:
+        samples, which = find_samples(arguments.shards, manifest, arguments.samples), "as named"
+    else:
+        samples = draw_samples(arguments.shards, manifest, arguments.count, arguments.seed)
+        which = f"seed {arguments.seed}"
     for flag, ending in (("autoencoder", LATENTS), ("tokenizer", TOKENS)):
         if getattr(arguments, flag) and pictures.missing_members(samples, ending):
             raise UserError(f"--{flag} has no effect: no sample that was drawn has a {ending} member")
     cells = [pictures.sample_cell(sample, decode, tokenizer) for sample in samples]
-    title = f"{addresses.shown(arguments.shards)}: {len(samples):,} of {manifest.samples:,} samples, seed {arguments.seed}"
+    title = f"{addresses.shown(arguments.shards)}: {len(samples):,} of {manifest.samples:,} samples, {which}"
     sheet = contact_sheet(
         [SheetSection(title, cells)], columns=arguments.columns, cell_px=168, gap_px=16, text_px=13, caption_lines=4
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from megadiff.cli import errors
 from megadiff.cli.arguments import Verbs, add_run, add_sizes, add_verb, deepspeed_tree
 from megadiff.config.errors import UserError
+from megadiff.config.jobs import FAILED_AT
 from megadiff.config.load import load_run
 from megadiff.distributed.ranks import Ranks
 from megadiff.launcher import folder
@@ -45,7 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
         from megadiff.training.loop import train_stage
 
         found = callbacks(loaded, stage)
-        train_stage(loaded, stage.name, tree, found, [name for each in found for name in each.measures])
+        measured = [name for each in found for name in each.measures]
+        failed_at = int(os.environ.get(FAILED_AT) or 0)
+        train_stage(loaded, stage.name, tree, found, measured, failed_at=failed_at)
     except (UserError, OSError) as error:  # a full disk above all, and it names the file
         # The terminal gets it once, below or from the launcher.
         logging.getLogger("megadiff").info("stopped: %s", error, exc_info=isinstance(error, OSError))

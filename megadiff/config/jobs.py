@@ -9,6 +9,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar
 
+FAILED_AT = "MEGADIFF_FAILED_AT"
+"""Variable with the step at which the start of a stage before this one ended badly; 0 or absent if that is unknown."""
+
 
 @dataclass(frozen=True)
 class SubmittedJob:

@@ -60,6 +60,8 @@ class IncidentKind(StrEnum):
     """As asked, with a checkpoint."""
     SKIPPED = "skipped"
     """A step was left out: its loss or gradient was not finite."""
+    SUSPECT = "suspect"
+    """The step at which the start before ended badly is done again; its samples are named."""
     SPIKE = "spike"
     """The loss rose and stayed; training went back to a checkpoint from before."""
     DAMAGED = "damaged"

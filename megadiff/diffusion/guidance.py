@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megadiff import rng
 from megadiff.config.schema import Sampling
 from megadiff.diffusion.categorical import CLEAN_TIME
 from megadiff.diffusion.objective import assemble, ragged_of
@@ -136,7 +135,7 @@ class Guided:
             if isinstance(request, SampledRows):
                 logits = answers[name].view(*request.rows.shape, answers[name].shape[-1])
                 guided = (request.weights[..., None] * logits).sum(0) + away * (logits[0] - weaker[name])
-                mixed[name] = draw_rows(guided, rng.uniform_at(*request.keys), *request.rule)
+                mixed[name] = draw_rows(guided, request.keys, request.rule)
             else:
                 guided = self._mixed(answers[name], branch_of.get(name), weights.get(name))
                 mixed[name] = guided + away * (answers[name][: len(self.keys)] - weaker[name])

@@ -86,8 +86,11 @@ class Inspector:
         trained = [index for index, weight in enumerate(weights.tolist()) if weight > 0]
         peaks = zip(self._taps, max_over_ranks(self._peaks).tolist(), strict=True)
         rates = dict(zip(self._modalities, counts.view(-1, 3).tolist(), strict=True))
+        norms = [{self._places[index]: norm[index].item() for index in trained} for norm in (gradients, updates, weights)]
         return Inspection(
-            *({self._places[index]: values[index].item() for index in trained} for values in (gradients, updates, weights)),
+            gradients=norms[0],
+            updates=norms[1],
+            weights=norms[2],
             activations={tap: peak for tap, peak in peaks if peak >= 0},
             scored={name: scored / all_of for name, (scored, _, all_of) in rates.items() if all_of},
             computed={name: computed / all_of for name, (_, computed, all_of) in rates.items() if all_of},
@@ -129,7 +132,7 @@ class Inspector:
             self._peaks[tap] = torch.maximum(self._peaks[tap], peak)
 
     def _positions(self, prepared: Sequence[PreparedBatch]) -> Tensor:
-        """Scored, computed and all positions of categorical modalities, float64 [M, 3]; zeros where this rank does not speak."""
+        """Scored, computed and all positions of categorical modalities, float64 [M, 3]; zeros on ranks that do not speak."""
         table = torch.zeros(len(self._modalities), 3, dtype=torch.float64, device=self._device)
         for micro_batch in prepared if self._layout.speaks else ():
             for row, name in enumerate(self._modalities):

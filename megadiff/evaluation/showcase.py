@@ -48,7 +48,13 @@ def make_showcase(run: Run) -> int:
     if len(held_out.ids) < rule.gap_pairs:
         raise UserError(f"showcase.gap_pairs is {rule.gap_pairs}, but the held-out data has {len(held_out.ids)} pairs")
     tasks = tasks_of(list(run.model.modalities), loaded.predicted)
-    sections = [_section(loaded, task, rule, held_out, run.seed, device) for task in tasks]
+    conditions = _conditions(run, rule, held_out, codecs_of(loaded))
+    sections = [
+        _section(loaded, task, of, states, rule, run.seed, device)
+        for task in tasks
+        for of, states in (conditions.items() if task.given else [("", {})])
+        if states.keys() >= set(task.given)
+    ]
     _write_sheet(run, contact_sheet(sections))
     all_used = True
     states = {name: state.to(device) for name, state in held_out.states.items()}
@@ -100,29 +106,35 @@ def _columns(states: Mapping[str, Tensor], codecs: Mapping[str, Codec]) -> Colum
     return columns_of([{name: codecs[name].decode(state[row]) for name, state in states.items()} for row in range(count)])
 
 
-def _section(loaded: Loaded, task: Task, rule: Showcase, held_out: HeldOut, seed: int, device: torch.device) -> SheetSection:
+def _conditions(run: Run, rule: Showcase, held_out: HeldOut, codecs: Mapping[str, Codec]) -> dict[str, dict[str, Tensor]]:
+    """Conditions for the sheet, by where they are from: what was trained on and what was not are never mixed."""
+    train = next(iter(run.data.sources.values()))
+    found = {"seen in training": read_held_out(train, run.data, run.model, rule.count).states}
+    if run.data.held_out:
+        found["never seen"] = held_out.states
+    for name in (name for name, codec in codecs.items() if rule.prompts and codec.medium == TEXT):
+        found.setdefault("prompts", {})[name] = torch.stack([codecs[name].encode(prompt) for prompt in rule.prompts])
+    return found
+
+
+def _section(
+    loaded: Loaded, task: Task, of: str, conditions: Mapping[str, Tensor], rule: Showcase, seed: int, device: torch.device
+) -> SheetSection:
     codecs = codecs_of(loaded)
-    conditions = {name: _condition(name, rule, held_out, codecs[name]) for name in task.given}
-    count = min([rule.count, *(len(state) for state in conditions.values())])
+    count = min([rule.count, *(len(conditions[name]) for name in task.given)])
     keys = rng.sample_keys(seed, torch.arange(count)).to(device)
-    given = {name: state[:count].to(device) for name, state in conditions.items()}
+    given = {name: conditions[name][:count].to(device) for name in task.given}
     with progress_bar(task.name) as report, torch.no_grad():
         samples = draw(
             loaded.module, loaded.model, rule.sampling, task, keys, Conditions(given=given), batch=count, progress=report
         )
     states = {name: state.cpu() for name, state in {**given, **samples}.items()}
-    return SheetSection(_title(task), [shown_cell(task, states, index, codecs) for index in range(count)])
+    return SheetSection(_title(task, of), [shown_cell(task, states, index, codecs) for index in range(count)])
 
 
-def _title(task: Task) -> str:
+def _title(task: Task, of: str) -> str:
     return (
-        f"{' and '.join(task.generated)} for a given {' and '.join(task.given)}"
+        f"{' and '.join(task.generated)} for a given {' and '.join(task.given)} ({of})"
         if task.given
         else "everything from nothing (joint)"
     )
-
-
-def _condition(name: str, rule: Showcase, held_out: HeldOut, codec: Codec) -> Tensor:
-    if rule.prompts and codec.medium == TEXT:
-        return torch.stack([codec.encode(prompt) for prompt in rule.prompts])
-    return held_out.states[name]

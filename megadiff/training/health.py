@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from megadiff.config.errors import UserError
 from megadiff.config.run_folder import IncidentKind
@@ -27,8 +28,11 @@ class Health:
         self._most, self._incidents = most_in_a_row, incidents
         self._in_a_row = 0
 
-    def check(self, result: StepResult, step: int) -> None:
+    def check(self, result: StepResult, step: int, samples: Callable[[], str]) -> None:
         """Count and record skipped steps.
+
+        Args:
+            samples: names the step's samples.
 
         Raises:
             Diverged: a non-finite loss or gradient norm reached the weights, or too many steps in a row were skipped.
@@ -44,7 +48,8 @@ class Health:
             )
         self.skipped_steps += 1
         self._in_a_row += 1
-        self._incidents.add(IncidentKind.SKIPPED, step, f"loss {result.total:g}, gradient norm {result.grad_norm:g}")
+        what = f"loss {result.total:g}, gradient norm {result.grad_norm:g}"
+        self._incidents.add(IncidentKind.SKIPPED, step, f"{what}; {samples()}")
         if self._in_a_row >= self._most:
             raise Diverged(
                 f"{where}: {self._in_a_row} steps in a row were skipped (safeguards.skipped_in_a_row); "

@@ -42,6 +42,7 @@ from megadiff.training.pulse import Pulse
 from megadiff.training.spikes import Spike, SpikeWatch
 from megadiff.training.stages import initialise, stage_seed
 from megadiff.training.stopping import StopFile
+from megadiff.training.suspects import samples_of
 from megadiff.types import Denoiser, Metric, Moment
 from megadiff.weights.checkpoint import DamagedCheckpoint, clear
 from megadiff.weights.fence import Fence
@@ -51,7 +52,11 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Training:
-    """A stage in training; callbacks see it as a Moment."""
+    """A stage in training; callbacks see it as a Moment.
+
+    Attributes:
+        failed_at: the step at which the start before this one ended badly; 0 if it did not, or that is unknown.
+    """
 
     run: Run
     stage: Stage
@@ -62,6 +67,7 @@ class Training:
     pulse: Pulse
     incidents: Incidents
     saver: Saver
+    failed_at: int = 0
 
     @property
     def step(self) -> int:
@@ -104,6 +110,8 @@ def train_stage(
     deepspeed: Mapping[str, Any],
     callbacks: Sequence[Callback] = (),
     measured: Sequence[str] = (),
+    *,
+    failed_at: int = 0,
 ) -> None:
     """Train a stage to its end, from its newest checkpoint if it has one. Runs on every rank.
 
@@ -111,6 +119,7 @@ def train_stage(
 
     Args:
         measured: names of the figures that callbacks record.
+        failed_at: the step at which the start before this one ended badly, whose samples are named before it is done again.
 
     Raises:
         UserError: the configuration, the data or a checkpoint is at fault.
@@ -119,7 +128,7 @@ def train_stage(
     incidents = Incidents(paths, writes=ranks.rank == 0)
     with closing(Pulse(paths, ranks.rank, run.safeguards)) as pulse:
         try:
-            _train_stage(run, stage, deepspeed, ranks, pulse, incidents, callbacks, measured)
+            _train_stage(run, stage, deepspeed, ranks, pulse, incidents, callbacks, measured, failed_at)
         except Exception as error:
             kind = IncidentKind.PREFLIGHT if isinstance(error, PreflightError) else IncidentKind.ERROR
             incidents.add(kind, pulse.step, f"{type(error).__name__}: {error}")
@@ -135,6 +144,7 @@ def _train_stage(
     incidents: Incidents,
     callbacks: Sequence[Callback],
     measured: Sequence[str],
+    failed_at: int,
 ) -> None:
     paths, seed = run.paths.stage(stage.name), stage_seed(run, stage)
     timeout = timedelta(seconds=run.safeguards.collective_timeout_s)
@@ -167,7 +177,7 @@ def _train_stage(
         incidents.add(IncidentKind.COPY, step, why)
 
     with closing(monitor), closing(loader), closing(engine.saver(paths.checkpoints, fence, copy_failed)) as saver:
-        training = Training(run, stage, layout, engine, monitor, progress, pulse, incidents, saver)
+        training = Training(run, stage, layout, engine, monitor, progress, pulse, incidents, saver, failed_at)
         _train(training, loader, DiffusionObjective(run.model, stage, seed), callbacks)
     barrier()
     if layout.leads and training.last:
@@ -198,13 +208,16 @@ def _train(training: Training, loader: Loader, objective: DiffusionObjective, ca
         data_step = progress.next_data_step(loader.data_step)
         if data_step != loader.data_step:
             loader.skip_to(data_step)
+        samples = partial(samples_of, loader, training.layout, [data_step])
         before = loader.stats().waited_s
         pulse.beat(step, Phase.DATA)
+        if step == training.failed_at:
+            training.incidents.add(IncidentKind.SUSPECT, step, f"the start before this one ended here; {samples()}")
         batches = loader.take(engine.device)
         waited = loader.stats().waited_s - before
         pulse.beat(step, Phase.STEP)
         result = engine.step(batches, objective, loader.sources, inspect=monitor.writes_at(step))
-        health.check(result, step)
+        health.check(result, step, samples)
         if (
             spikes
             and (spike := spikes.look(result.total, step, data_step))
@@ -253,11 +266,14 @@ def _go_back(training: Training, loader: Loader, spike: Spike, most: int) -> boo
     checkpoints = training.run.paths.stage(training.stage.name).checkpoints
     first, last = spike.data_steps
     what = f"losses above {spike.bound:g}, up to {spike.loss:g}, from step {spike.step} on"
+    samples = samples_of(loader, training.layout, range(first, last + 1))
     _published(training, training.saver.publish())
     folders = gather_objects(checkpoints.published())[0]
     before = [folder for step, folder in folders.items() if step < spike.step]
     if not before:
-        training.incidents.add(IncidentKind.SPIKE, training.step, f"{what}; no checkpoint from before, so training goes on")
+        training.incidents.add(
+            IncidentKind.SPIKE, training.step, f"{what}; no checkpoint from before, so training goes on; {samples}"
+        )
         return False
     skipped = [*training.progress.skipped, (first, last)]
     if len(skipped) > most:
@@ -267,9 +283,8 @@ def _go_back(training: Training, loader: Loader, spike: Spike, most: int) -> boo
     training.progress = Progress.of(saved)
     training.progress.skipped = skipped
     loader.skip_to(training.progress.data_step)
-    training.incidents.add(
-        IncidentKind.SPIKE, training.step, f"{what}; back to step {training.step}, without the batches {first} to {last}"
-    )
+    back = f"back to step {training.step}, without the batches {first} to {last}"
+    training.incidents.add(IncidentKind.SPIKE, training.step, f"{what}; {back}; {samples}")
     training.monitor.rewind(training.step)
     return True
 

@@ -253,10 +253,11 @@ class Monitor:
                 write(self._board or self._open_board(purge_step=None))
 
     def _open_board(self, purge_step: int | None) -> Board:
-        """Open TensorBoard's events. What had been written of `purge_step` and later is hidden, but incidents are told again."""
+        """Open TensorBoard's events. What there is of `purge_step` and later is hidden, but incidents are told again."""
         self._board = board = Board(self.paths.tensorboard, purge_step)
-        for incident in Incident.all_in(self.paths.of.incidents) if purge_step is not None else ():
-            if incident.stage == self.paths.name and incident.step >= purge_step:
+        hidden_from = math.inf if purge_step is None else purge_step
+        for incident in Incident.all_in(self.paths.of.incidents):
+            if incident.stage == self.paths.name and incident.step >= hidden_from:
                 board.incident(incident)
         return board
 

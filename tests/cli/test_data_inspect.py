@@ -16,7 +16,7 @@ from PIL import Image
 from megadiff.cli import main as cli
 from megadiff.data.codecs.captions import load_tokenizer
 from megadiff.data.inspection.pictures import channels_picture, decoder, sample_cell, stats_picture
-from megadiff.data.inspection.show import ShownSample
+from megadiff.data.inspection.show import ShownSample, find_samples
 from megadiff.data.inspection.stats import Seen, Stats, measure
 from megadiff.data.shards.shard import Manifest, Members, read_manifest, write_manifest
 from tests.data.small import TOKENIZER, TRAIN, make_autoencoder, sample, write_source
@@ -247,6 +247,16 @@ def test_a_sheet_is_the_same_for_a_seed(tmp_path: Path, capsys: pytest.CaptureFi
     assert 3 * 168 < many.width < 4 * 168
 
 
+def test_named_samples_are_shown_in_the_order_of_their_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_source(tmp_path, [4, 4])
+    names = ["001.tar/00006", "000.tar/00001"]
+    line = said(capsys, 0, "data", "show", tmp_path, "--samples", *names, "--out", tmp_path / "sheet.png")
+    assert line == f"sheet: {tmp_path}/sheet.png (2 of 8 samples)\n"
+    found = find_samples(str(tmp_path), read_manifest(str(tmp_path)), names)
+    assert [(each.shard, each.key) for each in found] == [("001.tar", "00006"), ("000.tar", "00001")]
+    assert [json.loads(each.members["json"])["captions"][0] for each in found] == ["one 6", "one 1"]
+
+
 def drawn(members: Members) -> ShownSample:
     return ShownSample("000.tar", "key-1", members)
 
@@ -371,6 +381,7 @@ def test_a_sheet_of_latents_from_the_command_line(tmp_path: Path, capsys: pytest
     [
         (["--out", "sheet.jpg"], "--out sheet.jpg must end with .png"),
         (["--scale", "0.18"], "--scale goes with --autoencoder"),
+        (["--samples", "web/000.tar/1"], "lists no shard of web/000.tar/1; give SHARD/KEY"),
         (["--tokenizer", "none.json"], "tokenizer none.json does not exist"),
         (["--autoencoder", "none"], "--autoencoder: none has no config.json"),
         (["--tokenizer", str(TOKENIZER)], "--tokenizer has no effect: no sample that was drawn has a tokens.npy member"),

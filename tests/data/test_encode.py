@@ -58,6 +58,19 @@ def test_a_caption_member_that_is_nested_too_deeply_costs_its_sample_alone() -> 
         CAPTIONS.read({"json": b"[" * 100_000}, 0)
 
 
+@pytest.mark.parametrize(
+    ("first", "drawn"), [(None, ["a", "b", "c", "a"]), (2, ["a", "b", "a", "b"]), (9, ["a", "b", "c", "a"])]
+)
+@pytest.mark.parametrize("member", ["json", "tokens.npy"])
+def test_the_first_captions_of_a_sample_are_drawn_alone_where_asked(member: str, first: int | None, drawn: list[str]) -> None:
+    codec = CaptionCodec(CaptionField(tokenizer=str(TOKENIZER), member=member, first=first), WORDS)
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([codec.ids(letter) for letter in "abc"], dtype=np.int32))
+    members = {"json": b'{"captions": ["a", "b", "c"]}', "tokens.npy": buffer.getvalue()}
+    assert [codec.read(members, key) for key in range(4)] == drawn
+    assert codec.read_all(members) == drawn[: min(first or 3, 3)]
+
+
 # ------------------------------------------------------------------------------------------------------------- pictures
 
 

@@ -134,6 +134,21 @@ def test_a_skip_forgets_what_was_read_ahead(opened: Any, workers: int) -> None:
     assert joined([loader.take()]) == joined([opened(data, data_step=10**9).take()])
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samples_are_named_before_and_after_they_are_taken(opened: Any, workers: int) -> None:
+    loader = opened(tiny()[0].model_copy(update={"workers": workers}))
+    told = [loader.names(data_step) for data_step in range(3)]
+    assert told == [[name for batch in loader.take() for name in batch.ids] for _ in range(3)]
+    assert told == [loader.names(data_step) for data_step in range(3)]
+
+
+def test_samples_of_a_shard_that_is_gone_are_named_by_their_number(tmp_path: Path, opened: Any) -> None:
+    loader = opened(data_of(write_source(tmp_path, [8, 8]), lanes=1, workers=0))
+    (tmp_path / "000.tar").unlink()
+    names = [f"000.tar/sample number {number}" for number in range(8)] + [f"001.tar/{number:05d}" for number in range(8, 16)]
+    assert sorted(loader.names(0)) == sorted(names)
+
+
 def test_keys_differ_between_samples_visits_and_seeds(tmp_path: Path, opened: Any) -> None:
     data = data_of(write_source(tmp_path, [8]), lanes=8)
     loader, other = opened(data, global_samples=8), opened(data, global_samples=8, seed=6)

@@ -91,7 +91,7 @@ class IdealDenoiser:
 def drawn_from(logits: Tensor, request: SampledRows) -> TokenDraws:
     """What a head gives that has these logits [B, S, V]."""
     mixed = (request.weights[..., None] * logits.flatten(0, 1)[request.rows]).sum(0)
-    return draw_rows(mixed, rng.uniform_at(*request.keys), *request.rule)
+    return draw_rows(mixed, request.keys, request.rule)
 
 
 def draw_pairs(count: int, seed: int = 0) -> dict[str, Tensor]:

@@ -15,8 +15,9 @@ from megadiff.diffusion.conditional import exact_losses
 from megadiff.diffusion.masked import Masked
 from megadiff.diffusion.process import Process
 from megadiff.diffusion.solvers import SolverStep
-from megadiff.kernels.head_draw import draw_rows
-from megadiff.types import Noised, Prediction, Readout, RowKeys
+from megadiff.kernels.head_draw import row_uniforms
+from megadiff.kernels.head_draw.reference import draw_with
+from megadiff.types import DrawRule, Noised, Prediction, Readout, RowKeys
 from tests.diffusion.ideal import IdealDenoiser, draw_pairs
 from tests.diffusion.small import model_of, told
 
@@ -47,7 +48,7 @@ def drawn(process: Process, what: str) -> torch.Tensor:
 
 
 def _numbers(keys: RowKeys) -> torch.Tensor:
-    return rng.uniform_at(*keys).view(-1, 3)
+    return row_uniforms(keys, 5)[:, 0, 1].view(-1, 3)
 
 
 def _rows(rows: torch.Tensor) -> torch.Tensor:
@@ -68,8 +69,9 @@ def test_all_draws_of_all_modalities_from_one_key_are_independent():
 def test_a_rare_id_behind_a_frequent_one_is_drawn_at_its_own_rate():
     """1 - 1e-9 is 1 in float32: a cumulative sum in float32 would never give the last id."""
     logits = torch.tensor([[1.0, 1e-9]], dtype=torch.float64).log().float().repeat(2, 1)
-    uniforms = torch.tensor([1 - 0.5e-9, 1 - 2e-9], dtype=torch.float64)
-    assert draw_rows(logits, uniforms).ids.tolist() == [1, 0]
+    within = torch.tensor([1 - 0.5e-9, 1 - 2e-9], dtype=torch.float64)
+    uniforms = torch.stack([torch.full_like(within, 0.5), within], dim=-1)[:, None]
+    assert draw_with(logits, uniforms, DrawRule()).ids.tolist() == [1, 0]
 
 
 def token_losses(model: Model) -> torch.Tensor:

@@ -20,7 +20,8 @@ from megadiff.diffusion.gaussian import Gaussian
 from megadiff.diffusion.gaussian_solvers import GAUSSIAN_SOLVERS
 from megadiff.diffusion.guidance import Guided
 from megadiff.diffusion.sampler import Conditions, Sampler
-from megadiff.kernels.head_draw import draw_rows
+from megadiff.kernels.head_draw import draw_rows, row_uniforms
+from megadiff.kernels.head_draw.reference import draw_with
 from megadiff.types import DrawRule, Noised, RowKeys, RowLogits, SampledRows
 from tests.diffusion.ideal import IdealDenoiser
 from tests.diffusion.probes import KEYS, KINDS, MASK, MODEL, ORDERS, PAIRS, SPREAD, Constant, Watched, at, step_of
@@ -259,19 +260,20 @@ def test_s9_the_step_to_0_multiplies_no_error_of_the_network(schedule, target, s
 
 def test_s10_a_draw_has_float64_resolution_for_ids_of_any_rareness():
     """S10: float32 Gumbel noise with its 1e-10 cannot draw the rare ids: their rate is theirs, wherever they stand."""
-    rare = torch.logspace(-7, -10, 300, dtype=torch.float64)
-    shares = torch.cat([rare[:150], 1 - rare.sum()[None], rare[150:]])
+    rare = torch.logspace(-7, -10, 120, dtype=torch.float64)
+    shares = torch.cat([rare[:60], 1 - rare.sum()[None], rare[60:]])
     logits = shares.log().float()
     kept = logits.double().exp()
     ends = kept.cumsum(0) / kept.sum()
     chosen = torch.arange(len(shares))
     for place in (0.1, 0.5, 0.9):  # within an id's part of (0, 1)
         inside = ends - (1 - place) * kept / kept.sum()
-        assert draw_rows(logits.expand(len(chosen), -1), inside).ids.tolist() == chosen.tolist()
+        uniforms = torch.stack([torch.full_like(inside, 0.5), inside], dim=-1)[:, None]
+        assert draw_with(logits.expand(len(chosen), -1), uniforms, DrawRule()).ids.tolist() == chosen.tolist()
     # And the uniforms that the solvers ask with have bits below float32's.
     network = Watched()
     Sampler(MODEL, Sampling(steps=2)).sample(network, KEYS[:200], generate=["tokens"])
-    uniforms = torch.cat([rng.uniform_at(*readout["tokens"].keys) for _, readout in network.seen])
+    uniforms = torch.cat([row_uniforms(readout["tokens"].keys, 5) for _, readout in network.seen])
     assert uniforms.dtype == torch.float64
     assert (uniforms != uniforms.float().double()).double().mean() > 0.99
 
@@ -280,8 +282,12 @@ def test_s10_draws_are_as_spread_as_their_distribution():
     """S10: a draw's surprise has the distribution's entropy as its mean; a lowered temperature would make it smaller."""
     logits = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 2
     expected = logits.double().softmax(0)
-    uniforms = rng.uniform(rng.sample_keys(7, torch.arange(30_000)), "draw", dtype=torch.float64)
-    surprise = torch.cat([-expected.log()[draw_rows(logits.expand(len(u), -1), u).ids] for u in uniforms.split(6000)])
+    places = torch.arange(30_000)
+    ids = [
+        draw_rows(logits.expand(len(part), -1), RowKeys(rng.sample_keys(7, part), "draw", part), DrawRule()).ids
+        for part in places.split(6000)
+    ]
+    surprise = -expected.log()[torch.cat(ids)]
     assert abs(surprise.mean() - torch.special.entr(expected).sum()) < 4 * surprise.std() / len(surprise) ** 0.5
 
 

@@ -78,6 +78,8 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
         assert before.manifest.progress[counter] == after.manifest.progress[counter] == POISONED - 1
     incidents = [json.loads(line) for line in (tmp_path / "incidents.jsonl").read_text().splitlines()]
     assert [(each["kind"], each["step"]) for each in incidents] == [("start", 0), ("skipped", POISONED)]
+    replicas = 2 if layout.startswith("ZeRO") else 1
+    assert incidents[1]["detail"].partition("; samples of ")[2].count("rank ") == replicas
 
 
 def test_too_many_skipped_steps_stop_all_ranks_with_one_sentence(tmp_path: Path) -> None:

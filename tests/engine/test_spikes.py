@@ -51,7 +51,8 @@ def test_training_goes_back_and_leaves_out_the_batches_of_the_spike(zero: int, t
         assert incidents(tmp_path / "calm") == []
     (told,) = incidents(tmp_path / "spiked")
     assert told["step"] == 8
-    assert "from step 12 on; back to step 8, without the batches 11 to 12" in told["detail"]
+    assert "from step 12 on; back to step 8, without the batches 11 to 12; samples of rank 0: " in told["detail"]
+    assert told["detail"].count(" and 8 more") == 2
     newest = CheckpointReader(CheckpointsFolder(tmp_path / "spiked/first/checkpoints").step(STEPS))
     assert newest.manifest.progress["skipped"] == [[11, 12]]
     assert newest.manifest.progress["data_step"] == STEPS + 2

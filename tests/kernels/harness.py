@@ -5,32 +5,29 @@ What is not written shows: memory that torch hands out uninitialised is full of 
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.utils import deterministic
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+
+from megadiff.kernels import toolchain
+from megadiff.kernels.agreement import Outcome, converted, outcome, relative_errors
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 4e-2}
 """Absolute and relative, for results of size 1."""
 
 
-def implementations(op: str, folder: str | None = None) -> list[Any]:
-    """An op's reference, and its Triton twin where there are one and a GPU; to parametrise tests with."""
-    room = f"megadiff.kernels.{folder or op}"
-    found = [pytest.param(getattr(importlib.import_module(f"{room}.reference"), op), id="reference")]
-    if importlib.util.find_spec(f"{room}.triton") and hasattr(twin := importlib.import_module(f"{room}.triton"), op):
-        skipped = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-        found.append(pytest.param(getattr(twin, op), id="triton", marks=[pytest.mark.gpu, skipped]))
-    return found
+RELATIVE_ERRORS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+"""Of kernels against the reference in float64, root mean square."""
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""The one that kernels are tested on: a GPU if there is one, else the interpreter's."""
+KERNEL_DTYPES = (torch.float32, torch.float16) if toolchain.interpreted() else (torch.float32, torch.float16, torch.bfloat16)
+"""Triton's interpreter computes nonsense in bfloat16."""
 
 
 @contextmanager
@@ -49,34 +46,6 @@ def poisoned_memory() -> Iterator[None]:
         deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
-class Outcome(NamedTuple):
-    """The tensors of a result in order, and the gradient of every argument that requires one."""
-
-    outputs: list[Tensor]
-    gradients: list[Tensor]
-
-
-def outcome(run: Callable[..., Any], arguments: tuple[Any, ...], *, arriving: float | None = None) -> Outcome:
-    """What an op makes of copies of the arguments, and the gradients that it gives back.
-
-    Args:
-        arriving: the gradient of every number of the outputs; None: random ones, the same at every call.
-    """
-    copies = tree_map(
-        lambda leaf: leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf, arguments
-    )
-    leaves = [leaf for leaf in tree_leaves(copies) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    outputs, _ = tree_flatten(run(*copies))
-    own = [output for output in outputs if output.requires_grad]
-    generator = torch.Generator().manual_seed(7)
-    back = [
-        torch.randn(output.shape, generator=generator).to(output) if arriving is None else torch.full_like(output, arriving)
-        for output in own
-    ]
-    gradients = torch.autograd.grad(own, leaves, back) if leaves else ()
-    return Outcome([output.detach() for output in outputs], list(gradients))
-
-
 def assert_agrees(
     run: Callable[..., Any],
     naive: Callable[..., Any],
@@ -91,17 +60,9 @@ def assert_agrees(
         tolerance: absolute and relative.
         arriving: see `outcome`.
     """
-    exact = tree_map(
-        lambda leaf: (
-            leaf.detach().double().requires_grad_(leaf.requires_grad)
-            if isinstance(leaf, Tensor) and leaf.is_floating_point()
-            else leaf
-        ),
-        arguments,
-    )
     with poisoned_memory():
         found = outcome(run, arguments, arriving=arriving)
-    expected = outcome(naive, exact, arriving=arriving)
+    expected = outcome(naive, converted(arguments, torch.float64), arriving=arriving)
     for kind, ours, wanted in zip(Outcome._fields, found, expected, strict=True):
         assert len(ours) == len(wanted), f"{len(ours)} {kind}, and {len(wanted)} are expected"
         for index, (one, other) in enumerate(zip(ours, wanted, strict=True)):
@@ -109,6 +70,23 @@ def assert_agrees(
             torch.testing.assert_close(
                 one.to(other.dtype), other, atol=tolerance, rtol=tolerance, msg=lambda text, k=kind, i=index: f"{k} {i}: {text}"
             )
+
+
+def assert_equals_reference(
+    run: Callable[..., Any], reference: Callable[..., Any], *arguments: Any, limit: float, arriving: float | None = None
+) -> None:
+    """A kernel gives what the reference gives of the same numbers in float64, with relative errors (root mean square) below
+    a limit: outputs and every gradient.
+
+    Args:
+        arguments: as of `assert_agrees`.
+        arriving: see `outcome`.
+    """
+    with poisoned_memory():
+        actual = outcome(run, arguments, arriving=arriving)
+    errors = relative_errors(actual, outcome(reference, converted(arguments, torch.float64), arriving=arriving))
+    assert errors
+    assert not {name: error for name, error in errors.items() if not error <= limit}
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = True) -> Tensor:

@@ -8,18 +8,25 @@ import pytest
 import torch
 
 from megadiff import rng
-from megadiff.kernels.head_draw import draw_rows, head_draw
-from megadiff.kernels.head_draw.reference import ROWS_AT_ONCE, TILE
-from megadiff.types import DrawRule, RowKeys
-from tests.kernels.harness import DTYPES, TOLERANCES, assert_agrees, implementations, numbers, poison
+from megadiff.kernels.head_draw import draw_rows, head_draw, row_uniforms
+from megadiff.kernels.head_draw.reference import PRODUCT_ROWS, ROWS_AT_ONCE, TILE, draw_with
+from megadiff.types import DrawRule, RowKeys, TokenDraws
+from tests.kernels.harness import DTYPES, TOLERANCES, assert_agrees, numbers, poison
 
 COUNT = 20_000
-UNIFORMS = rng.uniform(rng.sample_keys(5, torch.arange(COUNT)), "draw", dtype=torch.float64)
 
 
-def keys_of(count: int) -> RowKeys:
-    """Those that UNIFORMS were drawn with."""
-    return RowKeys(rng.sample_keys(5, torch.arange(count)), "draw", torch.zeros(count, dtype=torch.int64))
+def keys_of(count: int, first: int = 0) -> RowKeys:
+    return RowKeys(rng.sample_keys(5, torch.arange(first, first + count)), "draw", torch.zeros(count, dtype=torch.int64))
+
+
+KEYS = keys_of(COUNT)
+
+
+def pairs(numbers: list[float]) -> torch.Tensor:
+    """Uniforms of rows with one tile, for its choice and within it."""
+    within = torch.tensor(numbers, dtype=torch.float64)
+    return torch.stack([torch.full_like(within, 0.5), within], dim=-1)[:, None]
 
 
 def assert_shares(ids: torch.Tensor, expected: torch.Tensor) -> None:
@@ -35,52 +42,76 @@ def assert_shares(ids: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("vocabulary", [2, 5, TILE, TILE + 1, 3 * TILE - 7])
 def test_ids_are_drawn_with_the_probabilities_of_their_logits(vocabulary):
     logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(vocabulary)) * 1.5
-    drawn = draw_rows(logits.expand(COUNT, -1), UNIFORMS)
+    drawn = draw_rows(logits.expand(COUNT, -1), KEYS, DrawRule())
     expected = logits.double().softmax(0)
     assert_shares(drawn.ids, expected)
     torch.testing.assert_close(drawn.log_probability, expected.log().float()[drawn.ids])
     torch.testing.assert_close(drawn.entropy, -(expected * expected.log()).sum().float().expand(COUNT))
 
 
-def test_a_draw_is_the_inverse_of_the_distribution_function():
-    logits = torch.randn(300, generator=torch.Generator().manual_seed(1))
-    ends = logits.double().softmax(0).cumsum(0)
-    expected = torch.searchsorted(ends, UNIFORMS[:2000].contiguous(), right=True)
-    found = draw_rows(logits.expand(2000, -1), UNIFORMS[:2000]).ids
-    assert (found != expected).sum() <= 1  # a draw within rounding of a boundary
+def test_a_draw_within_a_tile_is_the_inverse_of_its_distribution_function():
+    logits = torch.randn(TILE, generator=torch.Generator().manual_seed(1))
+    uniforms = row_uniforms(keys_of(2000), TILE)
+    expected = torch.searchsorted(logits.double().softmax(0).cumsum(0), uniforms[:, 0, 1].contiguous(), right=True)
+    found = draw_with(logits.expand(2000, -1), uniforms, DrawRule()).ids
+    assert torch.equal(found, expected)
 
 
-def test_temperature_sharpens_and_zero_takes_the_likeliest():
-    logits = torch.tensor([0.3, 1.0, -0.5, 0.9])
-    assert_shares(draw_rows(logits.expand(COUNT, -1), UNIFORMS, 0.5).ids, (logits.double() / 0.5).softmax(0))
-    greedy = draw_rows(logits.expand(10, -1), UNIFORMS[:10], 0.0)
-    assert greedy.ids.tolist() == [1] * 10
-    assert draw_rows(logits.expand(10, -1), UNIFORMS[:10], 1e-40).ids.tolist() == [1] * 10
-    torch.testing.assert_close(greedy.log_probability, logits.log_softmax(0)[1].expand(10))
+def test_the_tile_of_a_draw_is_the_first_of_exponential_races():
+    """Tile t wins if its waiting time, exponential with its share as the rate, is the shortest."""
+    logits = torch.randn(5 * TILE, generator=torch.Generator().manual_seed(1))
+    uniforms = row_uniforms(keys_of(2000), 5 * TILE)
+    waits = -uniforms[..., 0].log() / logits.double().softmax(0).view(5, TILE).sum(1)
+    assert torch.equal(draw_with(logits.expand(2000, -1), uniforms, DrawRule()).ids // TILE, waits.argmin(1))
+
+
+def test_rounding_of_the_logits_changes_next_to_no_id():
+    """Inverting the distribution function of the whole vocabulary would change one in 400: every id's end of it moves."""
+    logits = torch.randn(300, 40_000)
+    moved = logits * (1 + 1e-6 * torch.randn_like(logits))
+    draws = [draw_rows(each, keys_of(300), DrawRule()).ids for each in (logits, moved)]
+    assert torch.equal(*draws)
+
+
+def test_temperature_divides_the_logits_and_zero_takes_the_likeliest():
+    logits = torch.tensor([0.3, 1.1, -0.4, 1.0])
+    drawn = draw_rows(logits.expand(COUNT, -1), KEYS, DrawRule(temperature=0.5))
+    assert_shares(drawn.ids, (logits.double() / 0.5).softmax(0))
+    for temperature in (0.0, 1e-40):
+        drawn = draw_rows(logits.expand(10, -1), keys_of(10), DrawRule(temperature=temperature))
+        assert drawn.ids.tolist() == [1] * 10
+        torch.testing.assert_close(drawn.log_probability, logits.log_softmax(0)[1].expand(10))
 
 
 def test_top_k_and_top_p_cut_the_tail_and_nothing_else():
     shares = torch.tensor([0.05, 0.4, 0.25, 0.2, 0.1], dtype=torch.float64)
     logits = shares.log().float().expand(COUNT, -1)
     two = torch.where(shares >= 0.25, shares, 0.0)
-    assert_shares(draw_rows(logits, UNIFORMS, top_k=2).ids, two / two.sum())
+    assert_shares(draw_rows(logits, KEYS, DrawRule(top_k=2)).ids, two / two.sum())
     three = torch.where(shares >= 0.2, shares, 0.0)
-    assert_shares(draw_rows(logits, UNIFORMS, top_p=0.8).ids, three / three.sum())
-    assert_shares(draw_rows(logits, UNIFORMS, top_k=3, top_p=0.99).ids, three / three.sum())
-    assert set(draw_rows(logits, UNIFORMS, top_p=1e-6).ids.tolist()) == {1}
-    assert_shares(draw_rows(logits, UNIFORMS, top_k=9).ids, shares)
+    assert_shares(draw_rows(logits, KEYS, DrawRule(top_p=0.8)).ids, three / three.sum())
+    assert_shares(draw_rows(logits, KEYS, DrawRule(top_k=3, top_p=0.99)).ids, three / three.sum())
+    assert set(draw_rows(logits, KEYS, DrawRule(top_p=1e-6)).ids.tolist()) == {1}
+    assert_shares(draw_rows(logits, KEYS, DrawRule(top_k=9)).ids, shares)
+
+
+def test_min_p_cuts_at_a_share_of_the_likeliest_after_the_temperature():
+    shares = torch.tensor([0.05, 0.4, 0.25, 0.2, 0.1], dtype=torch.float64)
+    logits = shares.log().float().expand(COUNT, -1)
+    for temperature, least in ((1.0, 0.2), (2.0, 0.1)):  # 0.4 * 0.45, and 0.4 * 0.45^2
+        kept = torch.where(shares >= least, shares, 0.0) ** (1 / temperature)
+        assert_shares(draw_rows(logits, KEYS, DrawRule(temperature, min_p=0.45)).ids, kept / kept.sum())
 
 
 def test_draws_have_the_resolution_of_float64():
     """Gumbel noise or a cumulative sum in float32 cannot draw an id of probability 1e-9 at the right rate."""
     logits = torch.tensor([[1e-9, 1.0]]).log().repeat(2, 1)
-    assert draw_rows(logits, torch.tensor([0.5e-9, 2e-9], dtype=torch.float64)).ids.tolist() == [0, 1]
+    assert draw_with(logits, pairs([0.5e-9, 2e-9]), DrawRule()).ids.tolist() == [0, 1]
 
 
 def test_an_id_of_probability_zero_is_never_drawn_at_either_end():
     logits = torch.tensor([[-math.inf, 0.0, -math.inf]]).repeat(2, 1)
-    ends = torch.tensor([2.0**-53, 1 - 2.0**-53], dtype=torch.float64)
-    drawn = draw_rows(logits, ends)
+    drawn = draw_with(logits, pairs([2.0**-53, 1 - 2.0**-53]), DrawRule())
     assert drawn.ids.tolist() == [1, 1]
     assert drawn.entropy.tolist() == [0, 0]
 
@@ -95,9 +126,23 @@ def test_rows_are_drawn_from_the_head_at_those_rows_whatever_the_chunk():
     assert len(rows) > ROWS_AT_ONCE
     drawn = head_draw(HIDDEN, WEIGHT, BIAS, rows[None], torch.ones(1, len(rows)), keys_of(len(rows)), DrawRule())
     logits = HIDDEN.flatten(0, 1)[rows] @ WEIGHT.T + BIAS
-    wanted = draw_rows(logits, UNIFORMS[: len(rows)])
+    wanted = draw_rows(logits, keys_of(len(rows)), DrawRule())
     assert torch.equal(drawn.ids, wanted.ids)
     torch.testing.assert_close(drawn.entropy, wanted.entropy)
+
+
+def test_a_rows_draw_is_the_same_to_the_bit_alone_and_among_any_others():
+    """A library sums in another order for another number of rows; so the product has always the same number."""
+    hidden, weight, bias = torch.randn(1, 3 * PRODUCT_ROWS, 96), torch.randn(1000, 96) / 4, torch.randn(1000)
+    keys = keys_of(3 * PRODUCT_ROWS)
+
+    def drawn(rows: torch.Tensor) -> TokenDraws:
+        own = RowKeys(keys.keys[rows], keys.purpose, keys.places[rows])
+        return head_draw(hidden, weight, bias, rows[None], torch.ones(1, len(rows)), own, DrawRule(min_p=0.01))
+
+    every = drawn(torch.arange(3 * PRODUCT_ROWS))
+    for rows in (torch.tensor([150]), torch.tensor([5, 70, 6]), torch.randperm(3 * PRODUCT_ROWS)[: PRODUCT_ROWS + 1]):
+        assert all(torch.equal(own, column[rows]) for own, column in zip(drawn(rows), every, strict=True))
 
 
 def test_branches_are_mixed_as_logits_are():
@@ -107,7 +152,7 @@ def test_branches_are_mixed_as_logits_are():
     drawn = head_draw(HIDDEN, WEIGHT, BIAS, rows, weights, keys_of(50), DrawRule())
     logs = (HIDDEN.flatten(0, 1)[rows] @ WEIGHT.T + BIAS).log_softmax(-1)
     mixed = (weights[..., None] * logs).sum(0)
-    wanted = draw_rows(mixed, UNIFORMS[:50])
+    wanted = draw_rows(mixed, keys_of(50), DrawRule())
     assert torch.equal(drawn.ids, wanted.ids)
     torch.testing.assert_close(drawn.log_probability, wanted.log_probability, atol=1e-4, rtol=1e-4)
 
@@ -120,31 +165,35 @@ def test_no_row_gives_no_draw():
 
 
 def naive_draw(hidden, weight, bias, rows, weights, keys, rule):
-    """Row by row, with the number that belongs to it among all numbers of its key, over the whole distribution function."""
+    """Row by row: the tile whose exponential clock rings first, then the inverse distribution function of that tile."""
     flat = hidden.reshape(-1, hidden.shape[-1])
     drawn = []
     for index, places in enumerate(rows.T.tolist()):
         logits = sum(weights[k, index] * (weight @ flat[place] + bias) for k, place in enumerate(places))
         shares = logits.softmax(0)
-        pointed = shares
-        if rule.temperature != 1:
-            pointed = (logits / rule.temperature).softmax(0)
+        pointed = (logits / rule.temperature).softmax(0)
         if rule.top_k:
             pointed = torch.where(pointed >= pointed.sort(descending=True).values[rule.top_k - 1], pointed, 0.0)
-        place = int(keys.places[index])
-        uniform = rng.uniform(keys.keys[index : index + 1], keys.purpose, (place + 1,), dtype=torch.float64)[0, place]
-        token = int((pointed.cumsum(0) <= uniform * pointed.sum()).sum())
+        pointed = torch.where(pointed >= rule.min_p * pointed.max(), pointed, 0.0)
+        own = rng.fold(keys.keys[index : index + 1], int(keys.places[index]))
+        tiles = pointed.split(TILE)
+        uniforms = rng.uniform(own, keys.purpose, (len(tiles), 2), dtype=torch.float64)[0]
+        waits = [-uniform.log() / tile.sum() for tile, (uniform, _) in zip(tiles, uniforms, strict=True)]
+        tile = int(torch.stack(waits).argmin())
+        token = tile * TILE + int((tiles[tile].cumsum(0) <= uniforms[tile, 1] * tiles[tile].sum()).sum())
         best = shares.sort(descending=True).values
         drawn.append((torch.tensor(token), shares[token].log(), torch.special.entr(shares).sum(), best[0] - best[1]))
     return [torch.stack(column) for column in zip(*drawn, strict=True)]
 
 
+RULES = [DrawRule(), DrawRule(temperature=0.6, top_k=3), DrawRule(temperature=1.7, min_p=0.3)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rule", [DrawRule(), DrawRule(temperature=0.6, top_k=3)], ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize(("branches", "vocabulary"), [(1, 5), (1, 2 * TILE + 3), (2, 41), (3, TILE)])
-@pytest.mark.parametrize("run", implementations("head_draw"))
 @torch.no_grad()
-def test_head_draw_draws_what_a_naive_loop_draws_with_the_same_keys(run, branches, vocabulary, rule, dtype):
+def test_head_draw_draws_what_a_naive_loop_draws_with_the_same_keys(branches, vocabulary, rule, dtype):
     batch, length, width, count = 3 * branches, 7, 9, 17
     rows = torch.randperm(3 * length)[:count] + torch.arange(branches)[:, None] * 3 * length
     unread = torch.ones(batch * length, dtype=torch.bool)
@@ -156,4 +205,4 @@ def test_head_draw_draws_what_a_naive_loop_draws_with_the_same_keys(run, branche
     keys = RowKeys(rng.sample_keys(3, rows[0] // length), "words token", rows[0] % length)
     # Inputs are rounded to bfloat16 alike for both, and nothing after them is.
     tolerance = 20 * TOLERANCES[torch.float32]
-    assert_agrees(run, naive_draw, hidden, weight, bias, rows, weights, keys, rule, tolerance=tolerance)
+    assert_agrees(head_draw, naive_draw, hidden, weight, bias, rows, weights, keys, rule, tolerance=tolerance)

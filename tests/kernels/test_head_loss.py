@@ -7,7 +7,7 @@ import torch
 
 from megadiff.kernels.head_logits import head_logits
 from megadiff.kernels.head_loss import head_loss
-from tests.kernels.harness import DTYPES, TOLERANCES, assert_agrees, implementations, numbers, poison
+from tests.kernels.harness import DTYPES, TOLERANCES, assert_agrees, numbers, poison
 
 NORMALISER = 0.37
 """The gradient that arrives at weighted losses is one number for all of them."""
@@ -54,22 +54,20 @@ def case(sizes, vocabulary, bias, dtype, share=0.5):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("sizes", "vocabulary"), [((2, 5), 7), ((1, 1), 2), ((3, 17), 131), ((11,), 33)])
-@pytest.mark.parametrize("run", implementations("head_loss"))
-def test_head_loss_and_its_gradients_are_those_of_one_row_at_a_time(run, sizes, vocabulary, bias, dtype):
+def test_head_loss_and_its_gradients_are_those_of_one_row_at_a_time(sizes, vocabulary, bias, dtype):
     hidden, weight, offset, targets, scored, weights = case(sizes, vocabulary, bias, dtype)
     with torch.no_grad():
         hidden.view(-1, 9)[0] = 0.5
     scored.view(-1)[0], targets.view(-1)[0] = True, 1
     for count in (None, int(scored.sum())):
         arguments = hidden, weight, offset, targets, scored, weights, count
-        assert_agrees(run, naive_loss, *arguments, tolerance=tolerance_of(dtype), arriving=NORMALISER)
+        assert_agrees(head_loss, naive_loss, *arguments, tolerance=tolerance_of(dtype), arriving=NORMALISER)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("run", implementations("head_loss"))
-def test_no_scored_position_gives_zero_losses_and_zero_gradients(run, dtype):
+def test_no_scored_position_gives_zero_losses_and_zero_gradients(dtype):
     arguments = case((2, 5), 7, True, dtype, share=0.0)
-    losses = run(*arguments)
+    losses = head_loss(*arguments)
     losses.weighted.sum().backward()
     assert losses.weighted.shape == losses.unweighted.shape == (2, 5)
     assert not losses.weighted.any()
@@ -87,14 +85,13 @@ def test_both_kinds_of_loss_are_float32_and_only_the_weighted_one_has_a_gradient
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [[3, 0, 3, 9], [7], []])
-@pytest.mark.parametrize("run", implementations("head_logits"))
-def test_head_logits_and_their_gradients_are_those_of_one_row_at_a_time(run, rows, bias, dtype):
+def test_head_logits_and_their_gradients_are_those_of_one_row_at_a_time(rows, bias, dtype):
     unread = torch.ones(10, dtype=torch.bool)
     unread[rows] = False
     hidden, weight = poison(numbers(2, 5, 9, dtype=dtype), unread.view(2, 5)), numbers(33, 9, dtype=dtype)
     offset = numbers(33, dtype=dtype) if bias else None
     chosen = torch.tensor(rows, dtype=torch.int64)
-    assert_agrees(run, naive_logits, hidden, weight, offset, chosen, tolerance=tolerance_of(dtype))
+    assert_agrees(head_logits, naive_logits, hidden, weight, offset, chosen, tolerance=tolerance_of(dtype))
 
 
 def test_logits_of_bfloat16_weights_are_not_rounded_to_bfloat16():

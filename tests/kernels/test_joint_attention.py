@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megadiff.kernels.joint_attention import joint_attention
 from megadiff.kernels.streams import Projected, Span
-from tests.kernels.harness import DTYPES, TOLERANCES, assert_agrees, implementations, numbers, poison
+from tests.kernels.harness import DTYPES, TOLERANCES, assert_agrees, numbers, poison
 
 
 def random_streams(lengths, visible, heads=2, width=4, batch=3):
@@ -101,8 +101,7 @@ def layout(kind, length, batch=3):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("run", implementations("joint_attention"))
-def test_joint_attention_and_its_gradients_are_those_of_a_naive_loop(run, kinds, normed, turned, dtype):
+def test_joint_attention_and_its_gradients_are_those_of_a_naive_loop(kinds, normed, turned, dtype):
     heads, width = 2, 6
     streams = []
     for kind, length in kinds.items():
@@ -113,7 +112,7 @@ def test_joint_attention_and_its_gradients_are_those_of_a_naive_loop(run, kinds,
         streams.append(Projected(poison(numbers(*nobody.shape, 3, heads, width, dtype=dtype), nobody), gains, rotary, span))
     inside_float32 = normed or turned
     tolerance = max(TOLERANCES[dtype], TOLERANCES[torch.float32] if inside_float32 else 0)
-    assert_agrees(run, naive_attention, streams, tolerance=tolerance)
+    assert_agrees(joint_attention, naive_attention, streams, tolerance=tolerance)
 
 
 @pytest.mark.parametrize("packed", [False, True])

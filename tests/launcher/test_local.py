@@ -134,6 +134,24 @@ def test_a_second_launch_starts_only_what_is_not_done(tmp_path: Path, ranks: Cal
     assert "(done already)" in job.describe(plan_of(run))
 
 
+def test_ranks_are_told_at_which_step_the_ones_before_ended_unless_they_were_asked_to(
+    tmp_path: Path, ranks: Callable[..., list[str]]
+) -> None:
+    run = minimal_run(tmp_path)
+    paths = run.paths.stage("first")
+    told = tmp_path / "told"
+    ranks(f"import os; print(os.environ['MEGADIFF_FAILED_AT'], file=open({str(told)!r}, 'a')); raise SystemExit(5)")
+    for beats in ({}, {0: 6, 1: 7}):
+        for rank, step in beats.items():
+            paths.heartbeats.mkdir(parents=True, exist_ok=True)
+            paths.heartbeat(rank).write_text(json.dumps({"step": step, "phase": "step", "time": 1.0}))
+        assert local.launch(plan_of(run)) == 5
+    line = {"kind": "stop", "stage": "first", "step": 7, "time": 1.0, "detail": ""}
+    run.paths.incidents.write_text(json.dumps(line) + "\n")
+    assert local.launch(plan_of(run)) == 5
+    assert told.read_text().split() == ["0", "7", "0"]
+
+
 @pytest.mark.parametrize(
     ("script", "code", "sentence"),
     [

@@ -177,8 +177,9 @@ def test_failures_at_the_same_step_in_a_row_are_not_tried_a_third_time(tmp_path:
     beat = 'mkdir -p heartbeats; echo \'{"step": %d, "phase": "step", "time": 0.5}\' > heartbeats/rank_%d.json; '
     seventh = beat % (7, 0) + beat % (6, 1) + "exit 5"
     for ranks in ("exit 5", "exit 5", seventh, beat % (8, 0) + "exit 5", seventh):  # without a heartbeat no step is known
-        assert node.ends(ranks)[0] == REQUEUED
+        assert node.ends(f'echo "$MEGADIFF_FAILED_AT" >> failed_at; {ranks}')[0] == REQUEUED
     code, err = node.ends(seventh)
+    assert (node.stage.root / "failed_at").read_text().split() == ["0", "0", "0", "7", "8"]
     assert (code, node.outcomes()[-1]) == (3, "stuck")
     assert "failed at step 7 twice in a row" in err
 

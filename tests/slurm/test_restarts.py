@@ -42,6 +42,9 @@ def test_a_step_that_fails_twice_is_not_tried_again_and_later_stages_are_cancell
     run.wait_for_end(jobs[2], "CANCELLED")
     assert run.outcomes() == ["started", "failed", "started", "stuck"]
     assert "the ranks have failed at step 4 twice in a row" in run.megadiff("logs", str(run.folder.root))
+    (suspect,) = [incident for incident in run.incidents() if incident.kind == "suspect"]
+    assert suspect.step == 4
+    assert all(f"rank {rank}: 0" in suspect.detail for rank in (0, 1))
     first, *later = run.megadiff("status", str(run.folder.root)).splitlines()[2:]
     assert first.split()[:4] == ["first", "stuck", jobs[0], "3/8"]
     assert [line.split()[1:3] for line in later] == [["not", "started"]] * 2

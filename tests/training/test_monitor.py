@@ -25,13 +25,16 @@ from megadiff.training.incidents import Incidents
 from megadiff.training.monitor import LineFile, Monitor
 from megadiff.types import Metric
 
-
 MEASURED = ["held-out image/t 0.500 given ema", "held-out image/t 0.500 absent ema", "gap/text"]
 
 
 def result(*, total: float = 1.0, grad_norm: float = 0.5, applied: bool = True) -> StepResult:
     quartiles = {"image": [1.0, 2.0, math.nan, 4.0]}
     return StepResult({"image": total}, quartiles, total, grad_norm, 1e-3, applied, samples=16)
+
+
+def samples() -> str:
+    return "samples of rank 0: a.tar/1"
 
 
 def health(folder: Path, most_in_a_row: int = 3) -> Health:
@@ -126,19 +129,19 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 def test_a_non_finite_step_that_was_applied_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(Diverged, match=r"step 7: loss nan.*learning_rate"):
-        health(tmp_path).check(result(total=math.nan), 7)
+        health(tmp_path).check(result(total=math.nan), 7, samples)
 
 
 def test_skipped_steps_are_counted_recorded_and_too_many_in_a_row_stop_the_run(tmp_path: Path) -> None:
     watched = health(tmp_path, most_in_a_row=3)
     for step, skipped in enumerate((True, True, False, True, True), 1):
-        watched.check(result(grad_norm=math.inf, applied=False) if skipped else result(), step)
+        watched.check(result(grad_norm=math.inf, applied=False) if skipped else result(), step, samples)
     assert watched.skipped_steps == 4
     with pytest.raises(Diverged, match=r"step 6: .*3 steps in a row were skipped"):
-        watched.check(result(grad_norm=math.inf, applied=False), 6)
+        watched.check(result(grad_norm=math.inf, applied=False), 6, samples)
     rows = [json.loads(line) for line in (tmp_path / "incidents.jsonl").read_text().splitlines()]
     assert [(row["kind"], row["step"]) for row in rows] == [("skipped", step) for step in (1, 2, 4, 5, 6)]
-    assert rows[0]["detail"] == "loss 1, gradient norm inf"
+    assert rows[0]["detail"] == "loss 1, gradient norm inf; samples of rank 0: a.tar/1"
 
 
 def test_a_step_that_was_skipped_is_a_line_of_json_and_in_no_mean(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ class LatentField(DataField):
 
 
 class CaptionField(DataField):
-    """A modality read from captions: one of the sample's captions is drawn per visit and tokenized."""
+    """A modality read from captions: one of the sample's captions (or of its `first`) is drawn per visit and tokenized."""
 
     CODEC: ClassVar = "megadiff.data.codecs.captions:CaptionCodec"
     kind: Literal["caption"] = "caption"
@@ -86,6 +86,8 @@ class CaptionField(DataField):
     """Path of a Hugging Face tokenizer.json."""
     cleaning: Literal["plain", "clip"] = "plain"
     """plain: HTML entities resolved, white space collapsed; clip: ftfy first and lower case after, as CLIP's tokenizer does."""
+    first: Positive | None = None
+    """Only so many captions of a sample are read, its first ones; None reads all."""
 
     def misfit(self, space: Space) -> str:
         return "" if isinstance(space, TokenSpace) else _wrong_kind(self, space)

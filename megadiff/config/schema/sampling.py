@@ -92,11 +92,13 @@ class SampleSheets(Periodic):
 class Showcase(Section):
     """What `megadiff launch` makes once the last stage is done: a sheet of samples and the conditioning gap.
 
+    The sheet tells conditions that training has seen from held-out ones.
+
     If all fields are columns of a table, it measures the errors of `rows` joint samples against the training data.
     """
 
     prompts: tuple[str, ...] = ()
-    """Prompts for the sheet; empty takes held-out captions."""
+    """Prompts for the sheet, beside captions of the data."""
     count: Positive = 8
     """Samples per task on the sheet."""
     rows: Positive = 10_000

@@ -186,14 +186,15 @@ def arrays_of(samples: Sequence[Views], member: str) -> Array | None:
         return None
 
 
-def row_of(members: Views, member: str, number: int) -> list[int] | None:
-    """Row `number` modulo the rows of an int32 array; None for other arrays. Faster than `array_of` for short rows."""
+def row_of(members: Views, member: str, number: int, first: int | None = None) -> list[int] | None:
+    """Row `number` modulo the rows (the `first` ones) of an int32 array; None for other arrays. For short rows faster than
+    `array_of`."""
     data = _view_of(members, member)
     begins = npy.header_length(data)
     dtype, shape = npy.known_header(bytes(data[:begins])) or (None, ())
     if dtype != _INT32 or len(shape) != 2 or not shape[0] or len(data) - begins != 4 * shape[0] * shape[1]:
         return None
-    start = number % shape[0] * shape[1]
+    start = number % min(shape[0], first or shape[0]) * shape[1]
     row: list[int] = memoryview(data)[begins:].cast("i")[start : start + shape[1]].tolist()
     return row
 

@@ -38,7 +38,7 @@ class CaptionCodec(Codec):
 
     def __init__(self, field: CaptionField, space: TokenSpace, name: str = "") -> None:
         """Raises ConfigError if the tokenizer is missing or does not fit the space."""
-        self.member, self.space = field.member, space
+        self.member, self.first, self.space = field.member, field.first, space
         self.clean = CLEANING[field.cleaning]
         self.tokenizer = load_tokenizer(field.tokenizer)
         if self.tokenizer.get_vocab_size() != space.vocabulary:
@@ -58,14 +58,14 @@ class CaptionCodec(Codec):
         if self.member.endswith("npy"):
             text: str = self.tokenizer.decode(self._ids(members, key), skip_special_tokens=False)
             return text
-        captions = captions_of(members, self.member)
+        captions = self.read_all(members)
         return captions[key % len(captions)]
 
     def read_all(self, members: Views) -> list[str]:
-        """All captions in a sample's members. Raises SampleError as `read`."""
+        """All captions in a sample's members, or its first ones. Raises SampleError as `read`."""
         if self.member.endswith("npy"):
-            return [self.read(members, number) for number in range(len(array_of(members, self.member)))]
-        return captions_of(members, self.member)
+            return [self.read(members, number) for number in range(len(array_of(members, self.member)[: self.first]))]
+        return captions_of(members, self.member)[: self.first]
 
     def encode(self, value: str) -> Tensor:
         """A caption to int64 [S]; what is too long is cut so that the end mark stays."""
@@ -93,13 +93,13 @@ class CaptionCodec(Codec):
 
     def _ids(self, members: Views, key: int) -> list[int]:
         """One of the captions in an array of token ids [captions, longest]."""
-        ids = row_of(members, self.member, key)
+        ids = row_of(members, self.member, key, self.first)
         if ids is None:
             captions = array_of(members, self.member)
             if captions.ndim != 2 or captions.dtype.kind != "i" or not len(captions):
                 array = f"{captions.dtype} {list(captions.shape)}"
                 raise SampleError(f"its .{self.member} member must hold whole numbers [captions, longest], not {array}")
-            ids = captions[key % len(captions)].tolist()
+            ids = captions[key % len(captions[: self.first])].tolist()
         ids = ids[: ids.index(NO_TOKEN)] if NO_TOKEN in ids else ids
         if ids and not 0 <= min(ids) <= max(ids) < self.space.vocabulary:
             raise SampleError(f"its .{self.member} member has the id {max(ids)}, and the vocabulary is {self.space.vocabulary}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 from megadiff.data.codecs.base import TOKENS, array_of, member_of
 from megadiff.data.codecs.captions import NO_TOKEN, captions_of
-from megadiff.data.errors import SampleError, picture_fault
+from megadiff.data.errors import DataError, SampleError, picture_fault
 from megadiff.data.generator import generator
 from megadiff.data.pictures import PICTURE_ENDINGS, open_picture, shown_size
 from megadiff.data.shards.reader import ShardReader
@@ -77,6 +78,29 @@ def draw_samples(address: str, manifest: Manifest, count: int, seed: int) -> lis
     for samples_of_shard in in_order(shards, read, _READERS):
         samples |= samples_of_shard
     return [samples[place] for place in choice]
+
+
+def find_samples(address: str, manifest: Manifest, names: Sequence[str]) -> list[ShownSample]:
+    """Samples by shard/key, as logs and incidents of a run name them.
+
+    Raises:
+        DataError: there is no such sample.
+        StorageError: a shard cannot be had.
+    """
+    reader = ShardReader(addresses.folder_of(address), manifest, keep=1)
+    numbers = {entry.name: number for number, entry in enumerate(manifest.shards)}
+
+    def read(name: str) -> ShownSample:
+        shard_name = next((each for each in numbers if name.startswith(f"{each}/")), None)
+        if shard_name is None:
+            raise DataError(f"{addresses.shown(address)} lists no shard of {name}; give SHARD/KEY, without the source's name")
+        shard, key = reader.shard(numbers[shard_name]), name[len(shard_name) + 1 :]
+        offset = next((offset for offset in range(len(shard)) if shard.key(offset) == key), None)
+        if offset is None:
+            raise DataError(f"{shard_name} has no sample {key}")
+        return ShownSample(shard_name, key, shard.members(offset))
+
+    return [read(name) for name in names]
 
 
 def kind_of(ending: str) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megadiff import rng
 from megadiff.config import checks
+from megadiff.config.errors import UserError
 from megadiff.config.schema import Data, GridSpace, Model
 from megadiff.data.buckets import Bucket
 from megadiff.data.codecs.base import Array, Loadable, array_of
@@ -192,6 +193,18 @@ class Loader:
         self._unreadable += sum(int((batch.weight == 0).sum()) for batch in batches)
         return batches
 
+    def names(self, data_step: int) -> list[str]:
+        """Of this rank's samples of a global batch, read or not yet, as Batch.ids; their shards are opened."""
+        step = self._mixture.step(data_step, self._slots, self.global_samples)
+        names = []
+        for source, number, offset in zip(step.source.tolist(), step.shard.tolist(), step.offset.tolist(), strict=True):
+            try:
+                key = self._readers[source].shard(number).key(offset)
+            except UserError:  # the shard is gone or damaged
+                key = f"sample number {offset}"
+            names.append(self._name(source, number, key))
+        return names
+
     def fingerprint(self) -> str:
         """A hash of the sources' manifests, which list every shard."""
         digest = hashlib.blake2b(digest_size=8)
@@ -261,8 +274,7 @@ class Loader:
             shard = shards.get((source, number))
             if shard is None:
                 shard = shards[source, number] = self._readers[source].shard(number)
-            prefix = f"{self.sources[source]}/" if self.sources else ""
-            names.append(f"{prefix}{self._readers[source].manifest.shards[number].name}/{shard.key(offset)}")
+            names.append(self._name(source, number, shard.key(offset)))
             samples.append(shard.views(offset))
         slots = torch.tensor(list(self._slots))
         sources = [self.sources[source] for source in step.source.tolist()] if self.sources else []
@@ -287,6 +299,10 @@ class Loader:
             self._report(names[place], error)
             weight[place] = 0
         return Batch(values, keys, slots, weight, tuple(names), data_step, self.global_samples, features, tuple(sources))
+
+    def _name(self, source: int, shard: int, key: str) -> str:
+        prefix = f"{self.sources[source]}/" if self.sources else ""
+        return f"{prefix}{self._readers[source].manifest.shards[shard].name}/{key}"
 
     def _report(self, name: str, error: SampleError) -> None:
         with self._lock:

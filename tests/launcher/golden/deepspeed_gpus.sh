@@ -32,6 +32,7 @@ stop_file=/shared/100%/runs/minimal/STOP
 attempts=/shared/100%/runs/minimal/first/attempts.jsonl
 heartbeats=/shared/100%/runs/minimal/first/heartbeats
 logs=/shared/100%/runs/minimal/first/logs
+incidents=/shared/100%/runs/minimal/incidents.jsonl
 attempt='{"time": %d, "job": "%s", "outcome": "%s", "code": %d}' key='"job": "%s", "outcome": "%s"' restarts=3
 
 start_ranks() {
@@ -80,6 +81,7 @@ fi
 failed_at=0
 if tail -n 1 "$attempts" 2> /dev/null | grep -qF "$(printf "$key" "$SLURM_JOB_ID" failed)"; then failed_at=$(reached); fi
 rm -f "$heartbeats"/rank_*.json
+export MEGADIFF_FAILED_AT="$failed_at"
 record started 0
 turn=$(count started)
 # Attempts that failed or were cut off, and this one. Slurm itself requeues a job that loses a node.
@@ -122,7 +124,7 @@ fi
 step=$(reached)
 if ((step > 0 && step == failed_at)); then
     record stuck "$code"
-    say "the ranks have failed at step $step twice in a row, so they are not started again; see $logs"
+    say "the ranks have failed at step $step twice in a row; see $logs, and for the samples of the step $incidents"
     exit 3
 fi
 if ((unplanned > restarts)); then give_up "$code"; fi
