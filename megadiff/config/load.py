@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +20,17 @@ from megadiff.config.schema.data import OTHER
 
 Tree = dict[str, Any]
 S = TypeVar("S", bound=BaseModel)
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a tree by dotted address."""
+    return {
+        address: leaf
+        for key, value in tree.items()
+        for address, leaf in (
+            leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        ).items()
+    }
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:

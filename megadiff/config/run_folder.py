@@ -88,13 +88,15 @@ class Incident:
     detail: str
 
     @classmethod
-    def newest(cls, path: Path) -> Incident | None:
-        """The last whole line of a run's incidents; None without any."""
+    def all_in(cls, path: Path) -> list[Incident]:
+        """The whole lines of a run's incidents."""
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-        if not lines:
-            return None
-        row = json.loads(lines[-1])
-        return cls(**{**row, "kind": IncidentKind(row["kind"])})
+        return [cls(**{**row, "kind": IncidentKind(row["kind"])}) for row in map(json.loads, lines)]
+
+    @classmethod
+    def newest(cls, path: Path) -> Incident | None:
+        """The last one; None without any."""
+        return next(reversed(cls.all_in(path)), None)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,22 @@ def sum_over_replicas(values: Tensor, layout: Layout) -> Tensor:
     return total
 
 
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Element-wise sum over all ranks, equal on all of them. Collective."""
+    total = values.clone()
+    if _several():
+        dist.all_reduce(total)
+    return total
+
+
+def max_over_ranks(values: Tensor) -> Tensor:
+    """Element-wise maximum over all ranks, equal on all of them. Collective."""
+    largest = values.clone()
+    if _several():
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest
+
+
 def gather_objects(value: Value) -> list[Value]:
     """Every rank's value, in rank order, on every rank; for small values. Collective."""
     if not _several():

@@ -75,6 +75,27 @@ class Backend(Protocol):
 
 
 @dataclass(frozen=True)
+class Inspection:
+    """What a step shows of the network and its data, beyond losses; over all ranks, and equal on all of them.
+
+    Attributes:
+        gradients: by place in the model (`models.names.place_of`), the norm of the gradient, before clipping.
+        updates: likewise of what the step changed in the master weights; 0 where nothing is trained.
+        weights: likewise of the trained weights after the step.
+        activations: the largest |x| of the residual stream after any block, by `trunk MODALITY` and `tower MODALITY`.
+        scored: by categorical modality, the share of all positions that were noised and scored (the mask rate).
+        computed: by categorical modality, the share of all positions that were computed: conditions end at their end mark.
+    """
+
+    gradients: dict[str, float]
+    updates: dict[str, float]
+    weights: dict[str, float]
+    activations: dict[str, float]
+    scored: dict[str, float]
+    computed: dict[str, float]
+
+
+@dataclass(frozen=True)
 class StepResult:
     """One optimizer step, over all ranks; equal on all of them.
 
@@ -88,6 +109,7 @@ class StepResult:
         samples: number of scored (readable) samples.
         nelbo: per categorical modality the likelihood bound in nats per token, for any training loss.
         by_source: per modality and source of data the mean loss; NaN for sources without samples.
+        inspection: if it was asked for.
     """
 
     losses: dict[str, float]
@@ -99,3 +121,4 @@ class StepResult:
     samples: int
     nelbo: dict[str, float] = field(default_factory=dict)
     by_source: dict[str, dict[str, float]] = field(default_factory=dict)
+    inspection: Inspection | None = None

@@ -16,6 +16,7 @@ from megadiff.engine.api import Backend
 from megadiff.engine.blueprint import draw_up
 from megadiff.engine.engine import Engine
 from megadiff.engine.initial import InitialValues
+from megadiff.engine.inspector import blocks_of
 from megadiff.engine.saving import load_weights
 from megadiff.engine.start import TIMEOUT, Examine, start_process_group
 from megadiff.models.mmdit import initial_distributions
@@ -63,4 +64,4 @@ def build_engine(
         backend = ZeroBackend(blueprint)
     own = backend.pieces.shapes
     load_weights(InitialValues(seed, distributions, own), "weight", set(own), backend.pieces)
-    return Engine(backend, stage, blueprint.idle)
+    return Engine(backend, stage, blueprint.idle, blocks_of(blueprint.module))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from megadiff.distributed.reduce import gather_objects
 from megadiff.engine import saving, statistics
 from megadiff.engine.api import Backend, Objective, PreparedBatch, StepResult
 from megadiff.engine.ema import Ema
+from megadiff.engine.inspector import Inspector
 from megadiff.engine.optimizer import hold_still, learning_rate
 from megadiff.engine.saving import Saver
+from megadiff.models.blocks import Block
 from megadiff.models.idle import Idle
 from megadiff.models.names import part_of
 from megadiff.types import ALIGNMENT, Batch, Denoiser, LossTerms, Prediction
@@ -34,17 +36,25 @@ RAW = "raw"
 class Engine:
     """One stage in training. Every method is collective."""
 
-    def __init__(self, backend: Backend, stage: Stage, idle: Idle) -> None:
-        """Args: idle: parameters that no loss of the stage reaches; they are neither stepped nor decayed."""
+    def __init__(self, backend: Backend, stage: Stage, idle: Idle, blocks: Sequence[tuple[str, Block]]) -> None:
+        """Wrap a backend.
+
+        Args:
+            idle: parameters that no loss of the stage reaches; they are neither stepped nor decayed.
+            blocks: of the model (`inspector.blocks_of`).
+        """
         self.backend, self.stage, self.idle = backend, stage, idle
         self.layout, self.device, self.pieces = backend.layout, backend.device, backend.pieces
         self.shapes = saving.all_shapes(self.pieces)
         self.parts = {name: part_of(name) for name in self.shapes}
         hold_still(self.pieces.optimizer, self.pieces.trained, idle.partial)
         self.ema = Ema(stage.ema, self.pieces)
+        self.inspector = Inspector(blocks, self.shapes, list(stage.modalities), self.pieces, self.layout, self.device)
         self.optimizer_step = 0
 
-    def step(self, batches: Sequence[Batch], objective: Objective, sources: Sequence[str] = ()) -> StepResult:
+    def step(
+        self, batches: Sequence[Batch], objective: Objective, sources: Sequence[str] = (), *, inspect: bool = False
+    ) -> StepResult:
         """One optimizer step over this replica's micro-batches; the averages follow if it was applied.
 
         It changes nothing on any rank if the loss or the gradient is not finite on one.
@@ -54,6 +64,7 @@ class Engine:
 
         Args:
             sources: the names of the data's sources, if their losses are told apart.
+            inspect: whether to look into the network on the way; alike on all ranks.
         """
         names = objective.losses
         prepared = [objective.prepare(batch) for batch in batches]
@@ -65,12 +76,16 @@ class Engine:
             # The gradient of a loss that is not finite is never finite either: the norm over all ranks shows both.
             return replace(terms, total=terms.total * torch.where(terms.total.detach().isfinite(), 1.0, torch.nan))
 
-        outcome = self.backend.run(prepared, score, rate)
+        with self.inspector.looking() if inspect else nullcontext():
+            outcome = self.backend.run(prepared, score, rate)
         self.optimizer_step += 1
         if outcome.applied:
             self.ema.update()
         weights = {name: self._loss_weight(name) for name in names}
-        return statistics.step_result(outcome, batches, weights, sources, self.layout, self.device, rate)
+        result = statistics.step_result(outcome, batches, weights, sources, self.layout, self.device, rate)
+        if not (inspect and outcome.applied):
+            return result
+        return replace(result, inspection=self.inspector.report(prepared, outcome.grad_norm))
 
     def _loss_weight(self, name: str) -> float:
         if name == ALIGNMENT and self.stage.alignment is not None:

@@ -38,6 +38,11 @@ class Piece:
         """Float32 view [extent.size]."""
         return self._view(self.flat.detach())
 
+    @property
+    def gradient(self) -> Tensor | None:
+        """View [extent.size] of the gradient that the optimizer is about to take; None at other times."""
+        return None if self.flat.grad is None else self._view(self.flat.grad)
+
     def moment(self, optimizer: torch.optim.Optimizer, kind: str) -> Tensor:
         """Float32 view [extent.size] of one of MOMENTS; created as zeros if the optimizer has not stepped yet."""
         return self._view(optimizer_state(optimizer, self.flat)[kind])

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from megadiff.config.errors import UserError
+from megadiff.config.load import leaves
 from megadiff.data.codecs.captions import CaptionCodec
 from megadiff.data.pictures import flat, open_picture
 from megadiff.data.reading.loader import ShuffledSamples, read_held_out
@@ -238,10 +239,4 @@ def drawn_by(folder: str) -> dict[str, Any]:
     """How the samples of a folder were drawn, by its request.json; empty for other pictures."""
     path = Path(folder) / REQUEST
     tree = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return _flat("drawn", {key: value for key, value in tree.items() if key not in WITHOUT_EFFECT}) if tree else {}
-
-
-def _flat(name: str, tree: Any) -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {name: tree}
-    return {key: value for own, part in tree.items() for key, value in _flat(f"{name}.{own}", part).items()}
+    return leaves({key: value for key, value in tree.items() if key not in WITHOUT_EFFECT}, "drawn.")

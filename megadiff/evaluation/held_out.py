@@ -7,7 +7,7 @@ Legend: N held-out pairs, P pairs of one replica, K times of each, C curves.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +61,16 @@ class HeldOutLosses:
             raise UserError(f"held_out_loss.pairs is {rule.pairs}, but {run.data.reference} has {len(held_out.ids)} pairs")
         self.states = held_out.states
         facts = {"pairs": rule.pairs, "nelbo_times": rule.nelbo_times, "seed": SEED}
+        self.measures = [f"{curve.name} {kind}" for curve in self._curves() for kind in rule.kinds]
         self.depends = {**of_data(run.data.reference), **facts}
+
+    def _curves(self) -> Iterator[Curve]:
+        """In the order of `_own_losses`."""
+        for target in self.targets:
+            for given in (True, False) if len(self.processes) > 1 else (False,):
+                yield from (Curve(target, time, given) for time in self.rule.times)
+                if self.processes[target].bounded:
+                    yield Curve(target, None, given)
 
     def due(self, moment: Moment) -> bool:
         return moment.step % self.rule.every_steps == 0 or moment.last

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from PIL import Image
@@ -25,6 +25,8 @@ TITLES = {"ema": "averaged weights", "raw": "plain weights"}
 
 class PeriodicSamples:
     """A training callback: one contact sheet per task, always with the same conditions and keys, so that sheets compare."""
+
+    measures: Sequence[str] = ()
 
     def __init__(self, run: Run, stage: Stage, rule: SampleSheets) -> None:
         """Raises UserError if the held-out data cannot be read."""

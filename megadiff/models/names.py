@@ -73,6 +73,16 @@ def part_of(parameter_name: str) -> str:
     return rest.partition(".")[0] if kind in ("towers", "heads") else JOINT
 
 
+def place_of(parameter_name: str) -> str:
+    """Where a parameter lies in the model: `embed`, `trunk`, `tower MODALITY`, `head MODALITY`; `alignment` and
+    `hidden_projections` as `part_of` names them.
+    """
+    kind, _, rest = parameter_name.partition(".")
+    if kind in ("towers", "heads"):
+        return f"{kind[:-1]} {rest.partition('.')[0]}"
+    return kind if kind in ("embed", ALIGNMENT, HIDDEN) else "trunk"
+
+
 def decayed_names(module: nn.Module) -> list[str]:
     """Names of the weight-decayed parameters: weights of linear maps, not embeddings, gains or biases."""
     decayed = {id(child.weight) for child in module.modules() if isinstance(child, Linear | Head)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict
 
@@ -19,6 +20,14 @@ class Incidents:
 
     def __init__(self, paths: StageFolder, *, writes: bool) -> None:
         self._paths, self._writes = paths, writes
+        self._tell: Callable[[Incident], None] | None = None
+        self._untold: list[Incident] = []
+
+    def told_to(self, tell: Callable[[Incident], None]) -> None:
+        """Tell of those so far, and of each from now on."""
+        self._tell = tell
+        while self._untold:
+            tell(self._untold.pop(0))
 
     def add(self, kind: IncidentKind, step: int, detail: str = "") -> None:
         """A disk that is full or gone stops no training."""
@@ -26,6 +35,10 @@ class Incidents:
         log.info("%s at step %d of %s %s", kind.value, step, incident.stage, detail)
         if not self._writes:
             return
+        if self._tell is None:
+            self._untold.append(incident)
+        else:
+            self._tell(incident)
         try:
             with closing(LineFile(self._paths.of.incidents)) as lines:
                 lines.append(json.dumps(asdict(incident)))

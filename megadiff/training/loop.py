@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from megadiff.config import derived
+from megadiff.config import derived, parameters
 from megadiff.config.layout import Layout
-from megadiff.config.load import dump_run
+from megadiff.config.load import dump_run, leaves
 from megadiff.config.run_folder import CheckpointsFolder, IncidentKind, Phase, StageFolder
 from megadiff.config.schema import Run, Stage
 from megadiff.data.reading.loader import Loader, check_unreadable
@@ -32,6 +32,8 @@ from megadiff.distributed.reduce import barrier, gather_objects, sum_over_replic
 from megadiff.engine.build import build_engine
 from megadiff.engine.engine import Engine
 from megadiff.engine.saving import Published, Saver, all_or_none, copies, remote_of, restore
+from megadiff.training import tags
+from megadiff.training.board import Description
 from megadiff.training.health import Diverged, Health
 from megadiff.training.incidents import Incidents
 from megadiff.training.monitor import Monitor
@@ -83,7 +85,7 @@ class Training:
         return self.engine.denoiser(weights)
 
     def scalar(self, tag: str, value: float) -> None:
-        self.monitor.scalar(tag, value, self.step)
+        self.monitor.scalars({tag: value}, self.step)
 
     def picture(self, tag: str, picture: Image.Image) -> None:
         self.monitor.picture(tag, picture, self.step)
@@ -103,13 +105,20 @@ class Callback(Protocol):
 
 
 def train_stage(
-    run: Run, stage_name: str, deepspeed: Mapping[str, Any], callbacks: Sequence[Callback] = (), *, failed_at: int = 0
+    run: Run,
+    stage_name: str,
+    deepspeed: Mapping[str, Any],
+    callbacks: Sequence[Callback] = (),
+    measured: Sequence[str] = (),
+    *,
+    failed_at: int = 0,
 ) -> None:
     """Train a stage to its end, from its newest checkpoint if it has one. Runs on every rank.
 
     Where the run's stop file is seen first, training ends after the step with a checkpoint, and without the stage's DONE.
 
     Args:
+        measured: names of the figures that callbacks record.
         failed_at: the step at which the start before this one ended badly, whose samples are named before it is done again.
 
     Raises:
@@ -119,7 +128,7 @@ def train_stage(
     incidents = Incidents(paths, writes=ranks.rank == 0)
     with closing(Pulse(paths, ranks.rank, run.safeguards)) as pulse:
         try:
-            _train_stage(run, stage, deepspeed, ranks, pulse, incidents, callbacks, failed_at)
+            _train_stage(run, stage, deepspeed, ranks, pulse, incidents, callbacks, measured, failed_at)
         except Exception as error:
             kind = IncidentKind.PREFLIGHT if isinstance(error, PreflightError) else IncidentKind.ERROR
             incidents.add(kind, pulse.step, f"{type(error).__name__}: {error}")
@@ -134,6 +143,7 @@ def _train_stage(
     pulse: Pulse,
     incidents: Incidents,
     callbacks: Sequence[Callback],
+    measured: Sequence[str],
     failed_at: int,
 ) -> None:
     paths, seed = run.paths.stage(stage.name), stage_seed(run, stage)
@@ -157,7 +167,8 @@ def _train_stage(
         run.paths.run.write_text(dump_run(run), encoding="utf-8")
     loader = _loader(run, stage, layout, seed, progress)
     check_alike({"manifests of the data": loader.fingerprint()})
-    monitor = _monitor(run, stage, engine)
+    monitor = _monitor(run, stage, engine, measured)
+    incidents.told_to(monitor.incident)
     if resumed:
         monitor.say(f"{stage.name} resumes from its checkpoint of step {progress.optimizer_step}")
     incidents.add(IncidentKind.RESUME if resumed else IncidentKind.START, progress.optimizer_step, f"{ranks.world} ranks")
@@ -205,7 +216,7 @@ def _train(training: Training, loader: Loader, objective: DiffusionObjective, ca
         batches = loader.take(engine.device)
         waited = loader.stats().waited_s - before
         pulse.beat(step, Phase.STEP)
-        result = engine.step(batches, objective, loader.sources)
+        result = engine.step(batches, objective, loader.sources, inspect=monitor.writes_at(step))
         health.check(result, step, samples)
         if (
             spikes
@@ -219,7 +230,7 @@ def _train(training: Training, loader: Loader, objective: DiffusionObjective, ca
         unreadable = _check_data(training, loader) if monitor.writes_at(step) else 0
         monitor.record(step, result, data_wait_s=waited, unreadable=unreadable)
         if not result.applied:
-            training.scalar("3 optimizer/skipped steps", health.skipped_steps)
+            training.scalar(tags.SKIPPED, health.skipped_steps)
         paused = monitor.pause()
         due = [callback for callback in callbacks if callback.due(training)]
         for callback in due:
@@ -369,7 +380,7 @@ def _features(run: Run, stage: Stage) -> dict[str, tuple[int, int]]:
     return {} if rule is None else {rule.modality: (derived.tokens(run.model)[rule.modality], rule.features)}
 
 
-def _monitor(run: Run, stage: Stage, engine: Engine) -> Monitor:
+def _monitor(run: Run, stage: Stage, engine: Engine, measured: Sequence[str]) -> Monitor:
     return Monitor(
         paths=run.paths.stage(stage.name),
         total_steps=stage.steps,
@@ -381,4 +392,19 @@ def _monitor(run: Run, stage: Stage, engine: Engine) -> Monitor:
         device=engine.device,
         ranks=engine.layout.world,
         active=engine.layout.leads,
+        description=Description(_hyper_parameters(run, stage, engine.layout), parameters.scored(stage), measured),
     )
+
+
+def _hyper_parameters(run: Run, stage: Stage, layout: Layout) -> dict[str, float | str | bool]:
+    """What tells a stage's training from that of others: its own numbers, the network's, and the ranks'."""
+    model = run.model.model_dump(mode="json", exclude={"modalities"})
+    own = stage.model_dump(mode="json", include={"steps", "batch", "optimizer", "precision", "ema", "freeze", "modalities"})
+    ranks = {"data": layout.data_ranks, "pipeline": layout.pipeline, "tensor": layout.tensor}
+    counted = parameters.stage_parameters(run.model, stage).total
+    tree = {"seed": run.seed, "parameters": counted, "model": model, **own, "ranks": ranks}
+    return {
+        name: value if isinstance(value, float | int | str) else json.dumps(value)
+        for name, value in leaves(tree).items()
+        if value is not None
+    }

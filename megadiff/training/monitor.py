@@ -9,26 +9,26 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
 from megadiff.config.errors import UserError
 from megadiff.config.gpus import GPUS
-from megadiff.config.run_folder import StageFolder
+from megadiff.config.run_folder import Incident, StageFolder
 from megadiff.engine.api import StepResult
 from megadiff.files import write_text
+from megadiff.training import tags
+from megadiff.training.board import Board, Description
 from megadiff.types import Metric
 
-QUARTERS = ("0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00")
 PEAK_FLOPS = {
     **{name.upper(): gpu.bf16_flops for name, gpu in GPUS.items()},
     "B200": 2250e12,
@@ -37,7 +37,6 @@ PEAK_FLOPS = {
 }
 """Dense bf16 (V100: fp16) tensor-core peaks by name, from the makers' data sheets."""
 
-EVALUATION_SHARE = "4 speed/evaluation share"
 MOST_EVALUATING, JUDGED_AFTER_S = 0.02, 60.0
 """The share of the time above which evaluation is warned of, once the first steps weigh little."""
 
@@ -75,6 +74,7 @@ class Monitor:
         device: torch.device,
         ranks: int,
         active: bool,
+        description: Description,
     ) -> None:
         self.paths, self.total_steps, self.log_every, self.active = paths, total_steps, log_every, active
         self.global_samples, self.tokens_per_sample = global_samples, tokens_per_sample
@@ -88,13 +88,14 @@ class Monitor:
         self._checkpoint: dict[str, Any] = {}
         if not active:
             return
-        self._complained = self._events_lost = False
+        self._complained = False
+        self._board: Board | None = None
         try:
             for folder in (paths.tensorboard, paths.pictures):
                 folder.mkdir(parents=True, exist_ok=True)
             for lines in (paths.metrics, paths.results):
                 _drop_after(lines, first_step)
-            self._open_events(purge_step=first_step + 1 if first_step else None)
+            self._open_board(purge_step=first_step + 1 if first_step else None).describe(description)
             self._metrics = LineFile(paths.metrics)
         except OSError as error:
             raise UserError(f"the records of stage {paths.name} cannot be written: {error}") from None
@@ -116,20 +117,21 @@ class Monitor:
             return
         self._results.append(result)
         self._waited += data_wait_s
-        with self._spared():
-            row = {"step": step, "time": time.time(), **_row(result), "evaluation_share": self._evaluating, **self._checkpoint}
-            self._checkpoint = {}
-            self._metrics.append(json.dumps(row))
-            if self._events_lost:
-                self._open_events(purge_step=None)
-        if not self.writes_at(step):
-            self._bar.update(1)
-            return
+        writes = self.writes_at(step)
         elapsed = max(time.perf_counter() - self._since, 1e-9)
         rate = len(self._results) * self.global_samples / elapsed
         means = average(self._results)
-        with self._spared(events=True):
-            self._write(step, means, rate, self._waited / elapsed, unreadable)
+        numbers = self._numbers(means, rate, self._waited / elapsed, unreadable) if writes else {}
+        curves = {"curves": _finite(numbers)} if writes else {}
+        with self._spared():
+            share = {"evaluation_share": self._evaluating}
+            row = {"step": step, "time": time.time(), **_row(result), **share, **self._checkpoint, **curves}
+            self._checkpoint = {}
+            self._metrics.append(json.dumps(row))
+        if not writes:
+            self._bar.update(1)
+            return
+        self.scalars(numbers, step)
         self._show(step, means, rate)
         self._since, self._waited = time.perf_counter(), 0.0
         self._results.clear()
@@ -141,29 +143,32 @@ class Monitor:
     def resume(self, paused_at: float) -> None:
         self._since += time.perf_counter() - paused_at
 
-    def scalar(self, tag: str, value: float, step: int) -> None:
-        if self.active and math.isfinite(value):
-            with self._spared(events=True):
-                self._writer.add_scalar(tag, value, step)
+    def scalars(self, numbers: Mapping[str, float], step: int) -> None:
+        """Write numbers by their tags."""
 
-    def picture(self, tag: str, image: Image.Image, step: int) -> None:
+        def write(board: Board) -> None:
+            board.scalars(numbers, step)
+            board.flush()
+
+        self._on_board(write)
+
+    def picture(self, tag: str, picture: Image.Image, step: int) -> None:
         """Write a picture to TensorBoard, and as a PNG into the stage's folder."""
+        self._on_board(lambda board: board.picture(tag, picture, step))
         if self.active:
-            with self._spared(events=True):
-                self._writer.add_image(tag, np.asarray(image.convert("RGB")), step, dataformats="HWC")
             with self._spared():
-                image.save(self.paths.pictures / f"{tag.replace('/', '-')}-{step:08d}.png", "PNG", optimize=True)
+                picture.save(self.paths.pictures / f"{tag.replace('/', '-')}-{step:08d}.png", "PNG", optimize=True)
 
     def text(self, tag: str, text: str, step: int) -> None:
-        if self.active:
-            with self._spared(events=True):
-                self._writer.add_text(tag, text, step)
+        self._on_board(lambda board: board.text(tag, text, step))
+
+    def incident(self, incident: Incident) -> None:
+        """Write an incident to TensorBoard, also after `close`."""
+        self._on_board(lambda board: board.incident(incident))
 
     def metrics(self, metrics: Sequence[Metric], step: int) -> None:
         """Write figures to TensorBoard, and with what they depend on as lines into the stage's results."""
-        for metric in metrics:
-            group = "" if "/" in metric.name else "results/"
-            self.scalar(f"7 {group}{metric.name}", metric.value, step)
+        self.scalars({tags.of_metric(metric.name): metric.value for metric in metrics}, step)
         if self.active:
             with self._spared(), closing(LineFile(self.paths.results)) as lines:
                 for metric in metrics:
@@ -178,7 +183,7 @@ class Monitor:
         now = time.perf_counter()
         self._evaluating_s += now - since
         self._evaluating = self._evaluating_s / max(now - self._began, 1e-9)
-        self.scalar(EVALUATION_SHARE, self._evaluating, step)
+        self.scalars({tags.EVALUATION_SHARE: self._evaluating}, step)
         told = f"evaluation has taken {100 * self._evaluating:.1f} % of the time since this start"
         if self._evaluating > MOST_EVALUATING and now - self._began > JUDGED_AFTER_S and not self._warned:
             self._warned = True
@@ -195,8 +200,7 @@ class Monitor:
             took_s: seconds from the end of the step to the publication.
         """
         self._checkpoint = {"checkpoint": {"step": step, "stalled_s": stalled_s, "took_s": took_s}}
-        self.scalar("4 speed/checkpoint stall s", stalled_s, step)
-        self.scalar("4 speed/checkpoint until published s", took_s, step)
+        self.scalars({tags.CHECKPOINT_STALL: stalled_s, tags.CHECKPOINT_TOOK: took_s}, step)
 
     def say(self, message: str) -> None:
         """Print a line above the progress bar, or in the log."""
@@ -210,9 +214,9 @@ class Monitor:
         if not self.active:
             return
         self._bar.update(step - self._bar.n)
+        self._on_board(lambda board: board.close())
         with self._spared(events=True):
-            self._writer.close()
-            self._open_events(purge_step=step + 1)
+            self._open_board(purge_step=step + 1)
         with self._spared():
             self._metrics.close()
             for lines in (self.paths.metrics, self.paths.results):
@@ -223,8 +227,8 @@ class Monitor:
         if self.active:
             self._bar.close()
             self._metrics.close()
-            with self._spared(events=True):
-                self._writer.close()
+            self._on_board(lambda board: board.close())
+            self._board = None
 
     @contextmanager
     def _spared(self, *, events: bool = False) -> Iterator[None]:
@@ -236,47 +240,41 @@ class Monitor:
         try:
             yield
         except OSError as error:
-            self._events_lost |= events
+            if events:
+                self._board = None
             if not self._complained:
                 self._complained = True
                 self.say(f"training goes on, but its records cannot be written: {error}")
 
-    def _open_events(self, purge_step: int | None) -> None:
-        for path in self.paths.tensorboard.iterdir():
-            if path.stat().st_size == 0:  # left by a writer on a full disk
-                path.unlink()
-        # Imported here: other ranks need none of it, and it takes most of a second.
-        from torch.utils.tensorboard import SummaryWriter
+    def _on_board(self, write: Callable[[Board], None]) -> None:
+        """Write to TensorBoard, on the rank that does."""
+        if self.active:
+            with self._spared(events=True):
+                write(self._board or self._open_board(purge_step=None))
 
-        self._writer = SummaryWriter(str(self.paths.tensorboard), purge_step=purge_step)
-        self._events_lost = False
+    def _open_board(self, purge_step: int | None) -> Board:
+        """Open TensorBoard's events. What there is of `purge_step` and later is hidden, but incidents are told again."""
+        self._board = board = Board(self.paths.tensorboard, purge_step)
+        hidden_from = math.inf if purge_step is None else purge_step
+        for incident in Incident.all_in(self.paths.of.incidents):
+            if incident.stage == self.paths.name and incident.step >= hidden_from:
+                board.incident(incident)
+        return board
 
-    def _write(self, step: int, result: StepResult, rate: float, waiting: float, unreadable: int) -> None:
-        scalars: dict[str, float] = {
-            "1 loss/total": result.total,
-            "3 optimizer/gradient norm": result.grad_norm,
-            "3 optimizer/learning rate": result.learning_rate,
-            "4 speed/samples per s": rate,
-            "4 speed/tokens per s": rate * self.tokens_per_sample,
-            "4 speed/model FLOPs utilisation": rate * self.flops_per_sample / self._peak,
-            "4 speed/data-wait share": waiting,
-            "5 memory/host peak GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-            "6 data/unreadable samples": unreadable,
+    def _numbers(self, result: StepResult, rate: float, waiting: float, unreadable: int) -> dict[str, float]:
+        """What is shown of the steps since the last time, by tag."""
+        numbers = {
+            **tags.of_result(result),
+            f"{tags.SPEED}/samples per s": rate,
+            f"{tags.SPEED}/tokens per s": rate * self.tokens_per_sample,
+            f"{tags.SPEED}/model FLOPs utilisation": rate * self.flops_per_sample / self._peak,
+            f"{tags.SPEED}/data-wait share": waiting,
+            f"{tags.MEMORY}/host peak GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            f"{tags.DATA}/unreadable samples": unreadable,
         }
         if self._device.type == "cuda":
-            scalars["5 memory/device peak GiB"] = torch.cuda.max_memory_allocated(self._device) / 2**30
-        for name, loss in result.losses.items():
-            scalars[f"1 loss/{name}"] = loss
-            for quarter, value in zip(QUARTERS, result.quartiles[name], strict=True):
-                scalars[f"2 loss by time/{name} t {quarter}"] = value
-        for name, losses in result.by_source.items():
-            scalars |= {f"2 loss by source/{name} {source}": loss for source, loss in losses.items()}
-        for name, bound in result.nelbo.items():
-            scalars[f"1 loss/{name} NELBO"] = bound
-        for tag, value in scalars.items():
-            if math.isfinite(value):
-                self._writer.add_scalar(tag, value, step)
-        self._writer.flush()
+            numbers[f"{tags.MEMORY}/device peak GiB"] = torch.cuda.max_memory_allocated(self._device) / 2**30
+        return numbers
 
     def _show(self, step: int, result: StepResult, rate: float) -> None:
         losses = " ".join(f"{name} {loss:.4f}" for name, loss in result.losses.items())

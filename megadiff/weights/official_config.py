@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from megadiff.config.errors import UserError
+from megadiff.config.load import leaves
 from megadiff.config.schema import GridSpace, Model, TokenSpace
 
 TEXT, IMAGE = "text", "image"
@@ -124,8 +125,8 @@ def require_released_kind(model: Model) -> None:
         )
     if len(set(grid_of(model).patch_sides)) > 1:
         raise UserError(f"model.modalities.{IMAGE}.space.patch is not square; the released network's patches are")
-    released = _leaves(model_from_config(_config(model, (TEXT, IMAGE))).model_dump(mode="json"))
-    ours = _leaves(model.model_dump(mode="json"))
+    released = leaves(model_from_config(_config(model, (TEXT, IMAGE))).model_dump(mode="json"))
+    ours = leaves(model.model_dump(mode="json"))
     for address in {**ours, **released}:
         if address not in _NOT_OF_THE_NETWORK and released.get(address) != ours.get(address):
             raise UserError(f"model.{address} is {ours.get(address)}; the released network has {released.get(address)}")
@@ -230,17 +231,6 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(section, Mapping):
             values = {**_flat(section), **values}
     return values
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted address."""
-    return {
-        address: leaf
-        for key, value in tree.items()
-        for address, leaf in (
-            _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-        ).items()
-    }
 
 
 def grid_of(model: Model) -> GridSpace:

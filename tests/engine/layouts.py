@@ -121,6 +121,7 @@ def deviations(report: dict[str, Any], reference: dict[str, Any]) -> dict[str, f
 def assert_same_curve(report: dict[str, Any], reference: dict[str, Any]) -> None:
     found = deviations(report, reference)
     assert max(found.values()) < TOLERANCE, found
+    assert report["inspected"] == pytest.approx(reference["inspected"], rel=10 * TOLERANCE)
 
 
 def assert_same_held_out(report: dict[str, Any], reference: dict[str, Any], stage: str) -> None:

@@ -108,7 +108,7 @@ class Sums:
 
 
 def engine() -> Engine:
-    return Engine(FakeBackend(), STAGE, Idle(frozenset(), {}))
+    return Engine(FakeBackend(), STAGE, Idle(frozenset(), {}), ())
 
 
 def batches() -> list[Batch]:

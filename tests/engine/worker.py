@@ -27,7 +27,7 @@ from megadiff.data.reading.loader import Loader
 from megadiff.diffusion.objective import DiffusionObjective
 from megadiff.evaluation.build import callbacks as evaluation_callbacks
 from megadiff.models.names import named_parameters
-from megadiff.training import loop, stopping
+from megadiff.training import loop, stopping, tags
 from megadiff.types import Batch, Denoiser, Dense, DrawRule, LossTerms, Noised, RowKeys, RowLogits, SampledRows
 from megadiff.weights import checkpoint
 from megadiff.weights.checkpoint import FileEntry
@@ -145,7 +145,7 @@ class WatchedLoader(Loader):
         batches = super().take(device)
         pairs = [zip(batch.slots.tolist(), batch.keys.tolist(), strict=True) for batch in batches]
         self.samples.append(dict(chain.from_iterable(pairs)))
-        self.data_steps.append(batches[0].data_step)
+        self.data_steps.extend(batch.data_step for batch in batches[:1])  # a rank may take none
         return batches
 
 
@@ -312,6 +312,12 @@ def trained(run: Run, stage: str, tree: dict[str, Any], request: dict[str, Any])
         seen["text_losses"] = [row["losses"].get("text") for row in rows]
         seen["applied"] = [row["applied"] for row in rows]
         seen["steps"] = [row["step"] for row in rows]
+        seen["inspected"] = {
+            name: value
+            for row in rows
+            for name, value in row.get("curves", {}).items()
+            if name.startswith((tags.GRADIENT, tags.UPDATE, tags.WEIGHT, tags.ACTIVATION, tags.DATA))
+        }
     return {**seen, **probe.seen, "samples": WatchedLoader.samples[:], "data_steps": WatchedLoader.data_steps[:]}
 
 

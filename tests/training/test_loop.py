@@ -36,7 +36,7 @@ def trained(folder: Path, unreadable_at: int, share: float = 0.01) -> list[int]:
         sources=(),
     )
     engine = SimpleNamespace(
-        device=torch.device("cpu"), step=lambda *_: result(), ema=SimpleNamespace(update=lambda: None), counters=dict
+        device=torch.device("cpu"), step=lambda *_, inspect: result(), ema=SimpleNamespace(update=lambda: None), counters=dict
     )
     saver = SimpleNamespace(begin=lambda *_: None, publish=lambda: None, publish_if_written=lambda: None)
     watched, told = monitor(folder), list[int]()

@@ -19,10 +19,13 @@ from torch.utils.tensorboard import SummaryWriter
 from megadiff.config.errors import UserError
 from megadiff.config.run_folder import RunFolder
 from megadiff.engine.api import StepResult
+from megadiff.training.board import Description
 from megadiff.training.health import Diverged, Health
 from megadiff.training.incidents import Incidents
 from megadiff.training.monitor import LineFile, Monitor
 from megadiff.types import Metric
+
+MEASURED = ["held-out image/t 0.500 given ema", "held-out image/t 0.500 absent ema", "gap/text"]
 
 
 def result(*, total: float = 1.0, grad_norm: float = 0.5, applied: bool = True) -> StepResult:
@@ -50,6 +53,7 @@ def monitor(folder: Path, *, first_step: int = 0, active: bool = True) -> Monito
         device=torch.device("cpu"),
         ranks=1,
         active=active,
+        description=Description({"optimizer.learning_rate": 1e-3}, ["image"], MEASURED),
     )
 
 
