@@ -11,9 +11,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from megadiff.config.errors import ConfigError, UserError
+from megadiff.config.drift import drift, stored_run
+from megadiff.config.errors import UserError
 from megadiff.config.jobs import SubmittedJob
-from megadiff.config.load import dump_run, load_run
+from megadiff.config.load import dump_run
 from megadiff.config.run_folder import RunFolder
 from megadiff.config.schema import Run
 from megadiff.files import write_text
@@ -22,10 +23,6 @@ from megadiff.launcher.children import process_start
 
 WAIT_S = 10.0
 """Seconds that a launch waits for the processes of a killed launch, which end soon after it."""
-FREE = ("launch", "preflight", "safeguards", "showcase")
-"""Sections that may change between two launches of one run, as they do not affect training."""
-
-_SHOWN = 6
 
 
 def check_checkpoints(run: Run) -> None:
@@ -48,31 +45,24 @@ def check_checkpoints(run: Run) -> None:
         reader = f"stage {stage.name} starts from it" if stage.initialise.source == "previous" and not there else ""
 
 
-def check_unchanged(run: Run) -> None:
-    """Check that the folder holds a run of the same configuration, or none.
+def accepted_changes(run: Run, *, allowed: bool) -> list[str]:
+    """Where a run differs from what its folder holds, as sentences.
 
     Raises:
-        UserError: naming the keys that differ and their values.
+        UserError: that changes the training and is not allowed, naming keys and values.
     """
-    stored = _stored(run)
-    differing = [] if stored is None else differences(stored, run)
-    if differing:
-        more = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
-        raise UserError(
-            f"{run.folder} holds a run of another configuration: {'; '.join(differing[:_SHOWN])}{more}; "
-            "name a new folder (folder=...), or go on with the new values by --allow-changes"
-        )
+    stored = stored_run(run)
+    changed = () if stored is None else drift(stored, run).accepted(run.folder, allowed=allowed)
+    return [f"changed since the last launch: {line}" for line in changed]
 
 
 def untouched(run: Run) -> list[str]:
     """Finished stages whose configuration, or the shared one, has changed: the changes do not reach them."""
-    stored = _stored(run)
+    stored = stored_run(run)
     if stored is None:
         return []
-    before, after = _comparable(stored), _comparable(run)
-    shared = any(before[key] != after[key] for key in after if key != "stages")
-    changed = [name for name, stage in after["stages"].items() if shared or before["stages"].get(name) != stage]
-    return [name for name in changed if run.paths.stage(name).done.exists()]
+    done = [stage.name for stage in run.stages if run.paths.stage(stage.name).done.exists()]
+    return [name for name in done if drift(stored, run, name).training]
 
 
 def write(run: Run, deepspeed: Mapping[str, Any]) -> None:
@@ -81,7 +71,7 @@ def write(run: Run, deepspeed: Mapping[str, Any]) -> None:
     Raises:
         UserError: the folder cannot be written.
     """
-    stored = _stored(run)
+    stored = stored_run(run)
     try:
         write_text(run.paths.run, dump_run(run))
         write_text(run.paths.deepspeed, json.dumps(deepspeed, indent=2) + "\n")
@@ -186,45 +176,3 @@ def _lock(descriptor: int, kind: int) -> bool:
 def _runs(pid: str) -> bool:
     """Whether the process that wrote its number into a lock still runs on this machine."""
     return pid.isdigit() and process_start(int(pid)) != ""
-
-
-def differences(before: Run, after: Run) -> list[str]:
-    """Where two runs differ, as `key (old there, new here)`; stages are matched by name, FREE sections left out."""
-    return list(_differ(_comparable(before), _comparable(after), ""))
-
-
-def _comparable(run: Run) -> dict[str, Any]:
-    tree = {key: value for key, value in run.model_dump(mode="json").items() if key not in (*FREE, "folder")}
-    stages = tree["stages"]
-    return {**tree, "stages": {**{stage["name"]: stage for stage in stages}, "(order)": [stage["name"] for stage in stages]}}
-
-
-def _differ(old: Any, new: Any, place: str) -> Iterator[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*old, *(key for key in new if key not in old)]:
-            yield from _differ(old.get(key, _ABSENT), new.get(key, _ABSENT), f"{place}.{key}" if place else str(key))
-    elif old != new:
-        yield f"{place} ({_short(old)} there, {_short(new)} here)"
-
-
-_ABSENT = object()
-
-
-def _short(value: Any) -> str:
-    if value is _ABSENT:
-        return "absent"
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _stored(run: Run) -> Run | None:
-    path = run.paths.run
-    if not path.exists():
-        return None
-    try:
-        return load_run(path)
-    except ConfigError as error:
-        raise UserError(
-            f"what {run.folder} holds is unknown, for its {path.name} cannot be read ({error}); "
-            "delete that file or name a new folder"
-        ) from None

@@ -36,13 +36,14 @@ def launch(plan: Plan, *, allow_changes: bool = False, say: Say = print) -> int:
     if absent:
         raise UserError(f"not found: {'; '.join(absent)}; paths are relative to the folder where megadiff is started")
     with folder.locked(run) as lock:
-        if not allow_changes:
-            folder.check_unchanged(run)
+        changes = folder.accepted_changes(run, allowed=allow_changes)
         folder.check_checkpoints(run)
-        changed = folder.untouched(run)
+        untouched = folder.untouched(run)
         folder.write(run, plan.deepspeed)
         run.paths.stop.unlink(missing_ok=True)  # of ranks that died before they saw it
-        for name in changed:
+        for line in changes:
+            say(line)
+        for name in untouched:
             if run.paths.stage(name).done.exists():
                 say(f"stage {name} is done already: the changes do not reach it (delete {run.folder}/{name} to train it again)")
         if run.launch.processes not in ("accelerators", plan.processes):

@@ -92,14 +92,15 @@ def submit_run(plan: RunSubmission, *, allow_changes: bool = False, say: Say = p
     if not plan.scripts:
         raise UserError(f"all stages of {run.folder} are done; more steps need stages.NAME.steps=N and --allow-changes")
     with folder.locked(run):
-        if not allow_changes:
-            folder.check_unchanged(run)
+        changes = folder.accepted_changes(run, allowed=allow_changes)
         folder.check_checkpoints(run)
         _try(plan.scripts)
         folder.write(run, plan.deepspeed)
         run.paths.stop.unlink(missing_ok=True)
         texts = {plan.folder.config: dump_run(run), plan.folder.deepspeed: json.dumps(plan.deepspeed, indent=2) + "\n"}
         _freeze(plan.folder, plan.scripts, plan.cluster, texts)
+        for line in changes:
+            say(line)
         jobs = _submit(plan.scripts)
         for script, job in zip(plan.scripts, jobs, strict=True):
             SubmittedJob(job, script.job.name, plan.number, int(time.time())).append_to(run.paths.jobs)

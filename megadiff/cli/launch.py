@@ -57,7 +57,7 @@ def add(verbs: Verbs) -> None:
         "--processes", metavar="N", type=positive, help="processes of the verb after --; a run has launch.processes"
     )
     parser.add_argument("--dry-run", action="store_true", help="check, print the commands, and start nothing")
-    parser.add_argument("--allow-changes", action="store_true", help="continue in a folder whose run had another configuration")
+    parser.add_argument("--allow-changes", action="store_true", help="go on where the run was trained otherwise")
     parser.set_defaults(run=run, command=[])
 
 
@@ -111,9 +111,10 @@ def _launch_on_slurm(plan: submit.RunSubmission, arguments: argparse.Namespace) 
 
 
 def _show(run: Run, text: str, arguments: argparse.Namespace) -> int:
-    if not arguments.allow_changes:
-        folder.check_unchanged(run)
+    changes = folder.accepted_changes(run, allowed=arguments.allow_changes)
     print(text)
+    for line in changes:
+        print(f"megadiff: note: {line}", file=sys.stderr)
     for missing in job.missing_files(run):
         print(f"megadiff: note: not there yet: {missing}", file=sys.stderr)
     return 0

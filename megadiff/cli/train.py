@@ -31,6 +31,7 @@ def add(verbs: Verbs) -> None:
     parser.add_argument("--stage", metavar="NAME", required=True, help="the stage to train")
     parser.add_argument("--deepspeed", metavar="DS.json", required=True, help="how the ranks share the work")
     add_sizes(parser)
+    parser.add_argument("--allow-changes", action="store_true", help="go on where the run was trained otherwise")
     parser.set_defaults(run=run)
 
 
@@ -48,7 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
         found = callbacks(loaded, stage)
         measured = [name for each in found for name in each.measures]
         failed_at = int(os.environ.get(FAILED_AT) or 0)
-        train_stage(loaded, stage.name, tree, found, measured, failed_at=failed_at)
+        allowed = arguments.allow_changes
+        train_stage(loaded, stage.name, tree, found, measured, failed_at=failed_at, allow_changes=allowed)
     except (UserError, OSError) as error:  # a full disk above all, and it names the file
         # The terminal gets it once, below or from the launcher.
         logging.getLogger("megadiff").info("stopped: %s", error, exc_info=isinstance(error, OSError))

@@ -3,7 +3,7 @@
 RUN/  run.yaml  deepspeed.json  .lock  .ranks  .fence  STOP  incidents.jsonl  samples.png  results.json  tensorboard/STAGE/
       hostfile  jobs.jsonl  submitted/NNN/  code/megadiff/  config.yaml  deepspeed.json  cluster.yaml  NAME.sh  NAME.log
       STAGE/  DONE  error.txt[.JOB.TURN]  metrics.jsonl  results.jsonl  attempts.jsonl  pictures/*.png  heartbeats/rank_N.json
-              logs/  rank_N.log  job_J.log
+              logs/  rank_N.log  job_J.log  collectives_N
               checkpoints/  step_XXXXXXXX/manifest.json  latest
 """
 
@@ -54,6 +54,8 @@ class IncidentKind(StrEnum):
 
     START = "start"
     RESUME = "resume"
+    CHANGED = "changed"
+    """The configuration or the software is not that of the checkpoint from which training goes on."""
     PREFLIGHT = "preflight"
     """Nodes are not fit for the run, or slow."""
     STOP = "stop"
@@ -288,6 +290,11 @@ class StageFolder:
     def log(self, rank: int) -> Path:
         """A rank's own log, which grows over restarts."""
         return self.logs / f"rank_{rank}.log"
+
+    @property
+    def collectives(self) -> str:
+        """What the name of a rank's record of collectives begins with; its number follows, as NCCL has it."""
+        return str(self.logs / "collectives_")
 
     @property
     def heartbeats(self) -> Path:

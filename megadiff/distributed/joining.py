@@ -14,6 +14,7 @@ from pathlib import Path
 
 from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
+from megadiff import __version__
 from megadiff.config.errors import UserError
 from megadiff.distributed.ranks import Ranks, node_name
 from megadiff.distributed.reduce import gather_objects
@@ -36,7 +37,7 @@ def software() -> dict[str, str]:
         for path in sorted(top.resolve().rglob("*.py")) if top.is_dir() else [top]:
             code.update(path.read_bytes() if path.suffix == ".py" else b"")
     versions = {name: version(name) for name in ("torch", "deepspeed", "numpy")}
-    return {"code of megadiff": code.hexdigest(), "Python": platform.python_version(), **versions}
+    return {"megadiff": __version__, "code of megadiff": code.hexdigest(), "Python": platform.python_version(), **versions}
 
 
 def join(ranks: Ranks, facts: Facts) -> Store:

@@ -17,6 +17,7 @@ from megadiff.config.errors import UserError
 from megadiff.config.layout import Layout
 from megadiff.config.run_folder import CheckpointsFolder, step_of
 from megadiff.config.schema import Stage
+from megadiff.distributed.joining import software
 from megadiff.distributed.reduce import any_rank, gather_objects, raise_together
 from megadiff.engine.ema import Ema
 from megadiff.engine.pieces import Pieces, Shape
@@ -101,6 +102,7 @@ class Saver:
         self._stage, self._token = stage, "" if fence is None else fence.token
         self._check_fence = _nothing if fence is None else fence.check
         self._parameters = {name: each for part in gather_objects(_parameters(pieces)) for name, each in part.items()}
+        self._software = software() if layout.leads else {}
         self._host: dict[str, Tensor] = {}
         self._pending: _Pending | None = None
         self._thread, self._copier = ThreadPoolExecutor(1, "checkpoint"), ThreadPoolExecutor(1, "checkpoint copy")
@@ -160,7 +162,7 @@ class Saver:
                 if self._layout.leads:
                     profiles = tuple(self._ema.profiles)
                     manifest = CheckpointManifest(
-                        self._stage.name, self._parameters, profiles, pending.progress, pending.config, files
+                        self._stage.name, self._parameters, profiles, pending.progress, pending.config, files, self._software
                     )
                     self._check_fence()
                     checkpoint.publish(self._checkpoints, pending.step, manifest, self._stage.checkpoint, self._token)

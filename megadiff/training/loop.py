@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -18,9 +17,11 @@ from PIL import Image
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from megadiff.config import derived, parameters
+from megadiff.config.drift import drift, stored_run
+from megadiff.config.errors import UserError
 from megadiff.config.layout import Layout
 from megadiff.config.load import dump_run, leaves
-from megadiff.config.run_folder import CheckpointsFolder, IncidentKind, Phase, StageFolder
+from megadiff.config.run_folder import IncidentKind, Phase
 from megadiff.config.schema import Run, Stage
 from megadiff.data.reading.loader import Loader, check_unreadable
 from megadiff.data.shards.shard import manifest_of
@@ -31,7 +32,8 @@ from megadiff.distributed.ranks import Ranks
 from megadiff.distributed.reduce import barrier, gather_objects, sum_over_replicas
 from megadiff.engine.build import build_engine
 from megadiff.engine.engine import Engine
-from megadiff.engine.saving import Published, Saver, all_or_none, copies, remote_of, restore
+from megadiff.engine.saving import Published, Saver
+from megadiff.files import write_text
 from megadiff.training import tags
 from megadiff.training.board import Description
 from megadiff.training.health import Diverged, Health
@@ -39,13 +41,12 @@ from megadiff.training.incidents import Incidents
 from megadiff.training.monitor import Monitor
 from megadiff.training.progress import Progress
 from megadiff.training.pulse import Pulse
+from megadiff.training.resuming import resume, take_fence
 from megadiff.training.spikes import Spike, SpikeWatch
 from megadiff.training.stages import initialise, stage_seed
 from megadiff.training.stopping import StopFile
 from megadiff.training.suspects import samples_of
 from megadiff.types import Denoiser, Metric, Moment
-from megadiff.weights.checkpoint import DamagedCheckpoint, clear
-from megadiff.weights.fence import Fence
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +113,7 @@ def train_stage(
     measured: Sequence[str] = (),
     *,
     failed_at: int = 0,
+    allow_changes: bool = False,
 ) -> None:
     """Train a stage to its end, from its newest checkpoint if it has one. Runs on every rank.
 
@@ -120,6 +122,7 @@ def train_stage(
     Args:
         measured: names of the figures that callbacks record.
         failed_at: the step at which the start before this one ended badly, whose samples are named before it is done again.
+        allow_changes: go on where the run was trained otherwise.
 
     Raises:
         UserError: the configuration, the data or a checkpoint is at fault.
@@ -128,10 +131,12 @@ def train_stage(
     incidents = Incidents(paths, writes=ranks.rank == 0)
     with closing(Pulse(paths, ranks.rank, run.safeguards)) as pulse:
         try:
-            _train_stage(run, stage, deepspeed, ranks, pulse, incidents, callbacks, measured, failed_at)
+            _train_stage(run, stage, deepspeed, ranks, pulse, incidents, callbacks, measured, failed_at, allow_changes)
         except Exception as error:
             kind = IncidentKind.PREFLIGHT if isinstance(error, PreflightError) else IncidentKind.ERROR
             incidents.add(kind, pulse.step, f"{type(error).__name__}: {error}")
+            if not isinstance(error, UserError):
+                pulse.write_collectives()
             raise
 
 
@@ -145,6 +150,7 @@ def _train_stage(
     callbacks: Sequence[Callback],
     measured: Sequence[str],
     failed_at: int,
+    allow_changes: bool,
 ) -> None:
     paths, seed = run.paths.stage(stage.name), stage_seed(run, stage)
     timeout = timedelta(seconds=run.safeguards.collective_timeout_s)
@@ -155,22 +161,30 @@ def _train_stage(
             incidents.add(IncidentKind.PREFLIGHT, 0, notes)
 
     engine = build_engine(run.model, stage, deepspeed, seed=seed, ranks=ranks, facts=facts, timeout=timeout, examine=examine)
-    layout, fence = engine.layout, _take_fence(run, paths, engine.layout)
-    resumed = _resume(engine, paths, incidents)
+    layout, fence = engine.layout, take_fence(run, paths, engine.layout)
+    stored = stored_run(run)
+    if stored is not None:
+        drift(stored, run).accepted(run.folder, allowed=allow_changes)
+    # What the folder holds was accepted when it was launched.
+    resumed = resume(engine, run, incidents, allow_changes=allow_changes or stored is not None)
     if resumed is None:
         initialise(engine, run, stage)
         progress = Progress()
     else:
-        progress = Progress.of(resumed)
-    if layout.leads and not run.paths.run.exists():  # written by the launcher, but not by torchrun
+        progress = Progress.of(resumed.progress)
+    if layout.leads and stored != run:  # the launcher writes it, and torchrun does not
         run.paths.root.mkdir(parents=True, exist_ok=True)
-        run.paths.run.write_text(dump_run(run), encoding="utf-8")
+        write_text(run.paths.run, dump_run(run))
     loader = _loader(run, stage, layout, seed, progress)
     check_alike({"manifests of the data": loader.fingerprint()})
     monitor = _monitor(run, stage, engine, measured)
     incidents.told_to(monitor.incident)
-    if resumed:
+    if resumed is not None:
         monitor.say(f"{stage.name} resumes from its checkpoint of step {progress.optimizer_step}")
+        for line in resumed.changes:
+            monitor.say(f"changed since then: {line}")
+        if resumed.changes:
+            incidents.add(IncidentKind.CHANGED, progress.optimizer_step, "; ".join(resumed.changes))
     incidents.add(IncidentKind.RESUME if resumed else IncidentKind.START, progress.optimizer_step, f"{ranks.world} ranks")
 
     def copy_failed(step: int, why: str) -> None:
@@ -287,45 +301,6 @@ def _go_back(training: Training, loader: Loader, spike: Spike, most: int) -> boo
     training.incidents.add(IncidentKind.SPIKE, training.step, f"{what}; {back}; {samples}")
     training.monitor.rewind(training.step)
     return True
-
-
-def _resume(engine: Engine, paths: StageFolder, incidents: Incidents) -> dict[str, Any] | None:
-    """The progress of the newest checkpoint that is not damaged, loaded; None if there is no checkpoint. Collective.
-
-    Raises:
-        CheckpointError: all are damaged, or the newest whole one does not fit the stage.
-        StorageError: there is none here, and the store of their copies cannot be reached.
-    """
-    damaged: DamagedCheckpoint | None = None
-    for folder in _checkpoints(engine, paths.checkpoints):
-        if damaged is not None:
-            incidents.add(IncidentKind.DAMAGED, 0, str(damaged))
-        try:
-            return engine.load(folder())
-        except DamagedCheckpoint as error:
-            damaged = error
-    if damaged is not None:
-        raise damaged
-    return None
-
-
-def _checkpoints(engine: Engine, here: CheckpointsFolder) -> Iterator[Callable[[], Path]]:
-    """The way to each of a stage's checkpoints, the newest first; those that are not here are downloaded. Collective."""
-    for folder in here.newest_first():
-        yield partial(Path, folder)
-    if remote := remote_of(engine.stage):
-        for address in copies(remote, engine.layout):
-            yield partial(restore, address, here, engine.layout)
-
-
-def _take_fence(run: Run, paths: StageFolder, layout: Layout) -> Fence:
-    """The right to publish checkpoints from now on; ranks of an earlier start have lost it, with what they were writing."""
-    fence: Fence | None = None
-    with all_or_none(run.paths.root):
-        if layout.leads:
-            fence = Fence.take(run.paths)
-            clear(paths.checkpoints)
-    return next(one for one in gather_objects(fence) if one is not None)
 
 
 def save(training: Training, *, waits: bool) -> None:

@@ -9,9 +9,11 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 
 from megadiff.config.run_folder import Heartbeat, Phase, StageFolder
 from megadiff.config.schema import Safeguards
+from megadiff.distributed import recorder
 from megadiff.files import write_text
 
 WRITE_EVERY_S = 1.0
@@ -22,18 +24,21 @@ log = logging.getLogger(__name__)
 class Pulse:
     """Beats at every change of step or phase, which costs an assignment; a thread does the rest.
 
-    When no beat comes for `stalled_after_s`, the stacks of all threads go to the rank's log, once. After `ended_after_s` they
-    go there again and the process ends with exit code 1; faulthandler's own timer does that, for a thread of ours would stand
-    still as well where a call keeps Python's lock.
+    When no beat comes for `stalled_after_s`, the stacks of all threads and the last collective go to the rank's log, once.
+    After `ended_after_s` the stacks go there again and the process ends with exit code 1. faulthandler's own timer does that: a
+    thread of ours would stand still as well where a call keeps Python's lock.
     """
 
     def __init__(self, paths: StageFolder, rank: int, rule: Safeguards) -> None:
         """Raises OSError if the rank's log or the file cannot be made."""
         self._file, self._rule = paths.heartbeat(rank), rule
+        self._collectives = Path(f"{paths.collectives}{rank}")
+        recorder.prepare(paths.collectives)
         for path in (self._file, paths.log(rank)):
             path.parent.mkdir(parents=True, exist_ok=True)
         self._stacks = paths.log(rank).open("a", encoding="utf-8")
         self._last = (0, Phase.START, time.time(), time.monotonic())
+        self._recorded: object = None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="pulse", daemon=True)
         self._thread.start()
@@ -45,6 +50,16 @@ class Pulse:
 
     def beat(self, step: int, phase: Phase) -> None:
         self._last = (step, phase, time.time(), time.monotonic())
+
+    def write_collectives(self) -> None:
+        """Keep the record of this rank's collectives, and say in its log where the last one stands; once per beat."""
+        beat = self._last
+        if self._recorded is beat:  # of a collective that has failed since, the record would say that it has ended
+            return
+        self._recorded = beat
+        with suppress(OSError):
+            if told := recorder.write(self._collectives):
+                log.error("%s; %s has those before it", told, self._collectives)
 
     def close(self) -> None:
         self._closed.set()
@@ -69,3 +84,4 @@ class Pulse:
                 dumped = True
                 log.error("step %d, %s: nothing has moved for %.0f s; the stacks of all threads:", step, phase.value, quiet)
                 faulthandler.dump_traceback(self._stacks)
+                self.write_collectives()

@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -68,6 +68,7 @@ class CheckpointManifest:
         ema: names of the EMA profiles; the first is the default.
         progress: counters of the run (see megadiff.training.loop.Progress) and of the optimizer.
         config: the resolved run as YAML.
+        software: versions of the packages that trained it, and a hash of megadiff's own files; empty if unknown.
     """
 
     stage: str
@@ -76,6 +77,7 @@ class CheckpointManifest:
     progress: dict[str, Any]
     config: str
     files: tuple[FileEntry, ...]
+    software: dict[str, str] = field(default_factory=dict)
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -402,6 +404,7 @@ def read_manifest(folder: Path) -> CheckpointManifest:
             progress=tree["progress"],
             config=tree["config"],
             files=tuple(_file_entry(entry) for entry in tree["files"]),
+            software=tree.get("software", {}),
         )
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}") from None

@@ -297,7 +297,7 @@ def trained(run: Run, stage: str, tree: dict[str, Any], request: dict[str, Any])
             patch.object(loop, "Loader", WatchedLoader),
             patch.object(stopping, "LOOK_EVERY_S", 0.0),
         ):
-            loop.train_stage(run, stage, tree, callbacks)
+            loop.train_stage(run, stage, tree, callbacks, allow_changes=True)  # tests change steps in the middle
     except UserError as error:
         seen["error"] = str(error)
     seen["newest_while_held"] = held.newest

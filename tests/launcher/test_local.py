@@ -223,14 +223,20 @@ def test_a_folder_with_another_configuration_is_refused_with_the_keys(tmp_path: 
     changed = minimal_run(tmp_path, seed=3, stage_defaults__steps=9)
     with pytest.raises(UserError) as caught:
         local.launch(plan_of(changed))
-    for part in ("seed (0 there, 3 here)", "stages.first.steps (4 there, 9 here)", "--allow-changes"):
+    for part in ("seed: 0 -> 3", "stages.first.steps: 4 -> 9", "--allow-changes"):
         assert part in str(caught.value)
 
 
-def test_launch_and_showcase_may_change_between_launches(tmp_path: Path, ranks: Callable[..., list[str]]) -> None:
+def test_what_leaves_the_training_as_it_is_may_change_between_launches_and_is_told(
+    tmp_path: Path, ranks: Callable[..., list[str]]
+) -> None:
     ranks(FINISH)
     local.launch(plan_of(minimal_run(tmp_path)))
-    folder.check_unchanged(minimal_run(tmp_path, launch__processes=4, showcase={"count": 3}))
+    changed, said = minimal_run(tmp_path, launch__processes=1, stage_defaults__log_every_steps=3), list[str]()
+    assert local.launch(plan_of(changed), say=said.append) == 0
+    lines = [*(f"stages.{stage}.log_every_steps: 10 -> 3" for stage in ("first", "second")), "launch.processes: 2 -> 1"]
+    assert [line.partition(": ")[2] for line in said if line.startswith("changed since the last launch: ")] == lines
+    assert load_run(Path(changed.folder) / "run.yaml") == changed
 
 
 def test_allowed_changes_are_kept_and_a_longer_stage_goes_on(tmp_path: Path, ranks: Callable[..., list[str]]) -> None:
@@ -288,7 +294,7 @@ def test_a_damaged_stored_run_is_said_plainly(tmp_path: Path) -> None:
     Path(run.folder).mkdir()
     (Path(run.folder) / "run.yaml").write_text("a: [")
     with pytest.raises(UserError, match="delete that file or name a new folder"):
-        folder.check_unchanged(run)
+        folder.accepted_changes(run, allowed=True)
 
 
 def test_two_launches_cannot_share_a_folder(tmp_path: Path) -> None:
