@@ -1,0 +1,100 @@
+"""`head_draw` by Triton's kernels, as an operator of torch. Forward only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megadiff import rng
+from megadiff.kernels import toolchain
+from megadiff.kernels.head_draw.reference import mixed_rows
+from megadiff.kernels.head_draw.triton import draw
+from megadiff.types import DrawRule, RowKeys, TokenDraws
+
+PRODUCT_ROWS = 256
+"""Rows of one product, padded with zeros: about where reading the head's weight takes as long as multiplying by it."""
+
+
+def head_draw(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, weights: Tensor, keys: RowKeys, rule: DrawRule
+) -> TokenDraws:
+    """See the reference. Hidden states that were mixed are rounded to the weight's dtype; logits are float32."""
+    return TokenDraws(*_head_draw(hidden, weight, bias, rows, weights, keys.keys, keys.purpose, keys.places, *rule))
+
+
+def refusal(
+    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, weights: Tensor, keys: RowKeys, rule: DrawRule
+) -> str | None:
+    """Why the kernels cannot take these arguments, or None."""
+    if hidden.dtype != weight.dtype:
+        return f"the hidden states are {hidden.dtype}, the head is {weight.dtype}"
+    return toolchain.unfit(hidden)
+
+
+def example(op: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, RowKeys, DrawRule]:
+    """Small arguments."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(2, 8, 64, generator=generator), torch.randn(300, 64, generator=generator) / 8
+    rows = torch.arange(8, device=device)
+    keys = RowKeys(rng.sample_keys(0, torch.zeros_like(rows), device=device), "example", rows)
+    rule = DrawRule(temperature=0.8, top_k=200, top_p=0.95, min_p=0.001)
+    half = hidden.to(device, torch.bfloat16), weight.to(device, torch.bfloat16)
+    return *half, torch.zeros(300, device=device), rows[None], torch.ones(1, 8, device=device), keys, rule
+
+
+@torch.library.custom_op("megadiff::head_draw", mutates_args=())
+def _head_draw(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    weights: Tensor,
+    keys: Tensor,
+    purpose: str,
+    places: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    flat, rule = hidden.flatten(0, 1), DrawRule(temperature, top_k, top_p, min_p)
+    outputs = _empty(rows)
+    offset = None if bias is None else bias.float()
+    for start in range(0, rows.shape[1], PRODUCT_ROWS):
+        part = slice(start, start + PRODUCT_ROWS)
+        padded = flat.new_zeros(PRODUCT_ROWS, flat.shape[1])
+        padded[: rows[0, part].numel()] = mixed_rows(flat, rows[:, part], weights[:, part])
+        own = RowKeys(keys[part], purpose, places[part])
+        draw(_logits(padded, weight), offset, own, rule, [output[part] for output in outputs])
+    return outputs
+
+
+@_head_draw.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    weights: Tensor,
+    keys: Tensor,
+    purpose: str,
+    places: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty(rows)
+
+
+def _empty(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    count = rows.shape[1]
+    first, second, third = (torch.empty(count, dtype=torch.float32, device=rows.device) for _ in range(3))
+    return torch.empty(count, dtype=torch.int64, device=rows.device), first, second, third
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """float32, summed in float32, without the bias."""
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return torch.mm(hidden.float(), weight.float().T)
