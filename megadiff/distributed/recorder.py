@@ -17,10 +17,10 @@ SIZE = 2000
 def prepare(prefix: str) -> None:
     """Let NCCL write the record at a time-out, to `prefix` and the rank's number. Before the ranks have a group.
 
-    What the environment says already stays.
+    Whether and how much is recorded may be set by the environment.
     """
-    variables = {"TORCH_FR_BUFFER_SIZE": str(SIZE), "TORCH_FR_DUMP_TEMP_FILE": prefix, "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
-    for name, value in variables.items():
+    os.environ["TORCH_FR_DUMP_TEMP_FILE"] = prefix
+    for name, value in {"TORCH_FR_BUFFER_SIZE": str(SIZE), "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}.items():
         os.environ.setdefault(name, value)
 
 

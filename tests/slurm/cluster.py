@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -22,7 +23,6 @@ from tests.ranks import ROOT, run_megadiff
 SCRIPT = Path(__file__).with_name("mini_slurm.sh")
 CANNOT_RUN = 3
 """The script's exit status where a machine allows no such cluster."""
-NODES = ("node1", "node2")
 START_S = 180.0
 """Ranks have begun to train by then: most of it is the import of torch, on a busy machine."""
 NODE_LOSS_S = 90.0
@@ -30,15 +30,16 @@ NODE_LOSS_S = 90.0
 
 
 class MiniSlurm:
-    """A cluster of this process, of two nodes."""
+    """A cluster of this process."""
 
-    def __init__(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="megadiff-slurm-"))
-        self._folder.chmod(0o755)
+    def __init__(self, nodes: int) -> None:
+        self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
+        self.folder = Path(tempfile.mkdtemp(prefix="megadiff-slurm-"))
+        self.folder.chmod(0o755)
 
     def start(self) -> None:
         """Skip the test where the cluster cannot be had (which fails CI), fail it where it does not start."""
-        done = self._call("start", str(len(NODES)))
+        done = self._call("start", str(len(self.nodes)))
         if done.returncode == CANNOT_RUN:
             pytest.skip(done.stderr.strip())
         self._check(done)
@@ -46,16 +47,18 @@ class MiniSlurm:
     def stop(self) -> None:
         """End it; of its folder nothing stays."""
         self._check(self._call("stop"))
-        shutil.rmtree(self._folder)
+        shutil.rmtree(self.folder)
 
     @property
     def variables(self) -> dict[str, str]:
         """What leads Slurm's commands to it."""
-        return {"SLURM_CONF": str(self._folder / "slurm.conf")}
+        return {"SLURM_CONF": str(self.folder / "slurm.conf")}
 
-    def do(self, *arguments: str) -> None:
-        """A verb of the script, as `kill node2`."""
-        self._check(self._call(*arguments))
+    def do(self, *arguments: str) -> str:
+        """What a verb of the script prints, as `kill node2`; its failure fails the test."""
+        done = self._call(*arguments)
+        self._check(done)
+        return done.stdout
 
     def command(self, *arguments: str) -> str:
         """What a command of Slurm prints; its failure fails the test."""
@@ -73,10 +76,15 @@ class MiniSlurm:
         text = self.command("scontrol", "--oneliner", "show", "job", job)
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
+    def kill_rank(self, node: str, paths: StageFolder, rank: int) -> None:
+        """A rank that runs on a node dies as of lack of memory; its log says which process it is."""
+        *_, pid = re.findall(rf"process (\d+) is rank {rank} of", paths.log(rank).read_text())
+        self.do("exec", node, "kill", "-KILL", pid)
+
     def mend(self) -> None:
         """End all jobs and bring all back that a test has broken."""
         self.do("ctl", "start")
-        for node in NODES:
+        for node in self.nodes:
             self.do("boot", node)  # a node without power has no socket for a cable
             self.do("plug", node)
         wait_until(lambda: self._call("status").returncode == 0, 60, "usable nodes")
@@ -84,7 +92,7 @@ class MiniSlurm:
         wait_until(lambda: not self.command("squeue", "--noheader"), 60, "an empty queue")
 
     def _call(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        own = {"MINI_SLURM_DIR": str(self._folder), "MINI_SLURM_OWNER": str(os.getpid())}
+        own = {"MINI_SLURM_DIR": str(self.folder), "MINI_SLURM_OWNER": str(os.getpid())}
         return subprocess.run(
             [str(SCRIPT), *arguments],
             env={**os.environ, **own},
@@ -157,8 +165,8 @@ class SlurmRun:
     def kinds(self) -> list[str]:
         return [incident.kind.value for incident in self.incidents()]
 
-    def wait_for_step(self, step: int, stage: str = "first") -> None:
-        wait_until(lambda: step in [row[0] for row in curve(self.folder.stage(stage))], START_S, f"step {step}")
+    def wait_for_step(self, step: int, stage: str = "first", timeout_s: float = START_S) -> None:
+        wait_until(lambda: step in [row[0] for row in curve(self.folder.stage(stage))], timeout_s, f"step {step}")
 
     def wait_for(self, outcome: str, timeout_s: float = START_S, times: int = 1) -> None:
         wait_until(lambda: self.outcomes().count(outcome) >= times, timeout_s, f"{times} x {outcome!r}")

@@ -1,4 +1,4 @@
-"""One Slurm for all tests here, mended after each of them."""
+"""A Slurm for the tests of a file, mended after each of them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 from tests.slurm.cluster import MiniSlurm, SlurmRun
 
 
-@pytest.fixture(scope="session")
-def mini_slurm() -> Iterator[MiniSlurm]:
-    """The cluster, started once."""
-    cluster = MiniSlurm()
+@pytest.fixture(scope="module")
+def mini_slurm(request: pytest.FixtureRequest) -> Iterator[MiniSlurm]:
+    """The cluster, started once for a file; of as many nodes as its NODES says, or two."""
+    cluster = MiniSlurm(getattr(request.module, "NODES", 2))
     try:
         cluster.start()
         yield cluster

@@ -15,6 +15,8 @@
 #   mini_slurm.sh unplug NODE    its network cable is out; its processes live on
 #   mini_slurm.sh plug NODE      ... and in again
 #   mini_slurm.sh ctl stop|kill|start    the controller goes and comes; jobs run on
+#   mini_slurm.sh ssh            an sshd on every node, and the folder of an `ssh` that reaches them by name, without a password;
+#                                installs Debian's packages of sshd and pdsh, where they are missing
 #
 # MINI_SLURM_DIR: everything is kept there (default /tmp/mini_slurm). One cluster runs on a machine.
 # MINI_SLURM_OWNER: a process id; when that process has ended, so does the cluster.
@@ -354,7 +356,7 @@ stop() {
     end slurmctld TERM
     end munged TERM
     ! command -v ip >/dev/null || switch_down
-    rm -rf "${DIR:?}"/{munge,state,spool,pid,dev,scratch,local,hosts,resolv.conf,slurm.conf,gres.conf,cgroup.conf}
+    rm -rf "${DIR:?}"/{munge,state,spool,pid,dev,scratch,local,ssh,hosts,resolv.conf,slurm.conf,gres.conf,cgroup.conf}
 }
 
 stop_after_owner() {
@@ -367,6 +369,36 @@ stop_after_owner() {
     done
     lock
     stop
+}
+
+# ------------------------------------------------------------------------------------------------------------------ ssh
+
+ssh_up() {
+    local folder=$DIR/ssh node
+    [ -e "$CONF" ] || fail "no cluster was started in $DIR"
+    if ! command -v sshd >/dev/null || ! command -v pdsh >/dev/null; then
+        # At this runlevel Debian starts no daemon of a package that is installed.
+        RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends openssh-server pdsh \
+            >"$DIR/log/apt.log" 2>&1 || fail "apt-get cannot install openssh-server and pdsh: $(tail -n 1 "$DIR/log/apt.log")"
+    fi
+    mkdir -p "$folder" /run/sshd
+    for node in host user; do
+        [ -e "$folder/$node" ] || ssh-keygen -q -t ed25519 -N "" -f "$folder/$node"
+    done
+    printf '%s\n' "HostKey $folder/host" "AuthorizedKeysFile $folder/user.pub" "PidFile none" "StrictModes no" "UsePAM no" \
+        "PasswordAuthentication no" >"$folder/sshd_config"
+    {
+        awk -v net="$NET" '$2 ~ /^node/ {print "Host " $2 "\n  HostName " $1}' "$DIR/hosts"
+        printf '%s\n' "Host *" "  IdentityFile $folder/user" "  StrictHostKeyChecking no" "  UserKnownHostsFile /dev/null" \
+            "  LogLevel ERROR"
+    } >"$folder/config"
+    printf '#!/bin/sh\nexec %s -F %s "$@"\n' "$(command -v ssh)" "$folder/config" >"$folder/ssh"
+    chmod 755 "$folder/ssh"
+    for node in $(grep -oE 'node[0-9]+$' "$DIR/hosts"); do
+        (on_node "$node" sh -c 'pgrep -x sshd >/dev/null || exec "$(command -v sshd)" -f "$0"' "$folder/sshd_config") 9>&- \
+            || fail "sshd does not start on $node"
+    done
+    echo "$folder"
 }
 
 show_status() {
@@ -424,9 +456,10 @@ case ${1:-} in
             *) fail "ctl stop, kill or start" ;;
         esac
         ;;
+    ssh) lock; ssh_up ;;
     __init) node_init "$2" ;;
     *)
-        sed -n '2,23s/^# \{0,1\}//p' "$SELF" >&2
+        sed -n '2,25s/^# \{0,1\}//p' "$SELF" >&2
         exit 2
         ;;
 esac

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from random import Random
+
 import pytest
 
-from tests.slurm.cluster import START_S, SlurmRun
+from megadiff.config.run_folder import RunFolder
+from tests.ranks import fork_megadiff
+from tests.slurm.cluster import START_S, SlurmRun, curve, wait_until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed]
 
@@ -31,6 +36,36 @@ def test_a_rank_that_dies_costs_no_more_than_the_steps_since_the_checkpoint(run:
     run.wait_for_end(job)
     assert run.outcomes() == ["started", "failed", "started", "done"]
     assert [incident.step for incident in run.incidents() if incident.kind == "resume"] == [4]
+
+
+def test_ranks_killed_at_random_moments_cost_no_more_than_the_interval_and_the_curve_is_that_of_an_unbroken_run(
+    run: SlurmRun,
+) -> None:
+    seed = time.time_ns()
+    print(f"seed {seed}")
+    random = Random(seed)
+    every, steps = 4, 40
+    few = (f"stages.first.steps={steps}", f"stages.first.checkpoint.every_steps={every}")
+    job, *_ = run.launch(*few, before_step="time.sleep(0.5)")
+    reached, lost, took = 0, [], []
+    for kill in range(1, 4):
+        run.wait_for_step(reached + 1)  # beyond the last one, or the step would count as a bad one
+        time.sleep(random.uniform(0, 5))
+        rank, at = random.randrange(2), time.time()
+        run.slurm.kill_rank(run.slurm.nodes[rank], run.first, rank)
+        run.wait_for("failed", times=kill)
+        reached = curve(run.first)[-1][0]
+        wait_until(lambda kill=kill: run.kinds().count("resume") == kill, START_S, f"{kill} resumptions")  # type: ignore[misc]
+        resume = [incident for incident in run.incidents() if incident.kind == "resume"][-1]
+        lost.append(reached - resume.step)
+        took.append(round(resume.time - at))
+    run.wait_for_end(job, timeout_s=2 * START_S)
+    print(f"steps lost: {lost}, seconds until training went on: {took}")
+    assert max(lost) <= every + 1  # the step while a checkpoint was written
+    whole = RunFolder(run.place / "whole")
+    train = ("train", "tests/tiny.yaml", f"folder={whole.root}", *few, "--stage", "first")
+    assert fork_megadiff(*train, "--deepspeed", "ds_configs/zero1.json", world=2).returncode == 0
+    assert curve(run.first) == curve(whole.stage("first"))
 
 
 def test_a_step_that_fails_twice_is_not_tried_again_and_later_stages_are_cancelled(run: SlurmRun) -> None:

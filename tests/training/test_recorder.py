@@ -33,10 +33,10 @@ def test_the_record_of_a_hang_shows_the_collective_that_one_rank_waits_in_and_th
     assert "in __call__" in logs[1]
 
 
-def test_ncclls_record_goes_where_ours_does_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DUMP_ON_TIMEOUT"):
-        monkeypatch.delenv(name, raising=False)
+def test_nccls_record_goes_where_ours_does_and_its_size_may_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "7")
+    monkeypatch.setenv("TORCH_FR_DUMP_TEMP_FILE", "elsewhere")
+    monkeypatch.delenv("TORCH_NCCL_DUMP_ON_TIMEOUT", raising=False)
     recorder.prepare("run/first/logs/collectives_")
     names = ("TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DUMP_ON_TIMEOUT")
     assert [os.environ[name] for name in names] == ["7", "run/first/logs/collectives_", "1"]
