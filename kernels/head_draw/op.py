@@ -9,6 +9,7 @@ from megadiff import rng
 from megadiff.kernels import toolchain
 from megadiff.kernels.head_draw.reference import mixed_rows
 from megadiff.kernels.head_draw.triton import draw
+from megadiff.kernels.products import multiply
 from megadiff.types import DrawRule, RowKeys, TokenDraws
 
 PRODUCT_ROWS = 256
@@ -59,13 +60,15 @@ def _head_draw(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     flat, rule = hidden.flatten(0, 1), DrawRule(temperature, top_k, top_p, min_p)
     outputs = _empty(rows)
+    logits = torch.empty(PRODUCT_ROWS, len(weight), dtype=torch.float32, device=hidden.device)
     offset = None if bias is None else bias.float()
     for start in range(0, rows.shape[1], PRODUCT_ROWS):
         part = slice(start, start + PRODUCT_ROWS)
         padded = flat.new_zeros(PRODUCT_ROWS, flat.shape[1])
         padded[: rows[0, part].numel()] = mixed_rows(flat, rows[:, part], weights[:, part])
         own = RowKeys(keys[part], purpose, places[part])
-        draw(_logits(padded, weight), offset, own, rule, [output[part] for output in outputs])
+        multiply(padded, weight.T, logits)
+        draw(logits, offset, own, rule, [output[part] for output in outputs])
     return outputs
 
 
@@ -91,10 +94,3 @@ def _empty(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     count = rows.shape[1]
     first, second, third = (torch.empty(count, dtype=torch.float32, device=rows.device) for _ in range(3))
     return torch.empty(count, dtype=torch.int64, device=rows.device), first, second, third
-
-
-def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """float32, summed in float32, without the bias."""
-    if hidden.is_cuda and hidden.dtype != torch.float32:
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    return torch.mm(hidden.float(), weight.float().T)
