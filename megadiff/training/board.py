@@ -56,8 +56,10 @@ class Board:
         """Markdown."""
         self._writer.add_text(tag, text, step)
 
-    def incident(self, incident: Incident) -> None:
-        self.text(tags.INCIDENTS, f"**{incident.kind.value}** {incident.detail}", incident.step)
+    def incident(self, incident: Incident, no_later_than: float = math.inf) -> None:
+        """Args: no_later_than: the step at which it stands at most; steps that decrease hide what is there."""
+        what = f"**{incident.kind.value}** at step {incident.step}: {incident.detail}"
+        self.text(tags.INCIDENTS, what, int(min(incident.step, no_later_than)))
         self.flush()
 
     def describe(self, description: Description) -> None:

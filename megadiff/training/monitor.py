@@ -95,7 +95,8 @@ class Monitor:
                 folder.mkdir(parents=True, exist_ok=True)
             for lines in (paths.metrics, paths.results):
                 _drop_after(lines, first_step)
-            self._open_board(purge_step=first_step + 1 if first_step else None).describe(description)
+            # At the first start too: TensorBoard takes the first such mark in a log for no restart.
+            self._open_board(purge_step=first_step + 1).describe(description)
             self._metrics = LineFile(paths.metrics)
         except OSError as error:
             raise UserError(f"the records of stage {paths.name} cannot be written: {error}") from None
@@ -258,7 +259,7 @@ class Monitor:
         hidden_from = math.inf if purge_step is None else purge_step
         for incident in Incident.all_in(self.paths.of.incidents):
             if incident.stage == self.paths.name and incident.step >= hidden_from:
-                board.incident(incident)
+                board.incident(incident, no_later_than=hidden_from - 1)
         return board
 
     def _numbers(self, result: StepResult, rate: float, waiting: float, unreadable: int) -> dict[str, float]:

@@ -67,9 +67,11 @@ def charts(losses: Sequence[str], measured: Sequence[str]) -> dict[str, dict[str
     found: dict[str, dict[str, list[str]]] = {"training and held out": {}, "by time": {}, "network": {}}
     for name in losses:
         own: Mapping[str, list[str]] = {"NELBO": [], "t": []}
-        for metric in measured:
-            if (match := HELD_OUT.fullmatch(metric)) and match["target"] == name:
-                own[match["what"].split()[0]].append(of_metric(metric))
+        matches = [match for metric in measured if (match := HELD_OUT.fullmatch(metric)) and match["target"] == name]
+        averaged = any(match["weights"] == "ema" for match in matches)
+        for match in matches:
+            if not averaged or match["weights"] == "ema":  # of both kinds the averages, or there are too many curves
+                own[match["what"].split()[0]].append(of_metric(match[0]))
         found["training and held out"][f"{name} loss, training and held out at each t"] = [f"{LOSS}/{name}", *own["t"]]
         if own["NELBO"]:
             title = f"{name} bound in nats per token, training and held out"

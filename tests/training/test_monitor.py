@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,16 +14,20 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import plugin_data_pb2
 from torch.utils.tensorboard import SummaryWriter
 
 from megadiff.config.errors import UserError
-from megadiff.config.run_folder import RunFolder
-from megadiff.engine.api import StepResult
+from megadiff.config.run_folder import IncidentKind, RunFolder
+from megadiff.engine.api import Inspection, StepResult
 from megadiff.training.board import Description
 from megadiff.training.health import Diverged, Health
 from megadiff.training.incidents import Incidents
 from megadiff.training.monitor import LineFile, Monitor
+from megadiff.training.tags import QUARTERS
 from megadiff.types import Metric
 
 MEASURED = ["held-out image/t 0.500 given ema", "held-out image/t 0.500 absent ema", "gap/text"]
@@ -248,3 +253,92 @@ def test_the_share_of_evaluation_is_recorded_and_warned_of_once_above_two_percen
     assert "5.2 %" in told[0]  # the first one came too early to be judged
     assert "more than 2 %: let held_out_loss and samples be rarer or smaller" in told[0]
     assert told[1] == "first: evaluation has taken 1.1 % of the time since this start"
+
+
+def events_of(folder: Path) -> EventAccumulator:
+    events = EventAccumulator(str(folder / "tensorboard/first"))
+    events.Reload()
+    return events
+
+
+INSPECTION = Inspection(
+    gradients={"embed": 0.3, "tower image": 0.4},
+    updates={"embed": 1e-3, "tower image": 2e-3},
+    weights={"embed": 3.0, "tower image": 4.0},
+    activations={"trunk image": 7.5},
+    scored={"text": 0.25},
+    computed={"text": 0.75},
+)
+
+
+def test_what_a_step_shows_of_the_network_is_curves_and_stands_in_its_line(tmp_path: Path) -> None:
+    watched = monitor(tmp_path)
+    watched.record(1, result(), data_wait_s=0.0, unreadable=0)
+    watched.record(2, replace(result(), inspection=INSPECTION), data_wait_s=0.0, unreadable=0)
+    watched.close()
+    expected = {
+        "3 gradient norm/embed": 0.3,
+        "3 gradient norm/tower image": 0.4,
+        "3 update norm/tower image": 2e-3,
+        "3 weight norm/embed": 3.0,
+        "3 largest activation/trunk image": 7.5,
+        "6 data/text scored share": 0.25,
+        "6 data/text computed share": 0.75,
+    }
+    first, second = (json.loads(line) for line in (tmp_path / "first/metrics.jsonl").read_text().splitlines())
+    assert "curves" not in first
+    assert expected.items() <= second["curves"].items()
+    events = events_of(tmp_path)
+    for tag in events.Tags()["scalars"]:
+        assert [event.value for event in events.Scalars(tag)] == [pytest.approx(second["curves"][tag])]
+
+
+def test_charts_put_training_and_held_out_losses_together_and_name_curves_by_patterns(tmp_path: Path) -> None:
+    monitor(tmp_path).close()
+    events = events_of(tmp_path)
+    layout = layout_pb2.Layout()
+    layout.ParseFromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    charts = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
+    patterns = charts["image loss, training and held out at each t"]
+    shown = {"1 loss/image", "7 held-out image/t 0.500 given ema"}
+    others = {"1 loss/image NELBO", "7 held-out image/t 0.500 absent ema"}
+    assert {tag for tag in shown | others if any(re.match(pattern, tag) for pattern in patterns)} == shown
+    assert charts["image loss by quarter of its clock"] == [re.escape(f"2 loss by time/image t {q}") + "$" for q in QUARTERS]
+    (places,) = charts["gradient norm by place"]
+    assert re.match(places, "3 gradient norm/tower image")
+
+
+def test_hyper_parameters_stand_in_the_run_s_own_events(tmp_path: Path) -> None:
+    monitor(tmp_path).close()
+    assert [path.parent.name for path in (tmp_path / "tensorboard").rglob("events*")] == ["first"]
+    content = events_of(tmp_path).summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    told = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert told["optimizer.learning_rate"].number_value == 1e-3
+
+
+def test_incidents_are_texts_at_their_step_before_during_and_after_a_monitor_and_survive_a_resumption(tmp_path: Path) -> None:
+    def told() -> list[tuple[int, str]]:
+        events = plugin_event_accumulator.EventAccumulator(str(tmp_path / "tensorboard/first"))  # hides texts too
+        shown = events.Reload().Tensors("incidents/text_summary")
+        return [(event.step, event.tensor_proto.string_val[0].decode()) for event in shown]
+
+    def begun(first_step: int) -> tuple[Incidents, Monitor]:
+        incidents = Incidents(RunFolder(tmp_path).stage("first"), writes=True)
+        incidents.add(IncidentKind.PREFLIGHT, first_step, "a slow node")
+        watched = monitor(tmp_path, first_step=first_step)
+        incidents.told_to(watched.incident)
+        return incidents, watched
+
+    incidents, watched = begun(0)
+    incidents.add(IncidentKind.SKIPPED, 3, "loss nan")
+    watched.close()
+    incidents.add(IncidentKind.ERROR, 3, "memory")
+    slow, skipped, error = (
+        "**preflight** at step {}: a slow node",
+        "**skipped** at step 3: loss nan",
+        "**error** at step 3: memory",
+    )
+    assert told() == [(0, slow.format(0)), (3, skipped), (3, error)]
+    begun(2)[1].close()
+    again = [(0, slow.format(0)), (2, skipped), (2, error), (2, slow.format(2))]
+    assert told() == again, "what the resumption hides is told again, and no step is below the one before"
