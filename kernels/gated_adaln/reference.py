@@ -24,7 +24,7 @@ def adaln(tokens: Tensor, shift: Tensor, scale: Tensor, samples: Tensor | None, 
     Args:
         tokens: [B, S, D], or packed [R, D].
         shift, scale: [B, D]; contiguous in the last axis.
-        samples: int64 [R], the sample of each row; None for dense tokens.
+        samples: int64 [R], the sample of each row, ascending; None for dense tokens.
         eps: added to the variance.
         one_plus: scale by 1 + scale.
     """
