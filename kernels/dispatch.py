@@ -8,7 +8,7 @@ the folder, a function of the op's name, and
 
 By default twins run on GPUs, for which toolchain's versions are known to be right, and after the check: outputs and gradients
 of the example equal the reference's. On a CPU, or with MEGADIFF_KERNELS=reference, references run; MEGADIFF_KERNELS=triton
-requires kernels, on a CPU in Triton's interpreter. The choice and its reason are logged once per op.
+requires the twins that there are, on a CPU in Triton's interpreter. The choice and its reason are logged once per op.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ R = TypeVar("R")
 VARIABLE, KINDS = "MEGADIFF_KERNELS", ("reference", "triton")
 CHECK_LIMIT = 0.02
 """Relative error that the check at start-up allows: bfloat16 stays below it, wrong code is of the order of 1."""
+NO_TWIN = "it has no Triton kernel yet"
 log = logging.getLogger(__name__)
 
 
@@ -87,8 +88,7 @@ def settle() -> None:
     """Decide for every op now, not at its first call.
 
     Raises:
-        ValueError: the environment variable is neither of its two values, or requires a kernel that does not exist or that
-            cannot run here.
+        ValueError: the environment variable is neither of its two values, or requires a kernel that cannot run here.
     """
     for op in _OPS:
         if op not in _TWINS:
@@ -110,14 +110,24 @@ def _decide(op: str) -> Twin | None:
     if kind == "reference":
         _reference(op, f"{VARIABLE} says so")
         return None
-    module, fault = _twin(op, required=kind == "triton")
-    if module is None or fault is not None:
-        if kind == "triton":
-            raise ValueError(f"{VARIABLE} is triton, but {op} cannot run so: {fault}; unset it, or set it to reference")
-        _reference(op, str(fault))
+    file = f"{_OPS[op].__module__.rpartition('.')[0]}.op"
+    if importlib.util.find_spec(file) is None:
+        _reference(op, NO_TWIN)
         return None
-    twin = _TWINS[op] = Twin(getattr(module, op), module.refusal, must=kind == "triton")
-    return twin
+    fault = _fault(kind)
+    if fault is None:
+        module = importlib.import_module(file)
+        if not hasattr(module, op):
+            _reference(op, NO_TWIN)
+            return None
+        fault = None if toolchain.interpreted() else _check(op, module)
+        if fault is None:
+            twin = _TWINS[op] = Twin(getattr(module, op), module.refusal, must=kind == "triton")
+            return twin
+    if kind == "triton":
+        raise ValueError(f"{VARIABLE} is triton, but {op} cannot run so: {fault}; unset it, or set it to reference")
+    _reference(op, fault)
+    return None
 
 
 def _reference(op: str, why: str) -> None:
@@ -125,19 +135,11 @@ def _reference(op: str, why: str) -> None:
     _TWINS[op] = None
 
 
-def _twin(op: str, required: bool) -> tuple[ModuleType | None, str | None]:
-    """An op's twin, and why it must not run here; Triton's interpreter is for tests, so it must be `required`."""
-    file = f"{_OPS[op].__module__.rpartition('.')[0]}.op"
-    if importlib.util.find_spec(file) is None:
-        return None, "it has no Triton kernel yet"
-    if toolchain.interpreted() and not required:
-        return None, f"kernels run in Triton's interpreter only if {VARIABLE} is triton"
-    if (fault := toolchain.fault()) is not None:
-        return None, fault
-    module = importlib.import_module(file)
-    if not hasattr(module, op):
-        return None, "it has no Triton kernel yet"
-    return module, None if toolchain.interpreted() else _check(op, module)
+def _fault(kind: str) -> str | None:
+    """Why no twin may run in this process, or None. Triton's interpreter is for tests: it runs only if Triton is required."""
+    if toolchain.interpreted() and kind != "triton":
+        return f"kernels run in Triton's interpreter only if {VARIABLE} is triton"
+    return toolchain.fault()
 
 
 def _check(op: str, module: ModuleType) -> str | None:

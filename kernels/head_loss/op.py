@@ -63,12 +63,12 @@ def refusal(
 
 
 def example(op: str, device: torch.device) -> tuple[Tensor, ...]:
-    """Small arguments; every position is scored, so that one gradient arrives at all."""
+    """Small arguments; one position is scored, so that one number is the gradient of all that are."""
     generator = torch.Generator().manual_seed(0)
     shapes = (2, 24, 64), (300, 64), (300,)
     floats = [torch.randn(shape, generator=generator).to(device, torch.bfloat16).requires_grad_() for shape in shapes]
     targets = torch.randint(300, (2, 24), generator=generator).to(device)
-    return *floats, targets, torch.ones_like(targets, dtype=torch.bool), torch.ones(2, 24, device=device)
+    return *floats, targets, torch.arange(48, device=device).view(2, 24) == 30, torch.ones(2, 24, device=device)
 
 
 @torch.library.custom_op("megadiff::head_loss", mutates_args=())
@@ -106,11 +106,12 @@ def _head_loss(
         multiply(chosen, weight.T, logits)
         gradients = in_place(logits, flat.dtype) if for_hidden or for_head else None
         own = logits, offset, own_targets[part], own_weights[part], figures
-        if group:
-            run(*own, None, forward=True)
-            _of_all_ranks(figures, group)
-        if not group or gradients is not None:
-            run(*own, gradients, forward=not group)
+        with toolchain.device_of(hidden):
+            if group:
+                run(*own, None, forward=True)
+                _of_all_ranks(figures, group)
+            if not group or gradients is not None:
+                run(*own, gradients, forward=not group)
         best, total, of_target = figures
         losses.index_copy_(0, rows[part], total.log() + (best - of_target))
         if gradients is not None and for_hidden:

@@ -44,17 +44,22 @@ def joint_attention(streams: Sequence[Projected]) -> list[Tensor]:
 
 
 def rms_normalise(vectors: Tensor, gain: Tensor) -> Tensor:
-    """x / max(|x|, 1e-12) * sqrt(d) * gain over the last axis (size d); float32 inside, the input's dtype outside."""
-    unit = F.normalize(vectors.float(), dim=-1, eps=SMALLEST_NORM)
-    return (unit * math.sqrt(vectors.shape[-1]) * gain.float()).to(vectors.dtype)
+    """x / max(|x|, 1e-12) * sqrt(d) * gain over the last axis (size d); at least float32 inside, the input's dtype outside."""
+    unit = F.normalize(_wide(vectors), dim=-1, eps=SMALLEST_NORM)
+    return (unit * math.sqrt(vectors.shape[-1]) * _wide(gain)).to(vectors.dtype)
 
 
 def rotate(vectors: Tensor, table: Tensor) -> Tensor:
     """Rotate channel pairs (i, i + d/2) of [B, S, H, d] by a table [2, n, 1, d/2], n >= S."""
     cosine, sine = table[:, : vectors.shape[1]]
-    first, second = vectors.float().chunk(2, dim=-1)
+    first, second = _wide(vectors).chunk(2, dim=-1)
     rotated = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
     return rotated.to(vectors.dtype)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32, or float64 if it is."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _heads(stream: Projected) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,13 +72,18 @@ def _heads(stream: Projected) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
+def finite(stream: Projected) -> Tensor:
+    """The projections, zero at places of a dense stream without a token, since a weight of zero does not remove a NaN."""
+    if stream.span.starts is not None or stream.span.lengths is None:
+        return stream.qkv
+    _, there = stream.span.rows(stream.qkv.device)
+    return stream.qkv.masked_fill(~there[..., None, None, None], 0.0)
+
+
 def _dense(stream: Projected) -> Tensor:
-    """[B, longest, 3, H, d]; finite at places without a token, since a weight of zero does not remove a NaN."""
+    """[B, longest, 3, H, d]; finite at places without a token."""
     if stream.span.starts is None:
-        if stream.span.lengths is None:
-            return stream.qkv
-        _, there = stream.span.rows(stream.qkv.device)
-        return stream.qkv.masked_fill(~there[..., None, None, None], 0.0)
+        return finite(stream)
     if not len(stream.qkv):
         return stream.qkv.new_zeros(stream.span.batch, stream.span.longest, *stream.qkv.shape[1:])
     rows, _ = stream.span.rows(stream.qkv.device)

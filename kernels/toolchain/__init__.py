@@ -14,6 +14,7 @@ import importlib.util
 import os
 import re
 import subprocess
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -65,6 +66,17 @@ def unfit(tensor: Tensor) -> str | None:
     if interpreted() and tensor.dtype == torch.bfloat16:
         return "Triton's interpreter computes nonsense in bfloat16"
     return None
+
+
+def autocast(tensor: Tensor) -> Tensor:
+    """In the dtype that autocast wants of matrix products, if it is on."""
+    kind = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Launches go to the tensor's GPU."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def interpreted() -> bool:

@@ -124,7 +124,7 @@ def build_model(config: Model, predicted: Collection[str], alignment: Alignment 
 
     Raises:
         ConfigError: a modality is unknown.
-        UserError: MEGADIFF_KERNELS requires a kernel that does not exist.
+        UserError: MEGADIFF_KERNELS requires kernels that cannot run here.
     """
     unknown = [name for name in predicted if name not in config.modalities]
     if unknown:

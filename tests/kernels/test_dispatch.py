@@ -89,9 +89,10 @@ def test_every_op_says_once_which_implementation_runs_and_why(caplog):
 
 @pytest.mark.parametrize(
     ("asked", "message"),
-    [("triton", "has no Triton kernel yet; unset it, or set it to reference"), ("cuda", "must be reference or triton")],
+    [("triton", "cannot run so: there is no GPU; unset it, or set it to reference"), ("cuda", "must be reference or triton")],
 )
 def test_a_wish_that_cannot_be_met_stops_the_model_from_being_built(monkeypatch, asked, message):
+    monkeypatch.setattr(toolchain, "fault", lambda: "there is no GPU")
     monkeypatch.setenv(dispatch.VARIABLE, asked)
     with pytest.raises(UserError, match=message):
         build_model(small_config(), ["words"])

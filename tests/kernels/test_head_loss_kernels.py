@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megadiff.kernels.agreement import converted, outcome, relative_errors
 from megadiff.kernels.head_loss import reference
 from tests.kernels.harness import DEVICE, KERNEL_DTYPES, RELATIVE_ERRORS, assert_equals_reference, numbers, poison
 from tests.ranks import ROOT, run_ranks
@@ -121,9 +122,17 @@ def test_the_operator_is_registered_rightly():
     torch.library.opcheck(op._head_loss, (hidden, *rest, None, True, True, 0, ""))
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_head_that_is_split_by_the_vocabulary_has_the_whole_one_s_losses_and_gradients(monkeypatch):
     """In processes of their own, on CPUs."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for report in run_ranks(ROOT / "tests" / "kernels" / "sharded_worker.py", 2, {}):
         assert not {name: error for name, error in report.items() if not error <= RELATIVE_ERRORS[torch.float32]}
+
+
+def test_the_example_of_the_check_at_start_up_agrees():
+    example = converted(op.example("head_loss", DEVICE), torch.float32)
+    errors = relative_errors(outcome(op.head_loss, example), outcome(reference.head_loss, example))
+    assert errors
+    assert max(errors.values()) < 1e-5

@@ -1,0 +1,157 @@
+"""Joint attention's kernels as an operator of torch: shapes without a run, gradients, autocast; and what they cannot take.
+
+Legend: B samples, R rows of a stream (B * S if dense), H heads, d channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megadiff.kernels import toolchain
+from megadiff.kernels.joint_attention import triton as kernels
+from megadiff.kernels.joint_attention.reference import finite
+from megadiff.kernels.streams import Projected, Span
+
+CHANNELS = (16, 32, 64, 128)
+MOST_STREAMS = 2
+
+
+def joint_attention(streams: Sequence[Projected]) -> list[Tensor]:
+    """As the reference; streams that `refusal` does not refuse."""
+    spans = [stream.span for stream in streams]
+    outputs = _forward(
+        [toolchain.autocast(finite(stream)).flatten(0, -4).contiguous() for stream in streams],
+        [stream.gains.float() for stream in streams if stream.gains is not None],
+        [span.starts for span in spans],
+        [span.lengths for span in spans],
+        [span.visible for span in spans],
+        [span.longest for span in spans],
+        spans[0].batch,
+    )
+    return [
+        out.view(*stream.qkv.shape[:-3], *out.shape[1:])
+        for out, stream in zip(outputs[:: len(kernels.Attended._fields)], streams, strict=True)
+    ]
+
+
+def refusal(op: str, streams: Sequence[Projected]) -> str | None:
+    """Why the kernels cannot take such streams, or None."""
+    first = streams[0]
+    if (fault := toolchain.unfit(first.qkv)) is not None:
+        return fault
+    if first.qkv.dtype == torch.float32 and not toolchain.interpreted():
+        return "float32 has no tensor cores"
+    if len(streams) > MOST_STREAMS:
+        return f"there are {len(streams)} modalities, it takes {MOST_STREAMS} at most"
+    if any(stream.rotary is not None for stream in streams):
+        return "positions are rotary"
+    if any(stream.gains is None for stream in streams):
+        return "queries and keys have no norm"
+    if first.qkv.shape[-1] not in CHANNELS:
+        return f"heads have {first.qkv.shape[-1]} channels, it takes {', '.join(map(str, CHANNELS))}"
+    return None
+
+
+def example(op: str, device: torch.device) -> tuple[Any, ...]:
+    """A dense stream and a packed one, of which a sample has no token."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([0, 37, 90], dtype=torch.int32)
+    spans = Span(3, 100), Span(3, 90, (lengths.cumsum(0) - lengths).int().to(device), lengths.to(device))
+    streams = []
+    for span, shape in zip(spans, ((3, 100), (127,)), strict=True):
+        qkv = torch.randn(*shape, 3, 2, 64, generator=generator).to(device, torch.bfloat16)
+        gains = 1 + 0.3 * torch.randn(2, 2, 64, generator=generator)
+        streams.append(Projected(qkv.requires_grad_(), gains.to(device).requires_grad_(), None, span))
+    return (streams,)
+
+
+@torch.library.custom_op("megadiff::joint_attention", mutates_args=())
+def _forward(
+    qkv: Sequence[Tensor],
+    gains: Sequence[Tensor],
+    starts: Sequence[Tensor | None],
+    lengths: Sequence[Tensor | None],
+    visible: Sequence[Tensor | None],
+    longest: Sequence[int],
+    batch: int,
+) -> list[Tensor]:
+    """Per stream the fields of `kernels.Attended`.
+
+    Args:
+        qkv: [R, 3, H, d], contiguous.
+        gains: float32 [2, H, d].
+        starts, lengths, visible, longest, batch: as in Span.
+    """
+    streams = _rows(qkv, gains, starts, lengths, visible, longest)
+    with toolchain.device_of(qkv[0]):
+        attended = iter(kernels.attend([stream for stream in streams if len(stream.qkv)], batch))
+        return [tensor for stream in streams for tensor in (next(attended) if len(stream.qkv) else kernels.allocate(stream))]
+
+
+@_forward.register_fake
+def _(qkv, gains, starts, lengths, visible, longest, batch):  # type: ignore[no-untyped-def]
+    return [tensor for stream in _rows(qkv, gains, starts, lengths, visible, longest) for tensor in kernels.allocate(stream)]
+
+
+@torch.library.custom_op("megadiff::joint_attention_backward", mutates_args=())
+def _backward(
+    douts: Sequence[Tensor],
+    attended: Sequence[Tensor],
+    qkv: Sequence[Tensor],
+    gains: Sequence[Tensor],
+    starts: Sequence[Tensor | None],
+    lengths: Sequence[Tensor | None],
+    visible: Sequence[Tensor | None],
+    longest: Sequence[int],
+    batch: int,
+) -> list[Tensor]:
+    """Per stream the gradients of its qkv and of its gains, given those of its output; the rest as of `_forward`."""
+    streams = _rows(qkv, gains, starts, lengths, visible, longest)
+    size = len(kernels.Attended._fields)
+    parts = [kernels.Attended(*attended[place : place + size]) for place in range(0, len(attended), size)]
+    present = [place for place, stream in enumerate(streams) if len(stream.qkv)]
+    with toolchain.device_of(qkv[0]):
+        made = kernels.differentiate(
+            [streams[place] for place in present],
+            [parts[place] for place in present],
+            [douts[place].contiguous() for place in present],
+            batch,
+        )
+    gradients = [kernels.Gradients(torch.zeros_like(stream.qkv), torch.zeros_like(stream.gains)) for stream in streams]
+    for place, gradient in zip(present, made, strict=True):
+        gradients[place] = gradient
+    return [tensor for gradient in gradients for tensor in gradient]
+
+
+@_backward.register_fake
+def _(douts, attended, qkv, gains, starts, lengths, visible, longest, batch):  # type: ignore[no-untyped-def]
+    return [torch.empty_like(tensor) for pair in zip(qkv, gains, strict=True) for tensor in pair]
+
+
+def _rows(qkv, gains, starts, lengths, visible, longest) -> list[kernels.Rows]:  # type: ignore[no-untyped-def]
+    spans = [Span(0, *span) for span in zip(longest, starts, lengths, visible, strict=True)]
+    return [kernels.Rows.of(*stream) for stream in zip(qkv, gains, spans, strict=True)]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    *tensors, ctx.longest, ctx.batch = inputs
+    ctx.save_for_backward(*output, *(tensor for column in tensors for tensor in column))
+    ctx.streams = len(tensors[0])
+    ctx.set_materialize_grads(True)
+
+
+def _differentiate(ctx: Any, douts: list[Tensor]) -> tuple[Any, ...]:
+    count, size, tensors = ctx.streams, len(kernels.Attended._fields), ctx.saved_tensors
+    attended, saved = tensors[: count * size], tensors[count * size :]
+    columns = [saved[place : place + count] for place in range(0, len(saved), count)]
+    gradients = _backward(douts[::size], attended, *columns, ctx.longest, ctx.batch)
+    # To torch a list counts as many arguments if it holds tensors only, else as one.
+    nothing = [None if any(tensor is None for tensor in column) else [None] * count for column in columns[2:]]
+    return gradients[::2], gradients[1::2], *nothing, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
