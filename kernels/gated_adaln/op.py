@@ -67,7 +67,8 @@ def _gated_adaln(
 ) -> Four:
     """The sum (no elements without a gate), its modulated norm, and float32 means and 1 / deviations of the rows."""
     outputs = _outputs(tokens, gate)
-    run_forward(_inputs(tokens, change, gate, shift, scale, samples), outputs, eps, one_plus)
+    with toolchain.device_of(tokens):
+        run_forward(_inputs(tokens, change, gate, shift, scale, samples), outputs, eps, one_plus)
     return outputs
 
 
@@ -106,14 +107,9 @@ def _gated_adaln_backward(
     if samples is not None:  # they ascend
         starts = torch.searchsorted(samples, torch.arange(len(scale) + 1, device=samples.device))
     arriving = for_normal.contiguous(), None if gate is None else for_summed.contiguous()
-    for_vectors = run_backward(
-        arriving,
-        inputs,
-        Outputs(summed, tokens, means, deviations),
-        starts,
-        (gradients[0], None if gate is None else gradients[1]),
-        one_plus,
-    ).to(scale.dtype)
+    outputs, made = Outputs(summed, tokens, means, deviations), (gradients[0], None if gate is None else gradients[1])
+    with toolchain.device_of(tokens):
+        for_vectors = run_backward(arriving, inputs, outputs, starts, made, one_plus).to(scale.dtype)
     for target, values in zip((gradients[3], gradients[4], gradients[2]), for_vectors, strict=False):
         target.copy_(values)
     return gradients

@@ -68,7 +68,8 @@ def _head_draw(
         padded[: rows[0, part].numel()] = mixed_rows(flat, rows[:, part], weights[:, part])
         own = RowKeys(keys[part], purpose, places[part])
         multiply(padded, weight.T, logits)
-        draw(logits, offset, own, rule, [output[part] for output in outputs])
+        with toolchain.device_of(hidden):
+            draw(logits, offset, own, rule, [output[part] for output in outputs])
     return outputs
 
 

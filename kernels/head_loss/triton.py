@@ -22,37 +22,45 @@ LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 @triton.jit
 def cross_entropies(
-    logits, bias, targets, weights, losses, gradients, vocabulary, gradient_stride,
-    HAS_BIAS: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
+    logits, bias, targets, weights, figures, gradients, rows, vocabulary, gradient_stride,
+    HAS_BIAS: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row's cross entropy and, if BACKWARD, weight x its gradient, which may lie in the same row's memory. Grid: (R,).
+    """Figures of each row and, if BACKWARD, weight x gradient, which may lie in the same row's memory. Grid: (R,).
 
     Args:
         logits: float32 [R, V].
         bias: float32 [V].
-        targets: int64 [R].
-        weights, losses: float32 [R].
+        targets: int64 [R]; out of range: the target is no token of this vocabulary.
+        weights: float32 [R].
+        figures: float32 [3, R]: the largest logit, the sum of exp(logit - largest), the target's logit (0 if it is no token);
+            outputs if FORWARD, else inputs.
         gradients: [R, V] with this stride of rows, of 32 or 16 bits.
     """
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocabulary
     gradients += row * gradient_stride
     target = tl.load(targets + row)
-    of_target = tl.load(logits + target)
-    if HAS_BIAS:
-        of_target += tl.load(bias + target)
-    top = tl.full([BLOCK], LOWEST, tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, vocabulary, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        z = tl.load(logits + columns, mask=columns < vocabulary, other=float("-inf"))
+    if FORWARD:
+        inside = (target >= 0) & (target < vocabulary)
+        of_target = tl.load(logits + target, mask=inside, other=0.0)
         if HAS_BIAS:
-            z += tl.load(bias + columns, mask=columns < vocabulary, other=0.0)
-        before, top = top, tl.maximum(top, z)
-        total = total * tl.exp(before - top) + tl.exp(z - top)
-    best = tl.max(top, 0)
-    total = tl.sum(total * tl.exp(top - best), 0)
-    tl.store(losses + row, tl.log(total) + (best - of_target))
+            of_target += tl.load(bias + target, mask=inside, other=0.0)
+        top = tl.full([BLOCK], LOWEST, tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, vocabulary, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            z = tl.load(logits + columns, mask=columns < vocabulary, other=float("-inf"))
+            if HAS_BIAS:
+                z += tl.load(bias + columns, mask=columns < vocabulary, other=0.0)
+            before, top = top, tl.maximum(top, z)
+            total = total * tl.exp(before - top) + tl.exp(z - top)
+        best = tl.max(top, 0)
+        total = tl.sum(total * tl.exp(top - best), 0)
+        tl.store(figures + row, best)
+        tl.store(figures + rows + row, total)
+        tl.store(figures + 2 * rows + row, of_target)
+    else:
+        best, total = tl.load(figures + row), tl.load(figures + rows + row)
     if BACKWARD:
         factor = tl.load(weights + row)
         for start in range(0, vocabulary, BLOCK):
@@ -67,19 +75,26 @@ def cross_entropies(
             tl.store(gradients + columns, gradient.to(gradients.dtype.element_ty), mask=columns < vocabulary)
 
 
-def differentiate(
-    logits: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor, losses: Tensor, gradients: Tensor | None
+def run(
+    logits: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    weights: Tensor,
+    figures: Tensor,
+    gradients: Tensor | None,
+    forward: bool,
 ) -> None:
-    """Fill the cross entropies [R] of float32 logits [R, V], without their bias, and the gradients, where they are wanted.
+    """Fill the figures float32 [3, R] of float32 logits [R, V], without their bias, if `forward`; and the gradients.
 
     Args:
-        gradients: [R, V], in the logits' own memory or elsewhere.
+        gradients: [R, V], in the logits' own memory or elsewhere; None: they are not wanted.
     """
     config = configuration("head_loss.cross_entropies", "", logits.dtype, logits.device, DEFAULTS)
+    rows, vocabulary = logits.shape
     target = logits if gradients is None else gradients
-    cross_entropies[(len(logits),)](
-        logits, bias, targets, weights, losses, target, logits.shape[1], target.stride(0),
-        HAS_BIAS=bias is not None, BACKWARD=gradients is not None, BLOCK=config["block"], **options(config),
+    cross_entropies[(rows,)](
+        logits, bias, targets, weights, figures, target, rows, vocabulary, target.stride(0),
+        HAS_BIAS=bias is not None, FORWARD=forward, BACKWARD=gradients is not None, BLOCK=config["block"], **options(config),
     )  # fmt: skip
 
 
@@ -89,10 +104,16 @@ def in_place(logits: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def cases() -> Iterator[Case]:
-    """A chunk of rows of CLIP's vocabulary, for training and for evaluation."""
-    for name, dtype in (("training bfloat16", torch.bfloat16), ("training float32", torch.float32), ("evaluation", None)):
+    """A chunk of rows of CLIP's vocabulary, for training (with figures of all ranks: only gradients) and for evaluation."""
+    forms = [
+        ("training bfloat16", torch.bfloat16, True),
+        ("training float32", torch.float32, True),
+        ("evaluation", None, True),
+        ("figures given bfloat16", torch.bfloat16, False),
+    ]
+    for name, dtype, forward in forms:
         logits, bias = torch.empty(768, 49_408, device="meta"), torch.empty(49_408, device="meta")
-        targets, losses = torch.empty(768, dtype=torch.int64, device="meta"), torch.empty(768, device="meta")
+        targets, figures = torch.empty(768, dtype=torch.int64, device="meta"), torch.empty(3, 768, device="meta")
         gradients = None if dtype is None else in_place(logits, dtype)
-        launch = functools.partial(differentiate, logits, bias, targets, losses, losses, gradients)
-        yield Case(name, launch, usual=dtype == torch.bfloat16)
+        launch = functools.partial(run, logits, bias, targets, figures[0], figures, gradients, forward)
+        yield Case(name, launch, usual=name == "training bfloat16")

@@ -22,7 +22,6 @@ from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
-    vocab_parallel_cross_entropy,
 )
 from torch import Tensor, nn
 
@@ -30,7 +29,7 @@ from megadiff.config.layout import Layout
 from megadiff.engine.optimizer import SPLIT
 from megadiff.kernels.head_draw.reference import draw_by_chunks
 from megadiff.kernels.head_logits import head_logits
-from megadiff.kernels.head_loss.reference import at_positions, chosen_rows
+from megadiff.kernels.head_loss import Shard, head_loss
 from megadiff.models.attention import Projection
 from megadiff.models.embeddings import TokenEmbedding
 from megadiff.models.heads import TokenHead
@@ -203,10 +202,10 @@ class VocabParallelTokenHead(TokenHead):
     def losses(
         self, hidden: Tensor, targets: Tensor, scored: Tensor, weights: Tensor, number: int | None = None
     ) -> CrossEntropy:
-        rows = chosen_rows(scored, number)
-        logits = head_logits(copy_to_tensor_model_parallel_region(hidden), self.weight, self.bias, rows)
-        # It overwrites the logits, which nothing else reads.
-        return at_positions(vocab_parallel_cross_entropy(logits, targets.flatten()[rows]), rows, weights)
+        first = len(self.weight) * parallel_state.get_tensor_model_parallel_rank()
+        shard = Shard(first, parallel_state.get_tensor_model_parallel_group())
+        copied = copy_to_tensor_model_parallel_region(hidden)
+        return head_loss(copied, self.weight, self.bias, targets, scored, weights, number, shard)
 
     def draws(self, hidden: Tensor, rows: Tensor, weights: Tensor, keys: RowKeys, rule: DrawRule) -> TokenDraws:
         head = self.weight.float(), self.bias.float()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megadiff.kernels.agreement import converted, outcome, relative_errors
 from megadiff.kernels.gated_adaln import reference
 from tests.kernels.harness import DEVICE, KERNEL_DTYPES, RELATIVE_ERRORS, assert_equals_reference, numbers
 
@@ -54,3 +55,11 @@ def test_the_operators_are_registered_rightly(gated):
     tokens, change, (gate, shift, scale), samples = case(8, gated, torch.float32)
     own = (change, gate) if gated else (None, None)
     torch.library.opcheck(op._gated_adaln, (tokens, *own, shift, scale, samples, EPS, True))
+
+
+@pytest.mark.parametrize("name", ["adaln", "gated_adaln"])
+def test_the_examples_of_the_check_at_start_up_agree(name):
+    example = converted(op.example(name, DEVICE), torch.float32)
+    errors = relative_errors(outcome(getattr(op, name), example), outcome(getattr(reference, name), example))
+    assert errors
+    assert max(errors.values()) < 1e-5

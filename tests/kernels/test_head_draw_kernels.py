@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megadiff import rng
+from megadiff.kernels.agreement import converted, outcome, relative_errors
 from megadiff.kernels.head_draw import reference
 from megadiff.types import DrawRule, RowKeys, TokenDraws
 from tests.kernels.harness import DEVICE, KERNEL_DTYPES, numbers, poison, poisoned_memory
@@ -135,3 +136,10 @@ def test_no_row_gives_no_draw():
 def test_the_operator_is_registered_rightly():
     *arguments, keys, rule = case(2, 20, 3, torch.float32, DrawRule(min_p=0.1))
     torch.library.opcheck(op._head_draw, (*(argument.nan_to_num() for argument in arguments), *keys, *rule))
+
+
+def test_the_example_of_the_check_at_start_up_agrees():
+    example = converted(op.example("head_draw", DEVICE), torch.float32)
+    errors = relative_errors(outcome(op.head_draw, example), outcome(reference.head_draw, example))
+    assert errors
+    assert max(errors.values()) < 1e-5

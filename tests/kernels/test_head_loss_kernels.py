@@ -10,8 +10,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megadiff.kernels.agreement import converted, outcome, relative_errors
 from megadiff.kernels.head_loss import reference
 from tests.kernels.harness import DEVICE, KERNEL_DTYPES, RELATIVE_ERRORS, assert_equals_reference, numbers, poison
+from tests.ranks import ROOT, run_ranks
 
 op = pytest.importorskip("megadiff.kernels.head_loss.op")
 NORMALISER = 0.37
@@ -100,12 +102,12 @@ class Watched(TorchDispatchMode):
 
 def test_the_extra_memory_is_below_0_4_gb_at_the_paper_s_size_and_nothing_waits_for_the_device(monkeypatch):
     """Of all positions scored, forward and backward; on the device "meta", where tensors have no memory and nothing is run."""
-    monkeypatch.setattr(op, "differentiate", lambda *arguments: None)
+    monkeypatch.setattr(op, "run", lambda *arguments, forward: None)
     hidden, weight = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((64, 120, 1024), (49_408, 1024)))
     bias, targets = torch.empty(49_408, device="meta"), torch.empty(64, 120, dtype=torch.int64, device="meta")
     scored, weights = torch.empty(64, 120, dtype=torch.bool, device="meta"), torch.empty(64, 120, device="meta")
     with torch.no_grad(), Watched() as watched:
-        _, _, *own = op._head_loss._init_fn(hidden, weight, bias, targets, scored, weights, None, True, True)
+        _, _, *own = op._head_loss._init_fn(hidden, weight, bias, targets, scored, weights, None, True, True, 0, "")
         forward = watched.peak
         assert 0.35e9 < forward < 0.4e9
         gradients = [op._scaled(each, weights[0, 0], dtype) for each, dtype in zip(own, [torch.bfloat16] * 2 + [torch.float32])]
@@ -117,4 +119,20 @@ def test_the_extra_memory_is_below_0_4_gb_at_the_paper_s_size_and_nothing_waits_
 
 def test_the_operator_is_registered_rightly():
     hidden, *rest = case((2, 5), 7, True, torch.float32, share=1.0)
-    torch.library.opcheck(op._head_loss, (hidden, *rest, None, True, True))
+    torch.library.opcheck(op._head_loss, (hidden, *rest, None, True, True, 0, ""))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_head_that_is_split_by_the_vocabulary_has_the_whole_one_s_losses_and_gradients(monkeypatch):
+    """In processes of their own, on CPUs."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for report in run_ranks(ROOT / "tests" / "kernels" / "sharded_worker.py", 2, {}):
+        assert not {name: error for name, error in report.items() if not error <= RELATIVE_ERRORS[torch.float32]}
+
+
+def test_the_example_of_the_check_at_start_up_agrees():
+    example = converted(op.example("head_loss", DEVICE), torch.float32)
+    errors = relative_errors(outcome(op.head_loss, example), outcome(reference.head_loss, example))
+    assert errors
+    assert max(errors.values()) < 1e-5

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megadiff.kernels import tuning
-from megadiff.kernels.joint_attention import op, reference, triton
+from megadiff.kernels import dispatch, tuning
+from megadiff.kernels.joint_attention import joint_attention, op, reference, triton
 from megadiff.kernels.streams import Projected, Span
 from tests.kernels.harness import DEVICE, KERNEL_DTYPES, RELATIVE_ERRORS, assert_equals_reference, poison
 
@@ -110,9 +110,13 @@ def test_the_operators_keep_torch_s_rules():
     torch.library.opcheck(op._backward, ([attended[0]], attended, [qkv.detach()], [gains.detach()], *arguments[2:]))
 
 
-def test_a_block_of_it_compiles_whole_and_recomputes_its_activations():
+def test_what_calls_it_compiles_whole_and_recomputes_its_activations(monkeypatch):
+    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+    monkeypatch.setattr(dispatch, "_TWINS", {})
+    dispatch.settle()
+
     def block(qkv: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
-        (out,) = op.joint_attention([Projected(qkv * 2, gains, None, Span(1, PICTURE))])
+        (out,) = joint_attention([Projected(qkv * 2, gains, None, Span(1, PICTURE))])
         return out + 1
 
     def checkpointed(qkv: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
