@@ -45,7 +45,7 @@ def check_checkpoints(run: Run) -> None:
                     f"or delete {paths.done} to train it again"
                 )
             return
-        reader = f"stage {stage.name} starts from it" if stage.initialise.source == "previous" and not there else ""
+        reader = f"stage {stage.name} starts from it" if stage.initialise.from_previous and not there else ""
 
 
 def check_unchanged(run: Run) -> None:

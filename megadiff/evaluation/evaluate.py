@@ -23,7 +23,7 @@ from megadiff.evaluation import scores
 from megadiff.evaluation.captions import caption_metrics
 from megadiff.evaluation.clip_score import clip_score, pair_scorer, retrieval
 from megadiff.evaluation.features import FEATURES, build_extractor
-from megadiff.evaluation.likelihood import likelihood_metrics
+from megadiff.evaluation.likelihood import LIKELIHOOD, likelihood_metrics
 from megadiff.evaluation.picture_sets import features_of, open_pictures, pairs_in, records_in
 from megadiff.evaluation.pieces import Pieces, key_of
 from megadiff.evaluation.results import RESULTS, comparison, of_data, read_results, write_results
@@ -39,7 +39,6 @@ PAIRS_PER_PIECE = 32
 WITHOUT_EFFECT = ("batch", "format")
 """Parts of a request that change nothing of its samples."""
 PAIRS = ("clip-score", "retrieval")
-LIKELIHOOD = "likelihood"
 METRICS = (*DISTANCES, *PAIRS, "captions", LIKELIHOOD)
 DEFAULT_PAIRS = 1000
 
