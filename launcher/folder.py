@@ -42,7 +42,7 @@ def check_checkpoints(run: Run) -> None:
                     f"or delete {paths.done} to train it again"
                 )
             return
-        reader = f"stage {stage.name} starts from it" if stage.initialise.source == "previous" and not there else ""
+        reader = f"stage {stage.name} starts from it" if stage.initialise.from_previous and not there else ""
 
 
 def accepted_changes(run: Run, *, allowed: bool) -> list[str]:

@@ -336,4 +336,8 @@ class Moment(Protocol):
 
     def text(self, tag: str, text: str) -> None: ...
 
-    def metrics(self, metrics: Sequence[Metric]) -> None: ...
+    def metrics(self, metrics: Sequence[Metric]) -> None:
+        """Record figures, equal on all ranks; one of them may decide which checkpoint is the best."""
+
+    def failed(self, sentence: str) -> None:
+        """Record that something could not be measured, on all ranks alike; training goes on."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from megadiff.cli import layout_table
 from megadiff.cli.arguments import Verbs, add_run, add_sizes, add_verb, deepspeed_tree, positive
 from megadiff.config.alignment import check_local_manifests
 from megadiff.config.deepspeed import resolve_run
+from megadiff.config.errors import UserError
 from megadiff.config.layout import Layout
 from megadiff.config.layouts import layout_of
 from megadiff.config.load import load_run
@@ -22,6 +24,7 @@ EXAMPLES = """\
   megadiff check-config configs/run/quickstart.yaml
   megadiff check-config configs/run/quickstart.yaml --deepspeed ds_configs/zero3.json --ranks 2
   megadiff check-config configs/run/quickstart.yaml --deepspeed ds_configs/zero1.json --ranks 4 --pipeline-stages 2
+  megadiff check-config configs/run/quickstart.yaml --picture quickstart.png
   megadiff check-config configs/run/quickstart.yaml --json stages.joint.steps=500
 """
 
@@ -35,7 +38,8 @@ def add(verbs: Verbs) -> None:
         "per part, trained, idle (no loss reaches them: they stay as they are) and frozen, the batch equation, tokens and\n"
         "FLOPs per sample; with a DeepSpeed JSON also which rank has which layers, bytes per rank and bytes sent per step\n"
         "(both of the fullest rank), the share of a step that pipeline stages wait (bubble), and their balance.\n"
-        "Reads no data (but a stage's `alignment` against the buckets of a manifest on this machine) and imports no torch.",
+        "Reads no data (but a stage's `alignment` against the buckets of a manifest on this machine) and, but for\n"
+        "--picture, imports no torch.",
         EXAMPLES,
     )
     add_run(parser)
@@ -43,6 +47,11 @@ def add(verbs: Verbs) -> None:
     add_sizes(parser)
     parser.add_argument("--ranks", metavar="N", type=positive, help="all ranks of the run (default: as launch)")
     parser.add_argument("--json", action="store_true", help="print the resolved configuration and the derived numbers as JSON")
+    parser.add_argument(
+        "--picture",
+        metavar="FILE.png",
+        help="draw each stage's distribution of times, noise schedule, learning rate and averages' spans (imports torch)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -65,7 +74,20 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(report, indent=2, ensure_ascii=False))
     else:
         print(table(loaded, stages, layout))
+    if arguments.picture:
+        _draw(loaded, Path(arguments.picture))
     return 0
+
+
+def _draw(loaded: Run, path: Path) -> None:
+    """Raises UserError if the file cannot be written."""
+    from megadiff.evaluation.configuration import picture
+    from megadiff.report.sheet import png_bytes
+
+    try:
+        path.write_bytes(png_bytes(picture(loaded)))
+    except OSError as error:
+        raise UserError(f"--picture {path} cannot be written: {error.strerror}") from None
 
 
 def table(loaded: Run, stages: list[dict[str, Any]], layout: Layout) -> str:

@@ -138,8 +138,8 @@ def stage_faults(stage: Stage, model: Model, data: Data, *, first: bool) -> list
         faults.append("held_out_loss needs data.held_out, the manifest of shards that are never trained on")
     if stage.alignment is not None:
         faults += _alignment_faults(stage.alignment, model, data)
-    if first and stage.initialise.source == "previous":
-        faults.append("initialise.source is `previous`, but this is the first stage")
+    if first and stage.initialise.from_previous:
+        faults.append(f"initialise.source is `{stage.initialise.source}`, but this is the first stage")
     for name, modality in stage.modalities.items():
         if name in known:
             faults += _times_faults(name, modality, model.modalities[name].space)

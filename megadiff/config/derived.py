@@ -1,5 +1,5 @@
-"""What a run costs, by pure arithmetic and without torch: tokens, FLOPs, the batch equation. The one owner of these formulas;
-parameters are counted in parameters.py, bytes in footprint.py.
+"""What a run costs, by pure arithmetic and without torch: tokens, FLOPs, the batch equation, the learning rate. The one
+owner of these formulas; parameters are counted in parameters.py, bytes in footprint.py.
 
 Legend: D width of a modality's tokens, I = heads x head_dim (the attention's inner width), S tokens of one modality, N
 tokens of all modalities.
@@ -7,6 +7,7 @@ tokens of all modalities.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 
 from megadiff.config import checks
@@ -23,7 +24,7 @@ from megadiff.config.parameters import (
     token_count,
     up_outputs,
 )
-from megadiff.config.schema import Alignment, GridSpace, Model, Run, Stage, StageModality
+from megadiff.config.schema import Alignment, GridSpace, Model, Optimizer, Run, Stage, StageModality
 
 
 def tokens(model: Model) -> dict[str, int]:
@@ -172,3 +173,16 @@ def lanes_per_rank(run: Run, data_ranks: int) -> int:
     """
     checks.require(checks.lanes_over_ranks(run.data.lanes, data_ranks))
     return run.data.lanes // data_ranks
+
+
+def learning_rate(config: Optimizer, step: int, total_steps: int) -> float:
+    """The learning rate of the optimizer step with index `step` (0 is the first): linear warm-up, then the schedule."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
+    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    remaining = 1 - min(progress, 1.0)
+    if config.schedule == "cosine":
+        remaining = 0.5 * (1 - math.cos(math.pi * remaining))
+    return config.learning_rate * (config.final_ratio + (1 - config.final_ratio) * remaining)

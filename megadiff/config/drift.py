@@ -14,7 +14,7 @@ from megadiff.config.schema import Run
 FREE = (
     *("name", "folder", "launch", "preflight", "safeguards", "showcase"),
     *(f"data.{key}" for key in ("held_out", "max_unreadable_share", "workers", "prefetch_batches", "downloads", "cache")),
-    *(f"stages.*.{key}" for key in ("checkpoint", "samples", "held_out_loss", "log_every_steps")),
+    *(f"stages.*.{key}" for key in ("checkpoint", "samples", "held_out_loss", "evaluation", "log_every_steps")),
     *("stages.*.batch.micro_batch", "stages.*.activation_checkpointing"),
 )
 """Keys, and sections, that change neither what is learnt nor from what; the last two change how ranks share the work."""

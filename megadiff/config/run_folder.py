@@ -4,7 +4,7 @@ RUN/  run.yaml  deepspeed.json  .lock  .ranks  .fence  STOP  incidents.jsonl  sa
       hostfile  jobs.jsonl  submitted/NNN/  code/megadiff/  config.yaml  deepspeed.json  cluster.yaml  NAME.sh  NAME.log
       STAGE/  DONE  error.txt[.JOB.TURN]  metrics.jsonl  results.jsonl  attempts.jsonl  pictures/*.png  heartbeats/rank_N.json
               logs/  rank_N.log  job_J.log  collectives_N
-              checkpoints/  step_XXXXXXXX/manifest.json  latest
+              checkpoints/  step_XXXXXXXX/manifest.json  latest  best
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ class IncidentKind(StrEnum):
     """A checkpoint is damaged; the one before it is resumed from."""
     COPY = "copy"
     """A checkpoint could not be copied to the object store; training goes on."""
+    EVALUATION = "evaluation"
+    """A metric could not be measured; training goes on."""
     ERROR = "error"
 
 
@@ -332,6 +334,20 @@ class CheckpointsFolder:
     def latest(self) -> Path:
         """A file with the name of the newest checkpoint."""
         return self.root / "latest"
+
+    @property
+    def best(self) -> Path:
+        """A file with the name of the best checkpoint (`checkpoint.best`)."""
+        return self.root / "best"
+
+    def named(self, pointer: str) -> Path | None:
+        """The whole checkpoint that `latest` or `best` names; None if there is none."""
+        if pointer == self.latest.name:
+            return self.newest()
+        if not self.best.is_file():
+            return None
+        folder = self.root / self.best.read_text(encoding="utf-8").strip()
+        return folder if (folder / MANIFEST).exists() else None
 
     def step(self, step: int) -> Path:
         """The checkpoint of an optimizer step, once it is whole."""

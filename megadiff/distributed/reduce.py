@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -12,6 +15,7 @@ from megadiff.config.errors import UserError
 from megadiff.config.layout import Layout
 
 Value = TypeVar("Value")
+log = logging.getLogger(__name__)
 
 
 def _several() -> bool:
@@ -63,6 +67,24 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 def barrier() -> None:
     if _several():
         dist.barrier()
+
+
+@contextmanager
+def failing_together(what: str) -> Iterator[None]:
+    """Let the block's failure on one rank, whatever it is, be that of all. Collective at its end: the block has no collectives.
+
+    Raises:
+        UserError: in one sentence.
+    """
+    fault: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        fault = error
+    except Exception as error:
+        log.exception("%s failed", what)
+        fault = UserError(f"{what} failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+    raise_together(fault)
 
 
 def raise_together(error: UserError | None) -> None:

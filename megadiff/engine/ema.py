@@ -8,16 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from megadiff.config.schema import ConstantEma, EmaProfile
+from megadiff.config.schema import EmaProfile
 from megadiff.engine.pieces import Pieces
-from megadiff.weights.posthoc import power_exponent
-
-
-def decay(profile: EmaProfile, update: int) -> float:
-    """The factor on the average at update number `update` (1 is the first)."""
-    if isinstance(profile, ConstantEma):
-        return min(profile.decay, update / (9 + update)) if profile.warmup else profile.decay
-    return float((1 - 1 / update) ** (power_exponent(profile.length) + 1))
+from megadiff.weights.posthoc import decay
 
 
 class Ema:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megadiff.config.derived import learning_rate
 from megadiff.config.run_folder import CheckpointsFolder
 from megadiff.config.schema import Initialise, Stage
 from megadiff.distributed.reduce import gather_objects
@@ -18,7 +19,7 @@ from megadiff.engine import saving, statistics
 from megadiff.engine.api import Backend, Objective, PreparedBatch, StepResult
 from megadiff.engine.ema import Ema
 from megadiff.engine.inspector import Inspector
-from megadiff.engine.optimizer import hold_still, learning_rate
+from megadiff.engine.optimizer import hold_still
 from megadiff.engine.saving import Saver
 from megadiff.models.blocks import Block
 from megadiff.models.idle import Idle

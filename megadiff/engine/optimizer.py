@@ -1,8 +1,7 @@
-"""AdamW over two parameter groups, and its learning rate as a pure function of the step."""
+"""AdamW over two parameter groups."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -17,19 +16,6 @@ from megadiff.models.names import named_parameters
 
 SPLIT = "tensor_model_parallel"
 """The mark of parameters that tensor ranks have parts of, as DeepSpeed and megatron know it."""
-
-
-def learning_rate(config: Optimizer, step: int, total_steps: int) -> float:
-    """The learning rate of the optimizer step with index `step` (0 is the first): linear warm-up, then the schedule."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return config.learning_rate
-    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
-    remaining = 1 - min(progress, 1.0)
-    if config.schedule == "cosine":
-        remaining = 0.5 * (1 - math.cos(math.pi * remaining))
-    return config.learning_rate * (config.final_ratio + (1 - config.final_ratio) * remaining)
 
 
 def build_optimizer(module: nn.Module, config: Optimizer, decayed: Iterable[str]) -> torch.optim.AdamW:

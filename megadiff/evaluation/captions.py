@@ -19,6 +19,8 @@ from megadiff.types import Metric
 
 CIDER_ORDER, CIDER_SIGMA, CIDER_SCALE = 4, 6.0, 10.0
 DISTINCT = (1, 2)
+NAMES = ("BLEU", "chrF", "CIDEr", "self-BLEU", *(f"distinct-{order}" for order in DISTINCT), "length distance")
+"""Metrics by which networks compare."""
 SELF_BLEU_MOST = 500
 """Captions that self-BLEU compares with each other: its cost is their square."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +22,12 @@ from megadiff.evaluation import scores
 from megadiff.evaluation.captions import caption_metrics
 from megadiff.evaluation.clip_score import clip_score, pair_scorer, retrieval
 from megadiff.evaluation.features import FEATURES, build_extractor
-from megadiff.evaluation.likelihood import likelihood_metrics
+from megadiff.evaluation.likelihood import LIKELIHOOD, likelihood_metrics
 from megadiff.evaluation.picture_sets import features_of, open_pictures, pairs_in, records_in
-from megadiff.evaluation.pieces import Pieces, key_of
+from megadiff.evaluation.pieces import Pieces, key_of, wait_for
 from megadiff.evaluation.results import RESULTS, comparison, of_data, read_results, write_results
 from megadiff.evaluation.scores import DISTANCES, OWN_FEATURES, FeatureSet
-from megadiff.generation.generate import SECONDS_BETWEEN_LOOKS, device_of, generate
+from megadiff.generation.generate import device_of, generate
 from megadiff.generation.loading import codecs_of, load
 from megadiff.generation.request import GenerateRequest
 from megadiff.generation.writing import RECORDS, REQUEST
@@ -39,7 +38,6 @@ PAIRS_PER_PIECE = 32
 WITHOUT_EFFECT = ("batch", "format")
 """Parts of a request that change nothing of its samples."""
 PAIRS = ("clip-score", "retrieval")
-LIKELIHOOD = "likelihood"
 METRICS = (*DISTANCES, *PAIRS, "captions", LIKELIHOOD)
 DEFAULT_PAIRS = 1000
 
@@ -85,8 +83,7 @@ def evaluate(request: EvaluateRequest) -> list[Metric]:
     if request.samples is not None:
         generate(request.samples)
         joined = (RECORDS, MANIFEST) if request.samples.format == "tar" else (RECORDS,)
-        while not all((out / name).exists() for name in joined):  # rank 0 writes them when all have drawn
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+        wait_for([out / name for name in joined])  # rank 0 writes them when all have drawn
     pieces = Pieces(out / PIECES, ranks)
     metrics = _distances(request, pieces, device)
     metrics += _pair_metrics(request, pieces, device)
@@ -239,4 +236,6 @@ def drawn_by(folder: str) -> dict[str, Any]:
     """How the samples of a folder were drawn, by its request.json; empty for other pictures."""
     path = Path(folder) / REQUEST
     tree = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if "contents" in tree:
+        tree["contents"] = list(tree["contents"].values())  # hashes, without the paths
     return leaves({key: value for key, value in tree.items() if key not in WITHOUT_EFFECT}, "drawn.")

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from megadiff import rng
-from megadiff.config.schema import TokenSpace
+from megadiff.config.schema import Model, TokenSpace
 from megadiff.diffusion.conditional import stratum_losses
 from megadiff.evaluation.gap import bootstrap_interval
 from megadiff.evaluation.pieces import Piece, Pieces, key_of
-from megadiff.types import Metric
+from megadiff.types import Denoiser, Metric
 from megadiff.weights.loading import Loaded
 
+LIKELIHOOD = "likelihood"
 SEED, TIMES, QUARTERS = 0, 16, 4
 PER_PIECE = 64
 
@@ -48,15 +49,35 @@ def likelihood_metrics(
         found = pieces.gather(keys, partial(_losses, loaded, states, target, rows))
         if found is not None:
             sides = {side: torch.from_numpy(np.concatenate([piece[side] for piece in found], axis=1)) for side in found[0]}
-            metrics += _metrics(target, isinstance(loaded.model.modalities[target].space, TokenSpace), sides, facts)
+            metrics += metrics_of(loaded.model, target, sides, facts)
     return metrics
 
 
 def _losses(loaded: Loaded, states: Mapping[str, Tensor], target: str, rows: int, number: int) -> Piece:
-    """By side (own, other, absent), float64 [K, P]."""
+    own = torch.arange(number * PER_PIECE, min((number + 1) * PER_PIECE, len(states[target])))
+    with torch.no_grad():
+        losses = pair_losses(loaded.module, loaded.model, states, own, loaded.module.device, target=target, rows=rows)
+    return {side: values.numpy() for side, values in losses.items()}
+
+
+def pair_losses(
+    denoiser: Denoiser,
+    model: Model,
+    states: Mapping[str, Tensor],
+    own: Tensor,
+    device: torch.device,
+    *,
+    target: str,
+    rows: int,
+) -> dict[str, Tensor]:
+    """The losses of some pairs by side (`own`: its condition given, `other`: the next pair's, `absent`), float64 [K, P].
+
+    Args:
+        states: of all pairs, [N, ...].
+        own: int64 [P], which ones.
+        rows: of one call of the denoiser.
+    """
     count = len(states[target])
-    own = torch.arange(number * PER_PIECE, min((number + 1) * PER_PIECE, count))
-    device = next(loaded.module.parameters()).device
     given = [name for name in states if name != target]
     keys = rng.sample_keys(SEED, own).to(device)
     losses = {}
@@ -67,30 +88,33 @@ def _losses(loaded: Loaded, states: Mapping[str, Tensor], target: str, rows: int
             name: state[own if name == target or condition is None else condition].to(device) for name, state in states.items()
         }
         others = given if condition is not None else []
-        with torch.no_grad():
-            found = stratum_losses(
-                loaded.module, loaded.model, clean, keys, target=target, given=others, times=TIMES, rows=rows
-            )
-        losses[side] = found.cpu().numpy()
+        found = stratum_losses(denoiser, model, clean, keys, target=target, given=others, times=TIMES, rows=rows)
+        losses[side] = found.cpu()
     return losses
 
 
-def _metrics(target: str, tokens: bool, sides: Mapping[str, Tensor], depends: Mapping[str, Any]) -> list[Metric]:
-    """Metrics of losses [K, N] by side."""
-    what = "NELBO" if tokens else "error"
+def names_of(model: Model, target: str) -> dict[str, str]:
+    """By side the names of a target's metrics over all times; `gap` beside the sides, if anything is given."""
+    what = "NELBO" if isinstance(model.modalities[target].space, TokenSpace) else "error"
+    names = {"absent": f"{what} {target}/absent"}
+    if len(model.modalities) > 1:
+        names |= {"own": f"{what} {target}/given", "gap": f"likelihood gap/{target}"}
+    return names
+
+
+def metrics_of(model: Model, target: str, sides: Mapping[str, Tensor], depends: Mapping[str, Any]) -> list[Metric]:
+    """Metrics of the losses [K, N] of `pair_losses`, over all times and by quarter of them."""
     spans = {"": slice(None)}
     for quarter in range(QUARTERS):
         width = TIMES // QUARTERS
         spans[f" t {quarter / QUARTERS:.2f}-{(quarter + 1) / QUARTERS:.2f}"] = slice(quarter * width, (quarter + 1) * width)
-    values = {
-        f"{what} {target}/{'given' if side == 'own' else side}": sides[side] for side in ("own", "absent") if side in sides
-    }
+    values = dict(sides)
     if "own" in sides:
-        values[f"conditioning gap/{target}"] = sides["other"] - sides["own"]
+        values["gap"] = sides["other"] - sides["own"]
     metrics = []
-    for name, losses in values.items():
+    for side, name in names_of(model, target).items():
         for span, strata in spans.items():
-            mean = losses[strata].mean(0)
+            mean = values[side][strata].mean(0)
             low, high = bootstrap_interval(mean, SEED)
             metrics.append(Metric(f"{name}{span}", mean.mean().item(), low, high, depends))
     return metrics

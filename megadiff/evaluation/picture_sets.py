@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from megadiff.data.pictures import PICTURE_ENDINGS, UNREADABLE
 from megadiff.data.shards.reader import ShardReader
 from megadiff.data.shards.shard import MANIFEST, read_manifest
 from megadiff.evaluation.features import Extractor, Features, Pixels
-from megadiff.evaluation.pieces import Pieces, key_of
+from megadiff.evaluation.pieces import Piece, Pieces, key_of
 from megadiff.generation.writing import RECORDS
 from megadiff.storage import addresses, store
 
@@ -61,24 +62,28 @@ class PictureSet:
 
 def features_of(pictures: PictureSet, extractor: Extractor, pieces: Pieces) -> tuple[Features, str] | None:
     """The features [N, D] of a set and a hash of its pictures, on rank 0; None on the others."""
-
-    def compute(number: int) -> dict[str, Any]:
-        digest, parts = hashlib.sha256(), []
-        for start in range(number * PER_PIECE, min((number + 1) * PER_PIECE, len(pictures)), AT_ONCE):
-            stop = min(start + AT_ONCE, (number + 1) * PER_PIECE, len(pictures))
-            files = [pictures.read(index) for index in range(start, stop)]
-            for file in files:
-                digest.update(hashlib.sha256(file).digest())
-            parts.append(extractor([pictures.pixels(start + place, file) for place, file in enumerate(files)]))
-        return {"features": np.concatenate(parts), "digest": np.frombuffer(digest.digest(), np.uint8)}
-
     keys = []
     for start in range(0, len(pictures), PER_PIECE):
         own = {"pictures": list(pictures.identities[start : start + PER_PIECE]), "square": pictures.square}
         keys.append(key_of({**extractor.depends, **own}))
-    found = pieces.gather(keys, compute)
-    if found is None:
-        return None
+    found = pieces.gather(keys, partial(piece_of, pictures, extractor))
+    return None if found is None else joined(found)
+
+
+def piece_of(pictures: PictureSet, extractor: Extractor, number: int) -> Piece:
+    """The features of the PER_PIECE pictures of that number, and a hash of their files."""
+    digest, parts = hashlib.sha256(), []
+    for start in range(number * PER_PIECE, min((number + 1) * PER_PIECE, len(pictures)), AT_ONCE):
+        stop = min(start + AT_ONCE, (number + 1) * PER_PIECE, len(pictures))
+        files = [pictures.read(index) for index in range(start, stop)]
+        for file in files:
+            digest.update(hashlib.sha256(file).digest())
+        parts.append(extractor([pictures.pixels(start + place, file) for place, file in enumerate(files)]))
+    return {"features": np.concatenate(parts), "digest": np.frombuffer(digest.digest(), np.uint8)}
+
+
+def joined(found: Sequence[Piece]) -> tuple[Features, str]:
+    """The features [N, D] of all pieces in order, and a hash of all pictures."""
     digests = hashlib.sha256(b"".join(piece["digest"].tobytes() for piece in found)).hexdigest()
     return np.concatenate([piece["features"] for piece in found]), digests
 

@@ -7,6 +7,7 @@ import io
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,39 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megadiff.config.errors import UserError
 from megadiff.distributed.ranks import Ranks
 from megadiff.storage import store
 
 SECONDS_BETWEEN_LOOKS = 0.2
 Piece = Mapping[str, NDArray[Any]]
 """Arrays by name."""
+
+
+def wait_for(paths: Sequence[Path], most_s: float = 1800.0) -> None:
+    """Wait for files that other processes write.
+
+    Args:
+        most_s: without a change in the folders of those that are missing, and in the folders below them.
+
+    Raises:
+        UserError: nothing has changed there for so long.
+    """
+    seen: list[float] = []
+    since = time.monotonic()
+    while missing := [path for path in paths if not path.exists()]:
+        times = seen
+        with suppress(OSError):  # a folder has just been removed
+            around = [place for folder in {path.parent for path in missing} for place in (folder, *folder.iterdir())]
+            times = sorted(place.stat().st_mtime for place in around if place.is_dir())
+        if times != seen:
+            seen, since = times, time.monotonic()
+        if time.monotonic() - since > most_s:
+            raise UserError(
+                f"{missing[0]} is missing, and nothing has been written there for {most_s:g} s: another process has ended or "
+                "stands still; the same command goes on with what there is"
+            )
+        time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 def key_of(facts: Mapping[str, Any]) -> str:
@@ -46,8 +74,7 @@ class Pieces:
                 store.write_bytes(str(self._path(keys[number])), buffer.getvalue())
         if self.ranks.rank:
             return None
-        while not all(self._path(key).exists() for key in keys):
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+        wait_for([self._path(key) for key in keys])
         return [self._read(key) for key in keys]
 
     def _read(self, key: str) -> Piece:

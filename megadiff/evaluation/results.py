@@ -48,9 +48,13 @@ def read_results(path: Path) -> dict[str, Metric]:
     return {metric.name: metric for metric in metrics}
 
 
+PATHS = ("data", *(f"drawn.{name}" for name in ("data", "prompts", "image", "mask_image", "table", "guide", "autoencoder")))
+"""Dependencies that say where something lies; the hash of what lies there is one of its own."""
+
+
 def differing(one: Metric, other: Metric) -> list[str]:
-    """The dependencies in which two figures of one name differ; if there are any, the figures do not compare."""
-    keys = {**one.depends, **other.depends}
+    """The dependencies in which two figures of one name differ, but for paths; if there are any, the figures do not compare."""
+    keys = [key for key in {**one.depends, **other.depends} if key not in PATHS]
     return [key for key in keys if one.depends.get(key) != other.depends.get(key)]
 
 

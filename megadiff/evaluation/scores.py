@@ -118,32 +118,39 @@ def distance_metrics(names: Sequence[str], generated: FeatureSet, reference: Fea
     return metrics
 
 
+def titles(name: str, network: str) -> tuple[str, ...]:
+    """The names in results of a metric's values, by the name of the network whose features it takes (`Extractor.name`)."""
+    inception = network == "Inception"
+    return {
+        "fid": ("FID",),
+        "fd": ("FID" if inception else f"FD-{network}",),
+        "kid": ("KID",),
+        "kd": ("KID" if inception else f"KD-{network}",),
+        "cmmd": ("CMMD",),
+        "precision-recall": (f"precision-{network}", f"recall-{network}"),
+        "density-coverage": (f"density-{network}", f"coverage-{network}"),
+    }[name]
+
+
 def _values(name: str, network: str, one: FeatureSet, other: FeatureSet) -> list[tuple[str, float, dict[str, Any]]]:
     """(name of the metric, value, what it alone depends on)."""
+    values: tuple[float, ...]
+    own: dict[str, Any]
     if name in MOMENTS_SUFFICE:
-        title = "FID" if network == "Inception" else f"FD-{network}"
-        deficient = one.moments.rank_deficient or other.moments.rank_deficient
-        return [(title, distances.frechet_distance(one.moments, other.moments), {"rank_deficient": deficient})]
-    assert one.features is not None
-    assert other.features is not None
-    sides = (one.features, other.features)
-    match name:
-        case "kid" | "kd":
-            title = "KID" if network == "Inception" else f"KD-{network}"
-            own = {"seed": SEED, "subsets": distances.KID_SUBSETS, "subset": distances.KID_SUBSET}
-            return [(title, distances.kernel_distance(*sides, seed=SEED), own)]
-        case "cmmd":
-            return [("CMMD", distances.cmmd(*sides), {})]
-        case "precision-recall":
-            values, titles, neighbours = (
-                distances.precision_recall(*sides),
-                ("precision", "recall"),
-                distances.MANIFOLD_NEIGHBOURS,
-            )
-        case _:
-            values, titles, neighbours = (
-                distances.density_coverage(*sides),
-                ("density", "coverage"),
-                distances.DENSITY_NEIGHBOURS,
-            )
-    return [(f"{title}-{network}", value, {"neighbours": neighbours}) for title, value in zip(titles, values, strict=True)]
+        own = {"rank_deficient": one.moments.rank_deficient or other.moments.rank_deficient}
+        values = (distances.frechet_distance(one.moments, other.moments),)
+    else:
+        assert one.features is not None
+        assert other.features is not None
+        sides = (one.features, other.features)
+        match name:
+            case "kid" | "kd":
+                own = {"seed": SEED, "subsets": distances.KID_SUBSETS, "subset": distances.KID_SUBSET}
+                values = (distances.kernel_distance(*sides, seed=SEED),)
+            case "cmmd":
+                values, own = (distances.cmmd(*sides),), {}
+            case "precision-recall":
+                values, own = distances.precision_recall(*sides), {"neighbours": distances.MANIFOLD_NEIGHBOURS}
+            case _:
+                values, own = distances.density_coverage(*sides), {"neighbours": distances.DENSITY_NEIGHBOURS}
+    return [(title, value, own) for title, value in zip(titles(name, network), values, strict=True)]

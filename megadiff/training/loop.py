@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import logging
@@ -96,6 +97,15 @@ class Training:
 
     def metrics(self, metrics: Sequence[Metric]) -> None:
         self.monitor.metrics(metrics, self.step)
+        rule = self.stage.checkpoint.best
+        for metric in metrics:
+            if rule and metric.name == rule.metric and rule.better(metric.value, self.progress.best_value):
+                self.progress.best_step, self.progress.best_value = self.step, metric.value
+                self.monitor.say(f"{self.stage.name}: best {metric.name} so far, {metric.value:.5g} at step {self.step}")
+
+    def failed(self, sentence: str) -> None:
+        self.incidents.add(IncidentKind.EVALUATION, self.step, sentence)
+        self.monitor.say(f"{self.stage.name}, step {self.step}: {sentence}; training goes on")
 
 
 class Callback(Protocol):
@@ -152,6 +162,7 @@ def _train_stage(
     failed_at: int,
     allow_changes: bool,
 ) -> None:
+    _check_best(stage, measured)
     paths, seed = run.paths.stage(stage.name), stage_seed(run, stage)
     timeout = timedelta(seconds=run.safeguards.collective_timeout_s)
     facts = _facts(run, deepspeed)
@@ -196,6 +207,15 @@ def _train_stage(
     barrier()
     if layout.leads and training.last:
         paths.done.touch()
+
+
+def _check_best(stage: Stage, measured: Sequence[str]) -> None:
+    """Raises UserError if nothing measures what the best checkpoint is chosen by."""
+    rule = stage.checkpoint.best
+    if rule and rule.metric not in measured:
+        nearest = difflib.get_close_matches(rule.metric, measured, n=1, cutoff=0.3)
+        way = f"the nearest that is: {nearest[0]}" if nearest else "set held_out_loss or evaluation"
+        raise UserError(f"checkpoint.best.metric {rule.metric} is not measured in stage {stage.name}; {way}")
 
 
 def _facts(run: Run, deepspeed: Mapping[str, Any]) -> Facts:
@@ -254,7 +274,8 @@ def _train(training: Training, loader: Loader, objective: DiffusionObjective, ca
             monitor.evaluated(step, since=paused)
         stops = stop.asked() and not training.last
         _published(training, training.saver.publish_if_written())
-        if stops or training.last or step % training.stage.checkpoint.every_steps == 0:
+        due_now = step % training.stage.checkpoint.every_steps == 0 or progress.best_step == step
+        if stops or training.last or due_now:
             # The last: a resumed run does not repeat the step, so its callbacks must have run.
             save(training, waits=stops or training.last or not training.stage.checkpoint.asynchronous)
         monitor.resume(paused)

@@ -7,7 +7,8 @@ import logging
 from typing import TYPE_CHECKING
 
 from megadiff.config.schema import Run, Stage
-from megadiff.weights.checkpoint import CheckpointError
+from megadiff.config.schema.stage import PREVIOUS_BEST
+from megadiff.weights.checkpoint import BEST, LATEST, CheckpointError
 from megadiff.weights.loading import local_path
 
 if TYPE_CHECKING:
@@ -31,14 +32,15 @@ def initialise(engine: Engine, run: Run, stage: Stage) -> None:
     rule = stage.initialise
     if rule.source is None:
         return
-    if rule.source == "previous":
+    if rule.from_previous:
         before = run.stages[[s.name for s in run.stages].index(stage.name) - 1]
-        newest = run.paths.stage(before.name).checkpoints.newest()
-        if newest is None:
+        which = BEST if rule.source == PREVIOUS_BEST else LATEST
+        found = run.paths.stage(before.name).checkpoints.named(which)
+        if found is None:
             raise CheckpointError(
-                f"stage {stage.name} starts from {before.name}, which has no checkpoint in {run.folder}; train it first"
+                f"stage {stage.name} starts from {before.name}, which has no {which} checkpoint in {run.folder}; train it first"
             )
-        source = newest
+        source = found
     else:
         source = local_path(rule.source)
     fresh = engine.initialise_from(source, rule)

@@ -27,11 +27,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megadiff.config.errors import UserError
-from megadiff.config.run_folder import MANIFEST, CheckpointsFolder, RunFolder
+from megadiff.config.run_folder import MANIFEST, RUN, CheckpointsFolder, RunFolder
 from megadiff.config.schema import Checkpointing
 from megadiff.files import sha256, sync
 from megadiff.weights.boxes import Extent, overlaps, whole
 
+BEST, LATEST = "best", "latest"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FORMAT, VERSION, READ_VERSIONS = "megadiff-checkpoint", 2, (1, 2)
 """Version 1 knew flat ranges of whole parameters only."""
@@ -164,7 +165,10 @@ def publish(
     sync(partial / MANIFEST)
     final = give_name(checkpoints, step, token)
     whole = checkpoints.published()
-    for old in retired([each for each in whole if each <= step], rule):
+    best = manifest.progress.get("best_step")
+    if best in whole:
+        _point(checkpoints.best, whole[best])
+    for old in retired([each for each in whole if each <= step], rule, best):
         _remove(whole[old], old)
     return final
 
@@ -184,14 +188,19 @@ def give_name(checkpoints: CheckpointsFolder, step: int, token: str = "") -> Pat
 
 def point_latest(checkpoints: CheckpointsFolder, folder: Path) -> None:
     """Let a whole checkpoint be the newest, from which the stage is resumed. For one process."""
-    pointer = checkpoints.latest.with_name(f".{checkpoints.latest.name}")
-    for path in (pointer, checkpoints.latest):
+    _point(checkpoints.latest, folder)
+
+
+def _point(pointer: Path, folder: Path) -> None:
+    """Let a pointer, `latest` or `best`, name a checkpoint beside it."""
+    aside = pointer.with_name(f".{pointer.name}")
+    for path in (aside, pointer):
         if path.is_dir():
             _set_aside(path)
-    pointer.write_text(folder.name, encoding="utf-8")
-    sync(pointer)
-    pointer.replace(checkpoints.latest)
-    sync(checkpoints.root)
+    aside.write_text(folder.name, encoding="utf-8")
+    sync(aside)
+    aside.replace(pointer)
+    sync(pointer.parent)
 
 
 def _clear(path: Path) -> None:
@@ -226,10 +235,10 @@ def _remove(folder: Path, step: int) -> None:
         log.warning("an old checkpoint could not be removed: %s", error)
 
 
-def retired(steps: Iterable[int], rule: Checkpointing) -> list[int]:
-    """The steps of checkpoints to delete: all but the newest `keep` and multiples of `keep_every_steps`."""
+def retired(steps: Iterable[int], rule: Checkpointing, best: int | None = None) -> list[int]:
+    """The steps of checkpoints to delete: all but the newest `keep`, multiples of `keep_every_steps` and the best one."""
     newest_first = sorted(steps, reverse=True)
-    stays = set(newest_first[: rule.keep])
+    stays = {best, *newest_first[: rule.keep]}
     if rule.keep_every_steps:
         stays |= {step for step in newest_first if step % rule.keep_every_steps == 0}
     return sorted(step for step in newest_first if step not in stays)
@@ -332,6 +341,25 @@ def newest_checkpoint(folder: RunFolder, stage_names: list[str]) -> Path:
         if newest := folder.stage(name).checkpoints.newest():
             return newest
     raise CheckpointError(f"{folder.root} has no checkpoint yet in any stage ({', '.join(stage_names)}); train it first")
+
+
+def pointed_to(path: Path) -> Path | None:
+    """The checkpoint that a path names as RUN/best, RUN/STAGE/best or RUN/STAGE/checkpoints/best, or likewise with `latest`.
+
+    Returns:
+        None for other paths.
+
+    Raises:
+        CheckpointError: there is none of that name.
+    """
+    place, name = path.parent, path.name
+    if name not in (BEST, LATEST) or path.is_dir():
+        return None
+    stages = list(place.glob("*/checkpoints")) if (place / RUN).exists() else [place, place / "checkpoints"]
+    found = [one for stage in stages if (one := CheckpointsFolder(stage).named(name))]
+    if not found:
+        raise CheckpointError(f"{place} has no {name} checkpoint")
+    return max(found, key=lambda one: (one / MANIFEST).stat().st_mtime)
 
 
 def check_names(

@@ -21,7 +21,7 @@ from megadiff.storage import addresses
 from megadiff.types import ALIGNMENT
 from megadiff.weights import export
 from megadiff.weights.card import model_card
-from megadiff.weights.checkpoint import CheckpointError, CheckpointReader, WeightSource, newest_checkpoint
+from megadiff.weights.checkpoint import CheckpointError, CheckpointReader, WeightSource, newest_checkpoint, pointed_to
 from megadiff.weights.posthoc import Combination, Profile, combine, power_exponent, reconstruct, tracked_averages
 from megadiff.weights.remote import fetched
 from megadiff.weights.universal import is_universal, open_source
@@ -210,14 +210,16 @@ def _build(model: Model, predicted: tuple[str, ...], tensors: dict[str, torch.Te
 
 
 def local_path(address: str | Path) -> Path:
-    """The path itself; for hf:ORG/NAME the folder with the downloaded Hugging Face repository, for the address of a run or
-    checkpoint in an object store that with the downloaded checkpoint.
+    """The path itself; for RUN/best the run's best checkpoint; for hf:ORG/NAME the folder with the downloaded Hugging Face
+    repository; for the address of a run or checkpoint in an object store that with the downloaded checkpoint.
 
     Raises:
         UserError: it cannot be downloaded.
     """
     if not addresses.is_local(str(address)):
         return fetched(str(address))
+    if pointed := pointed_to(Path(address)):
+        return pointed
     repository = str(address).removeprefix(HUB)
     return Path(_download(repository) if repository != str(address) else address)
 

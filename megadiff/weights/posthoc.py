@@ -10,16 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megadiff.config.run_folder import CheckpointsFolder
-from megadiff.config.schema import EmaProfile, PowerEma
+from megadiff.config.schema import ConstantEma, EmaProfile, PowerEma
 from megadiff.weights.checkpoint import CheckpointError, CheckpointReader
 
 
+@cache
 def power_exponent(length: float) -> float:
     """The gamma whose power-function profile has relative standard deviation `length`.
 
@@ -28,6 +30,13 @@ def power_exponent(length: float) -> float:
     """
     inverse_square = length**-2.0
     return float(np.roots([1, 7, 16 - inverse_square, 12 - inverse_square]).real.max())
+
+
+def decay(profile: EmaProfile, update: int) -> float:
+    """The factor on the average at update number `update` (1 is the first)."""
+    if isinstance(profile, ConstantEma):
+        return min(profile.decay, update / (9 + update)) if profile.warmup else profile.decay
+    return float((1 - 1 / update) ** (power_exponent(profile.length) + 1))
 
 
 @dataclass(frozen=True)

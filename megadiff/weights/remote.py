@@ -1,6 +1,6 @@
 """Checkpoints in an object store: copies of those of a run, and the way back.
 
-REMOTE/  run.yaml  STAGE/latest  STAGE/step_XXXXXXXX/manifest.json, rank_*.safetensors
+REMOTE/  run.yaml  STAGE/latest  STAGE/best  STAGE/step_XXXXXXXX/manifest.json, rank_*.safetensors
 
 A folder counts once it has a manifest, which goes up last and is deleted first.
 """
@@ -23,9 +23,16 @@ from megadiff.config.schema import Checkpointing
 from megadiff.files import locked, sha256, sync
 from megadiff.storage import addresses, store
 from megadiff.storage.errors import MissingError
-from megadiff.weights.checkpoint import CheckpointError, DamagedCheckpoint, FileEntry, read_manifest, retired
+from megadiff.weights.checkpoint import (
+    BEST,
+    LATEST,
+    CheckpointError,
+    DamagedCheckpoint,
+    FileEntry,
+    read_manifest,
+    retired,
+)
 
-LATEST = "latest"
 FILES_AT_ONCE = 8
 
 
@@ -85,7 +92,10 @@ class RemoteCheckpoints:
         self.point_latest(folder)
         store.write_bytes(addresses.join(self.run, RUN), config.encode())
         earlier, whole = [each for each in self._steps() if each < step], [each for each in self.published() if each <= step]
-        stays = set(whole) - set(retired(whole, rule.model_copy(update={"keep": rule.remote_keep})))
+        best = manifest.progress.get("best_step")
+        if best in whole:
+            store.write_bytes(addresses.join(self.root, BEST), self.step(best).rpartition("/")[2].encode())
+        stays = set(whole) - set(retired(whole, rule.model_copy(update={"keep": rule.remote_keep}), best))
         for address in (self.step(each) for each in earlier if each not in stays):
             store.delete(addresses.join(address, MANIFEST))
             for name in store.list_names(address):

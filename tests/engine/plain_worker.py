@@ -16,13 +16,13 @@ import torch
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+from megadiff.config.derived import learning_rate
 from megadiff.config.layout import Layout
 from megadiff.config.load import load_run
 from megadiff.config.parameters import is_trained
 from megadiff.config.schema import Run, Stage
 from megadiff.diffusion.objective import DiffusionObjective
 from megadiff.distributed.ranks import Ranks
-from megadiff.engine.optimizer import learning_rate
 from megadiff.engine.start import start_process_group
 from megadiff.engine.statistics import normaliser_of
 from megadiff.models.mmdit import build_model

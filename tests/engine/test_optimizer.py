@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megadiff.config.derived import learning_rate
 from megadiff.config.schema import ConstantEma, Optimizer, PowerEma
-from megadiff.engine.ema import decay
-from megadiff.engine.optimizer import build_optimizer, hold_still, learning_rate
+from megadiff.engine.optimizer import build_optimizer, hold_still
 from megadiff.engine.pieces import Piece
 from megadiff.weights.boxes import Extent
-from megadiff.weights.posthoc import power_exponent
+from megadiff.weights.posthoc import decay, power_exponent
 
 pytestmark = pytest.mark.thorough
 

@@ -210,7 +210,7 @@ def test_captions_and_pairs_are_scored_and_so_is_the_likelihood(exported, tmp_pa
     assert cli.main(["evaluate", str(exported), *draw, *score]) == 0
     found = read_results(tmp_path / "out" / RESULTS)
     assert {"BLEU", "chrF", "CIDEr", "self-BLEU", "distinct-2", "CLIP score", "R@5 text-to-image"} <= set(found)
-    assert {"NELBO text/given", "error image/absent", "conditioning gap/image t 0.75-1.00"} <= set(found)
+    assert {"NELBO text/given", "error image/absent", "likelihood gap/image t 0.75-1.00"} <= set(found)
     assert found["CIDEr"].depends["drawn.task"] == "image-to-text"
     assert found["NELBO text/given"].depends["pairs"] == 3
     assert found["CLIP score"].depends["count"] == 4

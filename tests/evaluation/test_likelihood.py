@@ -37,8 +37,8 @@ def test_the_numbers_are_the_exact_losses_and_the_conditioning_gap(network, tmp_
         gap = conditioning_gap(loaded.module, loaded.model, states, seed=likelihood.SEED, **options)
     assert found["NELBO text/given"].value == pytest.approx(given.mean().item(), rel=1e-5)
     assert found["NELBO text/absent"].value == pytest.approx(absent.mean().item(), rel=1e-5)
-    assert found["conditioning gap/text"].value == pytest.approx(gap.mean, abs=1e-5)
-    assert found["conditioning gap/text"].low == pytest.approx(gap.low, abs=1e-5)
+    assert found["likelihood gap/text"].value == pytest.approx(gap.mean, abs=1e-5)
+    assert found["likelihood gap/text"].low == pytest.approx(gap.low, abs=1e-5)
     quarters = [found[f"error image/given t {at:.2f}-{at + 0.25:.2f}"].value for at in (0, 0.25, 0.5, 0.75)]
     assert sum(quarters) / 4 == pytest.approx(found["error image/given"].value, rel=1e-6)
     assert found["error image/given"].depends == {"w": 1, "pairs": 5, "seed": 0, "times": likelihood.TIMES}

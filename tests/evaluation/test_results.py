@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megadiff.config.errors import UserError
+from megadiff.evaluation.pieces import wait_for
 from megadiff.evaluation.results import differing, read_results, write_results
 from megadiff.types import Metric
 
@@ -33,3 +34,17 @@ def test_a_damaged_file_is_one_sentence(tmp_path: Path, text: str) -> None:
     with pytest.raises(UserError, match=r"results\.json") as caught:
         read_results(path)
     assert "\n" not in str(caught.value)
+
+
+def test_where_data_lies_does_not_count_but_their_contents_do() -> None:
+    here, there = ({"drawn.data": place, "drawn.contents": ["a"], "out": place} for place in ("here", "there"))
+    assert differing(Metric("fid", 1.0, depends=here), Metric("fid", 1.0, depends=there)) == ["out"]
+    there["drawn.contents"] = ["b"]
+    assert differing(Metric("fid", 1.0, depends=here), Metric("fid", 1.0, depends=there)) == ["drawn.contents", "out"]
+
+
+def test_a_wait_for_what_nobody_writes_ends_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "there").touch()
+    wait_for([tmp_path / "there"], most_s=0)
+    with pytest.raises(UserError, match=r"missing is missing, and nothing has been written there for 0\.3 s"):
+        wait_for([tmp_path / "there", tmp_path / "missing"], most_s=0.3)

@@ -146,7 +146,9 @@ def test_old_checkpoints_are_retired_by_the_rule(tmp_path: Path) -> None:
     for step in range(1, 6):
         publish(tmp_path, step, keep=2)
     assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_00000004", "step_00000005"]
-    assert checkpoint.retired(range(1, 11), Checkpointing(keep=2, keep_every_steps=4)) == [1, 2, 3, 5, 6, 7]
+    rule = Checkpointing(keep=2, keep_every_steps=4)
+    assert checkpoint.retired(range(1, 11), rule) == [1, 2, 3, 5, 6, 7]
+    assert checkpoint.retired(range(1, 11), rule, best=3) == [1, 2, 5, 6, 7]
 
 
 def test_a_missing_or_truncated_file_is_named(tmp_path: Path) -> None:

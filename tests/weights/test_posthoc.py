@@ -10,11 +10,10 @@ import torch
 
 from megadiff.config.run_folder import CheckpointsFolder
 from megadiff.config.schema import Checkpointing, ConstantEma, PowerEma
-from megadiff.engine.ema import decay
 from megadiff.weights import checkpoint
 from megadiff.weights.boxes import Extent
 from megadiff.weights.checkpoint import CheckpointError, CheckpointManifest, tensor_key
-from megadiff.weights.posthoc import Profile, combine, inner_product, power_exponent, reconstruct, tracked_averages
+from megadiff.weights.posthoc import Profile, combine, decay, inner_product, power_exponent, reconstruct, tracked_averages
 
 pytestmark = pytest.mark.thorough
 

@@ -18,7 +18,7 @@ from megadiff.config.schema.data import (
     NumberField,
     PixelField,
 )
-from megadiff.config.schema.evaluation import HeldOutLoss
+from megadiff.config.schema.evaluation import BestCheckpoint, Evaluation, HeldOutLoss
 from megadiff.config.schema.model import (
     RESERVED_NAMES,
     CategoricalSchedule,
@@ -54,6 +54,7 @@ __all__ = [
     "Allocation",
     "Alignment",
     "Batching",
+    "BestCheckpoint",
     "Cache",
     "CaptionField",
     "CategoricalSchedule",
@@ -66,6 +67,7 @@ __all__ = [
     "DataField",
     "DeepSpeedCluster",
     "EmaProfile",
+    "Evaluation",
     "FieldSource",
     "GaussianProcess",
     "GridSpace",

@@ -83,9 +83,7 @@ class SampleSheets(Periodic):
 
     @model_validator(mode="after")
     def _ranks_stay_together(self) -> SampleSheets:
-        if self.sampling.order == "threshold":
-            raise ValueError("the threshold order ends when its samples do, and the ranks of a run must make equal calls")
-        _has_one_network(self.sampling, "training")
+        check_for_training(self.sampling)
         return self
 
 
@@ -111,6 +109,13 @@ class Showcase(Section):
     def _one_network(self) -> Showcase:
         _has_one_network(self.sampling, "a showcase")
         return self
+
+
+def check_for_training(sampling: Sampling) -> None:
+    """Raises ValueError if ranks that train cannot sample so."""
+    if sampling.order == "threshold":
+        raise ValueError("the threshold order ends when its samples do, and the ranks of a run must make equal calls")
+    _has_one_network(sampling, "training")
 
 
 def _has_one_network(sampling: Sampling, what: str) -> None:

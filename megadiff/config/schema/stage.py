@@ -7,8 +7,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megadiff.config.schema.base import Momentum, Name, NotNegative, Positive, Section, Share
-from megadiff.config.schema.evaluation import HeldOutLoss
+from megadiff.config.schema.evaluation import BestCheckpoint, Evaluation, HeldOutLoss
 from megadiff.config.schema.sampling import SampleSheets
+
+PREVIOUS, PREVIOUS_BEST = "previous", "previous/best"
 
 
 class UniformTimes(Section):
@@ -102,8 +104,9 @@ class Initialise(Section):
     """Where a stage's weights come from."""
 
     source: str | None = None
-    """None: fresh. `previous`: the last checkpoint of the stage before. Else a checkpoint folder, one in DeepSpeed's universal
-    format (`weights: raw`), or the address of a checkpoint's or run's copy (`checkpoint.remote`)."""
+    """None: fresh. `previous`: the last checkpoint of the stage before; `previous/best`: its best. Else a checkpoint folder,
+    RUN/best, one in DeepSpeed's universal format (`weights: raw`), or the address of a checkpoint's or run's copy
+    (`checkpoint.remote`)."""
     weights: Literal["ema", "raw"] = "ema"
     ema: Name | None = None
     """Which EMA profile; None takes the first."""
@@ -112,6 +115,11 @@ class Initialise(Section):
     dropped: tuple[str, ...] = ()
     """Parts or patterns that the source has and this stage does not."""
 
+    @property
+    def from_previous(self) -> bool:
+        """Whether the weights come from the stage before."""
+        return self.source in (PREVIOUS, PREVIOUS_BEST)
+
 
 class Checkpointing(Section):
     """When checkpoints are written and which ones stay."""
@@ -119,6 +127,7 @@ class Checkpointing(Section):
     every_steps: Positive = 1000
     keep: Positive = 3
     """Number of newest checkpoints that stay."""
+    best: BestCheckpoint | None = None
     keep_every_steps: Positive | None = None
     """Checkpoints at multiples of this stay for good."""
     remote: str | None = None
@@ -169,4 +178,5 @@ class Stage(Section):
     checkpoint: Checkpointing = Checkpointing()
     samples: SampleSheets | None = None
     held_out_loss: HeldOutLoss | None = None
+    evaluation: Evaluation | None = None
     log_every_steps: Positive = 10
