@@ -157,6 +157,11 @@ class SlurmRun:
         """How the attempts at a stage began and ended."""
         return [attempt.outcome.value for attempt in Attempt.read(self.folder.stage(stage).attempts)]
 
+    def seconds_between(self, first: int, second: int) -> int:
+        """Between two lines of the first stage's attempts."""
+        attempts = Attempt.read(self.first.attempts)
+        return attempts[second].time - attempts[first].time
+
     def incidents(self) -> list[Incident]:
         path = self.folder.incidents
         rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []

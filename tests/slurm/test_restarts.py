@@ -76,6 +76,7 @@ def test_a_step_that_fails_twice_is_not_tried_again_and_later_stages_are_cancell
     assert run.slurm.fields(jobs[0])["ExitCode"] == "3:0"
     run.wait_for_end(jobs[2], "CANCELLED")
     assert run.outcomes() == ["started", "failed", "started", "stuck"]
+    print(f"{run.seconds_between(1, 3)} s from the first failure to the end")
     assert "the ranks have failed at step 4 twice in a row" in run.megadiff("logs", str(run.folder.root))
     (suspect,) = [incident for incident in run.incidents() if incident.kind == "suspect"]
     assert suspect.step == 4
@@ -93,4 +94,5 @@ def test_failures_at_changing_steps_end_with_the_last_restart(run: SlurmRun) -> 
     run.wait_for("gave up", timeout_s=2 * START_S)
     run.wait_for_end(job, "FAILED")
     assert run.outcomes() == ["started", "failed", "started", "gave up"]
+    print(f"{run.seconds_between(1, 3)} s from the first failure to the end")
     assert "no restart is left of 1" in run.megadiff("logs", str(run.folder.root))
