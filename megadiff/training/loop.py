@@ -177,7 +177,7 @@ def _train_stage(
     if layout.leads and not run.paths.run.exists():  # written by the launcher, but not by torchrun
         run.paths.root.mkdir(parents=True, exist_ok=True)
         run.paths.run.write_text(dump_run(run), encoding="utf-8")
-    loader = _loader(run, stage, layout, seed, progress)
+    loader = loader_of(run, stage, layout, seed, progress)
     check_alike({"manifests of the data": loader.fingerprint()})
     monitor = _monitor(run, stage, engine, measured)
     incidents.told_to(monitor.incident)
@@ -377,7 +377,7 @@ def _check_data(training: Training, loader: Loader) -> int:
     return int(unreadable)
 
 
-def _loader(run: Run, stage: Stage, layout: Layout, seed: int, progress: Progress) -> Loader:
+def loader_of(run: Run, stage: Stage, layout: Layout, seed: int, progress: Progress) -> Loader:
     loader = Loader(
         run.data,
         run.model,
