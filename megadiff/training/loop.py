@@ -179,7 +179,7 @@ def _train_stage(
         run.paths.run.write_text(dump_run(run), encoding="utf-8")
     loader = loader_of(run, stage, layout, seed, progress)
     check_alike({"manifests of the data": loader.fingerprint()})
-    monitor = _monitor(run, stage, engine, measured)
+    monitor = monitor_of(run, stage, engine, measured)
     incidents.told_to(monitor.incident)
     if resumed:
         monitor.say(f"{stage.name} resumes from its checkpoint of step {progress.optimizer_step}")
@@ -402,7 +402,7 @@ def _features(run: Run, stage: Stage) -> dict[str, tuple[int, int]]:
     return {} if rule is None else {rule.modality: (derived.tokens(run.model)[rule.modality], rule.features)}
 
 
-def _monitor(run: Run, stage: Stage, engine: Engine, measured: Sequence[str]) -> Monitor:
+def monitor_of(run: Run, stage: Stage, engine: Engine, measured: Sequence[str]) -> Monitor:
     return Monitor(
         paths=run.paths.stage(stage.name),
         total_steps=stage.steps,
