@@ -23,6 +23,7 @@ from megadiff.cli import (
     launch,
     logs,
     plan,
+    profile,
     report,
     sample,
     showcase,
@@ -34,7 +35,7 @@ from megadiff.config.errors import UserError
 from megadiff.launcher.children import end_with_launcher
 
 VERBS = (
-    *(check_config, plan, launch, status, logs, stop, report, train, sample, evaluate, showcase),
+    *(check_config, plan, profile, launch, status, logs, stop, report, train, sample, evaluate, showcase),
     *(export, checkpoint, ema, data, import_paper, export_paper),
 )
 """Modules with `add(verbs)`; each parser that they add sets `run`, a function: parsed arguments -> exit code."""

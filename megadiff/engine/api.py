@@ -15,6 +15,8 @@ from megadiff.engine.pieces import Pieces
 from megadiff.types import Batch, Denoiser, LossTerms, Noised, Prediction, Readout
 
 QUARTILES = 4
+NOISE, FORWARD, BACKWARD, REDUCE, OPTIMIZER, EMA = "noise", "forward", "backward", "reduce", "optimizer", "EMA"
+"""Phases of a step, as traces name them."""
 
 
 class PreparedBatch(Protocol):

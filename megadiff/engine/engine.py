@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from megadiff.config.derived import learning_rate
 from megadiff.config.run_folder import CheckpointsFolder
 from megadiff.config.schema import Initialise, Stage
 from megadiff.distributed.reduce import gather_objects
 from megadiff.engine import saving, statistics
-from megadiff.engine.api import Backend, Objective, PreparedBatch, StepResult
+from megadiff.engine.api import EMA, NOISE, Backend, Objective, PreparedBatch, StepResult
 from megadiff.engine.ema import Ema
 from megadiff.engine.inspector import Inspector
 from megadiff.engine.optimizer import hold_still
@@ -68,7 +69,8 @@ class Engine:
             inspect: whether to look into the network on the way; alike on all ranks.
         """
         names = objective.losses
-        prepared = [objective.prepare(batch) for batch in batches]
+        with record_function(NOISE):
+            prepared = [objective.prepare(batch) for batch in batches]
         normaliser = statistics.normaliser_of(prepared, names, self.layout, self.backend.accumulation, self.device)
         rate = learning_rate(self.stage.optimizer, self.optimizer_step, self.stage.steps)
 
@@ -81,7 +83,8 @@ class Engine:
             outcome = self.backend.run(prepared, score, rate)
         self.optimizer_step += 1
         if outcome.applied:
-            self.ema.update()
+            with record_function(EMA):
+                self.ema.update()
         weights = {name: self._loss_weight(name) for name in names}
         result = statistics.step_result(outcome, batches, weights, sources, self.layout, self.device, rate)
         if not (inspect and outcome.applied):

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import deepspeed
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
-from megadiff.engine.api import Outcome, PreparedBatch, Score
+from megadiff.engine.api import BACKWARD, FORWARD, OPTIMIZER, REDUCE, Outcome, PreparedBatch, Score
 from megadiff.engine.blueprint import Blueprint, materialise, split_if_tensor_parallel
 from megadiff.engine.gathered import drop_idle_hooks, release_linear_weights
 from megadiff.engine.optimizer import build_optimizer, gradient_norm, skip_unless_finite
@@ -40,6 +41,8 @@ class ZeroBackend:
             drop_idle_hooks(self.engine)
             if config["zero_optimization"].get("memory_efficient_linear", True):
                 release_linear_weights()
+        # DeepSpeed calls it at the end of the last backward pass; what it sends before that overlaps with the pass.
+        self.engine.allreduce_gradients = record_function(REDUCE)(self.engine.allreduce_gradients)
         self.module = self.engine.module
         self.pieces = zero_pieces(self.engine, self.layout, splits)
 
@@ -48,11 +51,14 @@ class ZeroBackend:
             group["lr"] = learning_rate
         all_terms, own_norm = [], None
         for micro_batch in prepared:
-            terms = score(self.engine(micro_batch.noised, micro_batch.readout), micro_batch)
-            self.engine.backward(terms.total)
-            if (own_norm := self._own_norm()) is not None:
-                skip_unless_finite(self.pieces.optimizer, own_norm)
-            self.engine.step()
+            with record_function(FORWARD):
+                terms = score(self.engine(micro_batch.noised, micro_batch.readout), micro_batch)
+            with record_function(BACKWARD):
+                self.engine.backward(terms.total)
+            with record_function(OPTIMIZER):
+                if (own_norm := self._own_norm()) is not None:
+                    skip_unless_finite(self.pieces.optimizer, own_norm)
+                self.engine.step()
             all_terms.append(terms)
         return Outcome(
             all_terms if self.layout.speaks else [],

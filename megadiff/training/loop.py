@@ -186,9 +186,9 @@ def _train_stage(
     if layout.leads and stored != run:  # the launcher writes it, and torchrun does not
         run.paths.root.mkdir(parents=True, exist_ok=True)
         write_text(run.paths.run, dump_run(run))
-    loader = _loader(run, stage, layout, seed, progress)
+    loader = loader_of(run, stage, layout, seed, progress)
     check_alike({"manifests of the data": loader.fingerprint()})
-    monitor = _monitor(run, stage, engine, measured)
+    monitor = monitor_of(run, stage, engine, measured)
     incidents.told_to(monitor.incident)
     if resumed is not None:
         monitor.say(f"{stage.name} resumes from its checkpoint of step {progress.optimizer_step}")
@@ -351,7 +351,7 @@ def _check_data(training: Training, loader: Loader) -> int:
     return int(unreadable)
 
 
-def _loader(run: Run, stage: Stage, layout: Layout, seed: int, progress: Progress) -> Loader:
+def loader_of(run: Run, stage: Stage, layout: Layout, seed: int, progress: Progress) -> Loader:
     loader = Loader(
         run.data,
         run.model,
@@ -376,7 +376,7 @@ def _features(run: Run, stage: Stage) -> dict[str, tuple[int, int]]:
     return {} if rule is None else {rule.modality: (derived.tokens(run.model)[rule.modality], rule.features)}
 
 
-def _monitor(run: Run, stage: Stage, engine: Engine, measured: Sequence[str]) -> Monitor:
+def monitor_of(run: Run, stage: Stage, engine: Engine, measured: Sequence[str]) -> Monitor:
     return Monitor(
         paths=run.paths.stage(stage.name),
         total_steps=stage.steps,

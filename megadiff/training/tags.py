@@ -79,6 +79,6 @@ def charts(losses: Sequence[str], measured: Sequence[str]) -> dict[str, dict[str
         found["by time"][f"{name} loss by quarter of its clock"] = [by_time(name, quarter) for quarter in QUARTERS]
     for group in (GRADIENT, UPDATE, ACTIVATION):
         found["network"][f"{group.partition(' ')[2]} by place"] = [f"{group}/"]
-    speeds = ("data-wait share", "communication share", "evaluation share", "model FLOPs utilisation")
+    speeds = ("data-wait share", "evaluation share", "model FLOPs utilisation")
     found["time"] = {"where time goes, and what is used of the device": [f"{SPEED}/{name}" for name in speeds]}
     return found

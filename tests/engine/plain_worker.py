@@ -116,7 +116,7 @@ def train(engine: Any, run: Run, stage: Stage, layout: Layout, progress: Progres
     """The global loss of each step."""
     seed = stage_seed(run, stage)
     objective = DiffusionObjective(run.model, stage, seed)
-    loader = loop._loader(run, stage, layout, seed, progress)
+    loader = loop.loader_of(run, stage, layout, seed, progress)
     accumulation = engine.gradient_accumulation_steps()
     for step in range(progress.optimizer_step, progress.optimizer_step + steps):
         for group in engine.basic_optimizer.param_groups:
