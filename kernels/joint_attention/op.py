@@ -11,17 +11,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadiff.kernels import toolchain
+from megadiff.kernels import dispatch, toolchain
 from megadiff.kernels.joint_attention import triton as kernels
-from megadiff.kernels.joint_attention.reference import finite
+from megadiff.kernels.joint_attention.reference import attend
+from megadiff.kernels.qk_norm_pack.op import qk_norm_pack
+from megadiff.kernels.qk_norm_pack.reference import finite
 from megadiff.kernels.streams import Projected, Span
 
 CHANNELS = (16, 32, 64, 128)
 MOST_STREAMS = 2
+MOST_PLACES = 1100
+"""Tokens of a sample above which SDPA on packed operands is taken; estimated, not measured (README.md)."""
 
 
 def joint_attention(streams: Sequence[Projected]) -> list[Tensor]:
     """As the reference; streams that `refusal` does not refuse."""
+    why = _packing(streams)
+    dispatch.say("joint_attention", "qk_norm_pack, then SDPA" if why else "its own kernel", why or "one or two modalities")
+    return attend(qk_norm_pack(streams), streams) if why else _attended(streams)
+
+
+def _packing(streams: Sequence[Projected]) -> str | None:
+    """Why such streams are packed for SDPA, or None: the attention kernels take them."""
+    places = sum(stream.span.longest for stream in streams)
+    if any(stream.rotary is not None for stream in streams):
+        return "positions are rotary"
+    if len(streams) > MOST_STREAMS:
+        return f"there are {len(streams)} modalities, the kernel takes {MOST_STREAMS}"
+    if streams[0].qkv.dtype == torch.float32 and not toolchain.interpreted():
+        return "float32 has no tensor cores"
+    return f"samples have up to {places} tokens, above {MOST_PLACES}" if places > MOST_PLACES else None
+
+
+def _attended(streams: Sequence[Projected]) -> list[Tensor]:
     spans = [stream.span for stream in streams]
     outputs = _forward(
         [toolchain.autocast(finite(stream)).flatten(0, -4).contiguous() for stream in streams],
@@ -43,12 +65,6 @@ def refusal(op: str, streams: Sequence[Projected]) -> str | None:
     first = streams[0]
     if (fault := toolchain.unfit(first.qkv)) is not None:
         return fault
-    if first.qkv.dtype == torch.float32 and not toolchain.interpreted():
-        return "float32 has no tensor cores"
-    if len(streams) > MOST_STREAMS:
-        return f"there are {len(streams)} modalities, it takes {MOST_STREAMS} at most"
-    if any(stream.rotary is not None for stream in streams):
-        return "positions are rotary"
     if any(stream.gains is None for stream in streams):
         return "queries and keys have no norm"
     if first.qkv.shape[-1] not in CHANNELS:
@@ -149,9 +165,7 @@ def _differentiate(ctx: Any, douts: list[Tensor]) -> tuple[Any, ...]:
     attended, saved = tensors[: count * size], tensors[count * size :]
     columns = [saved[place : place + count] for place in range(0, len(saved), count)]
     gradients = _backward(douts[::size], attended, *columns, ctx.longest, ctx.batch)
-    # To torch a list counts as many arguments if it holds tensors only, else as one.
-    nothing = [None if any(tensor is None for tensor in column) else [None] * count for column in columns[2:]]
-    return gradients[::2], gradients[1::2], *nothing, None, None
+    return gradients[::2], gradients[1::2], *toolchain.no_gradients(columns[2:]), None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -5,16 +5,14 @@ Legend: B samples, S tokens of one modality, N tokens of all modalities, R rows,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megadiff.kernels.qk_norm_pack.reference import Packed, qk_norm_pack
 from megadiff.kernels.streams import Projected
-
-SMALLEST_NORM = 1e-12
 
 
 def joint_attention(streams: Sequence[Projected]) -> list[Tensor]:
@@ -30,9 +28,12 @@ def joint_attention(streams: Sequence[Projected]) -> list[Tensor]:
     Returns:
         Per modality [B, S, H, d], or packed [R, H, d]; zero at places without a token.
     """
-    query, key, value = (
-        torch.cat(parts, 1).transpose(1, 2) for parts in zip(*(_heads(stream) for stream in streams), strict=True)
-    )
+    return attend(qk_norm_pack(streams), streams)
+
+
+def attend(packed: Packed, streams: Sequence[Projected]) -> list[Tensor]:
+    """`joint_attention` by torch's SDPA, given attention's operands."""
+    query, key, value = (operand.transpose(1, 2) for operand in packed)
     mask = _key_mask(streams, query.device)
     if mask is None:
         attended = F.scaled_dot_product_attention(query, key, value)
@@ -41,53 +42,6 @@ def joint_attention(streams: Sequence[Projected]) -> list[Tensor]:
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask | blind).masked_fill(blind, 0.0)
     places = torch.split(attended.transpose(1, 2), [stream.span.longest for stream in streams], dim=1)
     return [_rows_of(dense, stream) for dense, stream in zip(places, streams, strict=True)]
-
-
-def rms_normalise(vectors: Tensor, gain: Tensor) -> Tensor:
-    """x / max(|x|, 1e-12) * sqrt(d) * gain over the last axis (size d); at least float32 inside, the input's dtype outside."""
-    unit = F.normalize(_wide(vectors), dim=-1, eps=SMALLEST_NORM)
-    return (unit * math.sqrt(vectors.shape[-1]) * _wide(gain)).to(vectors.dtype)
-
-
-def rotate(vectors: Tensor, table: Tensor) -> Tensor:
-    """Rotate channel pairs (i, i + d/2) of [B, S, H, d] by a table [2, n, 1, d/2], n >= S."""
-    cosine, sine = table[:, : vectors.shape[1]]
-    first, second = _wide(vectors).chunk(2, dim=-1)
-    rotated = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
-    return rotated.to(vectors.dtype)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """In float32, or float64 if it is."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _heads(stream: Projected) -> tuple[Tensor, Tensor, Tensor]:
-    """(query, key, value), each [B, longest, H, d], normalised and rotated."""
-    query, key, value = _dense(stream).unbind(-3)
-    if stream.gains is not None:
-        query, key = rms_normalise(query, stream.gains[0]), rms_normalise(key, stream.gains[1])
-    if stream.rotary is not None:
-        query, key = rotate(query, stream.rotary), rotate(key, stream.rotary)
-    return query, key, value
-
-
-def finite(stream: Projected) -> Tensor:
-    """The projections, zero at places of a dense stream without a token, since a weight of zero does not remove a NaN."""
-    if stream.span.starts is not None or stream.span.lengths is None:
-        return stream.qkv
-    _, there = stream.span.rows(stream.qkv.device)
-    return stream.qkv.masked_fill(~there[..., None, None, None], 0.0)
-
-
-def _dense(stream: Projected) -> Tensor:
-    """[B, longest, 3, H, d]; finite at places without a token."""
-    if stream.span.starts is None:
-        return finite(stream)
-    if not len(stream.qkv):
-        return stream.qkv.new_zeros(stream.span.batch, stream.span.longest, *stream.qkv.shape[1:])
-    rows, _ = stream.span.rows(stream.qkv.device)
-    return stream.qkv[rows]
 
 
 def _key_mask(streams: Sequence[Projected], device: torch.device) -> Tensor | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from megadiff.kernels import tuning
-from megadiff.kernels.joint_attention.reference import SMALLEST_NORM
+from megadiff.kernels.qk_norm_pack.reference import SMALLEST_NORM
 from megadiff.kernels.streams import Span
 from megadiff.kernels.toolchain.triton import Case
 from megadiff.kernels.tuning import Config, Defaults
@@ -41,7 +41,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
     ("key_gradients", "d64"): {**_BY_KEYS, 80: {**_tiles(64, 32, 8, 2), "maxnreg": 168}, 90: _tiles(64, 64, 8, 2, 1)},
     ("key_gradients", "d128"): {**_BY_KEYS, 80: _tiles(32, 64, 8, 2), 90: _tiles(64, 32, 8, 2, 1)},
     ("query_gradients", "d64"): {**_BY_QUERIES, 80: _tiles(32, 64, 8, 2), 90: _tiles(64, 64, 8, 2, 1)},
-    ("query_gradients", "d128"): {**_BY_QUERIES, 80: _tiles(64, 32, 8, 2), 90: _tiles(64, 64, 8, 2, 1)},
+    ("query_gradients", "d128"): {**_BY_QUERIES, 80: _tiles(64, 32, 8, 2), 90: _tiles(64, 32, 8, 2, 1)},
     **{
         (kernel, bucket): {0: {"rows": 64}, 80: {"rows": 64, "num_warps": 4}}
         for kernel in ("norms", "deltas")
@@ -86,7 +86,7 @@ class Rows(NamedTuple):
 
 
 @triton.jit
-def _span(stream, sample):
+def span_of(stream, sample):
     """(first row, tokens, places that are written) of a sample: dense rows without a token are written, as zeros."""
     if stream.lengths is None:
         length = stream.longest
@@ -197,7 +197,7 @@ def forward(
     first = tl.program_id(0) % count * QUERIES
     head = tl.program_id(0) // count % H
     sample = tl.program_id(0) // count // H
-    start, length, limit = _span(own, sample)
+    start, length, limit = span_of(own, sample)
     places = first + tl.arange(0, QUERIES)
     row = start + first
     if first >= length:
@@ -214,7 +214,7 @@ def forward(
     for index in tl.static_range(len(streams)):
         stream = streams[index]
         tiles = tiles0 if index == 0 else tiles1
-        key_start, keys, _ = _span(stream, sample)
+        key_start, keys, _ = span_of(stream, sample)
         # The gains of the keys go into the queries, so that keys reach the tensor cores as they are in memory.
         query = (normal * tl.load(stream.gains + H * D + channels)[None, :]).to(raw.dtype)
         for place in tl.range(0, keys, KEYS):
@@ -285,7 +285,7 @@ def key_gradients(
     head = tl.program_id(0) // count % H
     sample = tl.program_id(0) // count // H
     samples = tl.num_programs(0) // count // H
-    start, length, limit = _span(own, sample)
+    start, length, limit = span_of(own, sample)
     places = tile * KEYS + tl.arange(0, KEYS)
     row = start + tile * KEYS
     dgains += ((head * samples + sample).to(tl.int64) * count + tile) * D
@@ -305,7 +305,7 @@ def key_gradients(
         stream = streams[index]
         queries = queries0 if index == 0 else queries1
         douts = douts0 if index == 0 else douts1
-        query_start, length_of_queries, _ = _span(stream, sample)
+        query_start, length_of_queries, _ = span_of(stream, sample)
         gain = tl.load(stream.gains + channels)
         gains = tl.load(own.gains + H * D + channels) * gain * (scale * LOG2_E)
         raw = _tile(own.qkv, row, (H + head) * D, there, 3 * H * D, KEYS, D, ANEW=True)
@@ -360,7 +360,7 @@ def query_gradients(
     head = tl.program_id(0) // count % H
     sample = tl.program_id(0) // count // H
     samples = tl.num_programs(0) // count // H
-    start, length, limit = _span(own, sample)
+    start, length, limit = span_of(own, sample)
     places = tile * QUERIES + tl.arange(0, QUERIES)
     row = start + tile * QUERIES
     dgains += ((head * samples + sample).to(tl.int64) * count + tile) * D
@@ -378,7 +378,7 @@ def query_gradients(
     for index in tl.static_range(len(streams)):
         stream = streams[index]
         tiles = tiles0 if index == 0 else tiles1
-        key_start, keys, _ = _span(stream, sample)
+        key_start, keys, _ = span_of(stream, sample)
         gain = tl.load(stream.gains + H * D + channels)
         raw = _tile(own.qkv, row, head * D, there, 3 * H * D, QUERIES, D, ANEW=True)
         inverse = _numbers(own.norms + offset, there, QUERIES, 0.0)

@@ -14,6 +14,7 @@ import importlib.util
 import os
 import re
 import subprocess
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -72,6 +73,11 @@ def autocast(tensor: Tensor) -> Tensor:
     """In the dtype that autocast wants of matrix products, if it is on."""
     kind = tensor.device.type
     return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
+
+
+def no_gradients(columns: Sequence[Sequence[Tensor | None]]) -> list[list[None] | None]:
+    """What an operator's backward pass gives for lists without gradients: a None per tensor or, if not all are tensors, one."""
+    return [None if any(tensor is None for tensor in column) else [None] * len(column) for column in columns]
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager[object]:

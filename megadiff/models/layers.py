@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megadiff.kernels.joint_attention.reference import rms_normalise
+from megadiff.kernels.qk_norm_pack.reference import rms_normalise
 from megadiff.models.initial import ONE, ZERO, Constant, Initial, Normal, Uniform
 
 Rule = Literal["xavier", "normal", "torch", "zero"]

@@ -7,6 +7,7 @@ import torch
 
 from megadiff.kernels import dispatch, tuning
 from megadiff.kernels.joint_attention import joint_attention, op, reference, triton
+from megadiff.kernels.qk_norm_pack import op as packing
 from megadiff.kernels.streams import Projected, Span
 from tests.kernels.harness import DEVICE, KERNEL_DTYPES, RELATIVE_ERRORS, assert_equals_reference, poison
 
@@ -45,6 +46,11 @@ def text(kind: str, channels: int = 64, dtype: torch.dtype = torch.float32, head
     if kind == "ragged":
         poison(stream.qkv, torch.arange(TEXT, device=DEVICE) >= span.lengths[:, None])
     return stream
+
+
+def rotated(stream: Projected) -> Projected:
+    angles = 3 * torch.rand(stream.span.longest + 1, 1, stream.qkv.shape[-1] // 2)
+    return stream._replace(rotary=torch.stack([angles.cos(), angles.sin()]).to(DEVICE))
 
 
 def assert_right(*streams: Projected) -> None:
@@ -141,7 +147,6 @@ def test_under_autocast_it_runs_in_autocast_s_dtype():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"rotary": torch.zeros(2, PICTURE, 1, 32)}, "positions are rotary"),
         ({"gains": None}, "have no norm"),
         ({"qkv": torch.zeros(1, 2, 3, 1, 48, device=DEVICE)}, "48 channels"),
         ({"qkv": torch.zeros(1, 2, 3, 1, 64, device=DEVICE, dtype=torch.float64)}, "no kernels for torch.float64"),
@@ -151,5 +156,28 @@ def test_what_the_kernels_cannot_take_is_refused_with_a_reason(change, reason):
     assert reason in op.refusal("joint_attention", [picture()._replace(**change)])
 
 
-def test_more_than_two_modalities_are_refused():
-    assert "there are 3 modalities" in op.refusal("joint_attention", [picture()] * 3)
+@pytest.mark.parametrize(
+    ("streams", "why"),
+    [
+        ([rotated(picture()), text("packed")], "positions are rotary"),
+        ([picture(), text("ragged"), text("hidden")], "there are 3 modalities, the kernel takes 2"),
+    ],
+    ids=["rotary", "three"],
+)
+def test_what_is_packed_for_sdpa_equals_the_reference(streams, why):
+    assert why in op._packing(streams)
+    assert_right(*streams)
+
+
+def test_long_samples_are_packed():
+    stream = projected((1, op.MOST_PLACES + 1), Span(1, op.MOST_PLACES + 1), 64, torch.float16)
+    assert "samples have up to 1101 tokens, above 1100" in op._packing([stream])
+
+
+def test_packing_keeps_torch_s_rules():
+    qkv, gains, table, _ = rotated(projected((5,), Span(1, 5), 64, torch.float32))
+    length = torch.tensor([3], dtype=torch.int32, device=DEVICE)
+    arguments = ([qkv], [gains], [table], [None], [length], [5], 1)
+    torch.library.opcheck(packing._forward, arguments)
+    douts = [torch.randn(1, 5, HEADS, 64, device=DEVICE) for _ in range(3)]
+    torch.library.opcheck(packing._backward, (douts, [qkv.detach()], [gains.detach()], *arguments[2:]))

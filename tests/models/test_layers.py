@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from megadiff.config.schema import GridSpace, TokenSpace
-from megadiff.kernels.joint_attention.reference import rms_normalise, rotate
+from megadiff.kernels.qk_norm_pack.reference import rms_normalise, rotate
 from megadiff.models.embeddings import (
     PatchEmbedding,
     TokenEmbedding,

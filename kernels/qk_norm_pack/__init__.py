@@ -1,0 +1,1 @@
+"""Norms, rotation and packing of queries, keys and values, for attention that reads them packed."""
