@@ -15,7 +15,7 @@ from torch import Tensor
 from megadiff import rng
 from megadiff.types import DrawRule, RowKeys, TokenDraws
 
-ROWS_AT_ONCE = 512
+ROWS_AT_ONCE = 256
 PRODUCT_ROWS = 64
 """Rows of one matrix product, padded with zeros: a library picks its order of summation by the number of rows."""
 TILE = 128

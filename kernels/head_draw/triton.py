@@ -23,8 +23,8 @@ from megadiff.types import DrawRule, RowKeys
 COLUMNS = 5
 """Of the table of tiles: largest logit, second largest, sum of exp(logit - largest), that sum weighted by logit - largest, and
 the sum at the temperature of what may be drawn."""
-LEAST_DEFAULTS: Defaults = {0: {"group": 64, "block": 1024}, 80: {"group": 1, "block": 4096, "num_warps": 8}}
-TILES_DEFAULTS: Defaults = {0: {"group": 256}, 80: {"group": 16, "num_warps": 4}}
+LEAST_DEFAULTS: Defaults = {0: {"group": 32, "block": 256}, 80: {"group": 1, "block": 4096, "num_warps": 8}}
+TILES_DEFAULTS: Defaults = {0: {"group": 64}, 80: {"group": 16, "num_warps": 4}}
 CHOICE_DEFAULTS: Defaults = {0: {"group": 64}, 80: {"group": 1, "num_warps": 4}}
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 """Times a share of zero it is zero, unlike minus infinity."""
