@@ -102,9 +102,7 @@ def _eager(*arguments: Tensor) -> Tensor:
 
 
 def _chunked(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
-    if not hasattr(F, "linear_cross_entropy"):
-        raise Absent("torch 2.13 has it")
-    from torch.nn.functional import LinearCrossEntropyOptions
+    from torch.nn import LinearCrossEntropyOptions
 
     return F.linear_cross_entropy(hidden, weight, targets, linear_bias=bias, options=LinearCrossEntropyOptions())
 
