@@ -297,12 +297,25 @@ def _signed(word: int) -> int:
     return word - (1 << 32) if word >> 31 else word
 
 
+def candidates(kernel: str, architecture: int) -> Iterator[Config]:
+    """What tuning measures."""
+    if kernel == "least_logits":
+        yield from ({"group": 1, "block": block, "num_warps": warps} for block in (2048, 4096, 8192) for warps in (4, 8, 16))
+    else:
+        groups = (4, 8, 16, 32) if kernel == "tile_statistics" else (1, 2)
+        yield from ({"group": group, "num_warps": warps} for group in groups for warps in (2, 4, 8))
+
+
 def cases() -> Iterator[Case]:
     """A chunk of rows of CLIP's vocabulary, by what the rule asks for."""
     rules = {"plain": DrawRule(), "greedy": DrawRule(temperature=0), "cut": DrawRule(0.9, top_k=50, top_p=0.9, min_p=0.01)}
     for name, rule in rules.items():
-        logits, bias = torch.empty(256, 49_408, device="meta"), torch.empty(49_408, device="meta")
-        numbers = torch.empty(256, dtype=torch.int64, device="meta")
-        outputs = numbers, *(torch.empty(256, device="meta") for _ in range(3))
-        launch = functools.partial(draw, logits, bias, RowKeys(numbers, "token", numbers), rule, outputs)
-        yield Case(name, launch, usual=name == "plain")
+        yield Case(name, functools.partial(_launch, rule), usual=name == "plain")
+
+
+def _launch(rule: DrawRule, device: torch.device) -> object:
+    logits, bias = torch.randn(256, 49_408, device=device), torch.randn(49_408, device=device)
+    numbers = torch.arange(256, device=device)
+    outputs = torch.empty_like(numbers), *torch.empty(3, 256, device=device)
+    draw(logits, bias, RowKeys(numbers, "token", numbers), rule, outputs)
+    return outputs

@@ -18,8 +18,8 @@ from megadiff.kernels import tuning
 from megadiff.kernels.joint_attention.triton import span_of
 from megadiff.kernels.qk_norm_pack.reference import SMALLEST_NORM
 from megadiff.kernels.streams import Span
-from megadiff.kernels.toolchain.triton import Case
-from megadiff.kernels.tuning import Defaults
+from megadiff.kernels.toolchain.triton import Case, texts
+from megadiff.kernels.tuning import Config, Defaults
 
 DEFAULTS: Defaults = {0: {"rows": 32}, 80: {"rows": 32, "num_warps": 4}}
 
@@ -170,7 +170,7 @@ def pack_rows(streams: Sequence[Rows], samples: int) -> list[Tensor]:
     """Query, key and value, each [B, N, H, d]."""
     first = streams[0].qkv
     outs = allocate(streams, samples)
-    config, grid = _launch(streams, samples)
+    config, grid = _launch("pack", streams, samples)
     pack[grid](
         tuple(streams), tuple(outs), outs[0].shape[1], SMALLEST_NORM, first.shape[2], first.shape[3] // 2, config["rows"],
         **tuning.options(config),
@@ -189,7 +189,7 @@ def unpack_gradients(streams: Sequence[Rows], douts: Sequence[Tensor], samples: 
     """Per stream the gradients of its qkv and of its gains, float32 [2, H, d], given those of query, key and value."""
     first = streams[0].qkv
     heads, channels = first.shape[2:]
-    config, grid = _launch(streams, samples)
+    config, grid = _launch("unpack", streams, samples)
     dqkvs = [torch.empty_like(stream.qkv) for stream in streams]
     dgains = streams[0].gains.new_empty(samples, grid[1], heads, 2, channels)
     unpack[grid](
@@ -201,11 +201,16 @@ def unpack_gradients(streams: Sequence[Rows], douts: Sequence[Tensor], samples: 
     return [tensor for pair in zip(dqkvs, sums, strict=True) for tensor in pair]
 
 
-def _launch(streams: Sequence[Rows], samples: int) -> tuple[tuning.Config, tuple[int, int, int]]:
+def _launch(kernel: str, streams: Sequence[Rows], samples: int) -> tuple[tuning.Config, tuple[int, int, int]]:
     qkv = streams[0].qkv
     bucket = f"d{qkv.shape[-1]}"
-    config = tuning.configuration("qk_norm_pack", bucket, qkv.dtype, qkv.device, DEFAULTS)
+    config = tuning.configuration(f"qk_norm_pack.{kernel}", bucket, qkv.dtype, qkv.device, DEFAULTS)
     return config, (qkv.shape[2], sum(triton.cdiv(stream.longest, config["rows"]) for stream in streams), samples)
+
+
+def candidates(kernel: str, architecture: int) -> Iterator[Config]:
+    """What tuning measures."""
+    yield from ({"rows": rows, "num_warps": warps} for rows in (8, 16, 32, 64) for warps in (2, 4, 8))
 
 
 def cases() -> Iterator[Case]:
@@ -213,17 +218,16 @@ def cases() -> Iterator[Case]:
     for channels in (64, 128):
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             name = f"d{channels} {str(dtype).removeprefix('torch.')}"
-            yield Case(name, partial(_compile, 16, 16, channels, dtype), (channels, dtype) == (64, torch.bfloat16))
+            yield Case(name, partial(_run, 16, 16, channels, dtype), (channels, dtype) == (64, torch.bfloat16))
 
 
-def _compile(samples: int, heads: int, channels: int, dtype: torch.dtype) -> None:
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+def _run(samples: int, heads: int, channels: int, dtype: torch.dtype, device: torch.device) -> object:
+    def stream(rows: int, table: Tensor | None, span: Span) -> Rows:
+        qkv = torch.randn(rows, 3, heads, channels, dtype=dtype, device=device)
+        return Rows.of(qkv, torch.ones(2, heads, channels, device=device), table, span)
 
-    integers = empty(samples, dtype=torch.int32)
-    gains = empty(2, heads, channels, dtype=torch.float32)
-    table = empty(2, 4096, 1, channels // 2, dtype=torch.float32)
-    picture = Rows.of(empty(samples * 4096, 3, heads, channels), gains, table, Span(samples, 4096))
-    text = Rows.of(empty(samples * 120, 3, heads, channels), gains, None, Span(samples, 120, integers, integers))
-    outs = pack_rows([picture, text], samples)
-    unpack_gradients([picture, text], outs, samples)
+    lengths, starts, total = texts(samples, 120, device)
+    table = torch.randn(2, 4096, 1, channels // 2, device=device)
+    streams = [stream(samples * 4096, table, Span(samples, 4096)), stream(total, None, Span(samples, 120, starts, lengths))]
+    outs = pack_rows(streams, samples)
+    return outs, unpack_gradients(streams, outs, samples)
