@@ -165,7 +165,9 @@ def _cuobjdump(flag: str, cubin: Path) -> str:
 
 def ops() -> list[str]:
     """Folders of the ops that have kernels."""
-    return sorted(path.parent.name for path in toolchain.ROOM.glob("*/op.py"))
+    return sorted(
+        path.parent.name for path in toolchain.ROOM.glob("*/triton.py") if path.parent.name not in ("toolchain", "tuning")
+    )
 
 
 def reports(op: str, architectures: tuple[int, ...], usual: bool) -> Iterator[Report]:
