@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
@@ -36,7 +36,7 @@ class FirstTrace:
         wanted = rule is not None and monitor.active and not file.exists()
         self._steps = range(rule.after_steps + 1, rule.after_steps + rule.steps + 1) if rule and wanted else range(0)
         self._done = self._step = 0
-        self._profiler: profile | None = None
+        self._profiler: Any = None  # torch's has no types
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
@@ -49,7 +49,7 @@ class FirstTrace:
             with self._monitor.paused():
                 # Not torch.profiler's, whose start imports the compiler, which takes seconds.
                 device = "cuda" if self._device.type == "cuda" else None
-                self._profiler = profile(use_cpu=True, use_device=device, use_kineto=True)  # type: ignore[no-untyped-call]
+                self._profiler = profile(use_cpu=True, use_device=device, use_kineto=True)
                 self._profiler.__enter__()
         with record_function(STEP):
             yield
@@ -67,7 +67,7 @@ class FirstTrace:
         share = communication_share(events_of(profiler.kineto_results), on_gpu=self._device.type == "cuda")
         self._monitor.traced(self._step, share)
 
-    def _write(self, profiler: profile) -> None:
+    def _write(self, profiler: Any) -> None:
         """A trace is whole, or there is none."""
         plain, packed = (self._file.with_name(f".trace{end}") for end in (".json", ".json.gz"))
         try:
