@@ -27,8 +27,8 @@ EXAMPLES = """\
 COMPARE_EXAMPLES = """\
   megadiff compare runs/quickstart runs/before
   megadiff compare runs/a runs/b runs/c --out comparison.html
-  megadiff compare runs/quickstart examples/curves/quickstart.jsonl
-  megadiff compare runs/quickstart runs/rerun --keep examples/curves/quickstart.jsonl
+  megadiff compare runs/quickstart runs/rerun --keep quickstart.jsonl
+  megadiff compare runs/later quickstart.jsonl
 """
 
 
