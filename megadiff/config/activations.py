@@ -121,10 +121,17 @@ class _Bytes:
         linear = own * count * (2 * width + hidden)
         # Before the activation; of SwiGLU its gate and value, and SiLU of the gate.
         active = count * hidden * (3 if model.mlp == "swiglu" else 1)
-        # Queries, keys, values and the result; in a joint block that is copied for the output.
-        attended = (4 + (joint and own)) * count * inner
+        # Operands and the result; in a joint block that is copied for the output.
+        attended = (self.operands(name, joint) + 1 + (joint and own)) * count * inner
         numbers = vectors + gated + linear + active + attended
         return size * numbers + normed + WIDE * heads * count + self.normalised(count, heads, own)
+
+    def operands(self, name: str, joint: bool) -> int:
+        """Queries, keys and values. A stream that is alone has its values read from the projection, which is kept for them."""
+        normed, rotated = self.model.qk_norm, self.model.modalities[name].positions == "rope"
+        if joint or not (normed or rotated):
+            return 3
+        return 2 if normed and self.size == WIDE else 2 + 3  # `normalised` has the projection
 
     def normalised(self, count: int, heads: int, trained: int) -> int:
         """Of queries and keys: what the norm divides (in float32 the projection itself), norms, and the quotients."""
