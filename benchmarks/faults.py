@@ -213,11 +213,11 @@ def on_rank(name: str, start: int, arguments: Sequence[str]) -> int:
         engine = build(*of, **named)
         step = engine.step
 
-        def faulty(*inputs: Any) -> Any:
+        def faulty(*inputs: Any, **named: Any) -> Any:
             time.sleep(PAUSE_S)
             place.step, place.calls = engine.optimizer_step + 1, place.calls + 1
             fault.before_step(place)
-            result = step(*inputs)
+            result = step(*inputs, **named)
             if place.rank == 0:
                 with (place.folder.root.parent / "steps.jsonl").open("a") as file:
                     file.write(json.dumps({"step": place.step, "time": time.time()}) + "\n")

@@ -36,7 +36,8 @@ def states(jobs: Sequence[str]) -> Mapping[str, str]:
     if done.returncode:
         raise NoAnswer(f"squeue failed: {' '.join(done.stderr.split())}; try again later")
     rows = [line.strip().split("|") for line in done.stdout.splitlines()]
-    found = {job: f"{state} ({why})" if state == "PENDING" else state for job, state, why in rows}
+    # Until the scheduler has looked at a job, its reason to wait is "None".
+    found = {job: f"{state} ({why})" if state == "PENDING" and why != "None" else state for job, state, why in rows}
     return {job: found[job] for job in jobs if job in found}
 
 

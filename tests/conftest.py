@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -21,6 +22,9 @@ _DEAREST = ("test_quickstart.py", "test_raw_to_training.py", "test_zero.py", "te
 # Before torch is imported anywhere: threads are read then.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", AWS_EC2_METADATA_DISABLED="true", PYTHONFAULTHANDLER="1")
+if not Path("/dev/nvidiactl").exists():
+    # Before Triton is imported anywhere, as by DeepSpeed: it looks then whether kernels are to run in its interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
 for _name in (*_RANKS, *_LAUNCHERS, *_CREDENTIALS):
     os.environ.pop(_name, None)
 

@@ -88,6 +88,7 @@ def pixels(path: Path) -> np.ndarray:
         return np.asarray(picture.convert("RGB"), dtype=np.int16)
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_samples_in_any_batch_and_on_any_number_of_processes(
     launched: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:

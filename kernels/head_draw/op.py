@@ -23,9 +23,7 @@ def head_draw(
     return TokenDraws(*_head_draw(hidden, weight, bias, rows, weights, keys.keys, keys.purpose, keys.places, *rule))
 
 
-def refusal(
-    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, weights: Tensor, keys: RowKeys, rule: DrawRule
-) -> str | None:
+def refusal(op: str, hidden: Tensor, weight: Tensor, *_: object) -> str | None:
     """Why the kernels cannot take these arguments, or None."""
     if hidden.dtype != weight.dtype:
         return f"the hidden states are {hidden.dtype}, the head is {weight.dtype}"
@@ -74,20 +72,7 @@ def _head_draw(
 
 
 @_head_draw.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: Tensor,
-    weights: Tensor,
-    keys: Tensor,
-    purpose: str,
-    places: Tensor,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _empty(rows)
 
 

@@ -45,17 +45,7 @@ def head_loss(
     return CrossEntropy(weighted, unweighted.detach())
 
 
-def refusal(
-    op: str,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    scored: Tensor,
-    weights: Tensor,
-    count: int | None = None,
-    shard: Shard | None = None,
-) -> str | None:
+def refusal(op: str, hidden: Tensor, weight: Tensor, *_: object, **__: object) -> str | None:
     """Why the kernel cannot take these arguments, or None."""
     if hidden.dtype != weight.dtype:
         return f"the hidden states are {hidden.dtype}, the head is {weight.dtype}"
@@ -137,8 +127,7 @@ def _(
     count: int | None,
     for_hidden: bool,
     for_head: bool,
-    first: int,
-    group: str,
+    *_: object,
 ) -> Results:
     back = hidden.new_empty(hidden.shape if for_hidden else (0, hidden.shape[-1]))
     for_weight = weight.new_empty(weight.shape if for_head else 0, dtype=torch.float32)

@@ -46,11 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
         from megadiff.evaluation.build import callbacks
         from megadiff.training.loop import train_stage
 
-        found = callbacks(loaded, stage)
-        measured = [name for each in found for name in each.measures]
         failed_at = int(os.environ.get(FAILED_AT) or 0)
         allowed = arguments.allow_changes
-        train_stage(loaded, stage.name, tree, found, measured, failed_at=failed_at, allow_changes=allowed)
+        train_stage(loaded, stage.name, tree, callbacks(loaded, stage), failed_at=failed_at, allow_changes=allowed)
     except (UserError, OSError) as error:  # a full disk above all, and it names the file
         # The terminal gets it once, below or from the launcher.
         logging.getLogger("megadiff").info("stopped: %s", error, exc_info=isinstance(error, OSError))

@@ -12,7 +12,7 @@ from megadiff.config.load import load_run
 from megadiff.config.schema import Run
 
 FREE = (
-    *("name", "folder", "launch", "preflight", "safeguards", "showcase"),
+    *("name", "launch", "preflight", "safeguards", "showcase"),
     *(f"data.{key}" for key in ("held_out", "max_unreadable_share", "workers", "prefetch_batches", "downloads", "cache")),
     *(f"stages.*.{key}" for key in ("checkpoint", "samples", "held_out_loss", "evaluation", "log_every_steps")),
     *("stages.*.batch.micro_batch", "stages.*.activation_checkpointing"),
@@ -85,7 +85,7 @@ def stored_run(run: Run) -> Run | None:
 
 
 def _by_name(run: Run) -> dict[str, Any]:
-    tree = run.model_dump(mode="json")
+    tree = run.model_dump(mode="json", exclude={"folder"})  # a run may be moved
     stages = tree["stages"]
     return {**tree, "stages": {**{stage["name"]: stage for stage in stages}, "(order)": [stage["name"] for stage in stages]}}
 

@@ -294,6 +294,6 @@ def _progress(training: TrainingState | None) -> dict[str, Any]:
     """The counters of a checkpoint. The data that a snapshot had seen is not known: it begins anew."""
     if training is None:
         return {"optimizer_step": 0}
-    data = {"data_step": 0, "samples": 0, "loader": {}, "skipped": []}
+    data = {"data_step": 0, "samples": 0, "loader": {}, "skipped": [], "best_step": None, "best_value": None}
     updates = {"adam_steps": training.adam_steps, "ema_updates": training.optimizer_step}
     return {"optimizer_step": training.optimizer_step, **data, **updates}

@@ -111,6 +111,11 @@ class Training:
 class Callback(Protocol):
     """Work between steps, at the same steps on every rank."""
 
+    @property
+    def measures(self) -> Sequence[str]:
+        """Names of the figures that it records."""
+        return ()
+
     def due(self, moment: Moment) -> bool: ...
     def __call__(self, moment: Moment) -> None: ...
 
@@ -120,7 +125,6 @@ def train_stage(
     stage_name: str,
     deepspeed: Mapping[str, Any],
     callbacks: Sequence[Callback] = (),
-    measured: Sequence[str] = (),
     *,
     failed_at: int = 0,
     allow_changes: bool = False,
@@ -130,7 +134,6 @@ def train_stage(
     Where the run's stop file is seen first, training ends after the step with a checkpoint, and without the stage's DONE.
 
     Args:
-        measured: names of the figures that callbacks record.
         failed_at: the step at which the start before this one ended badly, whose samples are named before it is done again.
         allow_changes: go on where the run was trained otherwise.
 
@@ -141,7 +144,7 @@ def train_stage(
     incidents = Incidents(paths, writes=ranks.rank == 0)
     with closing(Pulse(paths, ranks.rank, run.safeguards)) as pulse:
         try:
-            _train_stage(run, stage, deepspeed, ranks, pulse, incidents, callbacks, measured, failed_at, allow_changes)
+            _train_stage(run, stage, deepspeed, ranks, pulse, incidents, callbacks, failed_at, allow_changes)
         except Exception as error:
             kind = IncidentKind.PREFLIGHT if isinstance(error, PreflightError) else IncidentKind.ERROR
             incidents.add(kind, pulse.step, f"{type(error).__name__}: {error}")
@@ -158,10 +161,10 @@ def _train_stage(
     pulse: Pulse,
     incidents: Incidents,
     callbacks: Sequence[Callback],
-    measured: Sequence[str],
     failed_at: int,
     allow_changes: bool,
 ) -> None:
+    measured = [name for callback in callbacks for name in callback.measures]
     _check_best(stage, measured)
     paths, seed = run.paths.stage(stage.name), stage_seed(run, stage)
     timeout = timedelta(seconds=run.safeguards.collective_timeout_s)

@@ -35,7 +35,7 @@ from megadiff.weights import checkpoint
 from megadiff.weights.checkpoint import FileEntry
 
 
-class KillAt:
+class KillAt(loop.Callback):
     """A callback that ends this rank as a crash would."""
 
     def __init__(self, step: int) -> None:
@@ -48,7 +48,7 @@ class KillAt:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-class WaitAt:
+class WaitAt(loop.Callback):
     """A callback that stands still, as ranks do that are cut off from their job, until a file `go` is there."""
 
     def __init__(self, step: int, folder: Path) -> None:
@@ -81,7 +81,7 @@ def coarse_extractor(name: str, weights: str | None, device: torch.device, *, fa
     return features.Extractor("Coarse", CoarseFeatures(fails), 8, "coarse", device)
 
 
-class AskToStopAt:
+class AskToStopAt(loop.Callback):
     """A callback that asks the run to stop, on the rank that looks."""
 
     def __init__(self, step: int, file: Path) -> None:
@@ -95,7 +95,7 @@ class AskToStopAt:
             self.file.touch()
 
 
-class HeldWrite:
+class HeldWrite(loop.Callback):
     """The last rank's write of a step's checkpoint, which is held until the callback of a later step."""
 
     def __init__(self, held: int, until: int, checkpoints: CheckpointsFolder) -> None:
@@ -169,7 +169,7 @@ class WatchedLoader(Loader):
         return batches
 
 
-class Probe:
+class Probe(loop.Callback):
     """At the last step, what the averaged weights predict, and that the trained weights are back afterwards."""
 
     def __init__(self) -> None:
@@ -283,7 +283,7 @@ def trained(run: Run, stage: str, tree: dict[str, Any], request: dict[str, Any])
     probe = Probe()
     seen: dict[str, Any] = {}
 
-    class Look:
+    class Look(loop.Callback):
         def due(self, training: Any) -> bool:
             return True
 
@@ -320,9 +320,8 @@ def trained(run: Run, stage: str, tree: dict[str, Any], request: dict[str, Any])
             patch.object(loop, "Loader", WatchedLoader),
             patch.object(stopping, "LOOK_EVERY_S", 0.0),
         ):
-            measured = [name for callback in callbacks for name in getattr(callback, "measures", ())]
             # Tests change steps in the middle.
-            loop.train_stage(run, stage, tree, callbacks, measured, allow_changes=True)
+            loop.train_stage(run, stage, tree, callbacks, allow_changes=True)
     except UserError as error:
         seen["error"] = str(error)
     seen["newest_while_held"] = held.newest

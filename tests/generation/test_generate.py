@@ -281,6 +281,7 @@ def test_one_white_pixel_of_a_large_mask_is_a_hole():
     assert unknown.nonzero().tolist() == [[channel, 31, 0] for channel in range(3)]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_several_processes_of_one_command_say_a_mistake_once(exported, tmp_path):
     command = [sys.executable, "-m", "megadiff", "sample", "--checkpoint", str(exported), "--processes", "2", "--steps", "2"]

@@ -66,6 +66,7 @@ def test_a_hostfile_that_cannot_be_written_is_said() -> None:
         hostfile.write(Path("/proc/hosts"), ["node1"], 1)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_verb_runs_as_a_rank_on_each_machine_that_ssh_reaches(tmp_path: Path, commands: Path) -> None:
     hosts = ("127.0.0.1", "localhost")

@@ -14,7 +14,7 @@ from megadiff.cli import main as cli
 from megadiff.config.jobs import Attempt, SubmittedJob
 from megadiff.config.load import load_cluster, load_run
 from megadiff.config.run_folder import RunFolder
-from megadiff.launcher import folder
+from megadiff.launcher import folder, queue
 from tests.launcher.slurm_stand_in import SlurmStandIn
 from tests.minimal import ZERO3, minimal_run, write_json, write_yaml
 from tests.ranks import finish, start_megadiff
@@ -253,6 +253,11 @@ def test_status_shows_where_each_stage_is(launch: Launch, slurm: SlurmStandIn, c
         assert first.split()[8:12] == ["2", "(failed,", "code", "143,"]
         assert second.split() == ["second", "pending", "(dependency)", "42", "0/4"]
         assert samples.split() == ["final-samples", "PENDING", "(Dependency)"]
+
+
+def test_a_job_that_the_scheduler_has_not_looked_at_has_no_reason_to_wait(slurm: SlurmStandIn) -> None:
+    slurm.set_state(41, "PENDING")
+    assert queue.states(["41"]) == {"41": "PENDING"}
 
 
 @pytest.mark.parametrize(

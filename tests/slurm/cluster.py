@@ -203,10 +203,10 @@ def build_engine(*arguments, **named):
     engine, rank = _build_engine(*arguments, **named), int(os.environ["RANK"])
     whole_step = engine.step
 
-    def step(*arguments):
+    def step(*arguments, **named):
         number = engine.optimizer_step + 1
         FAULT
-        return whole_step(*arguments)
+        return whole_step(*arguments, **named)
 
     engine.step = step
     return engine

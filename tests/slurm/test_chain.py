@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from megadiff.config.jobs import SubmittedJob
-from tests.slurm.cluster import START_S, SlurmRun, curve
+from tests.slurm.cluster import START_S, SlurmRun, curve, wait_until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed]
 
@@ -22,7 +22,7 @@ def states(run: SlurmRun) -> list[str]:
 
 def test_three_stages_follow_each_other_on_two_nodes(run: SlurmRun) -> None:
     jobs = run.launch("stages.*.steps=3", stages=3)
-    assert states(run)[1:] == ["pending (dependency)"] * 2
+    wait_until(lambda: states(run)[1:] == ["pending (dependency)"] * 2, START_S, "the dependencies of two jobs")
     run.wait_for_step(1)
     assert states(run)[0] in ("running", "completing", "done")
     for stage, job in zip(STAGES, jobs, strict=True):

@@ -7,11 +7,16 @@ from random import Random
 
 import pytest
 
-from megadiff.config.run_folder import RunFolder
+from megadiff.config.run_folder import Incident, RunFolder
 from tests.ranks import fork_megadiff
 from tests.slurm.cluster import START_S, SlurmRun, curve, wait_until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed]
+
+
+def starts(run: SlurmRun) -> list[Incident]:
+    """How often ranks have begun to train: from a checkpoint, or anew if they were killed before the first."""
+    return [incident for incident in run.incidents() if incident.kind in ("start", "resume")]
 
 
 def test_slurm_itself_gives_the_word_before_the_time_limit(run: SlurmRun) -> None:
@@ -55,10 +60,10 @@ def test_ranks_killed_at_random_moments_cost_no_more_than_the_interval_and_the_c
         run.slurm.kill_rank(run.slurm.nodes[rank], run.first, rank)
         run.wait_for("failed", times=kill)
         reached = curve(run.first)[-1][0]
-        wait_until(lambda kill=kill: run.kinds().count("resume") == kill, START_S, f"{kill} resumptions")  # type: ignore[misc]
-        resume = [incident for incident in run.incidents() if incident.kind == "resume"][-1]
-        lost.append(reached - resume.step)
-        took.append(round(resume.time - at))
+        wait_until(lambda kill=kill: len(starts(run)) > kill, START_S, f"{kill} restarts")  # type: ignore[misc]
+        restart = starts(run)[-1]
+        lost.append(reached - restart.step)
+        took.append(round(restart.time - at))
     run.wait_for_end(job, timeout_s=2 * START_S)
     print(f"steps lost: {lost}, seconds until training went on: {took}")
     assert max(lost) <= every + 1  # the step while a checkpoint was written

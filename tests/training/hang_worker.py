@@ -18,7 +18,7 @@ def main(request: dict[str, Any]) -> None:
     run = load_run("tests/tiny.yaml", request["overrides"])
     records = run.paths.stage("first").collectives
 
-    class StandStill:
+    class StandStill(loop.Callback):
         def due(self, moment: Any) -> bool:
             return bool(moment.step == 2 and os.environ["RANK"] == "1")
 

@@ -25,7 +25,7 @@ def main(request: dict[str, Any]) -> None:
         loop.software = lambda: {**software(), "code of megadiff": own["code"]}  # type: ignore[attr-defined]
     steps: list[int] = []
 
-    class Count:
+    class Count(loop.Callback):
         def due(self, moment: Any) -> bool:
             return True
 
