@@ -10,6 +10,11 @@ VERSION = re.search(
     r'^__version__ = "([^"]+)"', (HERE / "megadiff/__init__.py").read_text(encoding="utf-8"), re.MULTILINE
 ).group(1)
 README = HERE / "README.md"
+EXPORTERS = {
+    "wandb": ["wandb>=0.31"],
+    "opentelemetry": ["opentelemetry-sdk>=1.43", "opentelemetry-exporter-otlp-proto-http>=1.43"],
+    "prometheus": ["opentelemetry-sdk>=1.43", "opentelemetry-exporter-prometheus>=0.64b0"],
+}
 
 setup(
     name="megadiff",
@@ -53,7 +58,9 @@ setup(
         "scipy>=1.15",
     ],
     extras_require={
+        **EXPORTERS,
         "test": [
+            *(package for packages in EXPORTERS.values() for package in packages),
             "setuptools>=77",
             "pytest>=8.4",
             "pytest-timeout>=2.4",
@@ -64,6 +71,6 @@ setup(
             "ruff>=0.12",
             "mypy>=1.16",
             "types-PyYAML",
-        ]
+        ],
     },
 )

@@ -51,7 +51,7 @@ def measured(samples: int, pairs: int) -> dict[str, float]:
         stage = run.stages[-1]
         engine = build_engine(run.model, stage, load_deepspeed("ds_configs/zero1.json"), seed=0, ranks=Ranks.from_environment())
         objective = DiffusionObjective(run.model, stage, 0)
-        monitor = monitor_of(run, stage, engine, ())
+        monitor = monitor_of(run, stage, engine, (), print)
         ratios, lines = [], []
         with closing(loader_of(run, stage, engine.layout, 0, Progress())) as loader, closing(monitor):
             taken = 0

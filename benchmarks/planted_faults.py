@@ -27,7 +27,7 @@ import yaml
 
 from megadiff.config.load import load_run
 from megadiff.data.shards.shard import Manifest, Members, Shard, read_manifest, write_manifest, write_shard
-from megadiff.report.records import HeldOutCurve, read_run
+from megadiff.report.records import HeldOutCurve, Series, StageRecord, read_run
 
 EMOJI = Path("examples/emoji32/train")
 FEW = 64
@@ -75,8 +75,8 @@ def write_data(folder: Path) -> dict[str, Path]:
     return manifests
 
 
-def train(name: str, manifest: Path | None, folder: Path, steps: int) -> list[HeldOutCurve]:
-    """Train one of the runs; its held-out curves."""
+def train(name: str, manifest: Path | None, folder: Path, steps: int) -> StageRecord:
+    """Train one of the runs; its curves."""
     configs = Path("configs").absolute()
     tree: dict[str, object] = {
         "base": [str(configs / "model/emoji32.yaml"), str(configs / "data/emoji32.yaml")],
@@ -94,29 +94,32 @@ def train(name: str, manifest: Path | None, folder: Path, steps: int) -> list[He
     overrides = [] if name != "lost times" else [f"stages.joint.modalities.image.times={json.dumps(LOST)}"]
     command = [sys.executable, "-m", "megadiff", "launch", str(path), "--deepspeed", "ds_configs/zero0.json", *overrides]
     subprocess.run(command, check=True)
-    return list(read_run(load_run(folder / "run/run.yaml"), name).stages[0].held_out)
+    return read_run(load_run(folder / "run/run.yaml"), name).stages[0]
 
 
-def draw(found: dict[str, list[HeldOutCurve]], picture: Path) -> None:
-    """A row of charts per run, a column per curve of SHOWN; given and absent in each."""
+def draw(found: dict[str, StageRecord], picture: Path) -> None:
+    """A row of charts per run, a column per curve of SHOWN: given and absent, and the bound in training."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 2.1 * len(found)), layout="constrained", dpi=90)
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(found), len(SHOWN), squeeze=False, sharex=True, sharey="col")
-    for row, (name, curves) in zip(grid, found.items(), strict=True):
+    for row, (name, stage) in zip(grid, found.items(), strict=True):
         for axes, (target, time) in zip(row, SHOWN, strict=True):
-            for curve in curves:
+            if time is None:
+                training = of_training(stage, target)
+                axes.plot(training.steps, training.values, color="0.6", label="in training")
+            for curve in stage.held_out:
                 if (curve.target, curve.time) == (target, time):
-                    label = "condition given" if curve.given else "absent"
+                    label = f"held out, condition {'given' if curve.given else 'absent'}"
                     axes.plot(curve.series.steps, curve.series.values, ".-", color="C0" if curve.given else "C1", label=label)
             what = f"{target}, NELBO" if time is None else f"{target}, t = {time}"
             axes.set_title(f"{name}: {what}", loc="left", fontsize=9)
             axes.set_yscale("log")
             axes.grid(alpha=0.3, which="both")
             axes.tick_params(labelsize=7, which="both")
-    grid[0][0].legend(fontsize=7)
+    grid[0][-1].legend(fontsize=7)
     figure.savefig(picture)
 
 
@@ -125,13 +128,23 @@ def name_of(curve: HeldOutCurve) -> str:
     return f"{curve.target} {what} {'given' if curve.given else 'absent'}"
 
 
-def by_step(curve: HeldOutCurve) -> dict[int, float]:
-    return {step: round(value, 5) for step, value in zip(curve.series.steps, curve.series.values, strict=True)}
+def of_training(stage: StageRecord, target: str) -> Series:
+    """The bound in nats per token of what is trained on, smoothed."""
+    return stage.training[f"NELBO/{target}"].smoothed(40)
+
+
+def by_step(series: Series) -> dict[int, float]:
+    return {step: round(value, 5) for step, value in zip(series.steps, series.values, strict=True)}
+
+
+def record_of(stage: StageRecord) -> dict[str, dict[int, float]]:
+    bounds = {f"{target} NELBO in training": by_step(of_training(stage, target)) for target, time in SHOWN if time is None}
+    return {name_of(curve): by_step(curve.series) for curve in stage.held_out} | bounds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--picture", type=Path, default=Path("docs/held_out_faults.png"))
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/planted_faults.json"))
     arguments = parser.parse_args()
@@ -141,7 +154,7 @@ def main() -> None:
         names = ("healthy", "overfit", "no condition", "lost times")
         found = {name: train(name, manifests.get(name), folder / name, arguments.steps) for name in names}
     draw(found, arguments.picture)
-    record = {name: {name_of(curve): by_step(curve) for curve in curves} for name, curves in found.items()}
+    record = {name: record_of(stage) for name, stage in found.items()}
     arguments.json.write_text(json.dumps({"steps": arguments.steps, "curves": record}, indent=1) + "\n")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,7 +31,7 @@ def adaln(tokens: Tensor, shift: Tensor, scale: Tensor, samples: Tensor | None, 
     """
     shift, scale = spread(shift, samples), spread(scale, samples)
     normal = F.layer_norm(tokens, tokens.shape[-1:], eps=eps)
-    return normal * (1 + scale if one_plus else scale) + shift
+    return torch.addcmul(shift, normal, 1 + scale if one_plus else scale)
 
 
 def gated_adaln(
@@ -50,7 +51,7 @@ def gated_adaln(
         gate, shift, scale: [B, D], one row per sample.
         samples, eps, one_plus: see `adaln`.
     """
-    summed = tokens + spread(gate, samples) * change
+    summed = torch.addcmul(tokens, spread(gate, samples), change)
     return GatedSum(summed, adaln(summed, shift, scale, samples, eps, one_plus))
 
 

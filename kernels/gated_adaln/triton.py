@@ -6,6 +6,7 @@ Legend: B samples, S tokens, D width, R rows (all tokens of all samples), P part
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -194,23 +195,36 @@ def _rows_of_sample(inputs: Inputs) -> int:
     return 0 if inputs.samples is not None else inputs.tokens.shape[-2]
 
 
+def candidates(kernel: str, architecture: int) -> Iterator[Config]:
+    """What tuning measures."""
+    for numbers, warps in itertools.product((1024, 2048, 4096, 8192), (2, 4, 8)):
+        for programs in (512, 1024, 2048) if kernel == "backward" else (None,):
+            yield {"numbers": numbers, "num_warps": warps} | ({} if programs is None else {"programs": programs})
+
+
 def cases() -> Iterator[Case]:
     """At the paper's width and the largest one, dense and packed, gated and not."""
     for width, packed, gated in ((1024, False, True), (1024, False, False), (1024, True, True), (LARGEST_WIDTH, False, True)):
         for dtype in (torch.bfloat16, torch.float32):
-            tokens = torch.empty((7000, width) if packed else (64, 376, width), dtype=dtype, device="meta")
-            vectors = torch.empty(64, 6 * width, dtype=dtype, device="meta").chunk(6, dim=-1)
-            number = torch.empty(len(tokens), dtype=torch.int64, device="meta") if packed else None
-            row = torch.empty(tokens.shape[:-1], device="meta")
-            change, gate = (tokens, vectors[0]) if gated else (None, None)
-            inputs = Inputs(tokens, change, gate, vectors[1], vectors[2], number)
             kind = f"{'packed' if packed else 'dense'} {'gated' if gated else 'plain'}"
-            launch = functools.partial(_launch_both, inputs, Outputs(tokens, tokens, row, row))
             usual = width == 1024 and kind == "dense gated" and dtype == torch.bfloat16
+            launch = functools.partial(_launch_both, 64, 376, width, packed, gated, dtype)
             yield Case(f"D{width} {kind} {str(dtype).removeprefix('torch.')}", launch, usual)
 
 
-def _launch_both(inputs: Inputs, outputs: Outputs) -> None:
+def _launch_both(
+    samples: int, length: int, width: int, packed: bool, gated: bool, dtype: torch.dtype, device: torch.device
+) -> object:
+    shape = (samples * length, width) if packed else (samples, length, width)
+    numbers = [torch.randn(shape, dtype=dtype, device=device) for _ in range(4)]
+    vectors = torch.randn(samples, 6 * width, dtype=dtype, device=device).chunk(6, dim=-1)
+    sample = torch.arange(samples * length, device=device) // length if packed else None
+    starts = torch.arange(samples + 1, device=device) * length if packed else None
+    change, gate = (numbers[1], vectors[0]) if gated else (None, None)
+    inputs = Inputs(numbers[0], change, gate, vectors[1], vectors[2], sample)
+    made = [torch.empty_like(numbers[0]) for _ in range(4)]
+    outputs = Outputs(*made[:2], *torch.empty(2, *shape[:-1], device=device))
     run_forward(inputs, outputs, 1e-6, True)
-    arriving = outputs.normal, None if inputs.gate is None else outputs.summed
-    run_backward(arriving, inputs, outputs, inputs.samples, (inputs.tokens, inputs.change), True)
+    gradients = made[2], made[3] if gated else None
+    for_vectors = run_backward((numbers[2], numbers[3] if gated else None), inputs, outputs, starts, gradients, True)
+    return outputs.normal, gradients[0], for_vectors

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
 from megadiff import rng
-from megadiff.kernels import toolchain
+from megadiff.kernels import dispatch, toolchain
+from megadiff.kernels.fused_head_draw.triton import draw as fused_draw
 from megadiff.kernels.head_draw.reference import mixed_rows
 from megadiff.kernels.head_draw.triton import draw
 from megadiff.kernels.products import multiply
 from megadiff.types import DrawRule, RowKeys, TokenDraws
 
+VARIABLE, FORMS = "MEGADIFF_HEAD_DRAW", ("logits", "fused")
+"""Fused: by one kernel with the product, with no logits in memory; see kernels/fused_head_draw. Default: logits."""
 PRODUCT_ROWS = 256
 """Rows of one product, padded with zeros: about where reading the head's weight takes as long as multiplying by it."""
 
@@ -19,8 +24,27 @@ PRODUCT_ROWS = 256
 def head_draw(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, weights: Tensor, keys: RowKeys, rule: DrawRule
 ) -> TokenDraws:
-    """See the reference. Hidden states that were mixed are rounded to the weight's dtype; logits are float32."""
-    return TokenDraws(*_head_draw(hidden, weight, bias, rows, weights, keys.keys, keys.purpose, keys.places, *rule))
+    """See the reference. Hidden states that were mixed are rounded to the weight's dtype; logits are float32.
+
+    Raises:
+        ValueError: the environment variable is neither of its two values.
+    """
+    form = os.environ.get(VARIABLE) or FORMS[0]
+    if form not in FORMS:
+        raise ValueError(f"{VARIABLE} ({form}) must be {' or '.join(FORMS)}, or unset")
+    fused = form == "fused" and _says_fused(hidden, rule)
+    return TokenDraws(*_head_draw(hidden, weight, bias, rows, weights, keys.keys, keys.purpose, keys.places, *rule, fused))
+
+
+def _says_fused(hidden: Tensor, rule: DrawRule) -> bool:
+    """Whether the fused form takes these arguments; the log says why it does not."""
+    why = None
+    if rule.temperature and (rule.top_k or rule.top_p < 1 or rule.min_p):
+        why = "top_k, top_p and min_p need all logits before the draw"
+    elif hidden.dtype == torch.float32 and not toolchain.interpreted():
+        why = "float32 has no tensor cores"
+    dispatch.say("head_draw", "product, then draw" if why else "one kernel with the product", why or f"{VARIABLE} says so")
+    return why is None
 
 
 def refusal(op: str, hidden: Tensor, weight: Tensor, *_: object) -> str | None:
@@ -55,19 +79,25 @@ def _head_draw(
     top_k: int,
     top_p: float,
     min_p: float,
+    fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     flat, rule = hidden.flatten(0, 1), DrawRule(temperature, top_k, top_p, min_p)
     outputs = _empty(rows)
-    logits = torch.empty(PRODUCT_ROWS, len(weight), dtype=torch.float32, device=hidden.device)
+    logits = torch.empty(0 if fused else PRODUCT_ROWS, len(weight), dtype=torch.float32, device=hidden.device)
     offset = None if bias is None else bias.float()
     for start in range(0, rows.shape[1], PRODUCT_ROWS):
         part = slice(start, start + PRODUCT_ROWS)
         padded = flat.new_zeros(PRODUCT_ROWS, flat.shape[1])
         padded[: rows[0, part].numel()] = mixed_rows(flat, rows[:, part], weights[:, part])
         own = RowKeys(keys[part], purpose, places[part])
-        multiply(padded, weight.T, logits)
+        filled = [output[part] for output in outputs]
+        if not fused:
+            multiply(padded, weight.T, logits)
         with toolchain.device_of(hidden):
-            draw(logits, offset, own, rule, [output[part] for output in outputs])
+            if fused:
+                fused_draw(padded[: len(own.keys)], weight.contiguous(), offset, own, rule, filled)
+            else:
+                draw(logits, offset, own, rule, filled)
     return outputs
 
 

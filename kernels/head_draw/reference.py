@@ -6,7 +6,6 @@ Legend: B samples, S positions, D width, V vocabulary, R rows, K branches of gui
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -40,26 +39,19 @@ def head_draw(
         rule: see `draw_with`.
     """
     head = weight.float(), None if bias is None else bias.float()
-    return draw_by_chunks(hidden, lambda mixed: F.linear(mixed, *head), rows, weights, keys, rule)
-
-
-def draw_by_chunks(
-    hidden: Tensor, logits_of: Callable[[Tensor], Tensor], rows: Tensor, weights: Tensor, keys: RowKeys, rule: DrawRule
-) -> TokenDraws:
-    """`head_draw` with any linear head.
-
-    Args:
-        logits_of: from the mixed hidden states of `PRODUCT_ROWS` rows, float32 [r, D], to their logits, float32 [r, V].
-    """
     flat = hidden.flatten(0, 1)
     parts = []
     for start in range(0, max(rows.shape[1], 1), ROWS_AT_ONCE):
         part = slice(start, start + ROWS_AT_ONCE)
-        mixed = mixed_rows(flat, rows[:, part], weights[:, part])
-        padded = F.pad(mixed, (0, 0, 0, -len(mixed) % PRODUCT_ROWS))
-        logits = torch.cat([logits_of(chunk) for chunk in torch.split(padded, PRODUCT_ROWS)])[: len(mixed)]
+        logits = logits_of(mixed_rows(flat, rows[:, part], weights[:, part]), *head)
         parts.append(draw_rows(logits, RowKeys(keys.keys[part], keys.purpose, keys.places[part]), rule))
     return TokenDraws(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def logits_of(mixed: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """float32 [R, V] by products of `PRODUCT_ROWS` rows."""
+    padded = F.pad(mixed, (0, 0, 0, -len(mixed) % PRODUCT_ROWS))
+    return torch.cat([F.linear(chunk, weight, bias) for chunk in torch.split(padded, PRODUCT_ROWS)])[: len(mixed)]
 
 
 def mixed_rows(flat: Tensor, rows: Tensor, weights: Tensor) -> Tensor:

@@ -115,6 +115,18 @@ def least_logits(
 
 
 @triton.jit
+def tile_figures(z):
+    """Of tiles [G, TILE]: largest logit, second largest, sum of exp(logit - largest), and that sum weighted."""
+    # Finite, so that a tile of minus infinities alone has no share, and not NaN.
+    top = tl.maximum(tl.max(z, 1), LOWEST)
+    is_top = z == top[:, None]
+    second = tl.where(tl.sum(is_top.to(tl.int32), 1) > 1, top, tl.max(tl.where(is_top, float("-inf"), z), 1))
+    below = z - top[:, None]
+    shares = tl.exp(below)
+    return top, second, tl.sum(shares, 1), tl.sum(shares * tl.maximum(below, LOWEST), 1)
+
+
+@triton.jit
 def tile_statistics(
     logits, bias, least, table, rows, vocabulary, tiles, temperature,
     HAS_BIAS: tl.constexpr, CUT: tl.constexpr, PLAIN: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
@@ -133,18 +145,11 @@ def tile_statistics(
     row = item // tiles
     columns = ((item - row * tiles) * TILE).to(tl.int32)[:, None] + tl.arange(0, TILE)[None, :]
     z = _logits_at(logits, bias, row, columns, vocabulary, HAS_BIAS)
-    # Finite, so that a tile of minus infinities alone has no share, and not NaN.
-    top = tl.maximum(tl.max(z, 1), LOWEST)
-    is_top = z == top[:, None]
-    second = tl.where(tl.sum(is_top.to(tl.int32), 1) > 1, top, tl.max(tl.where(is_top, float("-inf"), z), 1))
-    below = z - top[:, None]
-    shares = tl.exp(below)
-    sums = tl.sum(shares, 1)
-    moments = tl.sum(shares * tl.maximum(below, LOWEST), 1)
+    top, second, sums, moments = tile_figures(z)
     if PLAIN:
         drawn = sums
     else:
-        pointed = tl.exp(below / temperature)
+        pointed = tl.exp((z - top[:, None]) / temperature)
         if CUT:
             pointed = tl.where(z >= tl.load(least + row)[:, None], pointed, 0.0)
         drawn = tl.sum(pointed, 1)
@@ -180,7 +185,7 @@ def _uniform(first, second):
 
 
 @triton.jit
-def _tile_uniforms(keys, places, first, second, tile):
+def tile_uniforms(keys, places, first, second, tile):
     """The pair of `row_uniforms` of each row [G] and tile [T]: float64 [G, T], float64 [G, T]."""
     zero = keys.to(tl.uint32) * 0
     low, high = _words(keys)
@@ -192,6 +197,30 @@ def _tile_uniforms(keys, places, first, second, tile):
         zero + k0[:, None], zero + (k1 & 0x7FFFFFFF)[:, None],
     )  # fmt: skip
     return _uniform(w0, w1), _uniform(w2, w3)
+
+
+@triton.jit
+def row_figures(at, size, exists):
+    """Of rows [G], out of their tiles' [G, T] at `at` in the table: largest logit, second largest, largest of every tile less
+    that of the row, sum of exp(logit - largest), and that sum weighted."""
+    tops = tl.load(at, mask=exists, other=LOWEST)
+    seconds = tl.load(at + size, mask=exists, other=float("-inf"))
+    sums = tl.load(at + 2 * size, mask=exists, other=0.0)
+    moments = tl.load(at + 3 * size, mask=exists, other=0.0)
+    best = tl.max(tops, 1)
+    below = tl.maximum(tops - best[:, None], LOWEST)
+    is_best = below == 0
+    next_best = tl.maximum(tl.max(tl.where(is_best, float("-inf"), tops), 1), tl.max(seconds, 1))
+    next_best = tl.where(tl.sum(is_best.to(tl.int32), 1) > 1, best, next_best)
+    scale = tl.exp(below)
+    return best, next_best, below, tl.sum(scale * sums, 1), tl.sum(scale * (moments + sums * below), 1)
+
+
+@triton.jit
+def tile_of(drawn, below, of_tile, temperature):
+    """The tile of each row [G], by its share of what may be drawn [G, T] and a number in (0, 1)."""
+    logs = tl.where(drawn > 0, below, 0.0) / temperature + tl.log(tl.where(drawn > 0, drawn, 1.0))
+    return tl.argmax(tl.where(drawn > 0, logs.to(tl.float64) - tl.log(-tl.log(of_tile)), float("-inf")), 1)
 
 
 @triton.jit
@@ -215,30 +244,15 @@ def choices(
     size = rows.to(tl.int64) * tiles
     at = table + row.to(tl.int64)[:, None] * tiles + tile[None, :]
     exists = (tile < tiles)[None, :]
-    tops = tl.load(at, mask=exists, other=LOWEST)
-    seconds = tl.load(at + size, mask=exists, other=float("-inf"))
-    sums = tl.load(at + 2 * size, mask=exists, other=0.0)
-    moments = tl.load(at + 3 * size, mask=exists, other=0.0)
-
-    best = tl.max(tops, 1)
-    below = tl.maximum(tops - best[:, None], LOWEST)
-    is_best = below == 0
-    next_best = tl.maximum(tl.max(tl.where(is_best, float("-inf"), tops), 1), tl.max(seconds, 1))
-    next_best = tl.where(tl.sum(is_best.to(tl.int32), 1) > 1, best, next_best)
-    scale = tl.exp(below)
-    total = tl.sum(scale * sums, 1)
-    moment = tl.sum(scale * (moments + sums * below), 1)
-
+    best, next_best, below, total, moment = row_figures(at, size, exists)
     columns = tl.arange(0, TILE)[None, :]
     if GREEDY:
-        chosen = tl.argmax(tops, 1)
+        chosen = tl.argmax(below, 1)
         z = _logits_at(logits, bias, row, chosen[:, None] * TILE + columns, vocabulary, HAS_BIAS)
         place = tl.argmax(z, 1)
     else:
-        of_tile, within = _tile_uniforms(tl.load(keys + row), tl.load(places + row), first, second, tile)
-        drawn = tl.load(at + 4 * size, mask=exists, other=0.0)
-        logs = tl.where(drawn > 0, below, 0.0) / temperature + tl.log(tl.where(drawn > 0, drawn, 1.0))
-        chosen = tl.argmax(tl.where(drawn > 0, logs.to(tl.float64) - tl.log(-tl.log(of_tile)), float("-inf")), 1)
+        of_tile, within = tile_uniforms(tl.load(keys + row), tl.load(places + row), first, second, tile)
+        chosen = tile_of(tl.load(at + 4 * size, mask=exists, other=0.0), below, of_tile, temperature)
         z = _logits_at(logits, bias, row, chosen[:, None] * TILE + columns, vocabulary, HAS_BIAS)
         shares = tl.exp((z - tl.max(z, 1)[:, None]) / temperature)
         if CUT:
@@ -286,23 +300,36 @@ def draw(logits: Tensor, bias: Tensor | None, keys: RowKeys, rule: DrawRule, out
     chosen = config("choices", CHOICE_DEFAULTS)
     choices[(triton.cdiv(rows, chosen["group"]),)](
         logits, bias, least, table, keys.keys, keys.places, *outputs, rows, vocabulary, tiles, temperature,
-        *(_signed(word) for word in rng.purpose_words(keys.purpose)),
+        *(signed(word) for word in rng.purpose_words(keys.purpose)),
         HAS_BIAS=bias is not None, CUT=cut, GREEDY=greedy, GROUP=chosen["group"],
         TILES=triton.next_power_of_2(tiles), TILE=TILE, **options(chosen),
     )  # fmt: skip
 
 
-def _signed(word: int) -> int:
+def signed(word: int) -> int:
     """The int32 of the same 32 bits, so that kernels take one type for all words."""
     return word - (1 << 32) if word >> 31 else word
+
+
+def candidates(kernel: str, architecture: int) -> Iterator[Config]:
+    """What tuning measures."""
+    if kernel == "least_logits":
+        yield from ({"group": 1, "block": block, "num_warps": warps} for block in (2048, 4096, 8192) for warps in (4, 8, 16))
+    else:
+        groups = (4, 8, 16, 32) if kernel == "tile_statistics" else (1, 2)
+        yield from ({"group": group, "num_warps": warps} for group in groups for warps in (2, 4, 8))
 
 
 def cases() -> Iterator[Case]:
     """A chunk of rows of CLIP's vocabulary, by what the rule asks for."""
     rules = {"plain": DrawRule(), "greedy": DrawRule(temperature=0), "cut": DrawRule(0.9, top_k=50, top_p=0.9, min_p=0.01)}
     for name, rule in rules.items():
-        logits, bias = torch.empty(256, 49_408, device="meta"), torch.empty(49_408, device="meta")
-        numbers = torch.empty(256, dtype=torch.int64, device="meta")
-        outputs = numbers, *(torch.empty(256, device="meta") for _ in range(3))
-        launch = functools.partial(draw, logits, bias, RowKeys(numbers, "token", numbers), rule, outputs)
-        yield Case(name, launch, usual=name == "plain")
+        yield Case(name, functools.partial(_launch, rule), usual=name == "plain")
+
+
+def _launch(rule: DrawRule, device: torch.device) -> object:
+    logits, bias = torch.randn(256, 49_408, device=device), torch.randn(49_408, device=device)
+    numbers = torch.arange(256, device=device)
+    outputs = torch.empty_like(numbers), *torch.empty(3, 256, device=device)
+    draw(logits, bias, RowKeys(numbers, "token", numbers), rule, outputs)
+    return outputs

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megadiff.kernels.toolchain.triton import Case
-from megadiff.kernels.tuning import Defaults, configuration, options
+from megadiff.kernels.tuning import Config, Defaults, configuration, options
 
 DEFAULTS: Defaults = {0: {"block": 1024}, 80: {"block": 2048, "num_warps": 8}, 90: {"block": 4096, "num_warps": 8}}
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
@@ -103,6 +103,11 @@ def in_place(logits: Tensor, dtype: torch.dtype) -> Tensor:
     return logits.view(dtype)[:, : logits.shape[1]]
 
 
+def candidates(kernel: str, architecture: int) -> Iterator[Config]:
+    """What tuning measures."""
+    yield from ({"block": block, "num_warps": warps} for block in (1024, 2048, 4096, 8192) for warps in (4, 8, 16))
+
+
 def cases() -> Iterator[Case]:
     """A chunk of rows of CLIP's vocabulary, for training (with figures of all ranks: only gradients) and for evaluation."""
     forms = [
@@ -112,8 +117,13 @@ def cases() -> Iterator[Case]:
         ("figures given bfloat16", torch.bfloat16, False),
     ]
     for name, dtype, forward in forms:
-        logits, bias = torch.empty(768, 49_408, device="meta"), torch.empty(49_408, device="meta")
-        targets, figures = torch.empty(768, dtype=torch.int64, device="meta"), torch.empty(3, 768, device="meta")
-        gradients = None if dtype is None else in_place(logits, dtype)
-        launch = functools.partial(run, logits, bias, targets, figures[0], figures, gradients, forward)
-        yield Case(name, launch, usual=name == "training bfloat16")
+        yield Case(name, functools.partial(_launch, dtype, forward), usual=name == "training bfloat16")
+
+
+def _launch(dtype: torch.dtype | None, forward: bool, device: torch.device) -> object:
+    logits, bias = torch.randn(768, 49_408, device=device), torch.randn(49_408, device=device)
+    targets = torch.randint(49_408, (768,), device=device)
+    figures = torch.stack([logits.amax(1), torch.full((768,), 1e4, device=device), logits[:, 0]])
+    gradients = None if dtype is None else in_place(logits, dtype)
+    run(logits, bias, targets, torch.ones(768, device=device), figures, gradients, forward)
+    return figures, gradients

@@ -5,10 +5,13 @@ Legend: B samples, R rows of a stream (B * S if dense), H heads, d channels of a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megadiff.kernels import dispatch, toolchain
@@ -27,8 +30,55 @@ MOST_PLACES = 1100
 def joint_attention(streams: Sequence[Projected]) -> list[Tensor]:
     """As the reference; streams that `refusal` does not refuse."""
     why = _packing(streams)
-    dispatch.say("joint_attention", "qk_norm_pack, then SDPA" if why else "its own kernel", why or "one or two modalities")
-    return attend(qk_norm_pack(streams), streams) if why else _attended(streams)
+    if why is None:
+        dispatch.say("joint_attention", "its own kernel", "one or two modalities")
+        return _attended(streams)
+    if any(stream.span.lengths is not None for stream in streams) and (kernel := _varlen_kernel(streams)) is not None:
+        dispatch.say("joint_attention", "qk_norm_pack, then flash attention of the tokens that exist", why)
+        return _attended_ragged(streams, kernel)
+    dispatch.say("joint_attention", "qk_norm_pack, then SDPA", why)
+    return attend(qk_norm_pack(streams), streams)
+
+
+def _varlen_kernel(streams: Sequence[Projected]) -> Callable[..., Tensor] | None:
+    """torch's flash attention of samples of several lengths, or None where it cannot take the streams."""
+    qkv = streams[0].qkv
+    known = importlib.util.find_spec("torch.nn.attention.varlen") is not None
+    if not (known and qkv.is_cuda and all(stream.span.visible is None for stream in streams)):
+        return None
+    if toolchain.autocast(qkv[:0]).dtype == torch.float32:
+        return None
+    kernel: Callable[..., Tensor] = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    return kernel
+
+
+def _attended_ragged(streams: Sequence[Projected], kernel: Callable[..., Tensor]) -> list[Tensor]:
+    """Attention of the tokens that exist, of which there are fewer than a mask would hide.
+
+    Args:
+        kernel: (query, key, value [R, H, d], int32 [B + 1] first rows of samples, the same, longest, longest) -> [R, H, d].
+    """
+    device, longest = streams[0].qkv.device, sum(stream.span.longest for stream in streams)
+    counts = torch.stack([stream.span.counts(device).long() for stream in streams])
+    firsts = F.pad(counts.sum(0).cumsum(0), (1, 0)).int()
+    out = kernel(*qk_norm_pack(streams, firsts[:-1]), firsts, firsts, longest, longest)
+    before = counts.cumsum(0) - counts
+    return [_own_rows(out, stream, firsts[:-1] + before[index]) for index, stream in enumerate(streams)]
+
+
+def _own_rows(out: Tensor, stream: Projected, firsts: Tensor) -> Tensor:
+    """A stream's outputs in its own memory layout, zero in rows without a token.
+
+    Args:
+        firsts: int64 [B], the row of `out` at which the stream's tokens of each sample start.
+    """
+    span, row = stream.span, torch.arange(stream.qkv.flatten(0, -4).shape[0], device=out.device)
+    starts = span.firsts(out.device).long()
+    sample = torch.searchsorted(starts, row, right=True) - 1  # of samples that start at one row, the last has tokens
+    place = row - starts[sample]
+    there = place < span.counts(out.device)[sample]
+    own = out[torch.where(there, firsts[sample] + place, 0)]
+    return torch.where(there[:, None, None], own, 0.0).view(*stream.qkv.shape[:-3], *out.shape[1:])
 
 
 def _packing(streams: Sequence[Projected]) -> str | None:

@@ -8,6 +8,7 @@ and add in float32; everything else is float32. Nothing is added by atomics: equ
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -22,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from megadiff.kernels import tuning
 from megadiff.kernels.qk_norm_pack.reference import SMALLEST_NORM
 from megadiff.kernels.streams import Span
-from megadiff.kernels.toolchain.triton import Case
+from megadiff.kernels.toolchain.triton import Case, texts
 from megadiff.kernels.tuning import Config, Defaults
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -512,6 +513,16 @@ def _constants(tensor: Tensor, config: Config) -> dict[str, int | bool]:
     return {"TMA": bool(config["tma"]), "H": heads, "D": channels, **tiles, **tuning.options(config)}
 
 
+def candidates(kernel: str, architecture: int) -> Iterator[Config]:
+    """What tuning measures."""
+    if kernel in ("norms", "deltas"):
+        yield from ({"rows": rows, "num_warps": warps} for rows in (32, 64, 128) for warps in (4, 8))
+        return
+    for queries, keys, warps, stages in itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3)):
+        yield _tiles(queries, keys, warps, stages, tma=int(architecture >= 90))
+    yield {**_tiles(64, 64, 4, 3, tma=int(architecture >= 90)), "maxnreg": 168}  # three blocks on a multiprocessor
+
+
 def cases() -> Iterator[Case]:
     """A dense stream alone, and with a second one in each memory layout."""
     for channels in (64, 128):
@@ -522,21 +533,19 @@ def cases() -> Iterator[Case]:
                 yield Case(name, partial(_launch, 64, 16, channels, dtype, second), usual)
 
 
-def _launch(samples: int, heads: int, channels: int, dtype: torch.dtype, second: str) -> None:
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+def _launch(samples: int, heads: int, channels: int, dtype: torch.dtype, second: str, device: torch.device) -> object:
+    def stream(rows: int, span: Span) -> Rows:
+        qkv = torch.randn(rows, 3, heads, channels, dtype=dtype, device=device)
+        return Rows.of(qkv, torch.ones(2, heads, channels, device=device), span)
 
-    def stream(length: int, span: Span) -> Rows:
-        gains = empty(2, heads, channels, dtype=torch.float32)
-        return Rows.of(empty(samples * length, 3, heads, channels), gains, span)
-
-    integers = empty(samples, dtype=torch.int32)
+    lengths, starts, total = texts(samples, 120, device)
     seconds = {
-        "packed": [Span(samples, 120, integers, integers)],
-        "ragged": [Span(samples, 120, None, integers)],
-        "hidden": [Span(samples, 120, visible=empty(samples, 120, dtype=torch.bool))],
+        "packed": [(total, Span(samples, 120, starts, lengths))],
+        "ragged": [(samples * 120, Span(samples, 120, None, lengths))],
+        "hidden": [(samples * 120, Span(samples, 120, visible=torch.rand(samples, 120, device=device) < 0.5))],
         "alone": [],
     }
-    streams = [stream(256, Span(samples, 256)), *(stream(120, span) for span in seconds[second])]
+    streams = [stream(samples * 256, Span(samples, 256)), *(stream(*own) for own in seconds[second])]
     attended = attend(streams, samples)
-    differentiate(streams, attended, [each.out for each in attended], samples)
+    outs = [each.out for each in attended]
+    return outs, differentiate(streams, attended, outs, samples)

@@ -14,8 +14,13 @@ from megadiff.kernels.qk_norm_pack.reference import Packed
 from megadiff.kernels.streams import Projected, Span
 
 
-def qk_norm_pack(streams: Sequence[Projected]) -> Packed:
-    """As the reference, of streams with gains."""
+def qk_norm_pack(streams: Sequence[Projected], firsts: Tensor | None = None) -> Packed:
+    """As the reference, of streams with gains; with `firsts`, each [R, H, d], tokens alone.
+
+    Args:
+        firsts: int32 [B], the row of the results at which each sample starts; its streams follow one another without gaps.
+            R is an upper bound on the number of tokens, and rows behind the last token are not written.
+    """
     spans = [stream.span for stream in streams]
     return Packed(
         *_forward(
@@ -26,6 +31,7 @@ def qk_norm_pack(streams: Sequence[Projected]) -> Packed:
             [span.lengths for span in spans],
             [span.longest for span in spans],
             spans[0].batch,
+            firsts,
         )
     )
 
@@ -39,6 +45,7 @@ def _forward(
     lengths: Sequence[Tensor | None],
     longest: Sequence[int],
     batch: int,
+    firsts: Tensor | None,
 ) -> list[Tensor]:
     """Query, key, value, each [B, N, H, d].
 
@@ -47,14 +54,15 @@ def _forward(
         gains: float32 [2, H, d].
         rotary: float32 [2, n, 1, d / 2].
         starts, lengths, longest, batch: as in Span.
+        firsts: see `qk_norm_pack`.
     """
     with toolchain.device_of(qkv[0]):
-        return kernels.pack_rows(_rows(qkv, gains, rotary, starts, lengths, longest), batch)
+        return kernels.pack_rows(_rows(qkv, gains, rotary, starts, lengths, longest), batch, firsts)
 
 
 @_forward.register_fake
-def _(qkv, gains, rotary, starts, lengths, longest, batch):  # type: ignore[no-untyped-def]
-    return kernels.allocate(_rows(qkv, gains, rotary, starts, lengths, longest), batch)
+def _(qkv, gains, rotary, starts, lengths, longest, batch, firsts):  # type: ignore[no-untyped-def]
+    return kernels.allocate(_rows(qkv, gains, rotary, starts, lengths, longest), batch, firsts is not None)
 
 
 @torch.library.custom_op("megadiff::qk_norm_pack_backward", mutates_args=())
@@ -67,15 +75,16 @@ def _backward(
     lengths: Sequence[Tensor | None],
     longest: Sequence[int],
     batch: int,
+    firsts: Tensor | None,
 ) -> list[Tensor]:
     """Per stream the gradients of its qkv and of its gains, given those of query, key and value."""
     rows = _rows(qkv, gains, rotary, starts, lengths, longest)
     with toolchain.device_of(qkv[0]):
-        return kernels.unpack_gradients(rows, [dout.contiguous() for dout in douts], batch)
+        return kernels.unpack_gradients(rows, [dout.contiguous() for dout in douts], batch, firsts)
 
 
 @_backward.register_fake
-def _(douts, qkv, gains, rotary, starts, lengths, longest, batch):  # type: ignore[no-untyped-def]
+def _(douts, qkv, gains, rotary, starts, lengths, longest, batch, firsts):  # type: ignore[no-untyped-def]
     return [torch.empty_like(tensor) for pair in zip(qkv, gains, strict=True) for tensor in pair]
 
 
@@ -85,15 +94,15 @@ def _rows(qkv, gains, rotary, starts, lengths, longest) -> list[kernels.Rows]:  
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    *tensors, ctx.longest, ctx.batch = inputs
-    ctx.save_for_backward(*(tensor for column in tensors for tensor in column))
+    *tensors, ctx.longest, ctx.batch, firsts = inputs
+    ctx.save_for_backward(firsts, *(tensor for column in tensors for tensor in column))
 
 
 def _differentiate(ctx: Any, douts: list[Tensor]) -> tuple[Any, ...]:
-    saved, count = ctx.saved_tensors, len(ctx.longest)
+    (firsts, *saved), count = ctx.saved_tensors, len(ctx.longest)
     columns = [saved[place : place + count] for place in range(0, len(saved), count)]
-    gradients = _backward(douts, *columns, ctx.longest, ctx.batch)
-    return gradients[::2], gradients[1::2], *toolchain.no_gradients(columns[2:]), None, None
+    gradients = _backward(douts, *columns, ctx.longest, ctx.batch, firsts)
+    return gradients[::2], gradients[1::2], *toolchain.no_gradients(columns[2:]), None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -5,7 +5,6 @@ Legend: B samples, S tokens of one modality, N tokens of all modalities, H heads
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -31,21 +30,23 @@ class Packed(NamedTuple):
 
 def qk_norm_pack(streams: Sequence[Projected]) -> Packed:
     """The projections of all modalities as attention's operands; norms and rotations in float32, N the sum of Span.longest."""
-    return Packed(*(torch.cat(parts, 1) for parts in zip(*(_heads(stream) for stream in streams), strict=True)))
+    pairs, values = zip(*(_heads(stream) for stream in streams), strict=True)
+    query, key = _joined(pairs).unbind(-3)
+    return Packed(query, key, _joined(values))
 
 
 def rms_normalise(vectors: Tensor, gain: Tensor) -> Tensor:
-    """x / max(|x|, 1e-12) * sqrt(d) * gain over the last axis (size d); at least float32 inside, the input's dtype outside."""
-    unit = F.normalize(_wide(vectors), dim=-1, eps=SMALLEST_NORM)
-    return (unit * math.sqrt(vectors.shape[-1]) * _wide(gain)).to(vectors.dtype)
+    """x / sqrt(|x|^2 + 1e-24) * sqrt(d) * gain over the last axis; at least float32 inside, the input's dtype outside."""
+    size = vectors.shape[-1]
+    return (F.rms_norm(_wide(vectors), (size,), eps=SMALLEST_NORM**2 / size) * _wide(gain)).to(vectors.dtype)
 
 
 def rotate(vectors: Tensor, table: Tensor) -> Tensor:
-    """Rotate channel pairs (i, i + d/2) of [B, S, H, d] by a table [2, n, 1, d/2], n >= S."""
+    """Rotate channel pairs (i, i + d/2) of [B, S, ..., d] by a table [2, n, ..., d/2], n >= S."""
     cosine, sine = table[:, : vectors.shape[1]]
     first, second = _wide(vectors).chunk(2, dim=-1)
-    rotated = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
-    return rotated.to(vectors.dtype)
+    turned = torch.addcmul(first * cosine, second, sine, value=-1), torch.addcmul(second * cosine, first, sine)
+    return torch.cat(turned, dim=-1).to(vectors.dtype)
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -53,14 +54,19 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _heads(stream: Projected) -> tuple[Tensor, Tensor, Tensor]:
-    """(query, key, value), each [B, longest, H, d], normalised and rotated."""
-    query, key, value = _dense(stream).unbind(-3)
+def _joined(parts: tuple[Tensor, ...]) -> Tensor:
+    """Along N; one part alone is not copied."""
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+
+def _heads(stream: Projected) -> tuple[Tensor, Tensor]:
+    """Query and key [B, longest, 2, H, d], normalised and rotated, and value [B, longest, H, d]."""
+    pair, value = torch.split(_dense(stream), [2, 1], dim=-3)
     if stream.gains is not None:
-        query, key = rms_normalise(query, stream.gains[0]), rms_normalise(key, stream.gains[1])
+        pair = rms_normalise(pair, stream.gains)
     if stream.rotary is not None:
-        query, key = rotate(query, stream.rotary), rotate(key, stream.rotary)
-    return query, key, value
+        pair = rotate(pair, stream.rotary[:, :, None])
+    return pair, value.squeeze(-3)
 
 
 def finite(stream: Projected) -> Tensor:

@@ -14,12 +14,16 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from megadiff.kernels import toolchain, tuning
@@ -41,21 +45,33 @@ class Case(NamedTuple):
 
     Attributes:
         name: what of shape and dtype matters.
-        launch: calls the op's launchers with tensors on the device "meta"; nothing runs.
+        launch: calls the op's launchers with random tensors on a device ("meta": for shapes alone); gives what they fill.
         usual: of the shapes and the dtype that most runs have: compiled in `make test`, the rest in `make test-all`.
     """
 
     name: str
-    launch: Callable[[], object]
+    launch: Callable[[torch.device], Any]
     usual: bool = False
 
 
+def texts(samples: int, longest: int, device: torch.device) -> tuple[Tensor, Tensor, int]:
+    """For cases: int32 [B] lengths from 0 to the longest, int32 [B] starts of packed rows, the number of rows."""
+    numbers = [index * 41 % (longest + 1) for index in range(samples)]
+    starts = [sum(numbers[:index]) for index in range(samples)]
+    lengths, firsts = (torch.tensor(column, dtype=torch.int32, device=device) for column in (numbers, starts))
+    return lengths, firsts, sum(numbers)
+
+
 class Launch(NamedTuple):
-    """A kernel's launch that was recorded, not made."""
+    """A kernel's launch."""
 
     kernel: Any
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
+    grid: tuple[int, ...]
+
+    def make(self) -> None:
+        self.kernel.run(*self.arguments, grid=self.grid, warmup=False, **self.keywords)
 
 
 class Report(NamedTuple):
@@ -86,21 +102,30 @@ class Report(NamedTuple):
     tma_loads: int
 
 
-def recorded(case: Case, target: Target) -> list[Launch]:
-    """The launches of a case, with the configurations of a target."""
+@contextmanager
+def recording(run: bool) -> Iterator[list[Launch]]:
+    """The launches in the block, which are made if `run`."""
     launches: list[Launch] = []
+    classes = {kind: kind.run for kind in (JITFunction, InterpretedFunction)}
 
-    def record(kernel: Any, *arguments: Any, **keywords: Any) -> None:
-        own = {name: value for name, value in keywords.items() if name not in ("grid", "warmup")}
-        launches.append(Launch(kernel, arguments, own))
+    def record(kernel: Any, *arguments: Any, grid: tuple[int, ...], warmup: bool, **keywords: Any) -> None:
+        launches.append(Launch(kernel, arguments, keywords, grid))
+        if run:
+            classes[type(kernel)](kernel, *arguments, grid=grid, warmup=warmup, **keywords)
 
-    run = JITFunction.run
-    JITFunction.run = record
+    for kind in classes:
+        kind.run = record
     try:
-        with tuning.assumed(target):
-            case.launch()
+        yield launches
     finally:
-        JITFunction.run = run
+        for kind, own in classes.items():
+            kind.run = own
+
+
+def recorded(case: Case, target: Target) -> list[Launch]:
+    """The launches of a case, with the configurations of a target; nothing runs."""
+    with tuning.assumed(target), recording(run=False) as launches:
+        case.launch(torch.device("meta"))
     return launches
 
 
@@ -140,7 +165,9 @@ def _cuobjdump(flag: str, cubin: Path) -> str:
 
 def ops() -> list[str]:
     """Folders of the ops that have kernels."""
-    return sorted(path.parent.name for path in toolchain.ROOM.glob("*/op.py"))
+    return sorted(
+        path.parent.name for path in toolchain.ROOM.glob("*/triton.py") if path.parent.name not in ("toolchain", "tuning")
+    )
 
 
 def reports(op: str, architectures: tuple[int, ...], usual: bool) -> Iterator[Report]:

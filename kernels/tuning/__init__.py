@@ -1,8 +1,9 @@
 """Tile sizes, warps and stages of kernels: measured ones out of committed tables, else a kernel's defaults.
 
 Nothing is tuned while a job runs, so that all ranks run the same code. A table is a file `GPU.json` in this folder, a list of
-entries that were measured on that GPU; an entry holds for the versions of Triton and ptxas that it was measured with. There
-is no table yet: every kernel runs with its defaults, which are chosen by the compiler's report.
+entries that were measured on that GPU (`python -m megadiff.kernels.tuning.triton` writes it); an entry holds for the versions
+of Triton and ptxas that it was measured with. There is no table yet: every kernel runs with its defaults, which are chosen by
+the compiler's report.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ Defaults = Mapping[int, Config]
 """By architecture (80, 90, ...; a GPU takes the newest that is not above it); 0: Triton's interpreter."""
 TABLES = Path(__file__).parent
 _assumed: Target | None = None
+_tried: dict[str, Config] = {}
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
@@ -34,13 +36,28 @@ class Target(NamedTuple):
     gpu: str = ""
 
 
-class Entry(NamedTuple):
-    """A measured configuration.
+class Question(NamedTuple):
+    """What a launcher asks the configuration of.
 
     Attributes:
         kernel: the op's folder and the kernel's name, such as "joint_attention.forward".
         bucket: what of the shape matters, as the op's triton.py names it, such as "d64".
         dtype: such as "bfloat16".
+    """
+
+    kernel: str
+    bucket: str
+    dtype: str
+
+
+_asked: list[tuple[Question, Config]] | None = None
+
+
+class Entry(NamedTuple):
+    """A measured configuration.
+
+    Attributes:
+        kernel, bucket, dtype: as in Question.
         gpu: torch's name of the GPU.
         architecture: its own, 80, 90, ...
         triton, ptxas: versions.
@@ -66,8 +83,16 @@ def entries() -> tuple[Entry, ...]:
 
 def configuration(kernel: str, bucket: str, dtype: torch.dtype, device: torch.device, defaults: Defaults) -> Config:
     """The configuration of a kernel on a device: its entry in a table, else a default."""
-    target = _assumed or (_target(device.index) if device.type == "cuda" else Target(0))
-    return _measured(kernel, bucket, str(dtype).removeprefix("torch."), target) or _default(defaults, target.architecture)
+    target, question = target_of(device), Question(kernel, bucket, str(dtype).removeprefix("torch."))
+    config = _tried.get(kernel) or _measured(question, target) or _default(defaults, target.architecture)
+    if _asked is not None:
+        _asked.append((question, config))
+    return config
+
+
+def target_of(device: torch.device) -> Target:
+    """What kernels are compiled for on a device."""
+    return _assumed or (_target(device.index) if device.type == "cuda" else Target(0))
 
 
 @contextmanager
@@ -79,6 +104,27 @@ def assumed(target: Target) -> Iterator[None]:
         yield
     finally:
         _assumed = before
+
+
+@contextmanager
+def trying(kernel: str, config: Config) -> Iterator[None]:
+    """A kernel has this configuration, whatever its tables and defaults say."""
+    _tried[kernel] = config
+    try:
+        yield
+    finally:
+        del _tried[kernel]
+
+
+@contextmanager
+def listening() -> Iterator[list[tuple[Question, Config]]]:
+    """What is asked, and answered, in the block."""
+    global _asked
+    before, _asked = _asked, []
+    try:
+        yield _asked
+    finally:
+        _asked = before
 
 
 def options(config: Config) -> dict[str, int]:
@@ -93,8 +139,8 @@ def _target(index: int | None) -> Target:
 
 
 @lru_cache(maxsize=256)
-def _measured(kernel: str, bucket: str, dtype: str, target: Target) -> Config | None:
-    key = (kernel, bucket, dtype, target.gpu, target.architecture, *toolchain.toolchain())
+def _measured(question: Question, target: Target) -> Config | None:
+    key = (*question, target.gpu, target.architecture, *toolchain.toolchain())
     return next((entry.config for entry in entries() if entry[:7] == key), None) if target.gpu else None
 
 

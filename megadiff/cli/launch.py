@@ -43,9 +43,10 @@ def add(verbs: Verbs) -> None:
         "train all stages of a run, here or on a cluster, or run another verb as several processes",
         "Check everything, then train the run's stages one after the other through DeepSpeed's launcher, on the GPUs of this\n"
         "machine (CUDA_VISIBLE_DEVICES chooses) or on its CPU, and make the sheet of samples at the end. In a folder with\n"
-        "checkpoints the run continues; only its sections launch, preflight, safeguards and showcase may have changed.\n"
-        "With --cluster, ranks run where that file says; on Slurm a chain of jobs is submitted, which run the code and the\n"
-        "configuration of this moment (docs/cluster.md). Overrides of the file start with cluster., as cluster.nodes=4.\n"
+        "checkpoints the run continues; only its sections launch, preflight, safeguards, monitoring and showcase may have\n"
+        "changed. With --cluster, ranks run where that file says; on Slurm a chain of jobs is submitted, which run the code\n"
+        "and the configuration of this moment (docs/cluster.md). Overrides of that file start with cluster., as in\n"
+        "cluster.nodes=4.\n"
         "Another verb may follow --; it is run once per GPU, or --processes times, or as all ranks of --cluster.",
         EXAMPLES,
     )
@@ -79,6 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     of_cluster, of_run = sort_overrides(arguments.overrides)
     cluster = cluster_of(arguments, of_cluster)
     run, tree = load_run(arguments.run_file, of_run), deepspeed_tree(arguments)
+    run.monitoring.check_installed()
     if cluster is not None and run.launch.processes != "accelerators":
         raise UserError(
             f"launch.processes is {run.launch.processes} beside --cluster, whose file says how many ranks there are; "

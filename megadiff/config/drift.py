@@ -12,7 +12,7 @@ from megadiff.config.load import load_run
 from megadiff.config.schema import Run
 
 FREE = (
-    *("name", "launch", "preflight", "safeguards", "showcase"),
+    *("name", "launch", "preflight", "safeguards", "monitoring", "showcase"),
     *(f"data.{key}" for key in ("held_out", "max_unreadable_share", "workers", "prefetch_batches", "downloads", "cache")),
     *(f"stages.*.{key}" for key in ("checkpoint", "samples", "held_out_loss", "evaluation", "log_every_steps")),
     *("stages.*.batch.micro_batch", "stages.*.activation_checkpointing"),

@@ -1,8 +1,10 @@
 """A run's folder: the one owner of every path in it. Torch-free.
 
-RUN/  run.yaml  deepspeed.json  .lock  .ranks  .fence  STOP  incidents.jsonl  samples.png  results.json  tensorboard/STAGE/
+RUN/  run.yaml  deepspeed.json  .lock  .ranks  .fence  STOP  incidents.jsonl  samples.png  results.json
+      tensorboard/STAGE/  wandb/
       hostfile  jobs.jsonl  submitted/NNN/  code/megadiff/  config.yaml  deepspeed.json  cluster.yaml  NAME.sh  NAME.log
-      STAGE/  DONE  error.txt[.JOB.TURN]  metrics.jsonl  results.jsonl  attempts.jsonl  pictures/*.png  heartbeats/rank_N.json
+      STAGE/  DONE  error.txt[.JOB.TURN]  metrics.jsonl  results.jsonl  attempts.jsonl  wandb_id  pictures/*.png
+              heartbeats/rank_N.json
               logs/  rank_N.log  job_J.log  collectives_N
               checkpoints/  step_XXXXXXXX/manifest.json  latest  best
 """
@@ -72,6 +74,8 @@ class IncidentKind(StrEnum):
     """A checkpoint could not be copied to the object store; training goes on."""
     EVALUATION = "evaluation"
     """A metric could not be measured; training goes on."""
+    EXPORT = "export"
+    """Records could not be sent to where `monitoring` says; training goes on."""
     ERROR = "error"
 
 
@@ -90,6 +94,10 @@ class Incident:
     step: int
     time: float
     detail: str
+
+    @property
+    def markdown(self) -> str:
+        return f"**{self.kind.value}** at step {self.step}: {self.detail}"
 
     @classmethod
     def all_in(cls, path: Path) -> list[Incident]:
@@ -155,6 +163,11 @@ class RunFolder:
         return self.root / "tensorboard"
 
     @property
+    def wandb(self) -> Path:
+        """W&B's own files."""
+        return self.root / "wandb"
+
+    @property
     def samples(self) -> Path:
         """The sheet of samples that is drawn at the end."""
         return self.root / "samples.png"
@@ -196,7 +209,7 @@ class RunFolder:
         """The names in this folder that are no stage's."""
         locks = (self.lock, self.ranks_lock, self.fence, self.fence_lock)
         launched = (self.run, self.deepspeed, self.hostfile, *locks, self.stop, self.jobs, self.submissions)
-        paths = (*launched, self.incidents, self.tensorboard, self.samples, self.results)
+        paths = (*launched, self.incidents, self.tensorboard, self.wandb, self.samples, self.results)
         return frozenset(path.name for path in paths)
 
     def stage(self, name: str) -> StageFolder:
@@ -279,6 +292,11 @@ class StageFolder:
     def results(self) -> Path:
         """A JSON line per figure that was measured while training."""
         return self.root / "results.jsonl"
+
+    @property
+    def wandb_id(self) -> Path:
+        """The name of the stage at W&B, so that a stage that goes on does so there as well."""
+        return self.root / "wandb_id"
 
     @property
     def pictures(self) -> Path:

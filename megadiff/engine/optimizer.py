@@ -48,13 +48,17 @@ def gradient_norm(parameters: Iterable[nn.Parameter], layout: Layout, group: dis
     return square.sqrt()
 
 
-def skip_unless_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
-    """Let the next step change nothing, its own counters included, if the gradient's norm is not finite.
+def clip_and_skip(optimizer: torch.optim.Optimizer, norm: Tensor, largest: float) -> None:
+    """Let the next step scale gradients of this norm down to `largest` (0: as they are), and change nothing, its own counters
+    included, if the norm is not finite.
 
-    AdamW's fused kernels look at this attribute, which exists for AMP: nothing waits for the device. DeepSpeed skips such steps
-    by itself wherever it wraps the optimizer: in ZeRO-1 to 3, and in bf16.
+    AdamW's fused kernels look at these two attributes, which exist for AMP: nothing waits for the device, and clipping is no
+    pass over the gradients of its own. DeepSpeed does both by itself wherever it wraps the optimizer: in ZeRO-1 to 3, and in
+    bf16.
     """
     optimizer.found_inf = (~norm.isfinite()).to(torch.float32)  # type: ignore[attr-defined]
+    if largest:
+        optimizer.grad_scale = ((norm + 1e-6) / largest).clamp_min(1).to(torch.float32)  # type: ignore[attr-defined]
 
 
 def hold_still(optimizer: torch.optim.Optimizer, pieces: Sequence[Piece], regions: Mapping[str, Region]) -> None:

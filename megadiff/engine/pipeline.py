@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from megadiff.config.partition import partition
 from megadiff.engine.api import Outcome, PreparedBatch, Score
 from megadiff.engine.blueprint import Blueprint, materialise, split_if_tensor_parallel
-from megadiff.engine.optimizer import build_optimizer, gradient_norm, skip_unless_finite
+from megadiff.engine.optimizer import build_optimizer, clip_and_skip, gradient_norm
 from megadiff.engine.pieces import Pieces
 from megadiff.engine.section import Section
 from megadiff.engine.wire import Wire, pack, unpack
@@ -133,9 +133,7 @@ class PipelineBackend:
     def _clip_gradients(self) -> None:
         """Clip by the norm over all stages, or skip the step for it, as DeepSpeed does in ZeRO-1."""
         self._own_norm = gradient_norm(self.module.parameters(), self.layout, self.module.mpu().get_model_parallel_group())
-        skip_unless_finite(self.pieces.optimizer, self._own_norm)
-        if self._clip > 0:
-            torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), self._clip, self._own_norm)
+        clip_and_skip(self.pieces.optimizer, self._own_norm, self._clip)
 
     @property
     def _replica(self) -> Any:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from megadiff.config.layout import Layout
 from megadiff.engine.optimizer import SPLIT
-from megadiff.kernels.head_draw.reference import draw_by_chunks
+from megadiff.kernels.head_draw import head_draw_sharded
 from megadiff.kernels.head_logits import head_logits
 from megadiff.kernels.head_loss import Shard, head_loss
 from megadiff.models.attention import Projection
@@ -202,17 +202,18 @@ class VocabParallelTokenHead(TokenHead):
     def losses(
         self, hidden: Tensor, targets: Tensor, scored: Tensor, weights: Tensor, number: int | None = None
     ) -> CrossEntropy:
-        first = len(self.weight) * parallel_state.get_tensor_model_parallel_rank()
-        shard = Shard(first, parallel_state.get_tensor_model_parallel_group())
         copied = copy_to_tensor_model_parallel_region(hidden)
-        return head_loss(copied, self.weight, self.bias, targets, scored, weights, number, shard)
+        return head_loss(copied, self.weight, self.bias, targets, scored, weights, number, self._shard())
 
     def draws(self, hidden: Tensor, rows: Tensor, weights: Tensor, keys: RowKeys, rule: DrawRule) -> TokenDraws:
-        head = self.weight.float(), self.bias.float()
-        return draw_by_chunks(hidden, lambda mixed: _all_columns(F.linear(mixed, *head)), rows, weights, keys, rule)
+        return head_draw_sharded(hidden, self.weight, self.bias, rows, weights, keys, rule, self._shard())
 
     def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
         return _all_columns(head_logits(copy_to_tensor_model_parallel_region(hidden), self.weight, self.bias, rows))
+
+    def _shard(self) -> Shard:
+        first = len(self.weight) * parallel_state.get_tensor_model_parallel_rank()
+        return Shard(first, parallel_state.get_tensor_model_parallel_group())
 
 
 def _all_columns(own: Tensor) -> Tensor:

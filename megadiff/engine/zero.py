@@ -13,7 +13,7 @@ from torch.profiler import record_function
 from megadiff.engine.api import BACKWARD, FORWARD, OPTIMIZER, REDUCE, Outcome, PreparedBatch, Score
 from megadiff.engine.blueprint import Blueprint, materialise, split_if_tensor_parallel
 from megadiff.engine.gathered import drop_idle_hooks, release_linear_weights
-from megadiff.engine.optimizer import build_optimizer, gradient_norm, skip_unless_finite
+from megadiff.engine.optimizer import build_optimizer, clip_and_skip, gradient_norm
 from megadiff.engine.zero_pieces import zero_pieces
 from megadiff.models.names import decayed_names
 from megadiff.types import Denoiser
@@ -36,7 +36,16 @@ class ZeroBackend:
                 # Layer by layer, so that no rank ever holds the model.
                 deepspeed.zero.Init(part, replicas, config_dict_or_path=config, mpu=self.mpu)
         optimizer = build_optimizer(module, blueprint.stage.optimizer, decayed_names(module))
+        self._clip: float = config["gradient_clipping"]
+        self._own_norm: Tensor | None = None
+        if blueprint.zero == 0:
+            # DeepSpeed neither reports nor checks its norm there, and would take it beside ours.
+            config["gradient_clipping"] = 0.0
+            optimizer.register_step_pre_hook(lambda *_: self._clip_gradients())
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=self.mpu)
+        if blueprint.zero == 0 and self.layout.data_ranks == 1:
+            # It would copy all gradients into one tensor and back, to add up those of one rank.
+            self.engine.allreduce_gradients = lambda *_, **__: None
         if blueprint.zero == 3:
             drop_idle_hooks(self.engine)
             if config["zero_optimization"].get("memory_efficient_linear", True):
@@ -49,29 +58,28 @@ class ZeroBackend:
     def run(self, prepared: Sequence[PreparedBatch], score: Score, learning_rate: float) -> Outcome:
         for group in self.pieces.optimizer.param_groups:
             group["lr"] = learning_rate
-        all_terms, own_norm = [], None
+        all_terms = []
+        self._own_norm = None
         for micro_batch in prepared:
             with record_function(FORWARD):
                 terms = score(self.engine(micro_batch.noised, micro_batch.readout), micro_batch)
             with record_function(BACKWARD):
                 self.engine.backward(terms.total)
             with record_function(OPTIMIZER):
-                if (own_norm := self._own_norm()) is not None:
-                    skip_unless_finite(self.pieces.optimizer, own_norm)
                 self.engine.step()
             all_terms.append(terms)
+        own_norm = self._own_norm
         return Outcome(
             all_terms if self.layout.speaks else [],
             grad_norm=float(self.engine.get_global_grad_norm() if own_norm is None else own_norm),
             applied=bool(self.engine.was_step_applied() and (own_norm is None or own_norm.isfinite())),
         )
 
-    def _own_norm(self) -> Tensor | None:
-        """The norm after the last micro-batch of fp32 ZeRO-0, where DeepSpeed neither reports nor checks its own."""
-        if self.engine.optimizer is not self.pieces.optimizer or not self.engine.is_gradient_accumulation_boundary():
-            return None
+    def _clip_gradients(self) -> None:
+        """Clip by the norm, or skip the step for it, as DeepSpeed does in ZeRO-1 to 3."""
         group = None if self.mpu is None else self.mpu.get_model_parallel_group()
-        return gradient_norm(self.module.parameters(), self.layout, group)
+        self._own_norm = gradient_norm(self.module.parameters(), self.layout, group)
+        clip_and_skip(self.pieces.optimizer, self._own_norm, self._clip)
 
     @contextmanager
     def denoiser(self) -> Iterator[Denoiser]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from megadiff.config.parameters import mlp_hidden
@@ -63,7 +64,7 @@ class BlockPart(nn.Module):
         gates = vectors.attention_gate, vectors.mlp_shift, vectors.mlp_scale
         tokens, normal = gated_adaln(tokens, change, *gates, placing.samples, BLOCK_NORM_EPS, self.one_plus_scale)
         change = self.mlp(normal)
-        return tokens + spread(vectors.mlp_gate, placing.samples) * change
+        return torch.addcmul(tokens, spread(vectors.mlp_gate, placing.samples), change)
 
 
 class Placing(NamedTuple):

@@ -92,7 +92,7 @@ class HiddenProjection(nn.Module):
 
 
 class RmsNorm(nn.Module):
-    """x / max(|x|, 1e-12) * sqrt(D) * gain over the last axis, in float32 inside."""
+    """x / sqrt(|x|^2 + 1e-24) * sqrt(D) * gain over the last axis, in float32 inside."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -6,8 +6,8 @@ import difflib
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, closing
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
@@ -37,6 +37,7 @@ from megadiff.engine.saving import Published, Saver
 from megadiff.files import write_text
 from megadiff.training import tags
 from megadiff.training.board import Description
+from megadiff.training.exporters import exporters_of
 from megadiff.training.health import Diverged, Health
 from megadiff.training.incidents import Incidents
 from megadiff.training.monitor import Monitor
@@ -142,9 +143,10 @@ def train_stage(
     """
     stage, paths, ranks = run.stage(stage_name), run.paths.stage(stage_name), Ranks.from_environment()
     incidents = Incidents(paths, writes=ranks.rank == 0)
-    with closing(Pulse(paths, ranks.rank, run.safeguards)) as pulse:
+    run.monitoring.check_installed()
+    with closing(Pulse(paths, ranks.rank, run.safeguards)) as pulse, ExitStack() as records:
         try:
-            _train_stage(run, stage, deepspeed, ranks, pulse, incidents, callbacks, failed_at, allow_changes)
+            _train_stage(run, stage, deepspeed, ranks, pulse, incidents, records, callbacks, failed_at, allow_changes)
         except Exception as error:
             kind = IncidentKind.PREFLIGHT if isinstance(error, PreflightError) else IncidentKind.ERROR
             incidents.add(kind, pulse.step, f"{type(error).__name__}: {error}")
@@ -160,6 +162,7 @@ def _train_stage(
     ranks: Ranks,
     pulse: Pulse,
     incidents: Incidents,
+    records: ExitStack,
     callbacks: Sequence[Callback],
     failed_at: int,
     allow_changes: bool,
@@ -191,7 +194,8 @@ def _train_stage(
         write_text(run.paths.run, dump_run(run))
     loader = loader_of(run, stage, layout, seed, progress)
     check_alike({"manifests of the data": loader.fingerprint()})
-    monitor = monitor_of(run, stage, engine, measured)
+    monitor = monitor_of(run, stage, engine, measured, export_failed=partial(incidents.add, IncidentKind.EXPORT))
+    records.enter_context(closing(monitor))  # closed last, so that it hears of an error as well
     incidents.told_to(monitor.incident)
     if resumed is not None:
         monitor.say(f"{stage.name} resumes from its checkpoint of step {progress.optimizer_step}")
@@ -201,10 +205,8 @@ def _train_stage(
             incidents.add(IncidentKind.CHANGED, progress.optimizer_step, "; ".join(resumed.changes))
     incidents.add(IncidentKind.RESUME if resumed else IncidentKind.START, progress.optimizer_step, f"{ranks.world} ranks")
 
-    def copy_failed(step: int, why: str) -> None:
-        incidents.add(IncidentKind.COPY, step, why)
-
-    with closing(monitor), closing(loader), closing(engine.saver(paths.checkpoints, fence, copy_failed)) as saver:
+    copy_failed = partial(incidents.add, IncidentKind.COPY)
+    with closing(loader), closing(engine.saver(paths.checkpoints, fence, copy_failed)) as saver:
         training = Training(run, stage, layout, engine, monitor, progress, pulse, incidents, saver, failed_at)
         _train(training, loader, DiffusionObjective(run.model, stage, seed), callbacks)
     barrier()
@@ -379,7 +381,10 @@ def _features(run: Run, stage: Stage) -> dict[str, tuple[int, int]]:
     return {} if rule is None else {rule.modality: (derived.tokens(run.model)[rule.modality], rule.features)}
 
 
-def monitor_of(run: Run, stage: Stage, engine: Engine, measured: Sequence[str]) -> Monitor:
+def monitor_of(
+    run: Run, stage: Stage, engine: Engine, measured: Sequence[str], export_failed: Callable[[int, str], object]
+) -> Monitor:
+    hyper_parameters, leads = _hyper_parameters(run, stage, engine.layout), engine.layout.leads
     return Monitor(
         paths=run.paths.stage(stage.name),
         total_steps=stage.steps,
@@ -390,8 +395,10 @@ def monitor_of(run: Run, stage: Stage, engine: Engine, measured: Sequence[str]) 
         flops_per_sample=derived.flops_per_sample(run.model, stage),
         device=engine.device,
         ranks=engine.layout.world,
-        active=engine.layout.leads,
-        description=Description(_hyper_parameters(run, stage, engine.layout), parameters.scored(stage), measured),
+        active=leads,
+        description=Description(hyper_parameters, parameters.scored(stage), measured),
+        exporters=exporters_of(run, stage, hyper_parameters) if leads else (),
+        failed=export_failed,
     )
 
 

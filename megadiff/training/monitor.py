@@ -1,4 +1,4 @@
-"""Records of a stage in training for people: a progress bar or plain lines, TensorBoard, and metrics.jsonl."""
+"""Records of a stage in training for people: a progress bar or plain lines, metrics.jsonl, TensorBoard and other exporters."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from megadiff.engine.api import StepResult
 from megadiff.files import write_text
 from megadiff.training import tags
 from megadiff.training.board import Board, Description
+from megadiff.training.exporting import Background, Exporter
 from megadiff.types import Metric
 
 PEAK_FLOPS = {
@@ -75,7 +76,14 @@ class Monitor:
         ranks: int,
         active: bool,
         description: Description,
+        exporters: Sequence[Background],
+        failed: Callable[[int, str], object],
     ) -> None:
+        """
+        Args:
+            exporters: where records go besides; none where it is not active.
+            failed: hears at which step an exporter has failed, and why; once for each.
+        """
         self.paths, self.total_steps, self.log_every, self.active = paths, total_steps, log_every, active
         self.global_samples, self.tokens_per_sample = global_samples, tokens_per_sample
         self.flops_per_sample = flops_per_sample
@@ -86,20 +94,22 @@ class Monitor:
         self._warned = False
         self._results: list[StepResult] = []
         self._checkpoint: dict[str, Any] = {}
+        self._background, self._failed = exporters, failed
+        self._step = first_step
+        self._exporters: list[Exporter] = []
         if not active:
             return
         self._complained = False
-        self._board: Board | None = None
         try:
             for folder in (paths.tensorboard, paths.pictures):
                 folder.mkdir(parents=True, exist_ok=True)
             for lines in (paths.metrics, paths.results):
                 _drop_after(lines, first_step)
-            # At the first start too: TensorBoard takes the first such mark in a log for no restart.
-            self._open_board(purge_step=first_step + 1).describe(description)
+            self._board = Board(paths, first_step, description)
             self._metrics = LineFile(paths.metrics)
         except OSError as error:
             raise UserError(f"the records of stage {paths.name} cannot be written: {error}") from None
+        self._exporters = [self._board, *exporters]
         hidden = not sys.stderr.isatty()
         bar = {"total": total_steps, "initial": first_step, "desc": paths.name, "unit": "step"}
         self._bar = tqdm(**bar, dynamic_ncols=True, disable=hidden)
@@ -116,6 +126,7 @@ class Monitor:
         """
         if not self.active:
             return
+        self._step = step
         self._results.append(result)
         self._waited += data_wait_s
         writes = self.writes_at(step)
@@ -133,6 +144,7 @@ class Monitor:
             self._bar.update(1)
             return
         self.scalars(numbers, step)
+        self._report_failures()
         self._show(step, means, rate)
         self._since, self._waited = time.perf_counter(), 0.0
         self._results.clear()
@@ -145,30 +157,25 @@ class Monitor:
         self._since += time.perf_counter() - paused_at
 
     def scalars(self, numbers: Mapping[str, float], step: int) -> None:
-        """Write numbers by their tags."""
-
-        def write(board: Board) -> None:
-            board.scalars(numbers, step)
-            board.flush()
-
-        self._on_board(write)
+        """Export numbers by their tags, the finite ones."""
+        finite = {tag: value for tag, value in numbers.items() if math.isfinite(value)}
+        self._export(lambda exporter: exporter.scalars(finite, step))
 
     def picture(self, tag: str, picture: Image.Image, step: int) -> None:
-        """Write a picture to TensorBoard, and as a PNG into the stage's folder."""
-        self._on_board(lambda board: board.picture(tag, picture, step))
+        """Export a picture, and write it as a PNG into the stage's folder."""
+        self._export(lambda exporter: exporter.picture(tag, picture, step))
         if self.active:
             with self._spared():
                 picture.save(self.paths.pictures / f"{tag.replace('/', '-')}-{step:08d}.png", "PNG", optimize=True)
 
     def text(self, tag: str, text: str, step: int) -> None:
-        self._on_board(lambda board: board.text(tag, text, step))
+        self._export(lambda exporter: exporter.text(tag, text, step))
 
     def incident(self, incident: Incident) -> None:
-        """Write an incident to TensorBoard, also after `close`."""
-        self._on_board(lambda board: board.incident(incident))
+        self._export(lambda exporter: exporter.incident(incident))
 
     def metrics(self, metrics: Sequence[Metric], step: int) -> None:
-        """Write figures to TensorBoard, and with what they depend on as lines into the stage's results."""
+        """Export figures, and write them with what they depend on as lines into the stage's results."""
         self.scalars({tags.of_metric(metric.name): metric.value for metric in metrics}, step)
         if self.active:
             with self._spared(), closing(LineFile(self.paths.results)) as lines:
@@ -215,9 +222,8 @@ class Monitor:
         if not self.active:
             return
         self._bar.update(step - self._bar.n)
-        self._on_board(lambda board: board.close())
-        with self._spared(events=True):
-            self._open_board(purge_step=step + 1)
+        with self._spared():
+            self._board.rewind(step)
         with self._spared():
             self._metrics.close()
             for lines in (self.paths.metrics, self.paths.results):
@@ -228,39 +234,29 @@ class Monitor:
         if self.active:
             self._bar.close()
             self._metrics.close()
-            self._on_board(lambda board: board.close())
-            self._board = None
+            self._export(lambda exporter: exporter.close())
+            self._report_failures()
 
     @contextmanager
-    def _spared(self, *, events: bool = False) -> Iterator[None]:
-        """Continue training if its records cannot be written (a full disk), and say so once.
-
-        Args:
-            events: whether TensorBoard's events are written; their writer is unusable after a failure.
-        """
+    def _spared(self) -> Iterator[None]:
+        """Continue training if its records cannot be written (a full disk), and say so once."""
         try:
             yield
         except OSError as error:
-            if events:
-                self._board = None
             if not self._complained:
                 self._complained = True
                 self.say(f"training goes on, but its records cannot be written: {error}")
 
-    def _on_board(self, write: Callable[[Board], None]) -> None:
-        """Write to TensorBoard, on the rank that does."""
-        if self.active:
-            with self._spared(events=True):
-                write(self._board or self._open_board(purge_step=None))
+    def _export(self, send: Callable[[Exporter], None]) -> None:
+        for exporter in self._exporters:
+            with self._spared():
+                send(exporter)
 
-    def _open_board(self, purge_step: int | None) -> Board:
-        """Open TensorBoard's events. What there is of `purge_step` and later is hidden, but incidents are told again."""
-        self._board = board = Board(self.paths.tensorboard, purge_step)
-        hidden_from = math.inf if purge_step is None else purge_step
-        for incident in Incident.all_in(self.paths.of.incidents):
-            if incident.stage == self.paths.name and incident.step >= hidden_from:
-                board.incident(incident, no_later_than=hidden_from - 1)
-        return board
+    def _report_failures(self) -> None:
+        for exporter in self._background:
+            if why := exporter.failure():
+                self.say(f"training goes on, but not all records are exported: {why}")
+                self._failed(self._step, why)
 
     def _numbers(self, result: StepResult, rate: float, waiting: float, unreadable: int) -> dict[str, float]:
         """What is shown of the steps since the last time, by tag."""

@@ -57,6 +57,17 @@ def of_metric(name: str) -> str:
     return f"{MEASURED}{name}" if "/" in name else f"{MEASURED}results/{name}"
 
 
+def measurement(tag: str) -> tuple[str, str | None]:
+    """A curve as metrics systems have it: the metric, and which curve of it where those of a group are of one quantity.
+
+    `1 loss/image` is (loss, image), `4 speed/samples per s` is (speed_samples_per_s, None).
+    """
+    group, _, of = tag.partition("/")
+    whole = group in (OPTIMIZER, SPEED, MEMORY, DATA)
+    name = re.sub(r"[^a-z0-9]+", "_", (tag if whole else group).lower().lstrip("0123456789 ")).strip("_")
+    return name, None if whole else of
+
+
 def charts(losses: Sequence[str], measured: Sequence[str]) -> dict[str, dict[str, list[str]]]:
     """Charts with several curves each, for TensorBoard's tab of custom scalars, by category and title.
 

@@ -7,7 +7,7 @@ import torch
 
 from megadiff.config.derived import learning_rate
 from megadiff.config.schema import ConstantEma, Optimizer, PowerEma
-from megadiff.engine.optimizer import build_optimizer, hold_still
+from megadiff.engine.optimizer import build_optimizer, clip_and_skip, hold_still
 from megadiff.engine.pieces import Piece
 from megadiff.weights.boxes import Extent
 from megadiff.weights.posthoc import decay, power_exponent
@@ -36,6 +36,37 @@ def test_only_named_weights_are_decayed_unless_all_are() -> None:
     assert {group["weight_decay"]: len(group["params"]) for group in some.param_groups} == {0.5: 1, 0.0: 1}
     everything = build_optimizer(module, Optimizer(weight_decay=0.5, decay_all=True), ["weight"])
     assert [len(group["params"]) for group in everything.param_groups] == [2]
+
+
+@pytest.mark.parametrize("largest", [0.0, 0.5, 100.0])
+def test_clipping_within_the_optimizer_equals_clipping_before_it(largest: float) -> None:
+    modules = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    modules[1].load_state_dict(modules[0].state_dict())
+    gradients = [torch.randn_like(parameter) for parameter in modules[0].parameters()]
+    for module in modules:
+        optimizer = build_optimizer(module, Optimizer(eps=1e-2), ["weight"])
+        for parameter, gradient in zip(module.parameters(), gradients, strict=True):
+            parameter.grad = gradient.clone()
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if module is modules[0]:
+            clip_and_skip(optimizer, norm, largest)
+        elif largest:
+            torch.nn.utils.clip_grads_with_norm_(module.parameters(), largest, norm)
+        optimizer.step()
+    for own, other in zip(modules[0].parameters(), modules[1].parameters(), strict=True):
+        torch.testing.assert_close(own, other)
+
+
+def test_a_norm_that_is_not_finite_leaves_weights_and_moments_as_they_are() -> None:
+    module = torch.nn.Linear(3, 2)
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    optimizer = build_optimizer(module, Optimizer(), ["weight"])
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, torch.inf)
+    clip_and_skip(optimizer, torch.tensor(torch.inf), 1.0)
+    optimizer.step()
+    assert all(torch.equal(*pair) for pair in zip(module.parameters(), before, strict=True))
+    assert all(not state[name].any() for state in optimizer.state.values() for name in ("step", "exp_avg", "exp_avg_sq"))
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 12), (3, 10), (0, 4)])

@@ -12,6 +12,7 @@ from megadiff.kernels.head_draw import draw_rows, head_draw, row_uniforms
 from megadiff.kernels.head_draw.reference import PRODUCT_ROWS, ROWS_AT_ONCE, TILE, draw_with
 from megadiff.types import DrawRule, RowKeys, TokenDraws
 from tests.kernels.harness import DTYPES, TOLERANCES, assert_agrees, numbers, poison
+from tests.ranks import ROOT, run_ranks
 
 COUNT = 20_000
 
@@ -206,3 +207,13 @@ def test_head_draw_draws_what_a_naive_loop_draws_with_the_same_keys(branches, vo
     # Inputs are rounded to bfloat16 alike for both, and nothing after them is.
     tolerance = 20 * TOLERANCES[torch.float32]
     assert_agrees(head_draw, naive_draw, hidden, weight, bias, rows, weights, keys, rule, tolerance=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_head_that_is_split_by_the_vocabulary_draws_the_whole_one_s_tokens():
+    """Three ranks, tiles that two of them share, all rules, and no row."""
+    for report in run_ranks(ROOT / "tests" / "kernels" / "draws_worker.py", 3, {}):
+        assert len(report) == 7
+        assert max(found["ids"] for found in report) == 0
+        assert max(value for found in report for value in found.values()) < 5e-6

@@ -135,7 +135,7 @@ def test_no_row_gives_no_draw():
 
 def test_the_operator_is_registered_rightly():
     *arguments, keys, rule = case(2, 20, 3, torch.float32, DrawRule(min_p=0.1))
-    torch.library.opcheck(op._head_draw, (*(argument.nan_to_num() for argument in arguments), *keys, *rule))
+    torch.library.opcheck(op._head_draw, (*(argument.nan_to_num() for argument in arguments), *keys, *rule, False))
 
 
 def test_the_example_of_the_check_at_start_up_agrees():

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from megadiff.kernels import dispatch, tuning
 from megadiff.kernels.joint_attention import joint_attention, op, reference, triton
@@ -169,6 +173,30 @@ def test_what_is_packed_for_sdpa_equals_the_reference(streams, why):
     assert_right(*streams)
 
 
+def one_by_one(query, key, value, firsts, _, longest, __):
+    """What torch's varlen_attn does, sample by sample; NaN behind the last token."""
+    ends = firsts.tolist()
+    assert max(end - first for first, end in itertools.pairwise(ends)) <= longest
+    parts = []
+    for first, end in itertools.pairwise(ends):
+        operands = [operand[first:end].transpose(0, 1) for operand in (query, key, value)]
+        parts.append(F.scaled_dot_product_attention(*operands).transpose(0, 1))
+    return torch.cat([*parts, query.new_full((len(query) - ends[-1], *query.shape[1:]), torch.nan)])
+
+
+@pytest.mark.parametrize("kind", ["packed", "ragged"])
+def test_ragged_text_that_is_packed_goes_to_flash_attention_without_its_padding(kind, monkeypatch, caplog):
+    monkeypatch.setattr(op, "_varlen_kernel", lambda streams: one_by_one)
+    monkeypatch.setattr(dispatch, "_LOGGED", set())
+    with caplog.at_level(logging.INFO):
+        assert_right(rotated(picture()), text(kind))
+    assert "then flash attention of the tokens that exist runs (positions are rotary)" in caplog.text
+
+
+def test_varlen_attention_is_for_gpus_16_bits_and_texts_without_hidden_positions():
+    assert op._varlen_kernel([picture(), text("packed")]) is None
+
+
 def test_long_samples_are_packed():
     stream = projected((1, op.MOST_PLACES + 1), Span(1, op.MOST_PLACES + 1), 64, torch.float16)
     assert "samples have up to 1101 tokens, above 1100" in op._packing([stream])
@@ -176,8 +204,9 @@ def test_long_samples_are_packed():
 
 def test_packing_keeps_torch_s_rules():
     qkv, gains, table, _ = rotated(projected((5,), Span(1, 5), 64, torch.float32))
-    length = torch.tensor([3], dtype=torch.int32, device=DEVICE)
-    arguments = ([qkv], [gains], [table], [None], [length], [5], 1)
-    torch.library.opcheck(packing._forward, arguments)
-    douts = [torch.randn(1, 5, HEADS, 64, device=DEVICE) for _ in range(3)]
-    torch.library.opcheck(packing._backward, (douts, [qkv.detach()], [gains.detach()], *arguments[2:]))
+    none = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    for firsts, length, shape in ((None, none + 3, (1, 5)), (none, none + 5, (5,))):
+        arguments = ([qkv], [gains], [table], [None], [length], [5], 1, firsts)
+        torch.library.opcheck(packing._forward, arguments)
+        douts = [torch.randn(*shape, HEADS, 64, device=DEVICE) for _ in range(3)]
+        torch.library.opcheck(packing._backward, (douts, [qkv.detach()], [gains.detach()], *arguments[2:]))

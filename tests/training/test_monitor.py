@@ -8,6 +8,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from megadiff.config.errors import UserError
 from megadiff.config.run_folder import IncidentKind, RunFolder
 from megadiff.engine.api import Inspection, StepResult
 from megadiff.training.board import Description
+from megadiff.training.exporting import Background, Exporter
 from megadiff.training.health import Diverged, Health
 from megadiff.training.incidents import Incidents
 from megadiff.training.monitor import LineFile, Monitor
@@ -46,7 +48,14 @@ def health(folder: Path, most_in_a_row: int = 3) -> Health:
     return Health(most_in_a_row, Incidents(RunFolder(folder).stage("first"), writes=True))
 
 
-def monitor(folder: Path, *, first_step: int = 0, active: bool = True) -> Monitor:
+def monitor(
+    folder: Path,
+    *,
+    first_step: int = 0,
+    active: bool = True,
+    exporters: Sequence[Background] = (),
+    failed: Callable[[int, str], object] = print,
+) -> Monitor:
     return Monitor(
         paths=RunFolder(folder).stage("first"),
         total_steps=4,
@@ -59,6 +68,8 @@ def monitor(folder: Path, *, first_step: int = 0, active: bool = True) -> Monito
         ranks=1,
         active=active,
         description=Description({"optimizer.learning_rate": 1e-3}, ["image"], MEASURED),
+        exporters=exporters,
+        failed=failed,
     )
 
 
@@ -342,3 +353,28 @@ def test_incidents_are_texts_at_their_step_before_during_and_after_a_monitor_and
     begun(2)[1].close()
     again = [(0, slow.format(0)), (2, skipped), (2, error), (2, slow.format(2))]
     assert told() == again, "what the resumption hides is told again, and no step is below the one before"
+
+
+def test_exporters_get_finite_numbers_and_a_failure_is_an_incident_and_a_line_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Kept(Exporter):
+        def __init__(self) -> None:
+            self.numbers: dict[int, Mapping[str, float]] = {}
+
+        def scalars(self, numbers: Mapping[str, float], step: int) -> None:
+            self.numbers[step] = numbers
+            if step == 4:
+                raise ConnectionError("no network")
+
+    kept, failures = Kept(), []
+    background = Background("service", lambda fail: kept)
+    watched = monitor(tmp_path, exporters=[background], failed=lambda step, why: failures.append((step, why)))
+    for step in range(1, 5):
+        watched.record(step, result(total=float(step)), data_wait_s=0.0, unreadable=0)
+    watched.close()
+    assert {step: numbers["1 loss/total"] for step, numbers in kept.numbers.items()} == {2: 1.5, 4: 3.5}
+    assert "2 loss by time/image t 0.50-0.75" not in kept.numbers[2]
+    assert failures == [(4, "service: ConnectionError: no network")]
+    said = "training goes on, but not all records are exported: service: ConnectionError: no network"
+    assert capsys.readouterr().err.count(said) == 1

@@ -32,6 +32,7 @@ from megadiff.config.schema.model import (
     TokenSpace,
     UniformProcess,
 )
+from megadiff.config.schema.monitoring import Monitoring
 from megadiff.config.schema.run import Launch, Preflight, Run, Safeguards, Spikes
 from megadiff.config.schema.sampling import SampleSheets, Sampling, Showcase
 from megadiff.config.schema.stage import (
@@ -80,6 +81,7 @@ __all__ = [
     "MaskedProcess",
     "Modality",
     "Model",
+    "Monitoring",
     "NumberField",
     "Optimizer",
     "SampleSheets",

@@ -13,6 +13,7 @@ from megadiff.config.run_folder import RunFolder
 from megadiff.config.schema.base import LocalPath, NotNegative, Positive, Seconds, Section, Share
 from megadiff.config.schema.data import Data
 from megadiff.config.schema.model import Model
+from megadiff.config.schema.monitoring import Monitoring
 from megadiff.config.schema.sampling import Showcase
 from megadiff.config.schema.stage import Stage
 
@@ -92,6 +93,7 @@ class Run(Section):
     launch: Launch = Launch()
     preflight: Preflight = Preflight()
     safeguards: Safeguards = Safeguards()
+    monitoring: Monitoring = Monitoring()
     showcase: Showcase | None = None
 
     @property

@@ -1,0 +1,151 @@
+"""The quickstart's steps on a CPU, of this tree against another one: training and sampling, in pairs.
+
+    git worktree add --detach /tmp/before COMMIT
+    python -m benchmarks.step_cpu --against /tmp/before [--pairs N] [--threads T]
+
+A process of each tree does the same work in turn, one after the other, and which comes first alternates. The figures are ratios
+of processor time, medians over pairs: other work on the machine slows both sides alike.
+
+Training: a step of the last stage, 32 samples (what each of the quickstart's two ranks computes at a time), on one rank.
+Sampling: 8 samples as the quickstart's showcase draws them, but in 5 steps; one modality given the other, or both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+WORK = ("train zero0", "train zero1", "train zero3", "text to image", "image to text", "joint")
+RESULTS = Path(__file__).parent / "results/step_cpu.json"
+WARM_UP = 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--against", type=Path, help="a checkout of another commit")
+    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", nargs="+", choices=WORK, default=WORK)
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--work", choices=WORK, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.work:
+        answer(arguments.work)
+        return
+    if arguments.against is None:
+        parser.error("--against is missing")
+    rows = []
+    for work in arguments.only:
+        rows.append(compared(work, arguments.against.resolve(), arguments.pairs, arguments.threads))
+        print("  ".join(f"{name} {value:.3g}" if isinstance(value, float) else str(value) for name, value in rows[-1].items()))
+    arguments.json.write_text(json.dumps({"threads": arguments.threads, "work": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def compared(work: str, against: Path, pairs: int, threads: int) -> dict[str, float | str]:
+    """Medians over pairs; the ratio is other / this: above 1, this tree is faster."""
+    trees = {"this": Path(__file__).resolve().parents[1], "other": against}
+    sides = {name: Side(work, tree, threads) for name, tree in trees.items()}
+    ratios, seconds = [], []
+    for number in range(WARM_UP + pairs):
+        taken = {name: sides[name].once() for name in (sides if number % 2 else reversed(sides))}
+        if number >= WARM_UP:
+            ratios.append(taken["other"] / taken["this"])
+            seconds.append(taken["this"])
+    for side in sides.values():
+        side.close()
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return {"what": work, "ratio": middle, "quartile_1": low, "quartile_3": high, "cpu_ms": 1000 * statistics.median(seconds)}
+
+
+class Side:
+    """A process that does one piece of work with the code of one tree, as often as it is asked."""
+
+    def __init__(self, work: str, tree: Path, threads: int) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--work", work],
+            cwd=tree,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def once(self) -> float:
+        """Seconds of processor time."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("seconds "):
+                return float(line.split()[1])
+        raise RuntimeError(f"{self.process.args} ended with {self.process.wait()}")
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def answer(work: str) -> None:
+    """Do the work once for every line of the standard input, and say how long it took."""
+    once = training(work.split()[1]) if work.startswith("train") else sampling(work)
+    for _ in sys.stdin:
+        began = time.process_time()
+        once()
+        print(f"seconds {time.process_time() - began}", flush=True)
+
+
+def training(layout: str) -> Callable[[], object]:
+    from megadiff.config.deepspeed import load_deepspeed
+    from megadiff.config.load import load_run
+    from megadiff.data.reading.loader import Loader
+    from megadiff.diffusion.objective import DiffusionObjective
+    from megadiff.distributed.ranks import Ranks
+    from megadiff.engine.build import build_engine
+
+    run = load_run("configs/run/quickstart.yaml", ["stages.*.batch={global_samples: 32, micro_batch: 32}"])
+    stage = run.stages[-1]
+    deepspeed = load_deepspeed(f"ds_configs/{layout}.json")
+    engine = build_engine(run.model, stage, deepspeed, seed=0, ranks=Ranks.from_environment())
+    objective = DiffusionObjective(run.model, stage, 0)
+    batches = Loader(run.data, run.model, seed=0, global_samples=32, micro_batch=32).take()
+    return lambda: engine.step(batches, objective)
+
+
+def sampling(task: str) -> Callable[[], object]:
+    import torch
+
+    from megadiff import rng
+    from megadiff.config.load import load_run
+    from megadiff.data.reading.loader import Loader
+    from megadiff.diffusion.sampler import Conditions, Sampler
+    from megadiff.models.mmdit import build_model
+
+    run = load_run("configs/run/quickstart.yaml")
+    count = run.showcase.count
+    states = Loader(run.data, run.model, seed=0, global_samples=count, micro_batch=count).take()[0].states
+    generate = {"text to image": ["image"], "image to text": ["text"], "joint": ["text", "image"]}[task]
+    conditions = Conditions(given={name: state for name, state in states.items() if name not in generate})
+    sampling = run.showcase.sampling.model_copy(update={"steps": 5})
+    sampler, model = Sampler(run.model, sampling), build_model(run.model, ["text", "image"]).eval()
+    keys = rng.sample_keys(0, torch.arange(count))
+
+    def once() -> object:
+        with torch.no_grad():
+            return sampler.sample(model, keys, generate=generate, conditions=conditions)
+
+    return once
+
+
+if __name__ == "__main__":
+    main()
