@@ -5,6 +5,9 @@
 One step of each pair is inspected (norms by place, activations, mask rates) and written to TensorBoard and metrics.jsonl with
 all curves, the other is trained alone; which comes first alternates. A run does so every `log_every_steps` (10) steps, and
 writes one line in the others. What is added does not grow with the samples: the fewer, the larger its share.
+
+Then a trace of two steps, as every stage keeps one: the processor's seconds that it adds to two steps, writing it included, and
+the size of its file.
 """
 
 from __future__ import annotations
@@ -21,14 +24,17 @@ import torch
 
 from megadiff.config.deepspeed import load_deepspeed
 from megadiff.config.load import load_run
+from megadiff.config.schema.monitoring import Trace
 from megadiff.diffusion.objective import DiffusionObjective
 from megadiff.distributed.ranks import Ranks
 from megadiff.engine.build import build_engine
 from megadiff.training.loop import loader_of, monitor_of
 from megadiff.training.progress import Progress
+from megadiff.training.trace import FirstTrace
 
 RESULTS = Path(__file__).parent / "results/monitoring.json"
 WARM_UP = 3
+TRACED = Trace(after_steps=0, steps=2)
 
 
 def main() -> None:
@@ -72,6 +78,18 @@ def measured(samples: int, pairs: int) -> dict[str, float]:
                 if number >= WARM_UP:
                     ratios.append(seconds[True] / seconds[False])
                     lines.append(seconds[False])
+
+            def cpu_s(trace: FirstTrace) -> float:
+                began = time.process_time()
+                for _ in range(TRACED.steps):
+                    with trace.step(taken):
+                        step(watched=False)
+                return time.process_time() - began
+
+            file = Path(folder) / "trace.json.gz"
+            plain_s = cpu_s(FirstTrace(None, monitor, file, engine.device))
+            trace_s = cpu_s(FirstTrace(TRACED, monitor, file, engine.device)) - plain_s
+            trace_bytes = file.stat().st_size
     share = statistics.median(ratios) - 1
     return {
         "samples": samples,
@@ -80,6 +98,8 @@ def measured(samples: int, pairs: int) -> dict[str, float]:
         "step_ms": 1000 * statistics.median(lines),
         "a_watched_step_adds_percent": 100 * share,
         "every_10_steps_percent": 10 * share,
+        "trace_s": trace_s,
+        "trace_bytes": trace_bytes,
     }
 
 

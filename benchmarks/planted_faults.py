@@ -2,12 +2,13 @@
 
     python -m benchmarks.planted_faults [--steps N] [--picture FILE] [--json FILE]
 
-Four runs of a small network on the emoji that ship with the repository, which differ in one thing each:
+Four runs of a small network on drawn shapes whose captions name colour, shape and place, at the same time. They differ in one
+thing each:
 
-    healthy       as they are
-    overfit       trained on 64 pairs alone
-    no condition  every caption of the training data goes with every picture, so the text tells nothing
-    lost times    the image's times are drawn around t = 0.1, so that t > 0.5 is hardly ever trained
+    healthy         as they are
+    overfit         trained on 64 pairs alone
+    dead condition  every caption of the training data goes with every picture, so that neither tells anything about the other
+    lost times      the image's times are drawn around t = 0.1, so that t > 0.5 is hardly ever trained
 
 They compare curves, not times: any machine will do, busy or not.
 """
@@ -20,74 +21,87 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import yaml
+from PIL import Image, ImageDraw
 
 from megadiff.config.load import load_run
-from megadiff.data.shards.shard import Manifest, Members, Shard, read_manifest, write_manifest, write_shard
+from megadiff.data.shards.shard import Manifest, Members, write_manifest, write_shard
 from megadiff.report.records import HeldOutCurve, Series, StageRecord, read_run
+from megadiff.report.sheet import png_bytes
 
-EMOJI = Path("examples/emoji32/train")
-FEW = 64
+MANY, FEW, HELD_OUT_PAIRS = 4000, 64, 64
+SIDE_PX, FINE = 16, 8
+"""Pictures are drawn FINE times as large and shrunk, for smooth edges."""
+COLOURS = ("red", "green", "blue", "orange", "purple", "black", "brown", "pink")
+PLACES = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}
+CORNERS = {"triangle": 3, "square": 4, "circle": 64}
 LOST = {"kind": "logit_normal", "location": -2.0, "scale": 0.5, "uniform_share": 0.0}
 STAGE = {
     "name": "joint",
     "batch": {"global_samples": 64, "micro_batch": 64},
-    "optimizer": {"learning_rate": 2.0e-3, "weight_decay": 0.01, "warmup_steps": 20},
+    "optimizer": {"learning_rate": 3.0e-3, "weight_decay": 0.01, "warmup_steps": 20},
     "ema": {"main": {"kind": "constant", "decay": 0.98}},
-    "modalities": {"image": {"conditioning": {"absent": 0.15}}, "text": {"conditioning": {"clean": 0.3, "absent": 0.1}}},
+    "modalities": {
+        "image": {"conditioning": {"clean": 0.15, "absent": 0.15}},
+        "text": {"conditioning": {"clean": 0.3, "absent": 0.1}},
+    },
     "checkpoint": {"every_steps": 100_000, "keep": 1},
 }
-HELD_OUT = {"pairs": 64, "times": [0.2, 0.8], "nelbo_times": 8, "weights": "ema"}
+HELD_OUT = {"pairs": HELD_OUT_PAIRS, "times": [0.3, 0.95], "nelbo_times": 4, "weights": "ema"}
 MODEL = {
-    "width": 96,
-    "heads": 3,
-    "joint_depth": 3,
-    "modalities": {"image": {"space": {"kind": "grid", "channels": 3, "height": 32, "width": 32, "patch": 8}}},
+    "width": 64,
+    "heads": 2,
+    "joint_depth": 2,
+    "modalities": {"image": {"space": {"kind": "grid", "channels": 3, "height": SIDE_PX, "width": SIDE_PX, "patch": 4}}},
 }
-SHOWN = (("image", 0.2), ("image", 0.8), ("text", None))
+SHOWN = (("image", 0.3), ("image", 0.95), ("text", None))
 """The curves in the picture, by modality and time; None: the NELBO."""
 
 
-def samples() -> Iterator[tuple[str, Members]]:
-    for entry in read_manifest(str(EMOJI / "manifest.json")).shards:
-        shard = Shard(entry.name, EMOJI / entry.name)
-        for offset in range(len(shard)):
-            yield shard.key(offset), shard.members(offset)
+def pair(chance: random.Random) -> tuple[Image.Image, str]:
+    """A shape of random colour, kind, place and size, and its caption."""
+    colour, shape, place = (chance.choice(sorted(names)) for names in (COLOURS, CORNERS, PLACES))
+    side = SIDE_PX * FINE
+    centre = [side * (0.28 + 0.44 * half + chance.uniform(-0.04, 0.04)) for half in PLACES[place]]
+    picture = Image.new("RGB", (side, side), "white")
+    radius = side * chance.uniform(0.16, 0.24)
+    ImageDraw.Draw(picture).regular_polygon((*centre, radius), CORNERS[shape], fill=colour)
+    return picture.resize((SIDE_PX, SIDE_PX), Image.Resampling.LANCZOS), f"{colour} {shape} {place}"
 
 
 def write_data(folder: Path) -> dict[str, Path]:
-    """The training data of every run that has its own; returns the manifests."""
-    pairs = dict(samples())
-    few = dict(list(pairs.items())[:FEW])
-    captions = [caption for members in pairs.values() for caption in json.loads(members["json"])["captions"]]
-    draw = random.Random(0)
-    mixed = {
-        key: {**members, "json": json.dumps({"captions": draw.sample(captions, 200)}).encode()}
-        for key, members in pairs.items()
+    """The manifests of held-out pairs and of what each run trains on."""
+    chance = random.Random(0)
+    pairs = [pair(chance) for _ in range(HELD_OUT_PAIRS + MANY)]
+    held_out, many = pairs[:HELD_OUT_PAIRS], pairs[HELD_OUT_PAIRS:]
+    mixed = [(picture, chance.choice(many)[1]) for picture, _ in many]
+    sets = {"held out": held_out, "healthy": many, "overfit": many[:FEW], "dead condition": mixed, "lost times": many}
+    return {name: write_pairs(folder / name, chosen) for name, chosen in sets.items()}
+
+
+def write_pairs(folder: Path, pairs: list[tuple[Image.Image, str]]) -> Path:
+    samples: dict[str, Members] = {
+        f"{number:05d}": {"png": png_bytes(picture), "json": json.dumps({"captions": [caption]}).encode()}
+        for number, (picture, caption) in enumerate(pairs)
     }
-    manifests = {}
-    for name, chosen in (("overfit", few), ("no condition", mixed)):
-        entry = write_shard(str(folder / name), "00000.tar", chosen)
-        manifests[name] = Path(write_manifest(str(folder / name), Manifest((entry,))))
-    return manifests
+    return Path(write_manifest(str(folder), Manifest((write_shard(str(folder), "00000.tar", samples),))))
 
 
-def train(name: str, manifest: Path | None, folder: Path, steps: int) -> StageRecord:
+def train(name: str, manifests: dict[str, Path], folder: Path, steps: int) -> StageRecord:
     """Train one of the runs; its curves."""
     configs = Path("configs").absolute()
     tree: dict[str, object] = {
         "base": [str(configs / "model/emoji32.yaml"), str(configs / "data/emoji32.yaml")],
-        "name": name,
+        "name": name.replace(" ", "-"),
         "folder": str(folder / "run"),
         "launch": {"processes": 1},
         "model": MODEL,
+        "data": {"train": str(manifests[name]), "held_out": str(manifests["held out"]), "block_shards": 1},
         "stages": [{**STAGE, "steps": steps, "held_out_loss": {"every_steps": steps // 10, **HELD_OUT}}],
     }
-    if manifest is not None:
-        tree["data"] = {"train": str(manifest), "block_shards": 1}
     folder.mkdir(parents=True)
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(tree))
@@ -144,15 +158,17 @@ def record_of(stage: StageRecord) -> dict[str, dict[int, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--picture", type=Path, default=Path("docs/held_out_faults.png"))
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/planted_faults.json"))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         manifests = write_data(folder / "data")
-        names = ("healthy", "overfit", "no condition", "lost times")
-        found = {name: train(name, manifests.get(name), folder / name, arguments.steps) for name in names}
+        names = [name for name in manifests if name != "held out"]
+        with ThreadPoolExecutor() as pool:  # a thread waits for a run's processes
+            stages = pool.map(lambda name: train(name, manifests, folder / name, arguments.steps), names)
+            found = dict(zip(names, stages, strict=True))
     draw(found, arguments.picture)
     record = {name: record_of(stage) for name, stage in found.items()}
     arguments.json.write_text(json.dumps({"steps": arguments.steps, "curves": record}, indent=1) + "\n")

@@ -33,6 +33,8 @@ class Batch:
         global_samples: samples of the global batch over all ranks and micro-batches.
         features: by modality, precomputed features for an alignment loss, float32 [B, S, F].
         sources: B names of the samples' sources; empty where there is one only.
+        host: of a batch on a GPU, the part with token states alone, on the CPU; so no count or length of tokens waits for the
+            device.
     """
 
     states: dict[str, Tensor]
@@ -44,13 +46,16 @@ class Batch:
     global_samples: int
     features: dict[str, Tensor] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
+    host: Batch | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
         states = {name: state.to(device) for name, state in self.states.items()}
         features = {name: values.to(device) for name, values in self.features.items()}
         vectors = {name: getattr(self, name).to(device) for name in ("keys", "slots", "weight")}
-        return replace(self, states=states, features=features, **vectors)
+        tokens = {name: state for name, state in self.states.items() if state.dtype == torch.int64}
+        host = replace(self, states=tokens, features={}) if self.keys.device.type == "cpu" != device.type else self.host
+        return replace(self, states=states, features=features, host=host, **vectors)
 
 
 class Ragged(NamedTuple):

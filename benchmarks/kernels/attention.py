@@ -95,6 +95,7 @@ def peers(shape: Shape, machine: Machine) -> dict[str, Callable[[], Ready]]:
         "megadiff": partial(_ours, shape, machine, "_chosen"),
         "megadiff: its own kernel": partial(_ours, shape, machine, "_attended"),
         "megadiff: qk_norm_pack, then SDPA": partial(_ours, shape, machine, "_packed"),
+        "megadiff: qk_norm_pack, then varlen_attn": partial(_ours, shape, machine, "_ragged"),
         **{f"SDPA, {name}": partial(_sdpa, shape, machine, name, backend) for name, backend in sdpa.items()},
         "FlexAttention": partial(_flex, shape, machine),
         "torch varlen_attn": partial(_varlen, shape, machine, "torch"),
@@ -126,7 +127,11 @@ def _ours(shape: Shape, machine: Machine, form: str) -> Ready:
         streams[1] = streams[1]._replace(qkv=streams[1].qkv.detach()[there].requires_grad_(), span=span)
     if (refusal := op.refusal("joint_attention", streams)) is not None:
         raise Absent(refusal)
+    kernel = op._varlen_kernel(streams)
+    if form == "_ragged" and kernel is None:
+        raise Absent("torch's varlen_attn runs on GPUs only, from torch 2.13 on")
     run = {
+        "_ragged": partial(op._attended_ragged, kernel=kernel),
         "_chosen": op.joint_attention,
         "_attended": op._attended,
         "_packed": lambda streams: reference.attend(qk_norm_pack(streams), streams),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from torch import Tensor
 from benchmarks.kernels.measure import FORWARD, Absent, Case, Machine, Ready
 from megadiff import rng
 from megadiff.kernels.head_draw import reference
-from megadiff.types import DrawRule, RowKeys
+from megadiff.types import DrawRule, RowKeys, TokenDraws
 
 
 class Shape(NamedTuple):
@@ -57,7 +59,7 @@ def cases(machine: Machine) -> Iterator[Case]:
 def peers(shape: Shape, machine: Machine) -> dict[str, Callable[[], Ready]]:
     return {
         "reference, float32": lambda: Ready(reference.head_draw, numbers(shape, machine)),
-        "megadiff": partial(_ours, shape, machine),
+        **{f"megadiff: {form}": partial(_ours, shape, machine, form) for form in ("logits", "fused")},
         "the product alone": lambda: Ready(_product, numbers(shape, machine), comparable=False),
         "eager Gumbel": lambda: Ready(_gumbel, numbers(shape, machine), comparable=False),
         "compiled eager Gumbel": lambda: Ready(machine.compiled(_gumbel), numbers(shape, machine), comparable=False),
@@ -65,13 +67,20 @@ def peers(shape: Shape, machine: Machine) -> dict[str, Callable[[], Ready]]:
     }
 
 
-def _ours(shape: Shape, machine: Machine) -> Ready:
+def _ours(shape: Shape, machine: Machine, form: str) -> Ready:
     from megadiff.kernels.head_draw import op
 
     arguments = numbers(shape, machine)
     if (refusal := op.refusal("head_draw", *arguments)) is not None:
         raise Absent(refusal)
-    return Ready(op.head_draw, arguments)
+    if form == "fused" and shape.rule == CUT:
+        raise Absent("the fused form takes no truncation")
+
+    def run(*own: Any) -> TokenDraws:
+        with mock.patch.dict(os.environ, {op.VARIABLE: form}):
+            return op.head_draw(*own)
+
+    return Ready(run, arguments)
 
 
 def _product(hidden: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, *_: object) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megadiff.kernels import dispatch, toolchain
 from megadiff.kernels.joint_attention import triton as kernels
+from megadiff.kernels.joint_attention.path import most_places
 from megadiff.kernels.joint_attention.reference import attend
 from megadiff.kernels.qk_norm_pack.op import qk_norm_pack
 from megadiff.kernels.qk_norm_pack.reference import finite
@@ -23,8 +24,6 @@ from megadiff.kernels.streams import Projected, Span
 
 CHANNELS = (16, 32, 64, 128)
 MOST_STREAMS = 2
-MOST_PLACES = 1100
-"""Tokens of a sample above which SDPA on packed operands is taken; estimated, not measured (README.md)."""
 
 
 def joint_attention(streams: Sequence[Projected]) -> list[Tensor]:
@@ -90,7 +89,9 @@ def _packing(streams: Sequence[Projected]) -> str | None:
         return f"there are {len(streams)} modalities, the kernel takes {MOST_STREAMS}"
     if streams[0].qkv.dtype == torch.float32 and not toolchain.interpreted():
         return "float32 has no tensor cores"
-    return f"samples have up to {places} tokens, above {MOST_PLACES}" if places > MOST_PLACES else None
+    qkv = streams[0].qkv
+    most = most_places(qkv.shape[-1], qkv.dtype, qkv.device)
+    return f"samples have up to {places} tokens, above {most}" if places > most else None
 
 
 def _attended(streams: Sequence[Projected]) -> list[Tensor]:

@@ -4,13 +4,15 @@
 
 Every kernel that an op's cases launch is timed by itself with each of its candidates, at the first case that has its bucket and
 dtype. A candidate counts if the case's results are those of the configuration in force, and goes into the table if it takes at
-most `WORTH` of its time. Commit the table together with the GPU's row of benchmarks/results.
+most `WORTH` of its time. Of attention it also measures up to how many tokens its own kernels are the faster path. Commit the
+table together with the GPU's rows of benchmarks/results.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -24,8 +26,10 @@ from triton.testing import do_bench
 
 from megadiff.kernels import toolchain, tuning
 from megadiff.kernels.agreement import relative_error
+from megadiff.kernels.joint_attention import op as attention
+from megadiff.kernels.joint_attention import path
 from megadiff.kernels.toolchain.triton import Case, Launch, ops, recording
-from megadiff.kernels.tuning import Config, Entry, Question
+from megadiff.kernels.tuning import Config, Entry, Question, Target
 
 WORTH, LIMIT = 0.97, 0.02
 Clock = Callable[[Launch], float]
@@ -38,19 +42,24 @@ def milliseconds(launch: Launch) -> float:
 
 
 def tuned(op: str, device: torch.device, clock: Clock = milliseconds) -> Iterator[Entry]:
-    """The entries of an op on this device; says what it measures."""
+    """The entries of an op on this device, beside its defaults, whatever its table holds; says what it measures."""
     module: Any = importlib.import_module(f"megadiff.kernels.{op}.triton")
     target, seen = tuning.target_of(device), set()
-    for case in module.cases():
-        with tuning.listening() as answers:
-            case.launch(device)
-        for question, config in answers:
-            if question not in seen:
-                seen.add(question)
-                candidates = list(module.candidates(question.kernel.partition(".")[2], target.architecture))
-                best = fastest(case, question, config, candidates, device, clock)
-                if best is not config:
-                    yield Entry(*question, target.gpu, target.architecture, *toolchain.toolchain(), dict(best))
+    with tuning.assumed(Target(target.architecture)):
+        for case in module.cases():
+            with tuning.listening() as answers:
+                case.launch(device)
+            for question, config in answers:
+                if question not in seen:
+                    seen.add(question)
+                    candidates = list(module.candidates(question.kernel.partition(".")[2], target.architecture))
+                    best = fastest(case, question, config, candidates, device, clock)
+                    if best is not config:
+                        yield entry(question, best, target)
+
+
+def entry(question: Question, config: Config, target: Target) -> Entry:
+    return Entry(*question, target.gpu, target.architecture, *toolchain.toolchain(), dict(config))
 
 
 def fastest(
@@ -101,11 +110,12 @@ def main() -> None:
     name = re.sub(r"\W+", "_", torch.cuda.get_device_name())
     table = arguments.table or tuning.TABLES / f"{name}.json"
     kept = json.loads(table.read_text(encoding="utf-8")) if table.exists() else []
-    found = {op: [entry._asdict() for entry in tuned(op, device)] for op in arguments.op}
-    others = [entry for entry in kept if entry["kernel"].partition(".")[0] not in found]
-    table.write_text(
-        json.dumps([*others, *(entry for own in found.values() for entry in own)], indent=1) + "\n", encoding="utf-8"
-    )
+    found = {op: [each._asdict() for each in tuned(op, device)] for op in arguments.op}
+    if "joint_attention" in found:
+        answers = path.measured(attention._attended, device, lambda step: do_bench(step, return_mode="median"))
+        found["joint_attention"] += [entry(*answer, tuning.target_of(device))._asdict() for answer in answers]
+    others = [each for each in kept if each["kernel"].partition(".")[0] not in found]
+    table.write_text(json.dumps([*others, *itertools.chain(*found.values())], indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

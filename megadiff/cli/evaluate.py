@@ -22,9 +22,18 @@ EXAMPLES = """\
       --reference examples/emoji32/held_out --metrics fd,kd,density-coverage --features effnet-lite0 --processes 2
   megadiff evaluate exports/coco --task text-to-image --preset paper-t2i --prompts coco-captions.json --out eval \\
       --reference coco-statistics.npz --metrics fid --inception inception-2015-12-05.pt
+  megadiff evaluate runs/quickstart --task all --reference examples/emoji32/held_out --out eval \\
+      --metrics fd,captions,likelihood --features effnet-lite0
   megadiff evaluate eval/ --reference coco/val2014 --metrics fid --inception FILE --against earlier/results.json
 """
 
+ALL = "all"
+"""The value of --task that stands for each task of a network."""
+CONDITIONS = (
+    *("prompt", "prompts", "image", "mask_image", "blank_tokens", "table", "data", "strength", "condition_time"),
+    "repeat_prompt",
+)
+"""Flags of conditions and of where samples start, which `--task all` has no room for."""
 LIKELIHOOD = "likelihood"
 """The metric that needs a network, and no samples."""
 DRAWING = (*sample.REQUEST_FLAGS, *Sampling.model_fields, "preset", "repeat_prompt")
@@ -37,7 +46,8 @@ def add(verbs: Verbs) -> None:
         "evaluate",
         "score a network's samples, or a folder of pictures, against a reference",
         "Score pictures. A network's samples are drawn first, as `megadiff sample` draws them, with its flags. Every number\n"
-        "stands in results.json with all that it depends on. After a stop the same command goes on, to the same numbers.",
+        "stands in results.json with all that it depends on. After a stop the same command goes on, to the same numbers.\n"
+        f"--task {ALL} scores each task on the pairs of --reference, and writes a page of it.",
         EXAMPLES,
     )
     score = parser.add_argument_group("score")
@@ -69,7 +79,8 @@ def add(verbs: Verbs) -> None:
         "--against", metavar="RESULTS", action="append", default=[], help="compare with other results; repeat for more"
     )
     score.add_argument("--out", metavar="DIR", help="of samples and results.json (default for pictures: their folder)")
-    sample.add_flags(parser, parser.add_argument_group("what is drawn (networks only)"), needs_task=False)
+    what = parser.add_argument_group(f"what is drawn (networks only; --task {ALL}: for each task)")
+    sample.add_flags(parser, what, needs_task=False)
     parser.set_defaults(run=run)
 
 
@@ -86,9 +97,16 @@ def run(arguments: argparse.Namespace) -> int:
     given = [name for name in DRAWING if getattr(arguments, name) != arguments.parser.get_default(name)]
     if not drawn and (idle := [name for name in given if not (network and name in ("weights", "batch"))]):
         raise UserError(f"--{idle[0].replace('_', '-')} is for what a network draws, and here nothing is drawn")
+    every_task = drawn and arguments.task == ALL
+    if every_task:
+        if conditions := [name for name in CONDITIONS if getattr(arguments, name)]:
+            flag = conditions[0].replace("_", "-")
+            raise UserError(f"--task {ALL} takes its pairs from --reference, and samples start from noise; leave out --{flag}")
+        arguments.task = "joint"
     fields = sample.request_fields(arguments) if drawn else {}
     if arguments.processes > 1 and "RANK" not in os.environ:
         return several(arguments.processes, sys.argv[1:])
+    from megadiff.evaluation.all_tasks import PAGE, evaluate_all
     from megadiff.evaluation.evaluate import EvaluateRequest, evaluate, report
     from megadiff.generation.request import GenerateRequest
 
@@ -109,8 +127,13 @@ def run(arguments: argparse.Namespace) -> int:
         **({"pairs": arguments.pairs} if arguments.pairs else {}),
     )
     with enough_memory("--size or --batch"):
-        found = evaluate(request)
-    print(report(found, tuple(arguments.against)))
+        found = evaluate_all(request) if every_task else {"": evaluate(request)}
+    for folder, scored in found.items():
+        if folder:
+            print(f"{folder}:")
+        print(report(scored, tuple(str(Path(other) / folder) for other in arguments.against)))
+    if every_task and found:
+        print(f"page: {Path(out) / PAGE}")
     return 0
 
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from megadiff.cli.arguments import Verbs, add_verb, launched_run
 from megadiff.config.errors import UserError
-from megadiff.config.schema import Run
+from megadiff.config.run_folder import RunFolder
 from megadiff.files import write_text
 from megadiff.report import comparison
+from megadiff.report.kept import ENDING, kept_curves, read_curves
 from megadiff.report.page import page
 from megadiff.report.records import RunRecord, read_run
 
@@ -26,6 +27,8 @@ EXAMPLES = """\
 COMPARE_EXAMPLES = """\
   megadiff compare runs/quickstart runs/before
   megadiff compare runs/a runs/b runs/c --out comparison.html
+  megadiff compare runs/quickstart runs/rerun --keep quickstart.jsonl
+  megadiff compare runs/later quickstart.jsonl
 """
 
 
@@ -50,19 +53,28 @@ def add(verbs: Verbs) -> None:
         "compare",
         "runs beside each other: curves, figures, configurations",
         "Print for every curve of the first run and each of the others how it ends, the first step at which they differ by\n"
-        "more than the tolerance, and the largest difference; then the figures, and the differences of the configurations.",
+        "more than the tolerance, and the largest difference; then the figures, and the differences of the configurations.\n"
+        "CURVES.jsonl is what --keep wrote of an earlier run; the noise of its reruns is tolerated as well.",
         COMPARE_EXAMPLES,
     )
-    parser.add_argument("run_places", metavar="RUN", nargs="+", help="two or more folders of runs, or their YAML files")
+    parser.add_argument(
+        "run_places", metavar="RUN", nargs="+", help="two or more folders of runs, their YAML files, or CURVES.jsonl"
+    )
     parser.add_argument("--tolerance", metavar="SHARE", type=float, default=0.01, help="relative, 0.01 by default")
     parser.add_argument("--out", metavar="FILE", type=Path, help="also a page with the curves drawn over each other")
+    parser.add_argument(
+        "--keep",
+        metavar="CURVES.jsonl",
+        type=Path,
+        help="keep the first run's curves, and how far the others, its reruns, are from them (their noise)",
+    )
     parser.set_defaults(run=run_compare)
 
 
 def run_report(arguments: argparse.Namespace) -> int:
-    runs = [launched_run(place) for place in (arguments.run_place, *arguments.against)]
-    out = arguments.out or runs[0].paths.report
-    _write(out, runs)
+    run = launched_run(arguments.run_place)
+    out = arguments.out or run.paths.report
+    _write(out, _records([arguments.run_place, *arguments.against]))
     print(f"report: {out}")
     return 0
 
@@ -70,28 +82,34 @@ def run_report(arguments: argparse.Namespace) -> int:
 def run_compare(arguments: argparse.Namespace) -> int:
     if len(arguments.run_places) < 2:
         raise UserError("compare needs two runs or more; `megadiff report RUN` shows one")
-    runs = [launched_run(place) for place in arguments.run_places]
-    first, *others = _records(runs)
+    if arguments.keep and arguments.keep.suffix != ENDING:
+        raise UserError(f"--keep {arguments.keep} must end in {ENDING}")
+    first, *others = records = _records(arguments.run_places)
     for other in others:
         found = list(comparison.differences(first, other, arguments.tolerance))
         _print(comparison.table(found, (first.title, other.title)))
-    _print(figures(runs, [first.title, *(other.title for other in others)]))
+        print(comparison.departures(found, (first.title, other.title)), end="\n\n")
+    _print(figures(records))
     for other in others:
         lines = comparison.configuration_difference(first, other)
         print(f"configuration of {first.title} (-) and {other.title} (+)" + (":" if lines else ": the same"))
         print("\n".join(lines))
     if arguments.out:
-        _write(arguments.out, runs)
+        _write(arguments.out, records)
         print(f"page: {arguments.out}")
+    if arguments.keep:
+        _save(arguments.keep, kept_curves(first, others))
+        print(f"curves: {arguments.keep}")
     return 0
 
 
-def figures(runs: Sequence[Run], titles: Sequence[str]) -> list[tuple[str, ...]]:
+def figures(records: Sequence[RunRecord]) -> list[tuple[str, ...]]:
     """Rows of the runs' figures, with a head; those that do not compare with the first run's say why."""
     from megadiff.evaluation.results import differing, read_results  # torch is imported with it
 
-    results = [read_results(run.paths.results) if run.paths.results.exists() else {} for run in runs]
-    rows: list[tuple[str, ...]] = [("figure", *titles, "")]
+    paths = [RunFolder(record.folder).results for record in records]
+    results = [read_results(path) if path.exists() else {} for path in paths]
+    rows: list[tuple[str, ...]] = [("figure", *(record.title for record in records), "")]
     for name in dict.fromkeys(name for each in results for name in each):
         of_runs = [each.get(name) for each in results]
         first, *others = of_runs
@@ -107,22 +125,27 @@ def _figure(metric: Metric) -> str:
     return f"{metric.value:.4g}{interval}"
 
 
-def _records(runs: Sequence[Run]) -> list[RunRecord]:
-    """Titled by their names, and where two have one name, by their folders."""
-    names = [run.name for run in runs]
-    titles = [name if names.count(name) == 1 else run.folder for name, run in zip(names, runs, strict=True)]
-    return [read_run(run, title) for run, title in zip(runs, titles, strict=True)]
+def _records(places: Sequence[str]) -> list[RunRecord]:
+    """Runs, titled by their names, and where two have one name, by their folders; and kept curves, by their files."""
+    runs = {place: launched_run(place) for place in places if not place.endswith(ENDING)}
+    names = [run.name for run in runs.values()]
+    titles = {place: run.name if names.count(run.name) == 1 else run.folder for place, run in runs.items()}
+    return [read_run(runs[place], titles[place]) if place in runs else read_curves(Path(place)) for place in places]
 
 
-def _write(out: Path, runs: Sequence[Run]) -> None:
-    records = _records(runs)
-    tables = [("Figures", rows)] if len(rows := figures(runs, [record.title for record in records])) > 1 else []
+def _write(out: Path, records: Sequence[RunRecord]) -> None:
+    tables = [("Figures", rows)] if len(rows := figures(records)) > 1 else []
     listings: list[tuple[str, Sequence[str]]] = [
         (f"Configuration, {records[0].title} (-) and {other.title} (+)", comparison.configuration_difference(records[0], other))
         for other in records[1:]
     ] or [("Configuration", records[0].configuration)]
+    _save(out, page(records, tables, listings))
+
+
+def _save(out: Path, text: str) -> None:
     try:
-        write_text(out, page(records, tables, listings))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(out, text)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}") from None
 

@@ -4,7 +4,7 @@ RUN/  run.yaml  deepspeed.json  .lock  .ranks  .fence  STOP  incidents.jsonl  sa
       tensorboard/STAGE/  wandb/
       hostfile  jobs.jsonl  submitted/NNN/  code/megadiff/  config.yaml  deepspeed.json  cluster.yaml  NAME.sh  NAME.log
       STAGE/  DONE  error.txt[.JOB.TURN]  metrics.jsonl  results.jsonl  attempts.jsonl  wandb_id  pictures/*.png
-              heartbeats/rank_N.json
+              trace.json.gz  heartbeats/rank_N.json
               logs/  rank_N.log  job_J.log  collectives_N
               checkpoints/  step_XXXXXXXX/manifest.json  latest  best
 """
@@ -292,6 +292,11 @@ class StageFolder:
     def results(self) -> Path:
         """A JSON line per figure that was measured while training."""
         return self.root / "results.jsonl"
+
+    @property
+    def trace(self) -> Path:
+        """The trace of the first settled steps, for Perfetto."""
+        return self.root / "trace.json.gz"
 
     @property
     def wandb_id(self) -> Path:

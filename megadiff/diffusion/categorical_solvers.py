@@ -227,7 +227,23 @@ class ReMDM(UnmaskingSolver):
             return loop_time + (1 - loop_time) * (fraction - LOOP_FROM) / (1 - LOOP_FROM)
         return loop_time if fraction > LOOP_TO else loop_time * fraction / LOOP_TO
 
+    def plan(self, state: Tensor, steps: Sequence[SolverStep]) -> None:
+        if self.sampling.remask == "conf":  # what is masked again depends on the draws
+            return
+        masked = self.masked(state)
+        counts = []
+        for step in steps:
+            unmasks, remasks = self._changes(masked, step)
+            counts.append(unmasks.sum())
+            masked = (masked & ~unmasks) | remasks
+        self.expect(counts)
+
     def request(self, state: Tensor, step: SolverStep) -> SampledRows:
+        unmasks, self._remasks = self._changes(self.masked(state), step)
+        return self.at(unmasks, step)
+
+    def _changes(self, masked: Tensor, step: SolverStep) -> tuple[Tensor, Tensor]:
+        """bool [B, S] each: the positions that become visible in a step, and those that are masked again."""
         now, then = (1 - self.process.schedule.share(at) for at in (step.now, step.then))
         largest = ((1 - then) / now.clamp_min(SMALLEST_SHARE)).clamp_max(1.0)
         strength = largest.clamp_max(self.sampling.remask_strength)
@@ -235,11 +251,10 @@ class ReMDM(UnmaskingSolver):
             strength = torch.where(step.now == step.then, strength, 0.0)
         share = (then - (1 - strength) * now) / (1 - now).clamp_min(SMALLEST_SHARE)
         unmasks = rng.uniform(step.keys, f"{self.process.name} unmask", self.process.shape) < share[:, None]
-        chances = self._chances(state, strength, largest)
+        chances = self._chances(~masked, strength, largest)
         remasks = rng.uniform(step.keys, f"{self.process.name} remask", self.process.shape) < chances
         free = torch.ones_like(remasks) if self.fixed is None else ~self.fixed
-        self._remasks = remasks & ~self.masked(state) & free & (not step.last)
-        return self.at(self.masked(state) & (unmasks | step.last), step)
+        return masked & (unmasks | step.last), remasks & ~masked & free & (not step.last)
 
     def move(self, state: Tensor, step: SolverStep, request: SampledRows, prediction: TokenDraws) -> StepEnd:
         assert self._remasks is not None
@@ -249,11 +264,10 @@ class ReMDM(UnmaskingSolver):
         filled = super().move(state, step, request, prediction).state
         return StepEnd(torch.where(self._remasks, self.process.mask_id, filled))
 
-    def _chances(self, state: Tensor, strength: Tensor, largest: Tensor) -> Tensor:
+    def _chances(self, visible: Tensor, strength: Tensor, largest: Tensor) -> Tensor:
         """The probability of being masked again, [B, S] or [B, 1]."""
         if self.sampling.remask != "conf" or self._sureness is None:
             return strength[:, None]
-        visible = ~self.masked(state)
         shares = torch.where(visible, -self._sureness, -torch.inf).softmax(1).nan_to_num()
         return (shares * visible.sum(1, keepdim=True) * strength[:, None]).minimum(largest[:, None])
 

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from megadiff.config.schema import Model, Stage
 from megadiff.diffusion.build import build_processes
 from megadiff.diffusion.process import NoisedState, Process
 from megadiff.diffusion.times import draw_times
 from megadiff.types import ALIGNMENT, Aligned, Batch, LossTerms, Noised, Prediction, Ragged, Readout
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,14 +53,20 @@ class DiffusionObjective:
         self.losses = [*self.scored, *([ALIGNMENT] if stage.alignment is not None else [])]
 
     def prepare(self, batch: Batch) -> NoisedBatch:
-        """Draw times and noise, both keyed by the samples."""
-        times, free = draw_times(self.stage, batch, self.seed)
-        states = {name: process.noise(batch.states[name], times[name], batch.keys) for name, process in self.processes.items()}
-        weights = {name: batch.weight * free[name] for name in self.scored}
+        """Draw times and noise, both keyed by the samples. Tokens are noised on the host: their counts wait for nothing."""
+        host, device = batch.host or batch, batch.keys.device
+        times, free = draw_times(self.stage, host, self.seed)
+        states = {}
+        for name, process in self.processes.items():
+            own = host if name in host.states else batch
+            states[name] = process.noise(own.states[name], _moved(times[name], own.keys.device), own.keys)
+        weights = {name: host.weight * free[name] for name in self.scored}
         scored_samples = {name: weight > 0 for name, weight in weights.items()}
         noised = noised_of(self.processes, {name: s.state for name, s in states.items()}, times, scored_samples)
         readout = {name: self.processes[name].readout(states[name], times[name], scored_samples[name]) for name in self.scored}
-        scored = {name: states[name] for name in self.scored}
+        noised, readout = _moved(noised, device), _moved(readout, device)
+        times, weights = _moved(times, device), _moved(weights, device)
+        scored = {name: _moved(states[name], device) for name in self.scored}
         counts = {name: (self.processes[name].counts(scored[name]) * weights[name]).sum() for name in self.scored}
         if self.stage.alignment is not None:
             readout[ALIGNMENT] = Aligned(batch.features[self.stage.alignment.modality])
@@ -100,6 +110,12 @@ class DiffusionObjective:
             times={name: times[name] for name in sums},
             exact=exact,
         )
+
+
+def _moved(tree: T, device: torch.device) -> T:
+    """The same with its tensors on a device; nothing waits for the copies."""
+    moved: T = tree_map(lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf, tree)
+    return moved
 
 
 def _scaled(sums: Tensor, factor: Tensor) -> Tensor:

@@ -51,13 +51,13 @@ class Outcome:
 
     Attributes:
         terms: one per micro-batch if this rank speaks for its replica; else empty.
-        grad_norm: gradient norm over all parameters and ranks, before clipping.
-        applied: False if the optimizer skipped the step (non-finite gradients).
+        grad_norm: gradient norm over all parameters and ranks, before clipping; a scalar that may still be on the device.
+        applied: False if the optimizer skipped the step (non-finite gradients); likewise.
     """
 
     terms: list[LossTerms]
-    grad_norm: float
-    applied: bool
+    grad_norm: float | Tensor
+    applied: bool | Tensor
 
 
 class Backend(Protocol):

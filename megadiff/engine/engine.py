@@ -64,6 +64,8 @@ class Engine:
         Masked counts differ between ranks and micro-batches, and DeepSpeed averages over both. So all micro-batches are
         prepared first, the counts are summed once, and each micro-batch's sum is scaled to the global mean.
 
+        The host waits for the device once, when all is computed but the averages, to read the result.
+
         Args:
             sources: the names of the data's sources, if their losses are told apart.
             inspect: whether to look into the network on the way; alike on all ranks.
@@ -82,14 +84,14 @@ class Engine:
         with self.inspector.looking() if inspect else nullcontext():
             outcome = self.backend.run(prepared, score, rate)
         self.optimizer_step += 1
-        if outcome.applied:
-            with record_function(EMA):
-                self.ema.update()
         weights = {name: self._loss_weight(name) for name in names}
         result = statistics.step_result(outcome, batches, weights, sources, self.layout, self.device, rate)
-        if not (inspect and outcome.applied):
+        if result.applied:
+            with record_function(EMA):
+                self.ema.update()
+        if not (inspect and result.applied):
             return result
-        return replace(result, inspection=self.inspector.report(prepared, outcome.grad_norm))
+        return replace(result, inspection=self.inspector.report(prepared, result.grad_norm))
 
     def _loss_weight(self, name: str) -> float:
         if name == ALIGNMENT and self.stage.alignment is not None:

@@ -115,8 +115,8 @@ class PipelineBackend:
         own_norm = self._own_norm
         return Outcome(
             self.section.terms if self.layout.speaks else [],
-            grad_norm=float(self.engine.get_global_grad_norm() if own_norm is None else own_norm),
-            applied=bool(self.engine.was_step_applied() and (own_norm is None or own_norm.isfinite())),
+            grad_norm=self.engine.get_global_grad_norm() if own_norm is None else own_norm,
+            applied=self.engine.was_step_applied() if own_norm is None else own_norm.isfinite(),
         )
 
     def _renew_buffers(self, prepared: Sequence[PreparedBatch]) -> None:

@@ -49,16 +49,18 @@ def step_result(
         bounds += _bounds(terms, names)
     readable = sum_tensors([batch.weight.sum() for batch in batches]).to(device) if batches else losses.new_zeros(())
     sums = torch.cat([losses.flatten(), bounds.flatten(), readable.reshape(1)])
-    loss_totals, bound_totals, samples = torch.split(sum_over_replicas(sums, layout).cpu(), [losses.numel(), bounds.numel(), 1])
+    own = torch.stack([_scalar(value, device) for value in (outcome.grad_norm, outcome.applied)])
+    read = torch.cat([sum_over_replicas(sums, layout), own]).cpu()
+    loss_totals, bound_totals, samples, (grad_norm, applied) = torch.split(read, [losses.numel(), bounds.numel(), 1, 2])
     means = dict(zip(names, _means(loss_totals.reshape(losses.shape)).tolist(), strict=True))
     counted = {name: bool(count) for name, count in zip(names, loss_totals.reshape(losses.shape)[:, 0, 1], strict=True)}
     return StepResult(
         losses={name: values[0] for name, values in means.items()},
         quartiles={name: values[1 : 1 + QUARTILES] for name, values in means.items()},
         total=sum(weights[name] * means[name][0] for name in names if counted[name]),
-        grad_norm=outcome.grad_norm,
+        grad_norm=float(grad_norm),
         learning_rate=rate,
-        applied=outcome.applied,
+        applied=bool(applied),
         samples=int(samples),
         nelbo={
             name: total / count
@@ -74,6 +76,12 @@ def step_result(
 def sum_tensors(tensors: Sequence[Tensor]) -> Tensor:
     """The element-wise sum of a few tensors of one shape, float64."""
     return torch.stack([tensor.to(torch.float64) for tensor in tensors]).sum(0)
+
+
+def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().to(device, torch.float64).reshape(())
+    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 def _indices(batch: Batch, sources: Sequence[str], device: torch.device) -> Tensor | None:

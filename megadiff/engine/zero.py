@@ -71,8 +71,8 @@ class ZeroBackend:
         own_norm = self._own_norm
         return Outcome(
             all_terms if self.layout.speaks else [],
-            grad_norm=float(self.engine.get_global_grad_norm() if own_norm is None else own_norm),
-            applied=bool(self.engine.was_step_applied() and (own_norm is None or own_norm.isfinite())),
+            grad_norm=self.engine.get_global_grad_norm() if own_norm is None else own_norm,
+            applied=self.engine.was_step_applied() if own_norm is None else own_norm.isfinite(),
         )
 
     def _clip_gradients(self) -> None:

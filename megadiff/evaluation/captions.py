@@ -10,6 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,7 @@ def caption_metrics(captions: Sequence[str], references: Sequence[Sequence[str]]
     Raises:
         UserError: there are fewer than two captions.
     """
-    if len(captions) < 2:
-        raise UserError(f"there are {len(captions)} captions, and these metrics take two or more")
+    _check_count(captions)
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
 
@@ -46,18 +46,33 @@ def caption_metrics(captions: Sequence[str], references: Sequence[Sequence[str]]
         value = scorer.corpus_score(list(captions), by_place).score
         metrics.append(Metric(name, value, depends={"signature": str(scorer.get_signature())}))
     metrics.append(Metric("CIDEr", cider(captions, references)))
+    metrics = [replace(one, depends={"captions": len(captions), **depends, **one.depends}) for one in metrics]
+    return metrics + diversity_metrics(captions, [own[0] for own in references], depends)
+
+
+def diversity_metrics(captions: Sequence[str], references: Sequence[str], depends: Mapping[str, Any]) -> list[Metric]:
+    """Metrics of captions as a set, beside the same of references, which need not be theirs.
+
+    Raises:
+        UserError: there are fewer than two captions.
+    """
+    _check_count(captions)
     compared = captions[:SELF_BLEU_MOST]
-    metrics.append(Metric("self-BLEU", self_bleu(compared), depends={"compared": len(compared)}))
+    metrics = [Metric("self-BLEU", self_bleu(compared), depends={"compared": len(compared)})]
     metrics += [Metric(f"distinct-{order}", distinct(captions, order)) for order in DISTINCT]
-    one_each = [own[0] for own in references]
-    metrics += [Metric(f"distinct-{order} of references", distinct(one_each, order)) for order in DISTINCT]
-    lengths, of_references = ([len(words(text)) for text in texts] for texts in (captions, one_each))
+    metrics += [Metric(f"distinct-{order} of references", distinct(references, order)) for order in DISTINCT]
+    lengths, of_references = ([len(words(text)) for text in texts] for texts in (captions, references))
     metrics += [
         Metric("words a caption", float(np.mean(lengths))),
         Metric("words a reference", float(np.mean(of_references))),
         Metric("length distance", length_distance(lengths, of_references)),
     ]
-    return [Metric(one.name, one.value, depends={"captions": len(captions), **depends, **one.depends}) for one in metrics]
+    return [replace(one, depends={"captions": len(captions), **depends, **one.depends}) for one in metrics]
+
+
+def _check_count(captions: Sequence[str]) -> None:
+    if len(captions) < 2:
+        raise UserError(f"there are {len(captions)} captions, and these metrics take two or more")
 
 
 def words(text: str) -> list[str]:

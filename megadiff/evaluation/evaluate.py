@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from megadiff.data.reading.loader import ShuffledSamples, read_held_out
 from megadiff.data.shards.shard import MANIFEST
 from megadiff.distributed.ranks import Ranks
 from megadiff.evaluation import scores
-from megadiff.evaluation.captions import caption_metrics
+from megadiff.evaluation.captions import caption_metrics, diversity_metrics
 from megadiff.evaluation.clip_score import clip_score, pair_scorer, retrieval
 from megadiff.evaluation.features import FEATURES, build_extractor
 from megadiff.evaluation.likelihood import LIKELIHOOD, likelihood_metrics
@@ -30,6 +30,7 @@ from megadiff.evaluation.scores import DISTANCES, OWN_FEATURES, FeatureSet
 from megadiff.generation.generate import device_of, generate
 from megadiff.generation.loading import codecs_of, load
 from megadiff.generation.request import GenerateRequest
+from megadiff.generation.tasks import JOINT
 from megadiff.generation.writing import RECORDS, REQUEST
 from megadiff.types import Metric
 
@@ -51,6 +52,7 @@ class EvaluateRequest:
         weights_kind: `ema` or `raw`, of a network that is not drawn from.
         pairs: most held-out pairs of the likelihood.
         out: the folder of samples, of results.json and of features.
+        features_out: another folder of features, which several requests may share.
         weights: paths of networks' weights by the names of `FEATURES`.
     """
 
@@ -66,6 +68,7 @@ class EvaluateRequest:
     weights_kind: str = "ema"
     pairs: int = DEFAULT_PAIRS
     batch: int = 32
+    features_out: str | None = None
 
 
 def evaluate(request: EvaluateRequest) -> list[Metric]:
@@ -84,7 +87,7 @@ def evaluate(request: EvaluateRequest) -> list[Metric]:
         generate(request.samples)
         joined = (RECORDS, MANIFEST) if request.samples.format == "tar" else (RECORDS,)
         wait_for([out / name for name in joined])  # rank 0 writes them when all have drawn
-    pieces = Pieces(out / PIECES, ranks)
+    pieces = Pieces(Path(request.features_out or out) / PIECES, ranks)
     metrics = _distances(request, pieces, device)
     metrics += _pair_metrics(request, pieces, device)
     metrics += _caption_metrics(request, ranks)
@@ -107,16 +110,38 @@ def check(request: EvaluateRequest) -> None:
     if request.square and (request.reference or ".npz").endswith(".npz"):
         raise UserError("--square crops the reference's pictures; leave it out where there are none")
     used = {OWN_FEATURES.get(name, request.features) for name in distances}
-    needed = used | {"clip" for name in request.metrics if name in PAIRS}
+    needed = networks_of(request.metrics, request.features)
     if idle := [name for name, path in (request.weights or {}).items() if path is not None and name not in needed]:
         raise UserError(f"--{idle[0]} has no effect on {', '.join(request.metrics)}; leave it out")
     if request.save_statistics and len(used) != 1:
         raise UserError("--save-statistics is for metrics of one network's features: one file holds one network's")
-
-    if "captions" in request.metrics and (request.samples is None or request.samples.data is None):
-        raise UserError("captions are scored against those of --data, from which a network draws: give RUN, --task and --data")
-    if LIKELIHOOD in request.metrics and (request.reference is None or request.reference.endswith(".npz")):
+    if "captions" in request.metrics and _captions_source(request) is None:
+        raise UserError(
+            "captions are scored against those of --data, from which a network draws: give RUN, --task and --data; or with "
+            "--task joint as a set beside those of --reference MANIFEST"
+        )
+    if LIKELIHOOD in request.metrics and not is_manifest(request.reference):
         raise UserError(f"{LIKELIHOOD} needs --reference: a manifest of held-out pairs in tar shards")
+
+
+def networks_of(metrics: Sequence[str], features: str) -> set[str]:
+    """The networks of features that metrics need."""
+    own = {OWN_FEATURES.get(name, features) for name in metrics if name in DISTANCES}
+    return own | {"clip" for name in metrics if name in PAIRS}
+
+
+def is_manifest(reference: str | None) -> bool:
+    """Whether a reference may be a manifest of pairs: that of statistics is not."""
+    return reference is not None and not reference.endswith(".npz")
+
+
+def _captions_source(request: EvaluateRequest) -> str | None:
+    """The manifest whose captions generated ones are scored against; None if there is none."""
+    samples = request.samples
+    if samples is None:
+        return None
+    as_a_set = samples.data is None and samples.task == JOINT and is_manifest(request.reference)
+    return request.reference if as_a_set else samples.data
 
 
 def report(metrics: list[Metric], against: tuple[str, ...]) -> str:
@@ -125,7 +150,7 @@ def report(metrics: list[Metric], against: tuple[str, ...]) -> str:
     Raises:
         UserError: other results cannot be read.
     """
-    lines = [f"{metric.name}: {metric.value:.6g}{_interval(metric)}{_warning(metric)}" for metric in metrics]
+    lines = [" ".join(filter(None, (f"{one.name}: {one.value:.6g}", _interval(one), warning(one)))) for one in metrics]
     for path in against:
         others = read_results(Path(path) / RESULTS if Path(path).is_dir() else Path(path))
         lines += [f"{path}: {comparison(metric, others[metric.name])}" for metric in metrics if metric.name in others]
@@ -133,15 +158,16 @@ def report(metrics: list[Metric], against: tuple[str, ...]) -> str:
 
 
 def _interval(metric: Metric) -> str:
-    return "" if metric.low is None else f" [{metric.low:.6g}, {metric.high:.6g}]"
+    return "" if metric.low is None else f"[{metric.low:.6g}, {metric.high:.6g}]"
 
 
-def _warning(metric: Metric) -> str:
+def warning(metric: Metric) -> str:
+    """What to know before trusting a value; empty if there is nothing."""
     if not metric.depends.get("rank_deficient"):
         return ""
     counts = [metric.depends.get(key) for key in ("count", "reference_count")]
     return (
-        f"  (of {counts[0]} and {counts[1]} pictures: no more on one side than the network has features, so the covariance is "
+        f"(of {counts[0]} and {counts[1]} pictures: no more on one side than the network has features, so the covariance is "
         "singular and the value biased upwards; take more)"
     )
 
@@ -203,13 +229,16 @@ def _pair_metrics(request: EvaluateRequest, pieces: Pieces, device: torch.device
 
 
 def _caption_metrics(request: EvaluateRequest, ranks: Ranks) -> list[Metric]:
-    """Metrics of generated captions against all those of the samples that they were drawn for."""
-    samples = request.samples
-    if "captions" not in request.metrics or samples is None or ranks.rank:
+    """Metrics of generated captions against all those of the samples that they were drawn for; of those drawn from nothing as
+    a set.
+    """
+    samples, address = request.samples, _captions_source(request)
+    if "captions" not in request.metrics or samples is None or address is None or ranks.rank:
         return []
     loaded = load(samples.checkpoint, samples.weights, autoencoder=samples.autoencoder, size=samples.size)
     codecs = codecs_of(loaded)
-    source = ShuffledSamples(str(samples.data), loaded.data, loaded.model)
+    source = ShuffledSamples(address, loaded.data, loaded.model)
+    depends = {**of_data(address), **drawn_by(request.out)}
     captions, references = [], []
     for record in records_in(Path(request.out)):
         name = next((name for name, entry in record["generated"].items() if "text" in entry), None)
@@ -217,8 +246,13 @@ def _caption_metrics(request: EvaluateRequest, ranks: Ranks) -> list[Metric]:
         if name is None or not isinstance(codec, CaptionCodec):
             raise UserError(f"--task {samples.task} draws no captions, which the metric captions is of")
         captions.append(record["generated"][name]["text"])
-        references.append(codec.read_all(source.members(record["number"])))
-    return caption_metrics(captions, references, {**of_data(str(samples.data)), **drawn_by(request.out)})
+        if samples.data is not None:
+            references.append(codec.read_all(source.members(record["number"])))
+        elif len(references) < len(source):  # as many as captions, since distinct-n falls with their number
+            references.append(codec.read_all(source.members(len(references))))
+    if samples.data is not None:
+        return caption_metrics(captions, references, depends)
+    return diversity_metrics(captions, [own[0] for own in references], {**depends, "references": len(references)})
 
 
 def _likelihood(request: EvaluateRequest, pieces: Pieces, device: torch.device) -> list[Metric]:

@@ -24,6 +24,8 @@ from megadiff.weights.loading import Loaded
 LIKELIHOOD = "likelihood"
 SEED, TIMES, QUARTERS = 0, 16, 4
 PER_PIECE = 64
+SPANS = ("", *(f" t {quarter / QUARTERS:.2f}-{(quarter + 1) / QUARTERS:.2f}" for quarter in range(QUARTERS)))
+"""What the names of metrics over all times, and over each quarter of them, end in."""
 
 
 def likelihood_metrics(
@@ -104,16 +106,14 @@ def names_of(model: Model, target: str) -> dict[str, str]:
 
 def metrics_of(model: Model, target: str, sides: Mapping[str, Tensor], depends: Mapping[str, Any]) -> list[Metric]:
     """Metrics of the losses [K, N] of `pair_losses`, over all times and by quarter of them."""
-    spans = {"": slice(None)}
-    for quarter in range(QUARTERS):
-        width = TIMES // QUARTERS
-        spans[f" t {quarter / QUARTERS:.2f}-{(quarter + 1) / QUARTERS:.2f}"] = slice(quarter * width, (quarter + 1) * width)
+    width = TIMES // QUARTERS
+    parts = (slice(None), *(slice(start, start + width) for start in range(0, TIMES, width)))
     values = dict(sides)
     if "own" in sides:
         values["gap"] = sides["other"] - sides["own"]
     metrics = []
     for side, name in names_of(model, target).items():
-        for span, strata in spans.items():
+        for span, strata in zip(SPANS, parts, strict=True):
             mean = values[side][strata].mean(0)
             low, high = bootstrap_interval(mean, SEED)
             metrics.append(Metric(f"{name}{span}", mean.mean().item(), low, high, depends))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,6 +18,7 @@ h1 { font-size: 1.5em; } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 
 h3 { font-size: 1em; margin: 1.2em 0 0.3em; } .note { color: #71717a; }
 .charts { display: flex; flex-wrap: wrap; gap: 12px; } .charts svg { width: 440px; height: auto; }
 .strip { display: flex; gap: 12px; overflow-x: auto; } .strip figure { margin: 0; } figcaption { color: #71717a; }
+.beside { display: flex; gap: 24px; align-items: flex-start; overflow-x: auto; } .beside td { white-space: nowrap; }
 table { border-collapse: collapse; } th, td { text-align: left; padding: 2px 14px 2px 0; vertical-align: top; }
 th { border-bottom: 1px solid #e4e4e7; } pre { background: #fafafa; padding: 1em; overflow-x: auto; }
 """
@@ -35,10 +37,7 @@ def page(
     """
     run = runs[0]
     title = f"{run.title}, beside {', '.join(other.title for other in runs[1:])}" if len(runs) > 1 else run.title
-    parts = [
-        f"<h1>{_text(title)}</h1>",
-        f'<p class="note">{_text(str(run.folder))}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC</p>',
-    ]
+    parts = _head(title, str(run.folder))
     for stage in run.stages:
         beside = [next((one for one in other.stages if one.name == stage.name), None) for other in runs[1:]]
         lines = _beside(stage, beside, runs) if len(runs) > 1 else _alone(stage)
@@ -54,6 +53,34 @@ def page(
     parts += ["<h2>Incidents</h2>", _table([("time", "stage", "step", "what"), *_incidents(run)])]
     for name, shown in listings:
         parts += [f"<h2>{_text(name)}</h2>", f"<pre>{_text(chr(10).join(shown))}</pre>"]
+    return _document(title, parts)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page: text, a table (its first row is the head), and a picture beside it."""
+
+    title: str
+    note: str
+    table: Rows
+    picture: Path | None = None
+
+
+def sections_page(title: str, note: str, sections: Sequence[Section]) -> str:
+    """A page of sections."""
+    parts = _head(title, note)
+    for section in sections:
+        parts += [f"<h2>{_text(section.title)}</h2>", f'<p class="note">{_text(section.note)}</p>']
+        table = _table(section.table)
+        parts.append(f'<div class="beside">{table}{_image(section.picture)}</div>' if section.picture else table)
+    return _document(title, parts)
+
+
+def _head(title: str, note: str) -> list[str]:
+    return [f"<h1>{_text(title)}</h1>", f'<p class="note">{_text(note)}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC</p>']
+
+
+def _document(title: str, parts: Sequence[str]) -> str:
     head = (
         f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title><style>{STYLE}</style></head>'
     )

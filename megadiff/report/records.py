@@ -7,7 +7,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,14 @@ class Series:
         values = dict(zip(self.steps, self.values, strict=True))
         return Series(steps, [values[step] for step in steps])
 
+    def windows(self, every: int) -> Series:
+        """Means over so many steps, at the last of them; without the window whose end the series does not reach."""
+        found: dict[int, list[float]] = defaultdict(list)
+        for step, value in zip(self.steps, self.values, strict=True):
+            found[-(-step // every) * every].append(value)
+        ends = [end for end in found if end <= self.steps[-1]]
+        return Series(ends, [sum(found[end]) / len(found[end]) for end in ends])
+
     def smoothed(self, points: int = 200) -> Series:
         """Means of neighbours, at most so many."""
         size = -(-len(self.steps) // points)
@@ -67,12 +75,16 @@ class StageRecord:
     Attributes:
         training: by name: LOSS, `loss/MODALITY`, `NELBO/MODALITY`, GRADIENT, RATE, SPEED.
         pictures: by tag, what was drawn while training, with its step.
+        every: steps over which each number of `training` is a mean.
+        noise: by a curve's name (`comparison.curves`), how far reruns are from it: relative, and never falling.
     """
 
     name: str
     training: Mapping[str, Series]
     held_out: Sequence[HeldOutCurve]
     pictures: Mapping[str, Sequence[tuple[int, Path]]]
+    every: int = 1
+    noise: Mapping[str, Series] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,10 @@ class RunRecord:
     incidents: Sequence[Incident]
     sheet: Path | None
 
+    def stage(self, name: str) -> StageRecord | None:
+        """The stage of that name; None if it has not begun."""
+        return next((stage for stage in self.stages if stage.name == name), None)
+
 
 def read_run(run: Run, title: str) -> RunRecord:
     """Read a run's folder; a stage that has not begun is left out.
@@ -95,7 +111,7 @@ def read_run(run: Run, title: str) -> RunRecord:
     """
     paths = run.paths
     stages = [_stage(paths.stage(stage.name)) for stage in run.stages if paths.stage(stage.name).metrics.exists()]
-    incidents = [Incident(**{**row, "kind": IncidentKind(row["kind"])}) for row in _rows(paths.incidents)]
+    incidents = [Incident(**{**row, "kind": IncidentKind(row["kind"])}) for row in json_lines(paths.incidents)]
     sheet = paths.samples if paths.samples.exists() else None
     return RunRecord(title, paths.root, dump_run(run).splitlines(), stages, incidents, sheet)
 
@@ -107,7 +123,7 @@ def _stage(paths: StageFolder) -> StageRecord:
         if value is not None and math.isfinite(value):
             found[name].append((step, value))
 
-    rows = list(_rows(paths.metrics))
+    rows = list(json_lines(paths.metrics))
     for row in rows:
         step = row["step"]
         for name, key in ((LOSS, "loss"), (GRADIENT, "grad_norm"), (RATE, "learning_rate")):
@@ -120,16 +136,24 @@ def _stage(paths: StageFolder) -> StageRecord:
         if row["step"] == before["step"] + 1 and seconds > 0:  # no restart between them
             add(SPEED, row["step"], row["samples"] / seconds)
     curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    for row in _rows(paths.results):
+    for row in json_lines(paths.results):
         if row["value"] is not None:
             curves[row["name"]].append((row["step"], row["value"]))
     held_out = []
     for name, points in curves.items():
-        if match := _HELD_OUT.fullmatch(name):
-            time = float(match["time"]) if match["time"] else None
-            held_out.append(HeldOutCurve(match["target"], time, match["given"] == "given", match["weights"], _series(points)))
+        if (curve := held_out_curve(name, _series(points))) is not None:
+            held_out.append(curve)
     training = {name: _series(points) for name, points in found.items()}
     return StageRecord(paths.name, training, held_out, _pictures(paths.pictures))
+
+
+def held_out_curve(name: str, series: Series) -> HeldOutCurve | None:
+    """The held-out curve of a figure; None if the figure is another."""
+    match = _HELD_OUT.fullmatch(name)
+    if match is None:
+        return None
+    time = float(match["time"]) if match["time"] else None
+    return HeldOutCurve(match["target"], time, match["given"] == "given", match["weights"], series)
 
 
 def _series(points: Sequence[tuple[int, float]]) -> Series:
@@ -144,8 +168,12 @@ def _pictures(folder: Path) -> dict[str, list[tuple[int, Path]]]:
     return dict(drawn)
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a file of JSON lines; none if it is not there."""
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a file of JSON lines; none if it is not there.
+
+    Raises:
+        UserError: a line is damaged.
+    """
     if not path.exists():
         return
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 from torch.distributed import Store  # type: ignore[attr-defined]
+from torch.profiler import record_function
 
 from megadiff.config import derived, parameters
 from megadiff.config.drift import drift, stored_run
@@ -48,6 +49,7 @@ from megadiff.training.spikes import Spike, SpikeWatch
 from megadiff.training.stages import initialise, stage_seed
 from megadiff.training.stopping import StopFile
 from megadiff.training.suspects import samples_of
+from megadiff.training.trace import DATA, FirstTrace
 from megadiff.types import Denoiser, Metric, Moment
 
 log = logging.getLogger(__name__)
@@ -241,6 +243,7 @@ def _train(training: Training, loader: Loader, objective: DiffusionObjective, ca
     engine, monitor, pulse, safeguards = training.engine, training.monitor, training.pulse, training.run.safeguards
     health = Health(safeguards.skipped_in_a_row, training.incidents)
     spikes = SpikeWatch(safeguards.spikes) if safeguards.spikes else None
+    trace = FirstTrace(training.run.monitoring.trace, monitor, monitor.paths.trace, engine.device)
     stop = StopFile(training.run.paths.stop, looks=training.layout.leads, device=engine.device)
     while training.step < training.stage.steps:
         progress, step = training.progress, training.step + 1
@@ -252,10 +255,12 @@ def _train(training: Training, loader: Loader, objective: DiffusionObjective, ca
         pulse.beat(step, Phase.DATA)
         if step == training.failed_at:
             training.incidents.add(IncidentKind.SUSPECT, step, f"the start before this one ended here; {samples()}")
-        batches = loader.take(engine.device)
-        waited = loader.stats().waited_s - before
-        pulse.beat(step, Phase.STEP)
-        result = engine.step(batches, objective, loader.sources, inspect=monitor.writes_at(step))
+        with trace.step(step):
+            with record_function(DATA):
+                batches = loader.take(engine.device)
+            waited = loader.stats().waited_s - before
+            pulse.beat(step, Phase.STEP)
+            result = engine.step(batches, objective, loader.sources, inspect=monitor.writes_at(step))
         health.check(result, step, samples)
         if (
             spikes
@@ -273,6 +278,7 @@ def _train(training: Training, loader: Loader, objective: DiffusionObjective, ca
         paused = monitor.pause()
         due = [callback for callback in callbacks if callback.due(training)]
         for callback in due:
+            trace.end()
             pulse.beat(step, Phase.EVALUATE)
             callback(training)
         if due:
@@ -281,6 +287,7 @@ def _train(training: Training, loader: Loader, objective: DiffusionObjective, ca
         _published(training, training.saver.publish_if_written())
         due_now = step % training.stage.checkpoint.every_steps == 0 or progress.best_step == step
         if stops or training.last or due_now:
+            trace.end()
             # The last: a resumed run does not repeat the step, so its callbacks must have run.
             save(training, waits=stops or training.last or not training.stage.checkpoint.asynchronous)
         monitor.resume(paused)

@@ -93,7 +93,7 @@ class Monitor:
         self._waited = self._evaluating_s = self._evaluating = 0.0
         self._warned = False
         self._results: list[StepResult] = []
-        self._checkpoint: dict[str, Any] = {}
+        self._besides: dict[str, Any] = {}
         self._background, self._failed = exporters, failed
         self._step = first_step
         self._exporters: list[Exporter] = []
@@ -137,8 +137,8 @@ class Monitor:
         curves = {"curves": _finite(numbers)} if writes else {}
         with self._spared():
             share = {"evaluation_share": self._evaluating}
-            row = {"step": step, "time": time.time(), **_row(result), **share, **self._checkpoint, **curves}
-            self._checkpoint = {}
+            row = {"step": step, "time": time.time(), **_row(result), **share, **self._besides, **curves}
+            self._besides = {}
             self._metrics.append(json.dumps(row))
         if not writes:
             self._bar.update(1)
@@ -155,6 +155,13 @@ class Monitor:
 
     def resume(self, paused_at: float) -> None:
         self._since += time.perf_counter() - paused_at
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out of the speed what is done within, during a step."""
+        paused_at = self.pause()
+        yield
+        self.resume(paused_at)
 
     def scalars(self, numbers: Mapping[str, float], step: int) -> None:
         """Export numbers by their tags, the finite ones."""
@@ -207,8 +214,13 @@ class Monitor:
             stalled_s: seconds that training has waited for it.
             took_s: seconds from the end of the step to the publication.
         """
-        self._checkpoint = {"checkpoint": {"step": step, "stalled_s": stalled_s, "took_s": took_s}}
+        self._besides["checkpoint"] = {"step": step, "stalled_s": stalled_s, "took_s": took_s}
         self.scalars({tags.CHECKPOINT_STALL: stalled_s, tags.CHECKPOINT_TOOK: took_s}, step)
+
+    def traced(self, step: int, communication_share: float) -> None:
+        """Record the share that communication has of the traced steps, the last of which this is; in the next line as well."""
+        self._besides |= _finite({"communication_share": communication_share})
+        self.scalars({tags.COMMUNICATION_SHARE: communication_share}, step)
 
     def say(self, message: str) -> None:
         """Print a line above the progress bar, or in the log."""

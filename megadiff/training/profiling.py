@@ -20,8 +20,8 @@ from megadiff.engine.build import build_engine
 from megadiff.training.loop import loader_of
 from megadiff.training.progress import Progress
 from megadiff.training.stages import stage_seed
+from megadiff.training.trace import DATA, STEP, communication_share, events_of
 
-DATA, STEP = "data", "step"
 PHASES = (DATA, NOISE, FORWARD, BACKWARD, REDUCE, OPTIMIZER, EMA)
 """`reduce` lies within `backward`. Pipeline stages have `data`, `noise` and `EMA` alone: their passes interleave."""
 SETTLED = 3
@@ -35,18 +35,21 @@ class Profile:
 
     Attributes:
         step_s: mean seconds of a step.
+        communication_share: as `communication_share` has it.
         phases: by name, the share of the time that the host is in that phase.
         operations: (name, calls, seconds on the device, or on a CPU) of the dearest ones, over all traced steps.
     """
 
     steps: int
     step_s: float
+    communication_share: float
     phases: Mapping[str, float]
     operations: list[tuple[str, int, float]]
 
     def __str__(self) -> str:
         lines = [f"{self.steps} steps of {1000 * self.step_s:.1f} ms"]
         lines += [f"  {name:<10} {100 * share:5.1f} %" for name, share in self.phases.items()]
+        lines.append(f"communication: {100 * self.communication_share:.1f} %, as TensorBoard has it")
         lines.append(f"{'the dearest operations':<60} {'calls':>7} {'ms a step':>10}")
         lines += [f"  {name[:58]:<58} {calls:7d} {1000 * s / self.steps:10.2f}" for name, calls, s in self.operations]
         return "\n".join(lines)
@@ -102,4 +105,6 @@ def _profile_of(profiler: profile, steps: int, on_gpu: bool) -> Profile:
 
     dearest = sorted(named, key=seconds, reverse=True)[:DEAREST]
     phases = {name: host_s[name] / host_s[STEP] for name in PHASES if name in host_s}
-    return Profile(steps, host_s[STEP] / steps, phases, [(one.key, one.count, seconds(one)) for one in dearest])
+    assert profiler.profiler is not None
+    communication = communication_share(events_of(profiler.profiler.kineto_results), on_gpu=on_gpu)
+    return Profile(steps, host_s[STEP] / steps, communication, phases, [(one.key, one.count, seconds(one)) for one in dearest])

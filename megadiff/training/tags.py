@@ -17,6 +17,7 @@ SPEED, MEMORY, DATA, MEASURED = "4 speed", "5 memory", "6 data", "7 "
 TOTAL = f"{LOSS}/total"
 SKIPPED = f"{OPTIMIZER}/skipped steps"
 EVALUATION_SHARE = f"{SPEED}/evaluation share"
+COMMUNICATION_SHARE = f"{SPEED}/communication share"
 CHECKPOINT_STALL, CHECKPOINT_TOOK = f"{SPEED}/checkpoint stall s", f"{SPEED}/checkpoint until published s"
 INCIDENTS = "incidents"
 QUARTERS = ("0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00")

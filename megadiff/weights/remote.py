@@ -132,14 +132,16 @@ def fetch_manifest(address: str, folder: Path) -> None:
 
 
 def fetched(address: str) -> Path:
-    """A folder of this machine's cache with the checkpoint at an address: the folder of one, or a run's newest.
+    """A folder of this machine's cache with the checkpoint at an address: the folder of one, a run's newest, or what
+    RUN/best or RUN/STAGE/best (or `latest`) names.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
         StorageError: it cannot be reached.
     """
     if not store.exists(addresses.join(address, MANIFEST)):
-        address = _newest(address)
+        place, _, name = address.rstrip("/").rpartition("/")
+        address = _pointed_to(place, name) if name in (BEST, LATEST) else _newest(address)
     text = store.read_bytes(addresses.join(address, MANIFEST))
     name = address.rstrip("/").rpartition("/")[2]
     parent = _cache() / hashlib.sha256(text).hexdigest()[:16]  # it holds the hashes of all files
@@ -155,15 +157,32 @@ def fetched(address: str) -> Path:
 
 
 def _newest(run: str) -> str:
+    for stage in _stages(run):
+        for address in RemoteCheckpoints(run, stage).newest_first()[:1]:
+            return address
+    raise CheckpointError(f"{addresses.shown(run)} has no checkpoint in any stage")
+
+
+def _pointed_to(place: str, pointer: str) -> str:
+    """What the pointer of a stage names, or that of a run's last stage with one."""
+    own = store.exists(addresses.join(place, pointer))
+    for stage in [place] if own else [addresses.join(place, name) for name in _stages(place)]:
+        if store.exists(addresses.join(stage, pointer)):
+            named = store.read_bytes(addresses.join(stage, pointer)).decode(errors="replace").strip()
+            address = addresses.join(stage, named)
+            if step_of(named) is not None and store.exists(addresses.join(address, MANIFEST)):
+                return address
+    raise CheckpointError(f"{addresses.shown(place)} has no {pointer} checkpoint")
+
+
+def _stages(run: str) -> list[str]:
+    """The names of a run's stages, the last one first."""
     try:
         config = store.read_bytes(addresses.join(run, RUN))
     except MissingError:
         raise CheckpointError(f"{addresses.shown(run)} is neither a run (no {RUN}) nor a checkpoint (no {MANIFEST})") from None
     stages = validate(yaml.safe_load(config), addresses.shown(addresses.join(run, RUN))).stages
-    for stage in reversed(stages):
-        for address in RemoteCheckpoints(run, stage.name).newest_first()[:1]:
-            return address
-    raise CheckpointError(f"{addresses.shown(run)} has no checkpoint in any stage")
+    return [stage.name for stage in reversed(stages)]
 
 
 def _cache() -> Path:

@@ -209,3 +209,18 @@ def test_evaluation_losses_do_not_depend_on_the_batch():
     whole = exact_losses(DENOISER, MODEL, clean, keys, **options)
     part = exact_losses(DENOISER, MODEL, {n: s[4:9] for n, s in clean.items()}, keys[4:9], **options)
     torch.testing.assert_close(part, whole[4:9])
+
+
+def test_tokens_of_a_batch_on_a_gpu_are_noised_on_the_host():
+    objective = DiffusionObjective(model_of(end_id=4), stage_of(12, **MIXED), seed=1)
+    batch = pairs(12)
+    expected = objective.prepare(batch)
+    host = replace(batch, states={"tokens": batch.states["tokens"]})
+    elsewhere = replace(batch, states={**batch.states, "tokens": torch.full_like(batch.states["tokens"], 99)}, host=host)
+    prepared = objective.prepare(elsewhere)
+    assert torch.equal(prepared.noised.states["tokens"], expected.noised.states["tokens"])
+    assert torch.equal(prepared.noised.states["grid"], expected.noised.states["grid"])
+    for own, other in zip(prepared.readout["tokens"], expected.readout["tokens"], strict=True):
+        assert torch.equal(own, other) if isinstance(own, Tensor) else own == other
+    assert batch.to(torch.device("meta")).host.states.keys() == {"tokens"}
+    assert batch.to(torch.device("cpu")).host is None

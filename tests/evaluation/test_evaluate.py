@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from PIL import Image
 from megadiff import torchvision_ops
 from megadiff.cli import main as cli
 from megadiff.config.errors import UserError
-from megadiff.data.shards.shard import Manifest, write_manifest, write_shard
+from megadiff.data.shards.shard import Manifest, Shard, read_manifest, write_manifest, write_shard
 from megadiff.evaluation.distances import Moments, frechet_distance
 from megadiff.evaluation.evaluate import EvaluateRequest, evaluate
 from megadiff.evaluation.features import Extractor
@@ -218,6 +219,37 @@ def test_captions_and_pairs_are_scored_and_so_is_the_likelihood(exported, tmp_pa
     assert cli.main(["evaluate", out, "--metrics", "clip-score", "--clip", clip]) == 0
     assert read_results(tmp_path / "out" / RESULTS) == found
     assert cli.main(["evaluate", out, "--metrics", "captions"]) == 2
+
+
+def first_pairs(folder: Path, count: int) -> str:
+    """A manifest of the first held-out pairs of the emoji."""
+    entry = read_manifest(f"{HELD_OUT}/manifest.json").shards[0]
+    shard = Shard(entry.name, Path(HELD_OUT) / entry.name)
+    samples = {shard.key(offset): shard.members(offset) for offset in range(count)}
+    return write_manifest(str(folder), Manifest((write_shard(str(folder), "0.tar", samples),)))
+
+
+def test_every_task_is_scored_by_what_applies_to_it_and_shown_on_a_page(exported, tmp_path, capsys):
+    out, pairs = tmp_path / "all", first_pairs(tmp_path / "pairs", 12)
+    command = ["evaluate", str(exported), "--task", "all", "--reference", pairs, "--out", str(out), "-n", "10"]
+    score = ["--steps", "2", "--metrics", "kd,captions,likelihood", "--features", "effnet-lite0", "--pairs", "3"]
+    assert cli.main([*command, *score]) == 0
+    assert f"page: {out / 'report.html'}" in capsys.readouterr().out
+    captions = {"BLEU", "chrF", "CIDEr"}
+    found = {task: set(read_results(out / task / RESULTS)) for task in ("text-to-image", "image-to-text", "joint", "")}
+    assert found["text-to-image"] == {"KD-EffNetLite0"}
+    assert captions | {"self-BLEU", "distinct-1"} < found["image-to-text"]
+    assert {"KD-EffNetLite0", "self-BLEU", "distinct-1 of references"} < found["joint"]
+    assert not captions & found["joint"]
+    assert {"NELBO text/given", "likelihood gap/image"} < found[""]
+    page = (out / "report.html").read_text()
+    headings = re.findall(r"<h2>([\w-]+):", page)
+    assert sorted(headings) == ["image-to-text", "joint", "text-to-image"]
+    assert page.count("data:image/png;base64,") == 3
+    assert page.count("<td>likelihood gap/image") == 2  # with its task, and by quarter of time
+    assert "<td>drawn.sampling.steps</td><td>2</td><td>image-to-text, text-to-image, joint</td>" in page
+    assert cli.main([*command, *score, "--data", pairs]) == 2
+    assert "--task all takes its pairs from --reference" in capsys.readouterr().err
 
 
 def test_the_likelihood_of_a_network_draws_nothing(exported, tmp_path):

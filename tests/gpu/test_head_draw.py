@@ -57,8 +57,7 @@ def test_a_row_s_draw_is_the_same_to_the_bit_alone_and_among_others(form, monkey
 def test_a_cpu_draws_the_same_ids():
     own = arguments(DrawRule(temperature=0.9, top_p=0.95))
     found = op.head_draw(*own).ids.cpu()
-    *tensors, keys, rule = own
-    elsewhere = head_draw(
-        *(tensor.cpu() for tensor in tensors), RowKeys(keys.keys.cpu(), keys.purpose, keys.places.cpu()), rule
-    )
+    hidden, weight, bias, rows, weights, keys, rule = own
+    on_cpu = RowKeys(keys.keys.cpu(), keys.purpose, keys.places.cpu())
+    elsewhere = head_draw(hidden.cpu(), weight.cpu(), bias.cpu(), rows.cpu(), weights.cpu(), on_cpu, rule)
     assert (found == elsewhere.ids).double().mean() > 0.998

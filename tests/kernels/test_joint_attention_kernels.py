@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from megadiff.kernels import dispatch, tuning
-from megadiff.kernels.joint_attention import joint_attention, op, reference, triton
+from megadiff.kernels.joint_attention import joint_attention, op, path, reference, triton
 from megadiff.kernels.qk_norm_pack import op as packing
 from megadiff.kernels.streams import Projected, Span
 from tests.kernels.harness import DEVICE, KERNEL_DTYPES, RELATIVE_ERRORS, assert_equals_reference, poison
@@ -198,8 +198,23 @@ def test_varlen_attention_is_for_gpus_16_bits_and_texts_without_hidden_positions
 
 
 def test_long_samples_are_packed():
-    stream = projected((1, op.MOST_PLACES + 1), Span(1, op.MOST_PLACES + 1), 64, torch.float16)
+    most = path.DEFAULTS[0]["most_places"]
+    stream = projected((1, most + 1), Span(1, most + 1), 64, torch.float16)
     assert "samples have up to 1101 tokens, above 1100" in op._packing([stream])
+    with tuning.trying(path.QUESTION, {"most_places": 1101}):
+        assert op._packing([stream]) is None
+
+
+def test_the_path_is_measured_up_to_the_first_length_at_which_packing_is_faster(monkeypatch):
+    monkeypatch.setattr(path, "_streams", lambda length, channels, device: length)
+    monkeypatch.setattr(path, "_step", lambda attention, length: (attention is path._packed, length))
+
+    def seconds(step):
+        packed, length = step
+        return 5.0 if packed else length / 250
+
+    found = {question.bucket: config for question, config in path.measured(op._attended, DEVICE, seconds)}
+    assert found == {"d64": {"most_places": 1144}, "d128": {"most_places": 1144}}
 
 
 def test_packing_keeps_torch_s_rules():

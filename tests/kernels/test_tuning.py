@@ -63,6 +63,14 @@ def test_a_candidate_with_other_results_or_without_a_launch_is_refused(monkeypat
     assert tuner.fastest(case(), QUESTION, own, others, DEVICE, clock) is own
 
 
+def test_an_op_s_entries_are_of_this_device_and_only_where_a_candidate_is_worth_it(monkeypatch):
+    monkeypatch.setattr(adaln, "cases", lambda: [case(), case()])
+    monkeypatch.setattr(adaln, "candidates", lambda kernel, architecture: CONFIGS if kernel == "forward" else [])
+    (found,) = tuner.tuned("gated_adaln", DEVICE, clock({256: 9.0, 2: 1.0, 4: 0.9, 8: 0.5}))
+    assert (*found[:3], found.config) == (*QUESTION, CONFIGS[2])
+    assert found.architecture == tuning.target_of(DEVICE).architecture
+
+
 def test_launchers_take_what_is_tried_and_say_what_they_asked():
     with tuning.trying(QUESTION.kernel, CONFIGS[1]), tuning.listening() as answers:
         case().launch(DEVICE)

@@ -155,6 +155,45 @@ def test_compare_says_where_curves_part(tmp_path: Path, capsys: pytest.CaptureFi
     assert "do not compare" not in same
 
 
+def test_means_over_steps_are_of_whole_windows() -> None:
+    series = Series([1, 2, 4, 5, 6, 7], [1.0, 3.0, 5.0, 7.0, 9.0, 11.0])
+    assert series.windows(3) == Series([3, 6], [2.0, 7.0])
+    assert series.windows(1) == series
+
+
+def wavy(share: float, start: int = 1) -> Callable[[int], float]:
+    """A loss that alternates about 10 / step from a step on."""
+    return lambda step: 10 / step * (1 + (share if step % 2 and step >= start else 0.0))
+
+
+def test_a_run_departs_from_kept_curves_only_beyond_the_noise_of_reruns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megadiff.report.kept.MOST_POINTS", 20)
+    kept = str(tmp_path / "curves/minimal.jsonl")
+    first, rerun = write_run(tmp_path / "a"), write_run(tmp_path / "b", wavy(0.1, start=11))
+    assert f"curves: {kept}" in said(capsys, "compare", first.folder, rerun.folder, "--keep", kept)
+    loss = next(line for line in map(json.loads, Path(kept).read_text().splitlines()[1:]) if line["curve"] == "loss")
+    assert (loss["every"], loss["steps"][:2], loss["values"][0]) == (2, [2, 4], 7.5)
+    assert loss["noise"][4] == 0 < loss["noise"][5] < 0.06
+    for other, start in ((wavy(0.2, start=11), None), (wavy(0.4, start=21), 22), (wavy(0.1, start=3), 4)):
+        run = write_run(tmp_path / f"other{start}", other)
+        printed = said(capsys, "compare", run.folder, kept)
+        departs = f"minimal departs from {kept} in 3 of 11 curves: first loss from step {start}, "
+        assert (departs if start else f"minimal does not depart from {kept} in any curve\n") in printed
+    page = tmp_path / "page.html"
+    said(capsys, "report", first.folder, "--against", kept, "--out", str(page))
+    assert f"<h1>minimal, beside {kept}</h1>" in page.read_text()
+
+
+def test_a_file_that_holds_no_kept_curves_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path)
+    metrics = str(run.paths.stage("first").metrics)
+    assert f"{metrics} holds no kept curves" in said(capsys, "compare", run.folder, metrics, code=2)
+    assert "does not exist" in said(capsys, "compare", run.folder, "none.jsonl", code=2)
+    assert "--keep a.json must end in .jsonl" in said(capsys, "compare", run.folder, run.folder, "--keep", "a.json", code=2)
+
+
 def test_compare_needs_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "two runs or more" in said(capsys, "compare", write_run(tmp_path).folder, code=2)
 

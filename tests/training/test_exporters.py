@@ -18,6 +18,7 @@ from megadiff.config.run_folder import Incident, IncidentKind, RunFolder
 from megadiff.config.schema.monitoring import OpenTelemetry, Prometheus, WeightsAndBiases
 from megadiff.training.exporters import Gauges, Scraped, WandB, otlp_reader
 from megadiff.training.exporting import Background
+from tests.training.test_exporting import waited_for
 
 LABELS = {"run": "tiny", "stage": "first"}
 SPIKE = Incident(IncidentKind.SPIKE, "first", 3, 0.0, "losses above 2")
@@ -66,7 +67,10 @@ def test_wandb_goes_on_under_one_name_and_shows_steps_pictures_and_incidents(
     assert len(folders) == 2
     name = paths.wandb_id.read_text()
     for folder, steps, code in zip(folders, ((1, 2), (2, 3)), (0, 1)):
-        records = list(records_of(folder / f"run-{name}.wandb"))
+        file = folder / f"run-{name}.wandb"
+        # W&B's own process may still be writing it.
+        waited_for(lambda file=file: any(record.HasField("exit") for record in records_of(file)))
+        records = list(records_of(file))
         (run,) = [record.run for record in records if record.run.run_id]
         assert (run.run_id, run.run_group, run.display_name, run.project) == (name, "tiny", "tiny/first", "p")
         assert {item.key: item.value_json for item in run.config.update}["optimizer.learning_rate"] == "0.001"

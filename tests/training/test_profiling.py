@@ -24,6 +24,8 @@ def test_a_profile_names_the_phases_of_a_step_and_its_dearest_operations_and_lea
     assert set(PHASES) <= set(shares)
     assert all(0 < shares[name] < 100 for name in PHASES)
     assert sum(shares[name] for name in PHASES if name != "reduce") < 101
+    (communication,) = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("communication: ")]
+    assert 0 < float(communication) < 100
     assert len(done.stdout.split("dearest operations")[1].splitlines()) == 12
     with gzip.open(out / "trace.json.gz", "rt") as file:
         names = [event.get("name") for event in json.load(file)["traceEvents"]]

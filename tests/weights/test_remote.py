@@ -60,6 +60,21 @@ def test_a_checkpoint_is_fetched_once_and_again_when_it_has_changed(tmp_path: Pa
     assert torch.equal(numbers(remote.fetched(run)), torch.full((NUMBERS,), 3.0))
 
 
+def test_the_best_copy_of_a_run_or_a_stage_is_fetched_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run = str(tmp_path / "there")
+    there = copied(run, tmp_path / "here", 1, 2, 3)
+    with pytest.raises(CheckpointError, match="there has no best checkpoint"):
+        remote.fetched(f"{run}/best")
+    store.write_bytes(f"{there.root}/best", b"step_00000002\n")
+    for address in (f"{run}/best", f"{run}/best/", f"{there.root}/best"):
+        assert torch.equal(numbers(remote.fetched(address)), torch.full((NUMBERS,), 2.0))
+    assert remote.fetched(f"{run}/latest").name == "step_00000003"
+    store.delete(f"{there.step(2)}/{MANIFEST}")
+    with pytest.raises(CheckpointError, match="there has no best checkpoint"):
+        remote.fetched(f"{run}/best")
+
+
 def test_a_damaged_copy_is_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     there = copied(str(tmp_path / "there"), tmp_path / "here", 1, 2)

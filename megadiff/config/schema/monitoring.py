@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megadiff.config.errors import ConfigError
-from megadiff.config.schema.base import Seconds, Section
+from megadiff.config.schema.base import NotNegative, Seconds, Section
 
 Address = Annotated[str, Field(pattern=r"^https?://.+")]
 
@@ -39,8 +39,20 @@ class Prometheus(Section):
     """The address to listen at; 0.0.0.0 are all of the machine's, and whoever reaches them reads the numbers."""
 
 
+class Trace(Section):
+    """The steps that a stage keeps a trace of (`STAGE/trace.json.gz`)."""
+
+    after_steps: NotNegative = 20
+    """Counted from the start of the ranks: the first steps allocate and compile."""
+    steps: Annotated[int, Field(ge=1, le=10)] = 2
+    """Fewer where an evaluation or a checkpoint comes between them."""
+
+
 class Monitoring(Section):
-    """Where numbers and incidents go besides (docs/monitoring.md). May change between two starts of a run."""
+    """What is traced, and where numbers and incidents go besides TensorBoard. May change between two starts of a run."""
+
+    trace: Trace | None = Trace()
+    """Null: none."""
 
     wandb: WeightsAndBiases | None = None
     opentelemetry: OpenTelemetry | None = None

@@ -105,8 +105,8 @@ class Initialise(Section):
 
     source: str | None = None
     """None: fresh. `previous`: the last checkpoint of the stage before; `previous/best`: its best. Else a checkpoint folder,
-    RUN/best, one in DeepSpeed's universal format (`weights: raw`), or the address of a checkpoint's or run's copy
-    (`checkpoint.remote`)."""
+    RUN/best, one in DeepSpeed's universal format (`weights: raw`), or the address of a copy (`checkpoint.remote`)
+    of a checkpoint, a run or RUN/best."""
     weights: Literal["ema", "raw"] = "ema"
     ema: Name | None = None
     """Which EMA profile; None takes the first."""
