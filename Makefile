@@ -14,7 +14,7 @@ help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 quickstart: $(VENV)/.installed  ## install, train the three stages on the emoji that ship here, draw samples
-	$(BIN)/megadiff launch configs/run/quickstart.yaml --deepspeed ds_configs/zero3.json
+	$(BIN)/megadiff launch configs/run/quickstart.yaml --deepspeed ds_configs/zero2.json
 
 install: $(VENV)/.installed  ## make .venv with megadiff in it
 

@@ -1,4 +1,4 @@
-"""The quickstart's steps on a CPU, of this tree against another one: training and sampling, in pairs.
+"""Steps of a small network on a CPU, of this tree against another one: training and sampling, in pairs.
 
     git worktree add --detach /tmp/before COMMIT
     python -m benchmarks.step_cpu --against /tmp/before [--pairs N] [--threads T]
@@ -6,8 +6,9 @@
 A process of each tree does the same work in turn, one after the other, and which comes first alternates. The figures are ratios
 of processor time, medians over pairs: other work on the machine slows both sides alike.
 
-Training: a step of the last stage, 32 samples (what each of the quickstart's two ranks computes at a time), on one rank.
-Sampling: 8 samples as the quickstart's showcase draws them, but in 5 steps; one modality given the other, or both.
+Both sides take the network and data of this tree's configs/model/emoji32.yaml and configs/data/emoji32.yaml.
+Training: a step of both modalities, 32 samples, on one rank.
+Sampling: 8 samples in 5 steps, guidance 2; one modality given the other, or both.
 """
 
 from __future__ import annotations
@@ -18,13 +19,34 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megadiff.config.schema import Run
 
 WORK = ("train zero0", "train zero1", "train zero3", "text to image", "image to text", "joint")
 RESULTS = Path(__file__).parent / "results/step_cpu.json"
 WARM_UP = 2
+SAMPLES = 8
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+RUN = f"""
+base: [{CONFIGS}/model/emoji32.yaml, {CONFIGS}/data/emoji32.yaml]
+name: step
+folder: unused
+stages:
+  - name: joint
+    steps: 1
+    batch: {{global_samples: 32, micro_batch: 32}}
+    optimizer: {{learning_rate: 1.0e-3}}
+    ema: {{main: {{kind: constant, decay: 0.99}}}}
+    modalities:
+      text: {{conditioning: {{clean: 0.3, absent: 0.1}}}}
+      image: {{times: {{kind: logit_normal}}, conditioning: {{clean: 0.15, absent: 0.05}}}}
+"""
 
 
 def main() -> None:
@@ -105,15 +127,23 @@ def answer(work: str) -> None:
         print(f"seconds {time.process_time() - began}", flush=True)
 
 
+def read() -> Run:
+    from megadiff.config.load import load_run
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run.yaml"
+        path.write_text(RUN, encoding="utf-8")
+        return load_run(path)
+
+
 def training(layout: str) -> Callable[[], object]:
     from megadiff.config.deepspeed import load_deepspeed
-    from megadiff.config.load import load_run
     from megadiff.data.reading.loader import Loader
     from megadiff.diffusion.objective import DiffusionObjective
     from megadiff.distributed.ranks import Ranks
     from megadiff.engine.build import build_engine
 
-    run = load_run("configs/run/quickstart.yaml", ["stages.*.batch={global_samples: 32, micro_batch: 32}"])
+    run = read()
     stage = run.stages[-1]
     deepspeed = load_deepspeed(f"ds_configs/{layout}.json")
     engine = build_engine(run.model, stage, deepspeed, seed=0, ranks=Ranks.from_environment())
@@ -126,19 +156,17 @@ def sampling(task: str) -> Callable[[], object]:
     import torch
 
     from megadiff import rng
-    from megadiff.config.load import load_run
+    from megadiff.config.schema import Sampling
     from megadiff.data.reading.loader import Loader
     from megadiff.diffusion.sampler import Conditions, Sampler
     from megadiff.models.mmdit import build_model
 
-    run = load_run("configs/run/quickstart.yaml")
-    count = run.showcase.count
-    states = Loader(run.data, run.model, seed=0, global_samples=count, micro_batch=count).take()[0].states
+    run = read()
+    states = Loader(run.data, run.model, seed=0, global_samples=SAMPLES, micro_batch=SAMPLES).take()[0].states
     generate = {"text to image": ["image"], "image to text": ["text"], "joint": ["text", "image"]}[task]
     conditions = Conditions(given={name: state for name, state in states.items() if name not in generate})
-    sampling = run.showcase.sampling.model_copy(update={"steps": 5})
-    sampler, model = Sampler(run.model, sampling), build_model(run.model, ["text", "image"]).eval()
-    keys = rng.sample_keys(0, torch.arange(count))
+    sampler, model = Sampler(run.model, Sampling(steps=5, guidance=2.0)), build_model(run.model, ["text", "image"]).eval()
+    keys = rng.sample_keys(0, torch.arange(SAMPLES))
 
     def once() -> object:
         with torch.no_grad():

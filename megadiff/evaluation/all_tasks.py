@@ -13,7 +13,8 @@ from megadiff.data.codecs.base import PICTURE, TEXT
 from megadiff.data.reading.loader import ShuffledSamples
 from megadiff.distributed.ranks import Ranks
 from megadiff.evaluation import likelihood
-from megadiff.evaluation.evaluate import PAIRS, EvaluateRequest, check, evaluate, is_manifest, networks_of, warning
+from megadiff.evaluation.clip_score import PAIRS
+from megadiff.evaluation.evaluate import EvaluateRequest, check, evaluate, is_manifest, networks_of, warning
 from megadiff.evaluation.likelihood import LIKELIHOOD
 from megadiff.evaluation.scores import DISTANCES
 from megadiff.files import write_text

@@ -18,8 +18,14 @@ from megadiff.config.errors import UserError
 from megadiff.evaluation.features import Pixels, folder_hash, vision_model
 from megadiff.types import Metric
 
+CLIP_SCORE, RETRIEVAL = "clip-score", "retrieval"
+PAIRS = (CLIP_SCORE, RETRIEVAL)
+"""Metrics of pairs."""
+AT_ONCE = 32
+"""Pairs that are embedded together."""
 SCALE = 100.0
 RANKS = (1, 5)
+DIRECTIONS = ("image-to-text", "text-to-image")
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,21 @@ def pair_scorer(folder: str | None, device: torch.device) -> PairScorer:
     return PairScorer(model, processor, folder_hash(Path(str(folder))), device)
 
 
+def titles(name: str) -> list[str]:
+    """The names of a metric's figures."""
+    if name == CLIP_SCORE:
+        return ["CLIP score"]
+    return [f"R@{rank} {direction}" for direction in DIRECTIONS for rank in RANKS]
+
+
+def pair_metrics(
+    names: Sequence[str], images: NDArray[np.float32], texts: NDArray[np.float32], depends: Mapping[str, Any]
+) -> list[Metric]:
+    """Those of `PAIRS` that are named, of embeddings [N, D] of pictures and of their captions."""
+    score = [clip_score(images, texts, depends)] if CLIP_SCORE in names else []
+    return score + (retrieval(images, texts, depends) if RETRIEVAL in names else [])
+
+
 def clip_score(images: NDArray[np.float32], texts: NDArray[np.float32], depends: Mapping[str, Any]) -> Metric:
     """The mean of 100 max(cosine, 0) (Hessel et al., arXiv 2104.08718, with torchmetrics' factor)."""
     return Metric("CLIP score", float(SCALE * (images * texts).sum(1).clip(0).mean()), depends=depends)
@@ -80,10 +101,8 @@ def retrieval(images: NDArray[np.float32], texts: NDArray[np.float32], depends: 
     cosines = images @ texts.T
     own = np.diagonal(cosines)
     metrics = []
-    for direction, nearer in (
-        ("image-to-text", (cosines > own[:, None]).sum(1)),
-        ("text-to-image", (cosines > own[None]).sum(0)),
-    ):
+    of_both = ((cosines > own[:, None]).sum(1), (cosines > own[None]).sum(0))
+    for direction, nearer in zip(DIRECTIONS, of_both, strict=True):
         for rank in RANKS:
             metrics.append(
                 Metric(f"R@{rank} {direction}", float((nearer < rank).mean()), depends={**depends, "among": len(own)})

@@ -20,7 +20,7 @@ from megadiff.data.shards.shard import MANIFEST
 from megadiff.distributed.ranks import Ranks
 from megadiff.evaluation import scores
 from megadiff.evaluation.captions import caption_metrics, diversity_metrics
-from megadiff.evaluation.clip_score import clip_score, pair_scorer, retrieval
+from megadiff.evaluation.clip_score import AT_ONCE, PAIRS, pair_metrics, pair_scorer
 from megadiff.evaluation.features import FEATURES, build_extractor
 from megadiff.evaluation.likelihood import LIKELIHOOD, likelihood_metrics
 from megadiff.evaluation.picture_sets import features_of, open_pictures, pairs_in, records_in
@@ -35,10 +35,8 @@ from megadiff.generation.writing import RECORDS, REQUEST
 from megadiff.types import Metric
 
 PIECES = ".pieces"
-PAIRS_PER_PIECE = 32
 WITHOUT_EFFECT = ("batch", "format")
 """Parts of a request that change nothing of its samples."""
-PAIRS = ("clip-score", "retrieval")
 METRICS = (*DISTANCES, *PAIRS, "captions", LIKELIHOOD)
 DEFAULT_PAIRS = 1000
 
@@ -210,11 +208,11 @@ def _pair_metrics(request: EvaluateRequest, pieces: Pieces, device: torch.device
     scorer = pair_scorer((request.weights or {}).get("clip"), device)
     stats = [(folder / pair.picture).stat() for pair in pairs]
     identities = [[*vars(pair).values(), stat.st_size, stat.st_mtime_ns] for pair, stat in zip(pairs, stats, strict=True)]
-    starts = range(0, len(pairs), PAIRS_PER_PIECE)
-    keys = [key_of({**scorer.depends, "pairs": identities[start : start + PAIRS_PER_PIECE]}) for start in starts]
+    starts = range(0, len(pairs), AT_ONCE)
+    keys = [key_of({**scorer.depends, "pairs": identities[start : start + AT_ONCE]}) for start in starts]
 
     def embed(number: int) -> dict[str, Any]:
-        own = pairs[starts[number] : starts[number] + PAIRS_PER_PIECE]
+        own = pairs[starts[number] : starts[number] + AT_ONCE]
         pictures = [np.array(flat(open_picture(folder / pair.picture))) for pair in own]
         images, texts = scorer(pictures, [pair.caption for pair in own])
         return {"images": images, "texts": texts}
@@ -223,9 +221,7 @@ def _pair_metrics(request: EvaluateRequest, pieces: Pieces, device: torch.device
     if found is None:
         return []
     images, texts = (np.concatenate([piece[side] for piece in found]) for side in ("images", "texts"))
-    depends = {**scorer.depends, "count": len(pairs), **drawn_by(str(folder))}
-    metrics = [clip_score(images, texts, depends)] if "clip-score" in names else []
-    return metrics + (retrieval(images, texts, depends) if "retrieval" in names else [])
+    return pair_metrics(names, images, texts, {**scorer.depends, "count": len(pairs), **drawn_by(str(folder))})
 
 
 def _caption_metrics(request: EvaluateRequest, ranks: Ranks) -> list[Metric]:

@@ -25,8 +25,8 @@ from megadiff.data.reading.loader import read_held_out
 from megadiff.diffusion.sampler import Conditions
 from megadiff.distributed.reduce import failing_together, gather_objects
 from megadiff.evaluation import captions as of_captions
-from megadiff.evaluation import likelihood, scores
-from megadiff.evaluation.features import Extractor, build_extractor
+from megadiff.evaluation import clip_score, likelihood, scores
+from megadiff.evaluation.features import Extractor, Pixels, build_extractor
 from megadiff.evaluation.picture_sets import PER_PIECE, joined, open_pictures, piece_of
 from megadiff.evaluation.results import of_data
 from megadiff.evaluation.scores import DISTANCES, OWN_FEATURES, FeatureSet
@@ -59,7 +59,11 @@ class InTraining:
             if name in DISTANCES:
                 self.by_features.setdefault(OWN_FEATURES.get(name, rule.features), []).append(name)
         self.extractors = {name: self._extractor(name, torch.device("cpu")) for name in self.by_features}
-        self.pictures = self._task(PICTURE, "pictures") if self.by_features else None
+        self.pair_names = [name for name in rule.metrics if name in clip_score.PAIRS]
+        self.scorer = clip_score.pair_scorer(rule.clip, torch.device("cpu")) if self.pair_names else None
+        self.pictures = self._task(PICTURE, "pictures") if self.by_features or self.scorer else None
+        if self.pair_names and self._caption is None:
+            raise UserError(f"evaluation.metrics has {self.pair_names[0]}, but this stage draws no pictures for captions")
         self.captions = self._task(TEXT, "captions") if "captions" in rule.metrics else None
         self._references: dict[str, FeatureSet] = {}
 
@@ -82,6 +86,7 @@ class InTraining:
             for name in names
             for title in scores.titles(name, self.extractors[features].name)
         ]
+        of_pictures += [title for name in self.pair_names for title in clip_score.titles(name)]
         of_texts = list(of_captions.NAMES) if self.captions else []
         exact = self.targets if likelihood.LIKELIHOOD in self.rule.metrics else ()
         return [*of_pictures, *of_texts, *(name for one in exact for name in likelihood.names_of(self.model, one).values())]
@@ -98,6 +103,8 @@ class InTraining:
             for features, names in self.by_features.items():
                 assert self.pictures is not None
                 found += self._distances(features, names, drawn[self.pictures], moment)
+            if self.pictures and self.scorer:
+                found += self._pairs(self.scorer, self.pictures, drawn[self.pictures], moment)
             texts = drawn[self.captions] if self.captions else {}
             captions = {name: self._whole(list(part), moment) for name, part in texts.items()}
             with failing_together("evaluation"):
@@ -147,11 +154,9 @@ class InTraining:
         if (extractor := self.extractors[features]).device != moment.device:
             extractor = self.extractors[features] = self._extractor(features, moment.device)
         reference = self._reference(extractor, moment)
-        ((name, states),) = drawn.items()
         own: list[Any] = []
         with failing_together(f"evaluation, features of {extractor.name}"):
-            pictures = [np.array(flat(plain(self._shown(name, state)))) for state in states] if moment.layout.speaks else []
-            own = list(extractor(pictures)) if pictures else []
+            own = list(extractor(self._pixels(drawn))) if moment.layout.speaks else []
         whole = self._whole(own, moment)
         found: list[Metric] = []
         with failing_together(f"evaluation, {', '.join(names)}"):
@@ -160,6 +165,39 @@ class InTraining:
                 facts = {**extractor.depends, "task": self.pictures.name, "kind": "ema", "seed": SEED, **self._sampling}
                 found = scores.distance_metrics(names, FeatureSet.of(np.stack(whole), facts), reference)
         return found
+
+    def _pairs(self, scorer: clip_score.PairScorer, task: Task, drawn: Mapping[str, Tensor], moment: Moment) -> list[Metric]:
+        """CLIP's of the drawn pictures with the captions that they were drawn for."""
+        if scorer.device != moment.device:
+            scorer = self.scorer = clip_score.pair_scorer(self.rule.clip, moment.device)
+        own: list[Any] = []
+        with failing_together("evaluation, features of CLIP"):
+            if moment.layout.speaks:
+                assert self._caption is not None
+                captions = [self._shown(self._caption, state) for state in self.states[self._caption][self._mine(moment)]]
+                pictures = self._pixels(drawn)
+                for start in range(0, len(pictures), clip_score.AT_ONCE):
+                    some = slice(start, start + clip_score.AT_ONCE)
+                    own += zip(*scorer(pictures[some], captions[some]), strict=True)
+        whole = self._whole(own, moment)
+        found: list[Metric] = []
+        with failing_together(f"evaluation, {', '.join(self.pair_names)}"):
+            if moment.layout.rank == 0:
+                images, texts = (np.stack(side) for side in zip(*whole, strict=True))
+                facts = {**scorer.depends, "count": len(whole), **self.of_pairs, "task": task.name, "kind": "ema", "seed": SEED}
+                found = clip_score.pair_metrics(self.pair_names, images, texts, {**facts, **self._sampling})
+        return found
+
+    @property
+    def _caption(self) -> str | None:
+        """The modality of captions that pictures are drawn for."""
+        given = self.pictures.given if self.pictures else ()
+        return next((name for name in given if self.codecs[name].medium == TEXT), None)
+
+    def _pixels(self, drawn: Mapping[str, Tensor]) -> list[Pixels]:
+        """The pictures of one modality's states [P, ...]."""
+        ((name, states),) = drawn.items()
+        return [np.array(flat(plain(self._shown(name, state)))) for state in states]
 
     def _reference(self, extractor: Extractor, moment: Moment) -> FeatureSet:
         """The reference's features; every rank computes a share of them, once."""

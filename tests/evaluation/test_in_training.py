@@ -8,20 +8,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from megadiff import rng
 from megadiff.config.errors import UserError
 from megadiff.config.layout import Layout
 from megadiff.config.load import load_run
 from megadiff.config.run_folder import CheckpointsFolder
 from megadiff.config.schema import Run
+from megadiff.data.pictures import flat, plain
+from megadiff.diffusion.sampler import Conditions
 from megadiff.evaluation import in_training
 from megadiff.evaluation.build import callbacks
-from megadiff.evaluation.in_training import InTraining
+from megadiff.evaluation.clip_score import clip_score, pair_scorer
+from megadiff.evaluation.in_training import SEED, InTraining
+from megadiff.generation.tasks import draw
 from megadiff.types import Denoiser, Metric
 from megadiff.weights.checkpoint import pointed_to
 from tests.engine.worker import coarse_extractor
+from tests.evaluation.networks import tiny_clip
 from tests.evaluation.test_periodic import network
 from tests.ranks import ROOT, run_ranks
 
@@ -78,6 +85,26 @@ def test_all_metrics_are_recorded_under_the_names_that_were_told_with_what_they_
     again = Moment(run)
     callback(again)
     assert again.recorded == moment.recorded
+
+
+def test_clip_scores_the_pictures_with_the_captions_that_they_were_drawn_for(run, tmp_path, monkeypatch):
+    tiny_clip(tmp_path)
+    monkeypatch.chdir(ROOT)
+    rule = run.stages[-1].evaluation.model_copy(update={"metrics": ("clip-score", "retrieval"), "clip": str(tmp_path)})
+    callback, moment = InTraining(run, run.stages[-1], rule), Moment(run)
+    callback(moment)
+    assert moment.failures == []
+    assert [metric.name for metric in moment.recorded] == callback.measures
+    assert callback.measures[:2] == ["CLIP score", "R@1 image-to-text"]
+    assert moment.recorded[0].depends["count"] == 11
+    scorer = pair_scorer(str(tmp_path), torch.device("cpu"))
+    given = callback.states["text"]
+    keys = rng.sample_keys(SEED, torch.arange(11))
+    drawn = draw(moment.network, run.model, rule.sampling, callback.pictures, keys, Conditions(given={"text": given}), batch=11)
+    codecs = callback.codecs
+    pictures = [np.array(flat(plain(codecs["image"].shown(codecs["image"].decode(state))))) for state in drawn["image"]]
+    captions = [codecs["text"].shown(codecs["text"].decode(state)) for state in given]
+    assert moment.recorded[0].value == pytest.approx(clip_score(*scorer(pictures, captions), {}).value, rel=1e-5)
 
 
 def test_a_metric_that_fails_is_one_sentence_and_records_nothing(run, monkeypatch):

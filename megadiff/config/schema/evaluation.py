@@ -40,7 +40,22 @@ class Evaluation(Section):
 
     every_steps: Positive
     metrics: Annotated[
-        tuple[Literal["fid", "kid", "cmmd", "fd", "kd", "precision-recall", "density-coverage", "captions", "likelihood"], ...],
+        tuple[
+            Literal[
+                "fid",
+                "kid",
+                "cmmd",
+                "fd",
+                "kd",
+                "precision-recall",
+                "density-coverage",
+                "clip-score",
+                "retrieval",
+                "captions",
+                "likelihood",
+            ],
+            ...,
+        ],
         Field(min_length=1),
     ] = ("fd", "likelihood")
     """As `evaluate --metrics`. Pictures and captions are drawn for the conditions of held-out pairs."""
