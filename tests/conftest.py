@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Generator
 from pathlib import Path
 
@@ -27,6 +28,9 @@ if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 for _name in (*_RANKS, *_LAUNCHERS, *_CREDENTIALS):
     os.environ.pop(_name, None)
+
+# A shell without job control ignores it in what it starts in the background, and so would whatever a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("megadiff", deadline=None, derandomize=True, max_examples=50, print_blob=True)
 settings.load_profile("megadiff")
