@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from queue import Full, Queue
 
 from PIL import Image
@@ -63,8 +64,10 @@ class Background(Exporter):
 
     def close(self) -> None:
         """Send what waits, for `CLOSE_S` at most."""
-        self._put(None)
-        self._thread.join(CLOSE_S)
+        end = time.monotonic() + CLOSE_S
+        with suppress(Full):  # an exporter that is behind is told of the end when there is room
+            self._records.put(None, timeout=CLOSE_S)
+        self._thread.join(max(0.0, end - time.monotonic()))
         if self._thread.is_alive():
             self._fail(f"what it had not sent {CLOSE_S:g} s after the end is left out")
 
@@ -75,7 +78,7 @@ class Background(Exporter):
         self._told = True
         return self._failure
 
-    def _put(self, send: Callable[[Exporter], None] | None) -> None:
+    def _put(self, send: Callable[[Exporter], None]) -> None:
         try:
             self._records.put_nowait(send)
         except Full:

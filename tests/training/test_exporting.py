@@ -133,3 +133,24 @@ def test_the_check_knows_what_is_installed_and_overrides_reach_the_section(tmp_p
     assert run.monitoring.opentelemetry.endpoint == "http://collector:4318"
     with pytest.raises(ConfigError, match=r"monitoring.opentelemetry.endpoint"):
         load_run("tests/tiny.yaml", ["monitoring.opentelemetry={endpoint: 'collector:4318'}"])
+
+
+def test_an_exporter_that_is_behind_at_the_end_is_closed_when_it_has_caught_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "MOST_WAITING", 2)
+    goes_on = threading.Event()
+
+    class Behind(Kept):
+        def scalars(self, numbers: Mapping[str, float], step: int) -> None:
+            goes_on.wait()
+            super().scalars(numbers, step)
+
+    behind = Behind()
+    background = Background("behind", lambda fail: behind)
+    background.scalars({}, 1)
+    waited_for(background._records.empty)
+    background.scalars({}, 2)
+    background.scalars({}, 3)
+    assert background._records.full()
+    threading.Timer(0.2, goes_on.set).start()
+    background.close()
+    assert (list(behind.numbers), behind.closed) == ([1, 2, 3], True)
