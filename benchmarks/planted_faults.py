@@ -158,7 +158,7 @@ def record_of(stage: StageRecord) -> dict[str, dict[int, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--picture", type=Path, default=Path("docs/held_out_faults.png"))
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/planted_faults.json"))
     arguments = parser.parse_args()
