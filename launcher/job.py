@@ -21,6 +21,9 @@ from megadiff.config.schema import LocalCluster, Run, Stage
 from megadiff.config.schema.cluster import Machines
 from megadiff.launcher.devices import CPU, CUDA, Devices, find_devices, processes_for, threads_for
 
+CACHES = {"TRITON_CACHE_DIR": "triton", "TORCH_EXTENSIONS_DIR": "torch_extensions", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+"""By variable, the folder of a user's cache that it names."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -131,7 +134,7 @@ def cache_folders(cluster: Machines) -> dict[str, str]:
     if cluster.cache is None:
         return {}
     own = Path(cluster.cache) / getpass.getuser()
-    return {"TRITON_CACHE_DIR": str(own / "triton"), "TORCH_EXTENSIONS_DIR": str(own / "torch_extensions")}
+    return {variable: str(own / folder) for variable, folder in CACHES.items()}
 
 
 def missing_files(run: Run) -> list[str]:

@@ -13,6 +13,7 @@ from megadiff.config.run_folder import StageFolder, SubmissionFolder
 from megadiff.config.schema import DeepSpeedCluster, SlurmCluster
 from megadiff.launcher.children import ERROR_FILE
 from megadiff.launcher.hostfile import RUNNER
+from megadiff.launcher.job import CACHES
 
 Slurm = SlurmCluster | DeepSpeedCluster
 
@@ -101,8 +102,8 @@ def _settings(cluster: Slurm, job: Job) -> str:
     # Ranks that have outlived an earlier turn of the job must not speak for this one.
     lines += [f'export {ERROR_FILE}={shlex.quote(str(job.error))}."$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}"']
     if cluster.cache:
-        cache = f'{shlex.quote(cluster.cache)}/"$(id -un)"'
-        lines += [f"export TRITON_CACHE_DIR={cache}/triton TORCH_EXTENSIONS_DIR={cache}/torch_extensions"]
+        own = f'{shlex.quote(cluster.cache)}/"$(id -un)"'
+        lines += ["export " + " ".join(f"{variable}={own}/{folder}" for variable, folder in CACHES.items())]
     lines += [
         # Else `python -m` would look in the working folder first, which may be a newer state of the code.
         f'export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(job.submission.code))}:"${{PYTHONPATH:+$PYTHONPATH:}}$PWD"',

@@ -41,7 +41,7 @@ REQUEST_FLAGS = (
         "blank_tokens",
         "table",
     ),
-    *("data", "strength", "condition_time", "autoencoder", "size", "guide", "seed", "batch"),
+    *("data", "strength", "condition_time", "autoencoder", "size", "guide", "seed", "batch", "compile"),
 )
 """Flags that are fields of a request as they are."""
 
@@ -88,6 +88,11 @@ def add_flags(parser: argparse.ArgumentParser, what: Any, *, needs_task: bool) -
     how.add_argument("--seed", metavar="K", type=int, default=0, help="the same seed gives the same samples (default: 0)")
     how.add_argument(
         "--batch", metavar="B", type=positive, default=32, help="samples drawn at once; no effect on them (default: 32)"
+    )
+    how.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the network first (torch.compile, on a GPU CUDA graphs): minutes at its first use, no faster on a CPU",
     )
     how.add_argument("--processes", metavar="N", type=positive, default=1, help="processes on this machine (default: 1)")
 

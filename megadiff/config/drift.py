@@ -15,9 +15,9 @@ FREE = (
     *("name", "launch", "preflight", "safeguards", "monitoring", "showcase"),
     *(f"data.{key}" for key in ("held_out", "max_unreadable_share", "workers", "prefetch_batches", "downloads", "cache")),
     *(f"stages.*.{key}" for key in ("checkpoint", "samples", "held_out_loss", "evaluation", "log_every_steps")),
-    *("stages.*.batch.micro_batch", "stages.*.activation_checkpointing"),
+    *("stages.*.batch.micro_batch", "stages.*.activation_checkpointing", "stages.*.compile"),
 )
-"""Keys, and sections, that change neither what is learnt nor from what; the last two change how ranks share the work."""
+"""Keys, and sections, that change neither what is learnt nor from what; the last three change how ranks do the work."""
 _SHOWN = 6
 _ABSENT = object()
 

@@ -57,12 +57,17 @@ def layout_of(tree: Mapping[str, Any], world: int, rank: int = 0) -> Layout:
 
 
 def misfits(model: Model, stage: Stage, layout: Layout) -> list[str]:
-    """Why a model cannot be trained in a layout: sizes that do not divide, or more pipeline stages than layers."""
+    """Why a model cannot be trained in a layout: sizes that do not divide, more pipeline stages than layers, or what the layout
+    does not support.
+    """
+    found = refusals(model, layout.tensor)
+    if stage.compile and layout.tensor > 1:
+        found.append("compile is not supported with tensor parallelism, whose layers wait for each other; leave one out")
     try:
         partition(model, stage, layout.pipeline)
     except ConfigError as error:
-        return [str(error), *refusals(model, layout.tensor)]
-    return refusals(model, layout.tensor)
+        return [str(error), *found]
+    return found
 
 
 def faults(tree: Mapping[str, Any]) -> Iterator[str]:

@@ -73,6 +73,10 @@ def draw_up(model: Model, stage: Stage, tree: Mapping[str, Any], layout: Layout,
     with torch.device("meta"):
         module = build_model(model, predicted, stage.alignment).to(torch.bfloat16 if bf16 else torch.float32)
     module.activation_checkpointing = stage.activation_checkpointing
+    if stage.compile:
+        from megadiff.models.compiling import compile_for_training
+
+        compile_for_training(module)
     idle = idle_parameters(model, stage, [name for name, _ in named_parameters(module)])
     for name, parameter in named_parameters(module):
         parameter.requires_grad_(is_trained(part_of(name), stage) and name not in idle.whole)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from deepspeed.runtime.zero import stage3
+from deepspeed.utils import set_z3_leaf_modules, z3_leaf_module
 from torch import Tensor, nn
 
 
@@ -40,6 +44,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     DeepSpeed's own (`memory_efficient_linear`) adds the bias in a pass of its own, and costs more per call.
     """
+    if torch.compiler.is_compiling():  # a graph keeps the weight itself
+        return _plain_linear(input, weight, bias)
     result: Tensor = _Linear.apply(input, weight, bias)  # type: ignore[no-untyped-call]
     return result
 
@@ -49,8 +55,21 @@ def release_linear_weights() -> None:
     torch.nn.functional.linear = linear
 
 
+@contextmanager
+def gathered_whole(module: nn.Module, kind: type[nn.Module]) -> Iterator[None]:
+    """ZeRO-3, if it wraps the module meanwhile, gathers all weights of each module of a kind at once."""
+    set_z3_leaf_modules(module, [kind])
+    own = stage3.z3_leaf_parameter
+    # Such modules' gradients it would reduce in a hook of torch's, which does not see the tensors in a Stream.
+    stage3.z3_leaf_parameter = lambda _: False
+    try:
+        yield
+    finally:
+        stage3.z3_leaf_parameter = own
+
+
 def drop_idle_hooks(engine: Any) -> None:
-    """Remove ZeRO-3's hooks from the modules that own no weight.
+    """Remove ZeRO-3's hooks from the modules that own no weight, and do not gather those of all that is in them.
 
     They gather nothing, and cost an autograd node for each tensor that enters or leaves the module.
 
@@ -59,7 +78,7 @@ def drop_idle_hooks(engine: Any) -> None:
     """
     offload = engine.optimizer.parameter_offload
     root: nn.Module = offload.module
-    idle = [module for module in root.modules() if module is not root and not module._parameters]
+    idle = [m for m in root.modules() if m is not root and not m._parameters and not z3_leaf_module(m)]
     tables = {id(table) for module in idle for table in (module._forward_hooks, module._forward_pre_hooks)}
     for handle in (*offload.forward_hooks, *offload.backward_hooks):
         if id(handle.hooks_dict_ref()) in tables:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import deepspeed
 import torch
@@ -12,9 +12,10 @@ from torch.profiler import record_function
 
 from megadiff.engine.api import BACKWARD, FORWARD, OPTIMIZER, REDUCE, Outcome, PreparedBatch, Score
 from megadiff.engine.blueprint import Blueprint, materialise, split_if_tensor_parallel
-from megadiff.engine.gathered import drop_idle_hooks, release_linear_weights
+from megadiff.engine.gathered import drop_idle_hooks, gathered_whole, release_linear_weights
 from megadiff.engine.optimizer import build_optimizer, clip_and_skip, gradient_norm
 from megadiff.engine.zero_pieces import zero_pieces
+from megadiff.models.blocks import Block
 from megadiff.models.names import decayed_names
 from megadiff.types import Denoiser
 
@@ -42,7 +43,10 @@ class ZeroBackend:
             # DeepSpeed neither reports nor checks its norm there, and would take it beside ours.
             config["gradient_clipping"] = 0.0
             optimizer.register_step_pre_hook(lambda *_: self._clip_gradients())
-        self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=self.mpu)
+        # A compiled block's weights are gathered outside its graph, all at once.
+        whole = gathered_whole(module, Block) if blueprint.zero == 3 and blueprint.stage.compile else nullcontext()
+        with whole:
+            self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=self.mpu)
         if blueprint.zero == 0 and self.layout.data_ranks == 1:
             # It would copy all gradients into one tensor and back, to add up those of one rank.
             self.engine.allreduce_gradients = lambda *_, **__: None

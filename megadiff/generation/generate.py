@@ -24,7 +24,7 @@ from megadiff.generation.request import GenerateRequest
 from megadiff.generation.tasks import draw
 from megadiff.generation.writing import RECORDS, SampleWriter, join_records, open_folder
 from megadiff.storage import store
-from megadiff.weights.loading import AUTOENCODER, Loaded
+from megadiff.weights.loading import AUTOENCODER, Loaded, compile_network
 
 SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_LOOKS = 10.0, 0.2
 
@@ -42,6 +42,9 @@ def generate(request: GenerateRequest) -> Path:
     device = device_of(ranks)
     loaded = load(request.checkpoint, request.weights, device, autoencoder=request.autoencoder, size=request.size)
     guide = None if request.guide is None else _guide(request, loaded, device)
+    if request.compile:
+        for network in (loaded, *([] if guide is None else [guide])):
+            compile_network(network)
     _check_autoencoders(loaded, request)
     codecs = codecs_of(loaded)
     chunks = Planner(request, loaded, codecs).chunks()

@@ -37,6 +37,7 @@ class GenerateRequest:
     seed: int = 0
     n: int | None = None
     batch: int = 32
+    compile: bool = False
     format: str = "folder"
 
     def record(self) -> dict[str, Any]:

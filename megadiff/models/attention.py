@@ -45,5 +45,8 @@ class Projection(nn.Module):
         if self.query_gain is not None and self.key_gain is not None:
             # A new tensor: after this forward ZeRO-3 empties the parameters, and attention runs later.
             gains = torch.stack([self.query_gain, self.key_gain])
-        rotary = None if self.rotary is None else self.rotary(tokens.device, *(grid or (self.length,)))
-        return Projected(qkv, gains, rotary, span)
+        return Projected(qkv, gains, self.table(tokens.device, grid), span)
+
+    def table(self, device: torch.device, grid: tuple[int, int] | None) -> Tensor | None:
+        """The rotary table of a grid of patches, or of a sequence; None without rotary positions."""
+        return None if self.rotary is None else self.rotary(device, *(grid or (self.length,)))

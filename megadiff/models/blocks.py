@@ -6,7 +6,7 @@ Legend: B samples, S tokens of one modality, R packed rows, D width. Source: Ess
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -99,16 +99,22 @@ class Block(nn.Module):
         self.parts = nn.ModuleDict({name: BlockPart(config, name) for name in names})
 
     def forward(self, stream: Stream) -> Stream:
+        own = {name: stream.tokens[name] for name in self.parts}
+        conditioning = {name: stream.conditioning[name] for name in own}
+        tokens = self.compute(own, conditioning, {name: placing_of(stream, name) for name in own})
+        return stream._replace(tokens={**stream.tokens, **tokens})
+
+    def compute(
+        self, tokens: Mapping[str, Tensor], conditioning: Mapping[str, Tensor], placings: Mapping[str, Placing]
+    ) -> dict[str, Tensor]:
+        """The tokens of the block's modalities after it; what torch.compile makes a graph of (compiling.py)."""
         parts: dict[str, BlockPart] = dict(self.parts.items())  # type: ignore[arg-type]
-        placings = {name: placing_of(stream, name) for name in parts}
-        projected = {
-            name: part.project(stream.tokens[name], stream.conditioning[name], placings[name]) for name, part in parts.items()
-        }
+        projected = {name: part.project(tokens[name], conditioning[name], placings[name]) for name, part in parts.items()}
         attended = joint_attention([projection for _, projection in projected.values()])
-        tokens = dict(stream.tokens)
-        for (name, part), rows in zip(parts.items(), attended, strict=True):
-            tokens[name] = part.finish(tokens[name], rows, projected[name][0], placings[name])
-        return stream._replace(tokens=tokens)
+        return {
+            name: part.finish(tokens[name], rows, projected[name][0], placings[name])
+            for (name, part), rows in zip(parts.items(), attended, strict=True)
+        }
 
 
 class StreamNorm(nn.Module):

@@ -80,6 +80,13 @@ def load(address: str, weights: str = "ema", device: torch.device | str = "cpu")
     return Loaded(checkpoint.model, checkpoint.data, checkpoint.predicted, module, source, fingerprint, checkpoint.card)
 
 
+def compile_network(loaded: Loaded) -> None:
+    """Let the network's blocks run compiled, for sampling."""
+    from megadiff.models.compiling import compile_for_sampling  # imports the compiler, which takes seconds
+
+    compile_for_sampling(loaded.module)
+
+
 def from_checkpoint(folder: Path, weights: str) -> export.Exported:
     """A checkpoint's configuration and whole tensors on the CPU."""
     reader = _checked(folder)

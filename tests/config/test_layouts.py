@@ -79,5 +79,12 @@ def test_what_cannot_be_is_refused_before_anything_starts(changes: dict[str, Any
     assert said in fault({**ZERO1, **changes})
 
 
+def test_compiled_blocks_are_refused_under_tensor_parallelism(tmp_path: Path) -> None:
+    run = minimal_run(tmp_path, stage_defaults__compile=True)
+    resolve_run(with_sizes(ZERO1, pipeline=2), run, ranks=2, accelerator=False)
+    with pytest.raises(ConfigError, match="compile is not supported with tensor parallelism"):
+        resolve_run(with_sizes(ZERO1, tensor=2), run, ranks=2, accelerator=False)
+
+
 def test_one_stage_is_no_pipeline_and_goes_with_any_zero() -> None:
     check(with_sizes(ZERO3, pipeline=1, tensor=1))

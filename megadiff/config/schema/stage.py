@@ -164,6 +164,9 @@ class Stage(Section):
     precision: Literal["bf16", "fp32", "auto"] = "auto"
     """auto: bf16 on an accelerator, fp32 on a CPU."""
     activation_checkpointing: bool = False
+    compile: bool = False
+    """Compile blocks for training (torch.compile). The first start takes minutes longer, later ones find the result in a cache.
+    On a CPU steps are no faster."""
     antithetic_times: bool = True
     """Spread the times of a global batch evenly (low discrepancy)."""
     alignment: Alignment | None = None

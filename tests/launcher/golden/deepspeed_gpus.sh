@@ -22,7 +22,7 @@ module load cuda/12.8 || exit 1
 export OMP_NUM_THREADS=12
 export NCCL_IB_HCA=mlx5_0,mlx5_1
 export MEGADIFF_ERROR_FILE=/shared/100%/runs/minimal/first/error.txt."$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
-export TRITON_CACHE_DIR='/local disk/cache'/"$(id -un)"/triton TORCH_EXTENSIONS_DIR='/local disk/cache'/"$(id -un)"/torch_extensions
+export TRITON_CACHE_DIR='/local disk/cache'/"$(id -un)"/triton TORCH_EXTENSIONS_DIR='/local disk/cache'/"$(id -un)"/torch_extensions TORCHINDUCTOR_CACHE_DIR='/local disk/cache'/"$(id -un)"/inductor
 export PYTHONSAFEPATH=1 PYTHONPATH=/shared/100%/runs/minimal/submitted/001/code:"${PYTHONPATH:+$PYTHONPATH:}$PWD"
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))  # from 32768 on, Linux gives ports to outgoing connections
