@@ -12,6 +12,7 @@ from megadiff.generation.request import GenerateRequest
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # on importing Inductor
 def test_a_compiled_network_draws_the_same(exported, tmp_path):
     shared = {"checkpoint": str(exported), "task": "text-to-image", "prompt": ("red heart", "cat"), "n": 2}
     sampling = Sampling(steps=3, guidance=2.0)
