@@ -23,6 +23,7 @@ from megadiff.models.embeddings import Embed
 from megadiff.models.heads import Heads
 from megadiff.models.initial import Initial, initial_range
 from megadiff.models.layers import HiddenProjection
+from megadiff.models.memory import keep_freed_memory
 from megadiff.models.names import name_layers, named_owners, named_parameters
 from megadiff.types import ALIGNMENT, Dense, Noised, Prediction, Readout, SampledRows, Stream
 
@@ -142,6 +143,8 @@ def build_model(config: Model, predicted: Collection[str], alignment: Alignment 
     unknown = [name for name in predicted if name not in config.modalities]
     if unknown:
         raise ConfigError(f"predicted names {', '.join(unknown)}; the model's modalities are {', '.join(config.modalities)}")
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     try:
         settle()
     except ValueError as error:
