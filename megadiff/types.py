@@ -117,6 +117,8 @@ class Stream(NamedTuple):
         ragged: for some modalities, the lengths of their samples.
         rows: for packed modalities, the origin of their rows.
         tapped: [B, S, F], tokens that the alignment layer projected for the last layer; None before that layer and without it.
+        read: the modalities whose tokens lead somewhere from the last joint block, which leaves others unchanged; and the
+            samples in which they do, int64 [b], which alone it keeps (None: all). None: all modalities, in all samples.
     """
 
     tokens: dict[str, Tensor]
@@ -126,19 +128,32 @@ class Stream(NamedTuple):
     ragged: Mapping[str, Ragged] = {}
     rows: Mapping[str, Rows] = {}
     tapped: Tensor | None = None
+    read: Mapping[str, Tensor | None] | None = None
+
+    def kept(self, name: str) -> Tensor | None:
+        """int64 [b], the samples that a modality's tokens are left of; None: all."""
+        samples = None if self.read is None else self.read.get(name)
+        return None if samples is None or len(self.tokens[name]) == len(self.conditioning[name]) else samples
 
     def dense(self, name: str) -> Tensor:
-        """A modality's tokens [B, S, D], zero at positions without one."""
-        tokens = self.tokens[name]
+        """A modality's tokens [B, S, D], zero where there is none."""
+        tokens, batch = self.tokens[name], len(self.conditioning[name])
         if name not in self.rows:
-            return tokens
-        rows, batch = self.rows[name], len(self.conditioning[name])
+            samples = self.kept(name)
+            return tokens if samples is None else tokens.new_zeros(batch, *tokens.shape[1:]).index_copy(0, samples, tokens)
+        rows = self.rows[name]
         padded = tokens.new_zeros(batch * rows.length, tokens.shape[-1])
         return padded.index_copy(0, rows.places, tokens).view(batch, rows.length, -1)
 
 
 class Dense(NamedTuple):
-    """Readout: the whole output. Grids: [B, C, H, W]. Tokens: logits [B, S, V], for small vocabularies and tests only."""
+    """Readout: the whole output. Grids: [B, C, H, W]. Tokens: logits [B, S, V], for small vocabularies and tests only.
+
+    Attributes:
+        samples: int64 [b], the samples that are read, ascending: the output of the others is open. None: all.
+    """
+
+    samples: Tensor | None = None
 
 
 class TokenLosses(NamedTuple):
@@ -222,12 +237,14 @@ class SampledRows(NamedTuple):
         weights: float32 [K, R], each column adding up to 1.
         keys: the random numbers of the draws.
         rule: how tokens are drawn from logits.
+        samples: int64 [b], the samples that have these positions, ascending. None: all.
     """
 
     rows: Tensor
     weights: Tensor
     keys: RowKeys
     rule: DrawRule
+    samples: Tensor | None = None
 
 
 class TokenDraws(NamedTuple):

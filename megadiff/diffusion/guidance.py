@@ -21,8 +21,9 @@ from megadiff.config.schema import Sampling
 from megadiff.diffusion.categorical import CLEAN_TIME
 from megadiff.diffusion.objective import assemble, ragged_of
 from megadiff.diffusion.process import Process
+from megadiff.diffusion.solvers import SolverReadout
 from megadiff.kernels.head_draw import draw_rows
-from megadiff.types import Denoiser, Noised, Prediction, Ragged, Readout, RowLogits, SampledRows, TokenDraws
+from megadiff.types import Denoiser, Dense, Noised, Prediction, Ragged, Readout, RowLogits, SampledRows, TokenDraws
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,13 @@ class Guided:
     guide: Denoiser | None = None
     _lengths: dict[str, tuple[Tensor, Tensor, Ragged | None]] = field(default_factory=dict)
 
-    def __call__(self, states: Mapping[str, Tensor], times: Mapping[str, Tensor], readout: Mapping[str, Readout]) -> Prediction:
+    def __call__(
+        self, states: Mapping[str, Tensor], times: Mapping[str, Tensor], readout: Mapping[str, SolverReadout]
+    ) -> Prediction:
         """The guided prediction for states whose clocks stand at `times`.
 
-        All branches run as one batch: the conditional one first, then one per guided modality. Rows of tokens are read only in
-        the branches that their own modality needs.
+        All branches run as one batch: the conditional one first, then one per guided modality. A modality is read in the first
+        and its own alone.
 
         Args:
             times: per modality [B], on the CPU: which branches are needed is decided without waiting for a GPU.
@@ -57,7 +60,11 @@ class Guided:
         noised = _joined([own, *(self._without_conditions(name, states, times, ragged) for name in weights)])
         branch_of = {name: index for index, name in enumerate(weights, 1)}
         requests = {
-            name: _in_branches(request, states[name], branch_of.get(name), weights.get(name))
+            name: self._read_in(
+                _in_branches(request, states[name], branch_of.get(name), weights.get(name)),
+                branch_of.get(name),
+                1 + len(weights),
+            )
             for name, request in readout.items()
         }
         if self.guide is not None and self.sampling.autoguidance != 1:
@@ -107,6 +114,14 @@ class Guided:
         as_before = {name: lengths for name, lengths in ragged.items() if noisier[name] is states[name]}
         return assemble(self.processes, noisier, then, as_before)
 
+    def _read_in(self, readout: SolverReadout, branch: int | None, branches: int) -> SolverReadout:
+        """The readout in the first of the branches and in `branch`."""
+        read = [0] if branch is None else [0, branch]
+        if len(read) == branches:
+            return readout
+        own = torch.arange(len(self.keys), device=self.keys.device)
+        return readout._replace(samples=torch.cat([own + place * len(own) for place in read]))
+
     def _mixed(self, answer: Tensor | TokenDraws, branch: int | None, weights: Tensor | None) -> Tensor | TokenDraws:
         if isinstance(answer, TokenDraws):
             return answer
@@ -122,7 +137,7 @@ class Guided:
         guide: Denoiser,
         own: Noised,
         noised: Noised,
-        requests: Mapping[str, Readout],
+        requests: Mapping[str, SolverReadout],
         weights: Mapping[str, Tensor],
         branch_of: Mapping[str, int],
     ) -> Prediction:
@@ -172,7 +187,7 @@ def _joined_lengths(name: str, branches: list[Noised]) -> Ragged:
     return Ragged(lengths, sum(part.total for part in parts), max(part.longest for part in parts))
 
 
-def _in_branches(readout: Readout, state: Tensor, branch: int | None, weights: Tensor | None) -> Readout:
+def _in_branches(readout: SolverReadout, state: Tensor, branch: int | None, weights: Tensor | None) -> SolverReadout:
     """A modality's readout: chosen rows are read in the conditional branch and in its own unconditional one."""
     if not isinstance(readout, SampledRows) or branch is None or weights is None:
         return readout
@@ -180,6 +195,6 @@ def _in_branches(readout: Readout, state: Tensor, branch: int | None, weights: T
     return readout._replace(rows=torch.stack([rows, rows + branch * state.numel()]), weights=torch.stack([of_row, 1 - of_row]))
 
 
-def _logits_of(readout: Readout, branches: int | None = None) -> Readout:
-    """The logits behind draws; other readouts as they are."""
-    return RowLogits(readout.rows[:branches].flatten()) if isinstance(readout, SampledRows) else readout
+def _logits_of(readout: SolverReadout, branches: int | None = None) -> Readout:
+    """The logits behind draws; a whole output as it is."""
+    return RowLogits(readout.rows[:branches].flatten()) if isinstance(readout, SampledRows) else Dense()

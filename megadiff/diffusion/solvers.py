@@ -13,7 +13,9 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from megadiff.types import Readout
+from megadiff.types import Dense, SampledRows
+
+SolverReadout = Dense | SampledRows
 
 
 class SolverStep(NamedTuple):
@@ -50,7 +52,7 @@ class Solver(Protocol):
     def plan(self, state: Tensor, steps: Sequence[SolverStep]) -> None:
         """Count what the steps of a run will ask for. Called before a run in which every step is made once."""
 
-    def request(self, state: Tensor, step: SolverStep) -> Readout:
+    def request(self, state: Tensor, step: SolverStep) -> SolverReadout:
         """What to read out at the step's beginning."""
 
     def move(self, state: Tensor, step: SolverStep, request: Any, prediction: Any) -> StepEnd:

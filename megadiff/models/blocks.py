@@ -83,38 +83,68 @@ class Placing(NamedTuple):
 
 def placing_of(stream: Stream, name: str) -> Placing:
     """The layout of a modality's tokens in a stream."""
-    rows = stream.rows.get(name)
+    rows, tokens = stream.rows.get(name), stream.tokens[name]
     lengths = stream.ragged[name].lengths if name in stream.ragged else None
-    longest = stream.tokens[name].shape[1] if rows is None else stream.ragged[name].longest
-    starts = None if rows is None else rows.starts
-    span = Span(len(stream.conditioning[name]), longest, starts, lengths, stream.visible[name])
+    visible = stream.visible[name]
+    visible = None if visible is None else _kept(stream, name, visible)
+    if rows is None:
+        span = Span(len(tokens), tokens.shape[1], None, lengths, visible)
+    else:
+        span = Span(len(rows.starts), stream.ragged[name].longest, rows.starts, lengths, visible)
     return Placing(span, None if rows is None else rows.samples, stream.grids.get(name))
 
 
-class Block(nn.Module):
-    """Attention over the tokens of the block's modalities, then an MLP for each; it leaves other modalities unchanged."""
+def _kept(stream: Stream, name: str, values: Tensor) -> Tensor:
+    """Of values [B, ...], those of the samples that a modality's tokens are left of."""
+    samples = stream.kept(name)
+    return values if samples is None else values[samples]
 
-    def __init__(self, config: Model, names: Sequence[str]) -> None:
+
+class Block(nn.Module):
+    """Attention over the tokens of the block's modalities, then an MLP for each; it leaves other modalities unchanged.
+
+    Attributes:
+        last: whether it is the last joint block, after which tokens lead no further than `Stream.read` says.
+    """
+
+    def __init__(self, config: Model, names: Sequence[str], *, last: bool = False) -> None:
         super().__init__()
+        self.last = last
         self.parts = nn.ModuleDict({name: BlockPart(config, name) for name in names})
 
     def forward(self, stream: Stream) -> Stream:
         own = {name: stream.tokens[name] for name in self.parts}
-        conditioning = {name: stream.conditioning[name] for name in own}
-        tokens = self.compute(own, conditioning, {name: placing_of(stream, name) for name in own})
+        conditioning = {name: _kept(stream, name, stream.conditioning[name]) for name in own}
+        read = stream.read if self.last and stream.read is not None else dict.fromkeys(own)
+        tokens = self.compute(own, conditioning, {name: placing_of(stream, name) for name in own}, read)
         return stream._replace(tokens={**stream.tokens, **tokens})
 
     def compute(
-        self, tokens: Mapping[str, Tensor], conditioning: Mapping[str, Tensor], placings: Mapping[str, Placing]
+        self,
+        tokens: Mapping[str, Tensor],
+        conditioning: Mapping[str, Tensor],
+        placings: Mapping[str, Placing],
+        read: Mapping[str, Tensor | None],
     ) -> dict[str, Tensor]:
-        """The tokens of the block's modalities after it; what torch.compile makes a graph of (compiling.py)."""
+        """What torch.compile makes a graph of (compiling.py).
+
+        Args:
+            tokens, conditioning, placings: of each of the block's modalities.
+            read: the modalities whose tokens lead on, and int64 [b], the samples of which; None: all.
+
+        Returns:
+            The tokens of those after the block.
+        """
         parts: dict[str, BlockPart] = dict(self.parts.items())  # type: ignore[arg-type]
         projected = {name: part.project(tokens[name], conditioning[name], placings[name]) for name, part in parts.items()}
-        attended = joint_attention([projection for _, projection in projected.values()])
-        return {
-            name: part.finish(tokens[name], rows, projected[name][0], placings[name])
-            for (name, part), rows in zip(parts.items(), attended, strict=True)
-        }
+        attended = dict(zip(parts, joint_attention([projection for _, projection in projected.values()]), strict=True))
+        finished = {}
+        for name, samples in read.items():
+            own, rows, vectors = tokens[name], attended[name], projected[name][0]
+            if samples is not None:
+                own, rows, vectors = own[samples], rows[samples], Modulated(*(vector[samples] for vector in vectors))
+            finished[name] = parts[name].finish(own, rows, vectors, placings[name])
+        return finished
 
 
 class StreamNorm(nn.Module):

@@ -88,16 +88,20 @@ class CompiledCompute:
         self.compiled = torch.compile(self.plain, backend=graphs, dynamic=False, fullgraph=True)
 
     def __call__(
-        self, tokens: Mapping[str, Tensor], conditioning: Mapping[str, Tensor], placings: Mapping[str, Placing]
+        self,
+        tokens: Mapping[str, Tensor],
+        conditioning: Mapping[str, Tensor],
+        placings: Mapping[str, Placing],
+        read: Mapping[str, Tensor | None],
     ) -> dict[str, Tensor]:
         if self.training_only and not self.block.training:
-            return self.plain(tokens, conditioning, placings)
+            return self.plain(tokens, conditioning, placings, read)
         bounded = {name: self._bounded(name, tokens[name], placing) for name, placing in placings.items()}
         try:
             if self.graphs.made < MOST_GRAPHS:
-                return self.compiled(tokens, conditioning, bounded)
+                return self.compiled(tokens, conditioning, bounded, read)
             with torch.compiler.set_stance("eager_on_recompile"):
-                return self.compiled(tokens, conditioning, bounded)
+                return self.compiled(tokens, conditioning, bounded, read)
         except BackendCompilerFailed as error:
             why = str(error.inner_exception).strip().partition("\n")[0]
             raise UserError(f"compile: blocks cannot be compiled here ({why}); leave compile out") from error

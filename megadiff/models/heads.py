@@ -120,7 +120,7 @@ class TokenHead(Head):
                 if not mask_class:
                     return losses
                 return losses._replace(weighted=losses.weighted + self._of_mask_class(hidden, scored) * weights)
-            case SampledRows(rows, branch_weights, keys, rule):
+            case SampledRows(rows, branch_weights, keys, rule, _):
                 return self.draws(hidden, rows, branch_weights, keys, rule)
             case RowLogits(rows):
                 return self.logits(hidden, rows)

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megadiff.config.errors import ConfigError, UserError
@@ -23,8 +23,9 @@ from megadiff.models.embeddings import Embed
 from megadiff.models.heads import Heads
 from megadiff.models.initial import Initial, initial_range
 from megadiff.models.layers import HiddenProjection
+from megadiff.models.memory import keep_freed_memory
 from megadiff.models.names import name_layers, named_owners, named_parameters
-from megadiff.types import ALIGNMENT, Noised, Prediction, Readout, Stream
+from megadiff.types import ALIGNMENT, Dense, Noised, Prediction, Readout, SampledRows, Stream
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -44,7 +45,7 @@ class MMDiT(nn.Module):
         names = list(config.modalities)
         self.predicted = tuple(name for name in names if name in predicted)
         self.embed = Embed(config)
-        self.joint = nn.ModuleList(Block(config, names) for _ in range(config.joint_depth))
+        self.joint = nn.ModuleList(Block(config, names, last=i == config.joint_depth - 1) for i in range(config.joint_depth))
         self.trunk_norm = StreamNorm(config, names) if config.trunk_norm else None
         self.towers = nn.ModuleDict({name: _tower(config, name) for name in self.predicted})
         self.heads = Heads(config, self.predicted)
@@ -65,9 +66,22 @@ class MMDiT(nn.Module):
             UserError: a modality has no head.
         """
         embed, *layers, heads = self.layers(readout)
-        stream = run_layers(layers, embed(noised), recompute=self.activation_checkpointing)
-        prediction: Prediction = heads(stream, readout)
+        stream = embed(noised)._replace(read=self._read(noised, readout))
+        prediction: Prediction = heads(run_layers(layers, stream, recompute=self.activation_checkpointing), readout)
         return prediction
+
+    def _read(self, noised: Noised, readout: Mapping[str, Readout]) -> dict[str, Tensor | None] | None:
+        """`Stream.read`, if there are joint blocks."""
+        if not self.joint:
+            return None
+        read = {name: readout[name] for name in self.predicted if name in readout}
+        samples = {
+            name: wanted.samples if isinstance(wanted, Dense | SampledRows) and name not in noised.ragged else None
+            for name, wanted in read.items()
+        }
+        if self.alignment is not None and ALIGNMENT in readout and self.alignment.block == len(self.joint) - 1:
+            samples[self.alignment.modality] = None
+        return samples
 
     @property
     def device(self) -> torch.device:
@@ -129,6 +143,8 @@ def build_model(config: Model, predicted: Collection[str], alignment: Alignment 
     unknown = [name for name in predicted if name not in config.modalities]
     if unknown:
         raise ConfigError(f"predicted names {', '.join(unknown)}; the model's modalities are {', '.join(config.modalities)}")
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     try:
         settle()
     except ValueError as error:

@@ -288,3 +288,19 @@ def test_a_condition_noisier_than_the_final_time_stays_as_it_is_while_a_cleaner_
     assert later == pytest.approx({"tokens": 0.4, "grid": 0.5, "other": 0.9})
     assert torch.equal(seen.states["other"][COUNT:], states["other"])
     assert not torch.equal(seen.states["grid"][COUNT:], states["grid"])
+
+
+def test_a_modality_is_read_in_the_first_branch_and_its_own_alone():
+    seen = []
+
+    def noting(noised: Noised, readout: Mapping[str, Readout]) -> Prediction:
+        seen.append({name: wanted.samples for name, wanted in readout.items()})  # type: ignore[union-attr]
+        return IdealDenoiser(MODEL)(noised, readout)
+
+    Sampler(MODEL, Sampling(steps=2, guidance=2.0)).sample(noting, KEYS, generate=["tokens", "grid"])
+    first, second_of_heun, both, *_ = seen
+    assert first == {"tokens": None, "grid": None}  # at t = 1 nothing is noised further: one branch
+    assert second_of_heun == {"grid": None}  # two branches, both its own
+    own = torch.arange(COUNT)
+    for branch, name in enumerate(both, 1):
+        assert torch.equal(both[name], torch.cat([own, own + branch * COUNT]))

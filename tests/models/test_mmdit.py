@@ -300,3 +300,22 @@ def test_a_model_without_learned_positions_takes_grids_of_other_sizes(positions)
     assert torch.equal(first["picture"], again["picture"])
     square = noised._replace(states={**noised.states, "picture": noised.states["picture"].reshape(3, 3, 6, 4)})
     assert not torch.allclose(model(square, readout)["words"], first["words"])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_readout_of_some_samples_gives_there_what_the_whole_one_gives(variant):
+    model, noised = small_model(VARIANTS[variant]), small_noised()
+    whole = model(noised, BOTH)
+    some = {"words": torch.tensor([0, 2]), "picture": torch.tensor([1])}
+    found = model(noised, {name: Dense(samples) for name, samples in some.items()})
+    for name, samples in some.items():
+        assert found[name].shape == whole[name].shape
+        torch.testing.assert_close(found[name][samples], whole[name][samples])
+
+
+def test_the_last_joint_block_finishes_no_modality_that_is_not_read():
+    model = small_model(small_config(joint_depth=2))
+    run = modules_run(model, {"picture": Dense()})
+    assert "joint.0.parts.words.mlp" in run
+    assert "joint.1.parts.words.projection" in run
+    assert not {"joint.1.parts.words.output", "joint.1.parts.words.mlp"} & set(run)
