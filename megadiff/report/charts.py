@@ -30,15 +30,18 @@ class Line:
     smoothed: bool = False
 
 
-def chart(title: str, lines: Sequence[Line]) -> str:
-    """An SVG element. The scale is logarithmic where all numbers are above 0 and spread over a factor of 20."""
+def chart(title: str, lines: Sequence[Line], *, salt: str) -> str:
+    """An SVG element. The scale is logarithmic where all numbers are above 0 and spread over a factor of 20.
+
+    Args:
+        salt: of the element's ids, which differ from those of other charts in a page.
+    """
     # Imported here: it takes a second.
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    # Ids in the SVG come from the salt; several charts share a page.
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 8}):
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 8}):
         figure = Figure(figsize=SIZE_INCHES, layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()

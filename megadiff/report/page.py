@@ -17,7 +17,8 @@ body { font: 14px/1.45 system-ui, sans-serif; color: #18181b; max-width: 1500px;
 h1 { font-size: 1.5em; } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #e4e4e7; }
 h3 { font-size: 1em; margin: 1.2em 0 0.3em; } .note { color: #71717a; }
 .charts { display: flex; flex-wrap: wrap; gap: 12px; } .charts svg { width: 440px; height: auto; }
-.strip { display: flex; gap: 12px; overflow-x: auto; } .strip figure { margin: 0; } figcaption { color: #71717a; }
+.strip { display: flex; gap: 12px; overflow-x: auto; } .strip figure { margin: 0; }
+.strip img { max-width: 345px; } figcaption { color: #71717a; }
 .beside { display: flex; gap: 24px; align-items: flex-start; overflow-x: auto; } .beside td { white-space: nowrap; }
 table { border-collapse: collapse; } th, td { text-align: left; padding: 2px 14px 2px 0; vertical-align: top; }
 th { border-bottom: 1px solid #e4e4e7; } pre { background: #fafafa; padding: 1em; overflow-x: auto; }
@@ -42,9 +43,8 @@ def page(
         beside = [next((one for one in other.stages if one.name == stage.name), None) for other in runs[1:]]
         lines = _beside(stage, beside, runs) if len(runs) > 1 else _alone(stage)
         parts.append(f"<h2>Stage {_text(stage.name)}</h2>")
-        parts.append(
-            f'<div class="charts">{"".join(chart(f"{stage.name}: {name}", each) for name, each in lines if each)}</div>'
-        )
+        charts = [chart(name, each, salt=f"{stage.name}/{name}") for name, each in lines if each]
+        parts.append(f'<div class="charts">{"".join(charts)}</div>')
         parts += _evolution(stage)
     if run.sheet is not None:
         parts += ["<h2>Samples at the end</h2>", _image(run.sheet)]
@@ -147,7 +147,7 @@ def _evolution(stage: StageRecord) -> Iterator[str]:
     """What was drawn while training, from left to right."""
     for tag, drawn in stage.pictures.items():
         figures = [f"<figure>{_image(path)}<figcaption>step {step}</figcaption></figure>" for step, path in drawn]
-        yield f'<h3>{_text(tag)}</h3><div class="strip">{"".join(figures)}</div>'
+        yield f'<h3>{_text(tag.replace("-", ": ", 1))}</h3><div class="strip">{"".join(figures)}</div>'
 
 
 def _incidents(run: RunRecord) -> Iterator[tuple[str, ...]]:
