@@ -17,6 +17,7 @@ from megadiff.config.parameters import (
     is_trained,
     mlp_hidden,
     patch_numbers,
+    reached,
     token_count,
 )
 from megadiff.config.schema import GridSpace, Model, Stage
@@ -58,6 +59,11 @@ def whole(model: Model, stage: Stage, layers: Sequence[Layer], tensor: int, prec
     return [samples * count.of(layer, needed) if layer.runs else 0 for layer, needed in zip(layers, needs, strict=True)]
 
 
+def leads_on(layer: Layer, name: str, model: Model, stage: Stage) -> bool:
+    """Whether a block computes a modality's tokens after attention; the last joint block does so only for a loss."""
+    return layer.name != f"joint {model.joint_depth - 1}" or name in reached(model, stage)
+
+
 def _input(model: Model, stage: Stage, layer: Layer, precision: Precision) -> int | None:
     """Bytes of a block's tokens; None for other layers."""
     if not layer.block:
@@ -76,8 +82,9 @@ class _Bytes:
         """Args: needs: by modality, whether the tokens that the layer takes need a gradient."""
         model, trained = self.model, layer.trained.total > 0
         if layer.block:
+            kept = [name for name in layer.modalities if trained or needs[name]]
             joint = len(layer.modalities) > 1
-            return sum(self.block(name, trained, needs[name], joint) for name in layer.modalities if trained or needs[name])
+            return sum(self.block(name, trained, needs[name], joint, leads_on(layer, name, model, self.stage)) for name in kept)
         if layer.name == "embed":
             return sum(self.embedding(name) for name in model.modalities) if trained else 0
         if layer.name == "heads":
@@ -106,23 +113,25 @@ class _Bytes:
         time = (TIME_FEATURES + 3 * width) * self.size
         return time + self.count(name) * (patch_numbers(space) * self.size if isinstance(space, GridSpace) else 8)
 
-    def block(self, name: str, trained: bool, inputs: bool, joint: bool) -> int:
+    def block(self, name: str, trained: bool, inputs: bool, joint: bool, leads: bool) -> int:
+        """Args: leads: its tokens are computed after attention."""
         model, size = self.model, self.size
         count, width, own = self.count(name), model.width_of(name), int(trained)
         heads, hidden = model.heads // self.tensor, mlp_hidden(model, name) // self.tensor
         inner = heads * model.head_dim
+        after = count * leads
         # SiLU of the conditioning, the modulation's vectors, 1 + scale of two norms.
-        vectors = (1 + BLOCK_SLOTS + (2 if model.block_modulation == "one_plus_scale" else 0)) * width
+        vectors = (1 + BLOCK_SLOTS + (1 + leads if model.block_modulation == "one_plus_scale" else 0)) * width
         # Of two norms: the quotient; of the second the input, and of the first if anything before is trained.
-        normed = (3 + inputs) * count * (width * size) + 2 * (1 + inputs) * count * WIDE
+        normed = ((1 + inputs) * count + 2 * after) * (width * size) + 2 * (inputs * count + after) * WIDE
         # What the gates multiply.
-        gated = 2 * count * width
+        gated = 2 * after * width
         # What linear maps take: projection, first of the MLP, second of the MLP.
-        linear = own * count * (2 * width + hidden)
+        linear = own * (count * width + after * (width + hidden))
         # Before the activation; of SwiGLU its gate and value, and SiLU of the gate.
-        active = count * hidden * (3 if model.mlp == "swiglu" else 1)
+        active = after * hidden * (3 if model.mlp == "swiglu" else 1)
         # Operands and the result; in a joint block that is copied for the output.
-        attended = (self.operands(name, joint) + 1 + (joint and own)) * count * inner
+        attended = ((self.operands(name, joint) + 1) * count + (joint and own) * after) * inner
         numbers = vectors + gated + linear + active + attended
         return size * numbers + normed + WIDE * heads * count + self.normalised(count, heads, own)
 

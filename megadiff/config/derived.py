@@ -96,9 +96,9 @@ def _trunk_flops(model: Model, shares: Mapping[str, float], trained: Collection[
         last = index == model.joint_depth - 1
         blocks.append(float(attention))
         for name, count in counts.items():
-            # What an unread modality computes after the last joint attention leads to no loss.
-            leads = not last or name in shares
-            blocks[-1] += _block_flops(model, name, count, weights=joint, inputs=joint, leads_to_loss=leads)
+            # After the last joint attention, an unread modality is not computed.
+            read = not last or name in shares
+            blocks[-1] += _block_flops(model, name, count, weights=joint, inputs=joint, read=read)
     return blocks
 
 
@@ -132,17 +132,22 @@ def _embedding_flops(model: Model, name: str, trained: bool) -> int:
     return time
 
 
-def _block_flops(model: Model, name: str, count: int, *, weights: bool, inputs: bool, leads_to_loss: bool = True) -> int:
-    """One modality's linear maps in a block; `inputs`: its tokens and conditioning need a gradient."""
+def _block_flops(model: Model, name: str, count: int, *, weights: bool, inputs: bool, read: bool = True) -> int:
+    """One modality's linear maps in a block.
+
+    Args:
+        inputs: its tokens and conditioning need a gradient.
+        read: whether its tokens are computed after attention.
+    """
     width, inner = model.width_of(name), model.heads * model.head_dim
     within = inputs or weights  # the modulation, first of all, is trained or passes a gradient on: so does all after it
-    after = (weights and leads_to_loss, within and leads_to_loss)
+    after = count if read else 0
     return (
         _matmul(1, width, BLOCK_SLOTS * width, weights, inputs)
         + _matmul(count, width, 3 * inner, weights, within)
-        + _matmul(count, inner, width, *after)
-        + _matmul(count, width, up_outputs(model, name), *after)
-        + _matmul(count, mlp_hidden(model, name), width, *after)
+        + _matmul(after, inner, width, weights, within)
+        + _matmul(after, width, up_outputs(model, name), weights, within)
+        + _matmul(after, mlp_hidden(model, name), width, weights, within)
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from megadiff.config.activations import Precision, activations, number_bytes, recomputed
+from megadiff.config.activations import Precision, activations, leads_on, number_bytes, recomputed
 from megadiff.config.deepspeed import DEFAULT_BUCKET
 from megadiff.config.derived import accumulation, layer_flops
 from megadiff.config.layout import Layout
@@ -21,7 +21,6 @@ from megadiff.config.parameters import (
     flows,
     is_trained,
     layers,
-    reached,
     stage_parameters,
     token_count,
 )
@@ -265,12 +264,12 @@ def _layer_sums(plan: Plan, layer: Layer, needs: Mapping[str, bool]) -> int:
         return sum(_head_sums(plan, name, conditioning, needs[name] or is_trained(name, stage)) for name in read)
     if not layer.block:
         return 0
-    last, total = layer.name == f"joint {model.joint_depth - 1}", 0
+    total = 0
     for name in layer.modalities:
         width, tokens = model.width_of(name), counts[name] * model.width_of(name)
-        forward = BLOCK_SLOTS * width + 2 * tokens  # modulation; output and MLP
+        leads = leads_on(layer, name, model, stage)
+        forward = BLOCK_SLOTS * width + 2 * leads * tokens  # modulation; output and MLP
         flowing = needs[name] or layer.trained.total > 0
-        leads = not last or name in reached(model, stage)
         backward = conditioning * width + (1 + leads) * tokens if flowing else 0  # modulation; projection and MLP
         total += forward * (2 if flowing and stage.activation_checkpointing else 1) + backward
     return total

@@ -74,14 +74,22 @@ class MMDiT(nn.Module):
         """`Stream.read`, if there are joint blocks."""
         if not self.joint:
             return None
-        read = {name: readout[name] for name in self.predicted if name in readout}
-        samples = {
-            name: wanted.samples if isinstance(wanted, Dense | SampledRows) and name not in noised.ragged else None
-            for name, wanted in read.items()
-        }
-        if self.alignment is not None and ALIGNMENT in readout and self.alignment.block == len(self.joint) - 1:
-            samples[self.alignment.modality] = None
-        return samples
+        read = self.leading(readout)
+        for name in read:
+            wanted = readout.get(name)
+            if isinstance(wanted, Dense | SampledRows) and name not in noised.ragged and name != self._aligned_last(readout):
+                read[name] = wanted.samples
+        return read
+
+    def leading(self, read: Collection[str]) -> dict[str, Tensor | None]:
+        """The modalities whose tokens lead from the last joint block to what is read, in all samples (`Stream.read`)."""
+        aligned = self._aligned_last(read)
+        return {name: None for name in self.embed.states if name == aligned or (name in self.predicted and name in read)}
+
+    def _aligned_last(self, read: Collection[str]) -> str | None:
+        """The modality that is aligned after the last joint block, if that is read."""
+        rule = self.alignment
+        return rule.modality if rule is not None and ALIGNMENT in read and rule.block == len(self.joint) - 1 else None
 
     @property
     def device(self) -> torch.device:
