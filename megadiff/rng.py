@@ -103,15 +103,18 @@ def fold(keys: Tensor, value: int | Tensor | str) -> Tensor:
         first, second = purpose_words(value)
         value = first | ((second & 0x7FFFFFFF) << 32)
     if _in_numpy(keys):
-        own = _as_words(keys)
-        number = np.broadcast_to(np.asarray(value, dtype=np.int64), own.shape).view(np.uint64)
-        evens, odds = np.stack([number & _LOW, np.zeros_like(own)]), np.stack([number >> _HALF, np.ones_like(own)])
-        evens, odds = _philox_in_numpy(evens, odds, own)
-        return torch.from_numpy((evens[0] | ((odds[0] & _LOW31) << _HALF)).view(np.int64))
+        return _fold_in_numpy(_as_words(keys), value)
     number = torch.as_tensor(value, dtype=torch.int64, device=keys.device).expand_as(keys)
     counter = (number & _MASK32, (number >> 32) & _MASK32, torch.zeros_like(keys), torch.full_like(keys, 1))
     words = _philox(counter, (keys & _MASK32, (keys >> 32) & _MASK32))
     return words[0] | ((words[1] & 0x7FFFFFFF) << 32)
+
+
+def _fold_in_numpy(keys: Words, value: int | Tensor) -> Tensor:
+    number = np.broadcast_to(np.asarray(value, dtype=np.int64), keys.shape).view(np.uint64)
+    evens, odds = np.stack([number & _LOW, np.zeros_like(keys)]), np.stack([number >> _HALF, np.ones_like(keys)])
+    evens, odds = _philox_in_numpy(evens, odds, keys)
+    return torch.from_numpy((evens[0] | ((odds[0] & _LOW31) << _HALF)).view(np.int64))
 
 
 def sample_keys(seed: int, *numbers: int | Tensor, device: torch.device | str = "cpu") -> Tensor:
