@@ -7,7 +7,8 @@ A process of each tree does the same work in turn, one after the other, and whic
 of processor time, medians over pairs: other work on the machine slows both sides alike.
 
 Both sides take the network and data of this tree's configs/model/emoji32.yaml and configs/data/emoji32.yaml.
-Training: a step of both modalities, 32 samples, on one rank.
+Training: a step of both modalities, 32 samples, on one rank. "quickstart": 16 samples in micro-batches of 8, and
+patches of 8, as in the quickstart.
 Sampling: 8 samples in 5 steps, guidance 2; one modality given the other, or both.
 """
 
@@ -28,25 +29,40 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from megadiff.config.schema import Run
 
-WORK = ("train zero0", "train zero1", "train zero3", "text to image", "image to text", "joint")
+WORK = (
+    "train zero0",
+    "train zero1",
+    "train zero3",
+    "quickstart zero0",
+    "quickstart zero2",
+    "text to image",
+    "image to text",
+    "joint",
+)
 RESULTS = Path(__file__).parent / "results/step_cpu.json"
 WARM_UP = 2
 SAMPLES = 8
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-RUN = f"""
-base: [{CONFIGS}/model/emoji32.yaml, {CONFIGS}/data/emoji32.yaml]
+RUN = """
+base: [CONFIGS/model/emoji32.yaml, CONFIGS/data/emoji32.yaml]
 name: step
 folder: unused
 stages:
   - name: joint
     steps: 1
-    batch: {{global_samples: 32, micro_batch: 32}}
-    optimizer: {{learning_rate: 1.0e-3}}
-    ema: {{main: {{kind: constant, decay: 0.99}}}}
+    batch: {global_samples: 32, micro_batch: 32}
+    optimizer: {learning_rate: 1.0e-3}
+    ema: {main: {kind: constant, decay: 0.99}}
     modalities:
-      text: {{conditioning: {{clean: 0.3, absent: 0.1}}}}
-      image: {{times: {{kind: logit_normal}}, conditioning: {{clean: 0.15, absent: 0.05}}}}
+      text: {conditioning: {clean: 0.3, absent: 0.1}}
+      image: {times: {kind: logit_normal}, conditioning: {clean: 0.15, absent: 0.05}}
+""".replace("CONFIGS", str(CONFIGS))
+QUICKSTART = (
+    RUN.replace("{global_samples: 32, micro_batch: 32}", "{global_samples: 16, micro_batch: 8}")
+    + """
+model: {modalities: {image: {space: {patch: 8}, process: {target: clean}}}}
 """
+)
 
 
 def main() -> None:
@@ -120,39 +136,41 @@ class Side:
 
 def answer(work: str) -> None:
     """Do the work once for every line of the standard input, and say how long it took."""
-    once = training(work.split()[1]) if work.startswith("train") else sampling(work)
+    shape, _, layout = work.partition(" ")
+    runs = {"train": RUN, "quickstart": QUICKSTART}
+    once = training(read(runs[shape]), layout) if shape in runs else sampling(read(RUN), work)
     for _ in sys.stdin:
         began = time.process_time()
         once()
         print(f"seconds {time.process_time() - began}", flush=True)
 
 
-def read() -> Run:
+def read(text: str) -> Run:
     from megadiff.config.load import load_run
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.yaml"
-        path.write_text(RUN, encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
         return load_run(path)
 
 
-def training(layout: str) -> Callable[[], object]:
+def training(run: Run, layout: str) -> Callable[[], object]:
     from megadiff.config.deepspeed import load_deepspeed
     from megadiff.data.reading.loader import Loader
     from megadiff.diffusion.objective import DiffusionObjective
     from megadiff.distributed.ranks import Ranks
     from megadiff.engine.build import build_engine
 
-    run = read()
-    stage = run.stages[-1]
+    stage, batch = run.stages[-1], run.stages[-1].batch
     deepspeed = load_deepspeed(f"ds_configs/{layout}.json")
     engine = build_engine(run.model, stage, deepspeed, seed=0, ranks=Ranks.from_environment())
     objective = DiffusionObjective(run.model, stage, 0)
-    batches = Loader(run.data, run.model, seed=0, global_samples=32, micro_batch=32).take()
+    loader = Loader(run.data, run.model, seed=0, global_samples=batch.global_samples, micro_batch=batch.micro_batch)
+    batches = loader.take()
     return lambda: engine.step(batches, objective)
 
 
-def sampling(task: str) -> Callable[[], object]:
+def sampling(run: Run, task: str) -> Callable[[], object]:
     import torch
 
     from megadiff import rng
@@ -161,7 +179,6 @@ def sampling(task: str) -> Callable[[], object]:
     from megadiff.diffusion.sampler import Conditions, Sampler
     from megadiff.models.mmdit import build_model
 
-    run = read()
     states = Loader(run.data, run.model, seed=0, global_samples=SAMPLES, micro_batch=SAMPLES).take()[0].states
     generate = {"text to image": ["image"], "image to text": ["text"], "joint": ["text", "image"]}[task]
     conditions = Conditions(given={name: state for name, state in states.items() if name not in generate})

@@ -12,8 +12,11 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+Words = npt.NDArray[np.uint64]
 
 _MASK32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -47,13 +50,51 @@ def _philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Te
     return c0, c1, c2, c3
 
 
-def _words(keys: Tensor, purpose: str, index: Tensor) -> Tensor:
-    """int64 [B, n, 4], each entry a 32-bit word, of the blocks `index`, int64 [B, n]."""
+def _in_numpy(keys: Tensor) -> bool:
+    return keys.device.type == "cpu" and type(keys) is Tensor and not torch.compiler.is_compiling()
+
+
+def _as_words(keys: Tensor) -> Words:
+    return keys.numpy().view(np.uint64)
+
+
+def _philox_in_numpy(evens: Words, odds: Words, keys: Words) -> tuple[Words, Words]:
+    """`_philox` in NumPy, whose operations on a few numbers cost a fraction of torch's; words are 32 bits in uint64.
+
+    Args:
+        evens: words 0 and 2 of the counters, [2, ...]; odds: words 1 and 3.
+        keys: whole, [...].
+
+    Returns:
+        Words 0 and 2, and words 1 and 3.
+    """
+    shape = (2, *[1] * keys.ndim)
+    factors, steps = _WIDE.reshape(shape), _STEPS.reshape(shape)
+    halves = np.stack([keys & _LOW, keys >> _HALF])
+    for _ in range(_ROUNDS):
+        products = evens * factors
+        evens, odds = (products >> _HALF)[::-1] ^ odds ^ halves, (products & _LOW)[::-1]
+        halves = (halves + steps) & _LOW
+    return evens, odds
+
+
+def _words(keys: Tensor, purpose: str, blocks: int) -> Tensor:
+    """int64 [B, n, 4], each entry a 32-bit word, of the first n blocks."""
     first, second = purpose_words(purpose)
+    if _in_numpy(keys):
+        return _words_in_numpy(_as_words(keys), first, second, blocks)
+    index = torch.arange(blocks, device=keys.device, dtype=torch.int64).expand(len(keys), -1)
     low = (keys & _MASK32)[:, None].expand_as(index)
     high = ((keys >> 32) & _MASK32)[:, None].expand_as(index)
     fill = torch.zeros_like(index)
     return torch.stack(_philox((index, fill + first, fill + second, fill), (low, high)), dim=-1)
+
+
+def _words_in_numpy(keys: Words, first: int, second: int, blocks: int) -> Tensor:
+    index = np.arange(blocks, dtype=np.uint64)
+    evens, odds = np.stack([index, np.full_like(index, second)]), np.array([[first], [0]], dtype=np.uint64)
+    evens, odds = _philox_in_numpy(evens[:, None], odds[:, None], keys[:, None])
+    return torch.from_numpy(np.stack([evens[0], odds[0], evens[1], odds[1]], axis=-1).view(np.int64))
 
 
 def fold(keys: Tensor, value: int | Tensor | str) -> Tensor:
@@ -61,25 +102,19 @@ def fold(keys: Tensor, value: int | Tensor | str) -> Tensor:
     if isinstance(value, str):
         first, second = purpose_words(value)
         value = first | ((second & 0x7FFFFFFF) << 32)
-    if keys.device.type == "cpu" and type(keys) is Tensor and not torch.compiler.is_compiling():
-        return _fold_on_cpu(keys, value)
+    if _in_numpy(keys):
+        return _fold_in_numpy(_as_words(keys), value)
     number = torch.as_tensor(value, dtype=torch.int64, device=keys.device).expand_as(keys)
     counter = (number & _MASK32, (number >> 32) & _MASK32, torch.zeros_like(keys), torch.full_like(keys, 1))
     words = _philox(counter, (keys & _MASK32, (keys >> 32) & _MASK32))
     return words[0] | ((words[1] & 0x7FFFFFFF) << 32)
 
 
-def _fold_on_cpu(keys: Tensor, value: int | Tensor) -> Tensor:
-    """`fold` in NumPy, whose operations on a few numbers cost a fraction of torch's. Words are 32 bits in uint64."""
-    own = keys.numpy().view(np.uint64)
-    number = np.broadcast_to(np.asarray(value, dtype=np.int64), own.shape).view(np.uint64)
-    c0, c1, c2, c3 = number & _LOW, number >> _HALF, np.zeros_like(own), np.ones_like(own)
-    k0, k1 = own & _LOW, own >> _HALF
-    for _ in range(_ROUNDS):
-        product0, product1 = c0 * _WIDE[0], c2 * _WIDE[1]
-        c0, c1, c2, c3 = (product1 >> _HALF) ^ c1 ^ k0, product1 & _LOW, (product0 >> _HALF) ^ c3 ^ k1, product0 & _LOW
-        k0, k1 = (k0 + _STEPS[0]) & _LOW, (k1 + _STEPS[1]) & _LOW
-    return torch.from_numpy((c0 | ((c1 & _LOW31) << _HALF)).view(np.int64))
+def _fold_in_numpy(keys: Words, value: int | Tensor) -> Tensor:
+    number = np.broadcast_to(np.asarray(value, dtype=np.int64), keys.shape).view(np.uint64)
+    evens, odds = np.stack([number & _LOW, np.zeros_like(keys)]), np.stack([number >> _HALF, np.ones_like(keys)])
+    evens, odds = _philox_in_numpy(evens, odds, keys)
+    return torch.from_numpy((evens[0] | ((odds[0] & _LOW31) << _HALF)).view(np.int64))
 
 
 def sample_keys(seed: int, *numbers: int | Tensor, device: torch.device | str = "cpu") -> Tensor:
@@ -101,8 +136,7 @@ def uniform(keys: Tensor, purpose: str, shape: Sequence[int] = (), *, dtype: tor
     """
     count = math.prod(shape)
     per_block = 2 if dtype == torch.float64 else 4
-    index = torch.arange(-(-count // per_block), device=keys.device, dtype=torch.int64).expand(len(keys), -1)
-    words = _words(keys, purpose, index)
+    words = _words(keys, purpose, -(-count // per_block))
     if dtype == torch.float64:
         numbers = _from_52_bits(words)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,12 +33,24 @@ def words_of(counter: list[int], key: list[int]) -> list[int]:
 )
 def test_philox_gives_the_known_answers_of_its_authors(counter, key, answer):
     assert words_of(counter, key) == answer
+    whole = np.array([key[0] | key[1] << 32], dtype=np.uint64)
+    evens, odds = (np.array(counter[start::2], dtype=np.uint64)[:, None] for start in (0, 1))
+    evens, odds = rng._philox_in_numpy(evens, odds, whole)
+    assert [int(word[0]) for pair in zip(evens, odds, strict=True) for word in pair] == answer
+
+
+def test_numbers_in_numpy_are_those_of_torch(monkeypatch):
+    draws = [lambda: rng.uniform(KEYS, "x", (7,)), lambda: rng.normal(KEYS, "x", (3, 2)), lambda: rng.fold(KEYS, KEYS)]
+    found = [draw() for draw in draws]
+    monkeypatch.setattr(rng, "_in_numpy", lambda keys: False)
+    for draw, numbers in zip(draws, found, strict=True):
+        assert torch.equal(draw(), numbers)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_uniform_numbers_lie_in_the_open_interval_even_for_extreme_words(dtype, monkeypatch):
     for word in (0, ALL_ONES):
-        monkeypatch.setattr(rng, "_words", lambda keys, purpose, index, w=word: torch.full((*index.shape, 4), w))
+        monkeypatch.setattr(rng, "_words", lambda keys, purpose, blocks, w=word: torch.full((len(keys), blocks, 4), w))
         numbers = rng.uniform(KEYS[:1], "x", (4,), dtype=dtype)
         assert (numbers > 0).all()
         assert (numbers < 1).all()

@@ -17,7 +17,7 @@ ALLOWED = {
     "statistics.step_result.<locals>.<dictcomp>": "of numbers on the host",
     "masked.Masked.readout": "of tokens on the host",
     "objective.ragged_of": "of tokens on the host",
-    "rng._fold_on_cpu": "NumPy, for keys on a CPU alone",
+    "rng._as_words": "NumPy, for keys on a CPU alone",
     "deepspeed: utils.is_invalid_grad_norm": "DeepSpeed's own, in ZeRO-1 to 3",
 }
 

@@ -24,7 +24,7 @@ ALLOWED = {
     "guidance.Guided._without_conditions.<locals>.<dictcomp>": CLOCKS,
     "sampler._Run._steps.<locals>.<dictcomp>": CLOCKS,
     "objective.ragged_of": "once for a condition that stays as it is, in the first step",
-    "rng._fold_on_cpu": "NumPy, for keys on a CPU alone",
+    "rng._as_words": "NumPy, for keys on a CPU alone",
     "categorical_solvers.draws": "where earlier draws decide how many positions become visible (threshold, remask conf)",
     "categorical_solvers.FastDLLM.finished": "the order that ends when its samples do",
 }
