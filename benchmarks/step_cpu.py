@@ -2,6 +2,7 @@
 
     git worktree add --detach /tmp/before COMMIT
     python -m benchmarks.step_cpu --against /tmp/before [--pairs N] [--threads T]
+    python -m benchmarks.step_cpu --compiled        training with compiled blocks, against this tree without
 
 A process of each tree does the same work in turn, one after the other, and which comes first alternates. The figures are ratios
 of processor time, medians over pairs: other work on the machine slows both sides alike.
@@ -22,24 +23,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from megadiff.config.schema import Run
 
-WORK = (
-    "train zero0",
-    "train zero1",
-    "train zero3",
-    "quickstart zero0",
-    "quickstart zero2",
-    "text to image",
-    "image to text",
-    "joint",
-)
+TRAINING = ("train zero0", "train zero1", "train zero3", "quickstart zero0", "quickstart zero2")
+WORK = (*TRAINING, "text to image", "image to text", "joint")
 RESULTS = Path(__file__).parent / "results/step_cpu.json"
+COMPILED_RESULTS = RESULTS.with_name("step_cpu_compiled.json")
 WARM_UP = 2
 SAMPLES = 8
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -68,28 +62,35 @@ model: {modalities: {image: {space: {patch: 8}, process: {target: clean}}}}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", type=Path, help="a checkout of another commit")
+    parser.add_argument("--compiled", action="store_true", help="compare compiled blocks with the same tree's without")
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", nargs="+", choices=WORK, default=WORK)
-    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--only", nargs="+", choices=WORK)
+    parser.add_argument("--json", type=Path)
     parser.add_argument("--work", choices=WORK, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
-        answer(arguments.work)
+        answer(arguments.work, compiled=arguments.compiled)
         return
-    if arguments.against is None:
-        parser.error("--against is missing")
+    if (arguments.against is None) != arguments.compiled:
+        parser.error("give either --against or --compiled")
+    this = Path(__file__).resolve().parents[1]
+    other, results = (this, COMPILED_RESULTS) if arguments.compiled else (arguments.against.resolve(), RESULTS)
     rows = []
-    for work in arguments.only:
-        rows.append(compared(work, arguments.against.resolve(), arguments.pairs, arguments.threads))
+    for work in arguments.only or (TRAINING if arguments.compiled else WORK):
+        sides = {
+            "this": Side(work, this, arguments.threads, compiled=arguments.compiled),
+            "other": Side(work, other, arguments.threads),
+        }
+        rows.append(compared(work, sides, arguments.pairs))
         print("  ".join(f"{name} {value:.3g}" if isinstance(value, float) else str(value) for name, value in rows[-1].items()))
-    arguments.json.write_text(json.dumps({"threads": arguments.threads, "work": rows}, indent=1) + "\n", encoding="utf-8")
+    (arguments.json or results).write_text(
+        json.dumps({"threads": arguments.threads, "work": rows}, indent=1) + "\n", encoding="utf-8"
+    )
 
 
-def compared(work: str, against: Path, pairs: int, threads: int) -> dict[str, float | str]:
-    """Medians over pairs; the ratio is other / this: above 1, this tree is faster."""
-    trees = {"this": Path(__file__).resolve().parents[1], "other": against}
-    sides = {name: Side(work, tree, threads) for name, tree in trees.items()}
+def compared(work: str, sides: dict[str, Side], pairs: int) -> dict[str, float | str]:
+    """Medians over pairs; the ratio is other / this: above 1, this is faster."""
     ratios, seconds = [], []
     for number in range(WARM_UP + pairs):
         taken = {name: sides[name].once() for name in (sides if number % 2 else reversed(sides))}
@@ -105,10 +106,10 @@ def compared(work: str, against: Path, pairs: int, threads: int) -> dict[str, fl
 class Side:
     """A process that does one piece of work with the code of one tree, as often as it is asked."""
 
-    def __init__(self, work: str, tree: Path, threads: int) -> None:
+    def __init__(self, work: str, tree: Path, threads: int, *, compiled: bool = False) -> None:
         environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--work", work],
+            [sys.executable, __file__, "--work", work, *(["--compiled"] if compiled else [])],
             cwd=tree,
             env=environment,
             stdin=subprocess.PIPE,
@@ -134,24 +135,25 @@ class Side:
         self.process.wait()
 
 
-def answer(work: str) -> None:
+def answer(work: str, *, compiled: bool) -> None:
     """Do the work once for every line of the standard input, and say how long it took."""
     shape, _, layout = work.partition(" ")
     runs = {"train": RUN, "quickstart": QUICKSTART}
-    once = training(read(runs[shape]), layout) if shape in runs else sampling(read(RUN), work)
+    overrides = ["stages.*.compile=true"] if compiled else []
+    once = training(read(runs[shape], overrides), layout) if shape in runs else sampling(read(RUN), work)
     for _ in sys.stdin:
         began = time.process_time()
         once()
         print(f"seconds {time.process_time() - began}", flush=True)
 
 
-def read(text: str) -> Run:
+def read(text: str, overrides: Sequence[str] = ()) -> Run:
     from megadiff.config.load import load_run
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.yaml"
         path.write_text(text, encoding="utf-8")
-        return load_run(path)
+        return load_run(path, overrides)
 
 
 def training(run: Run, layout: str) -> Callable[[], object]:

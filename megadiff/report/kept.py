@@ -23,7 +23,8 @@ MOST_POINTS = 100
 
 def kept_curves(run: RunRecord, reruns: Sequence[RunRecord]) -> str:
     """The text of a file of a run's curves, and of how far its reruns are from them: the noise of later ones."""
-    lines: list[dict[str, Any]] = [{"format": FORMAT, "version": VERSION, "configuration": [*run.configuration]}]
+    recipe = [line for line in run.configuration if not line.startswith("folder: ")]
+    lines: list[dict[str, Any]] = [{"format": FORMAT, "version": VERSION, "configuration": recipe}]
     lines += [line for stage in run.stages for line in _lines(stage, [other.stage(stage.name) for other in reruns])]
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
