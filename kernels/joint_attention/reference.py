@@ -35,8 +35,8 @@ def attend(packed: Packed, streams: Sequence[Projected]) -> list[Tensor]:
     """`joint_attention` by torch's SDPA, given attention's operands."""
     query, key, value = (operand.transpose(1, 2) for operand in packed)
     mask = _key_mask(streams, query.device)
-    if mask is None:
-        attended = F.scaled_dot_product_attention(query, key, value)
+    if mask is None or any(_whole(stream) for stream in streams):
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     else:
         blind = ~mask.any(-1, keepdim=True)  # a softmax over no key and its gradient are NaN
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask | blind).masked_fill(blind, 0.0)
@@ -46,10 +46,15 @@ def attend(packed: Packed, streams: Sequence[Projected]) -> list[Tensor]:
 
 def _key_mask(streams: Sequence[Projected], device: torch.device) -> Tensor | None:
     """bool [B, 1, 1, N], True where a key may be seen; None if nothing is hidden."""
-    if all(stream.span.lengths is None and stream.span.visible is None for stream in streams):
+    if all(_whole(stream) for stream in streams):
         return None
     masks = [stream.span.rows(device)[1] if stream.span.visible is None else stream.span.visible for stream in streams]
     return torch.cat(masks, dim=1)[:, None, None, :]
+
+
+def _whole(stream: Projected) -> bool:
+    """Whether every sample has all its tokens, and none is hidden."""
+    return stream.span.lengths is None and stream.span.visible is None
 
 
 def _rows_of(dense: Tensor, stream: Projected) -> Tensor:
