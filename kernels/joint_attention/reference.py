@@ -48,7 +48,7 @@ def _key_mask(streams: Sequence[Projected], device: torch.device) -> Tensor | No
     """bool [B, 1, 1, N], True where a key may be seen; None if nothing is hidden."""
     if all(_whole(stream) for stream in streams):
         return None
-    masks = [stream.span.rows(device)[1] if stream.span.visible is None else stream.span.visible for stream in streams]
+    masks = [stream.span.there(device) if stream.span.visible is None else stream.span.visible for stream in streams]
     return torch.cat(masks, dim=1)[:, None, None, :]
 
 
@@ -62,11 +62,11 @@ def _rows_of(dense: Tensor, stream: Projected) -> Tensor:
     span = stream.span
     if span.lengths is None and span.starts is None:
         return dense
-    rows, there = span.rows(dense.device)
     if span.starts is None:
-        return dense * there[..., None, None].to(dense.dtype)
+        return dense * span.there(dense.device)[..., None, None].to(dense.dtype)
     if not len(stream.qkv):
         return dense.new_zeros(0, *dense.shape[2:])
+    rows, there = span.rows(dense.device)
     # Places without a token add zeros to row 0. No two tokens share a row, so the order does not matter.
     tokens = (dense * there[..., None, None].to(dense.dtype)).flatten(0, 1)
     return dense.new_zeros(len(stream.qkv), *dense.shape[2:]).index_add(0, rows.flatten(), tokens)
