@@ -41,11 +41,14 @@ class Span(NamedTuple):
             return self.starts
         return torch.arange(self.batch, dtype=torch.int32, device=device) * self.longest
 
+    def there(self, device: torch.device) -> Tensor:
+        """bool [B, longest]: whether there is a token at a place."""
+        return torch.arange(self.longest, device=device) < self.counts(device)[:, None]
+
     def rows(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(int64 [B, longest], the row of every place, 0 without a token; bool [B, longest], whether there is a token)."""
-        place = torch.arange(self.longest, device=device)
-        there = place < self.counts(device)[:, None]
-        return torch.where(there, self.firsts(device)[:, None].long() + place, 0), there
+        """(int64 [B, longest], the row of every place, 0 without a token; `there`)."""
+        there = self.there(device)
+        return torch.where(there, self.firsts(device)[:, None].long() + torch.arange(self.longest, device=device), 0), there
 
 
 class Projected(NamedTuple):

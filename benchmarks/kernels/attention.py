@@ -121,7 +121,7 @@ def _ours(shape: Shape, machine: Machine, form: str) -> Ready:
     streams = _dense(*numbers(shape, machine))
     lengths = streams[1].span.lengths
     if lengths is not None:
-        there = streams[1].span.rows(machine.device)[1]
+        there = streams[1].span.there(machine.device)
         starts = (lengths.cumsum(0) - lengths).int()
         span = Span(shape.samples, int(lengths.max()), starts, lengths)
         streams[1] = streams[1]._replace(qkv=streams[1].qkv.detach()[there].requires_grad_(), span=span)

@@ -35,8 +35,8 @@ def attend(packed: Packed, streams: Sequence[Projected]) -> list[Tensor]:
     """`joint_attention` by torch's SDPA, given attention's operands."""
     query, key, value = (operand.transpose(1, 2) for operand in packed)
     mask = _key_mask(streams, query.device)
-    if mask is None:
-        attended = F.scaled_dot_product_attention(query, key, value)
+    if mask is None or any(_whole(stream) for stream in streams):
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     else:
         blind = ~mask.any(-1, keepdim=True)  # a softmax over no key and its gradient are NaN
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask | blind).masked_fill(blind, 0.0)
@@ -46,10 +46,15 @@ def attend(packed: Packed, streams: Sequence[Projected]) -> list[Tensor]:
 
 def _key_mask(streams: Sequence[Projected], device: torch.device) -> Tensor | None:
     """bool [B, 1, 1, N], True where a key may be seen; None if nothing is hidden."""
-    if all(stream.span.lengths is None and stream.span.visible is None for stream in streams):
+    if all(_whole(stream) for stream in streams):
         return None
-    masks = [stream.span.rows(device)[1] if stream.span.visible is None else stream.span.visible for stream in streams]
+    masks = [stream.span.there(device) if stream.span.visible is None else stream.span.visible for stream in streams]
     return torch.cat(masks, dim=1)[:, None, None, :]
+
+
+def _whole(stream: Projected) -> bool:
+    """Whether every sample has all its tokens, and none is hidden."""
+    return stream.span.lengths is None and stream.span.visible is None
 
 
 def _rows_of(dense: Tensor, stream: Projected) -> Tensor:
@@ -57,11 +62,11 @@ def _rows_of(dense: Tensor, stream: Projected) -> Tensor:
     span = stream.span
     if span.lengths is None and span.starts is None:
         return dense
-    rows, there = span.rows(dense.device)
     if span.starts is None:
-        return dense * there[..., None, None].to(dense.dtype)
+        return dense * span.there(dense.device)[..., None, None].to(dense.dtype)
     if not len(stream.qkv):
         return dense.new_zeros(0, *dense.shape[2:])
+    rows, there = span.rows(dense.device)
     # Places without a token add zeros to row 0. No two tokens share a row, so the order does not matter.
     tokens = (dense * there[..., None, None].to(dense.dtype)).flatten(0, 1)
     return dense.new_zeros(len(stream.qkv), *dense.shape[2:]).index_add(0, rows.flatten(), tokens)

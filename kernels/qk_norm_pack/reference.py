@@ -73,8 +73,7 @@ def finite(stream: Projected) -> Tensor:
     """The projections, zero at places of a dense stream without a token, since a weight of zero does not remove a NaN."""
     if stream.span.starts is not None or stream.span.lengths is None:
         return stream.qkv
-    _, there = stream.span.rows(stream.qkv.device)
-    return stream.qkv.masked_fill(~there[..., None, None, None], 0.0)
+    return stream.qkv.masked_fill(~stream.span.there(stream.qkv.device)[..., None, None, None], 0.0)
 
 
 def dense(stream: Projected) -> Tensor:

@@ -152,10 +152,14 @@ class TimeEmbedding(nn.Module):
 
 def time_features(clock: Tensor, scale: float) -> Tensor:
     """float32 [B, 256]: [cos, sin] of clock * scale at frequencies 10000^(-k / 128)."""
-    half = TIME_FEATURES // 2
-    frequencies = torch.exp(-math.log(10000.0) / half * torch.arange(half, device=clock.device, dtype=torch.float32))
-    angles = clock.float()[:, None] * scale * frequencies
+    angles = clock.float()[:, None] * scale * _frequencies(clock.device)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+@CachedConstant
+def _frequencies(device: torch.device) -> Tensor:
+    half = TIME_FEATURES // 2
+    return torch.exp(-math.log(10000.0) / half * torch.arange(half, device=device, dtype=torch.float32))
 
 
 class Embed(nn.Module):
