@@ -119,14 +119,16 @@ class Block(nn.Module):
             name: part.project(stream.tokens[name], _kept(stream, name, stream.conditioning[name]), placings[name])
             for name, part in parts.items()
         }
-        attended = dict(zip(parts, joint_attention([projection for _, projection in projected.values()]), strict=True))
+        attended = joint_attention([projection for _, projection in projected.values()])
         read = stream.read if self.last and stream.read is not None else dict.fromkeys(parts)
         tokens = dict(stream.tokens)
-        for name, samples in read.items():
-            own, rows, vectors = tokens[name], attended[name], projected[name][0]
+        for (name, part), rows in zip(parts.items(), attended, strict=True):
+            if name not in read:
+                continue
+            own, vectors, samples = tokens[name], projected[name][0], read[name]
             if samples is not None:
                 own, rows, vectors = own[samples], rows[samples], Modulated(*(vector[samples] for vector in vectors))
-            tokens[name] = parts[name].finish(own, rows, vectors, placings[name])
+            tokens[name] = part.finish(own, rows, vectors, placings[name])
         return stream._replace(tokens=tokens)
 
 
