@@ -65,8 +65,8 @@ class Section:
 
     def run(self, stream: Stream, read: Collection[str]) -> Stream:
         """The layers that lead to what is read, apart from the model's first and last one."""
+        stream = self.model.reading(stream, dict.fromkeys(read))  # of all samples: shapes are constant
         path = [layer for layer in self.model.layers(read)[1:-1] if layer in self.own]
-        stream = stream._replace(read=self.model.leading(read))
         return run_layers(path, stream, recompute=self.model.activation_checkpointing)
 
     def heads(self, stream: Stream, readout: Mapping[str, Readout]) -> Prediction:

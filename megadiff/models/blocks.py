@@ -137,13 +137,15 @@ class Block(nn.Module):
         """
         parts: dict[str, BlockPart] = dict(self.parts.items())  # type: ignore[arg-type]
         projected = {name: part.project(tokens[name], conditioning[name], placings[name]) for name, part in parts.items()}
-        attended = dict(zip(parts, joint_attention([projection for _, projection in projected.values()]), strict=True))
+        attended = joint_attention([projection for _, projection in projected.values()])
         finished = {}
-        for name, samples in read.items():
-            own, rows, vectors = tokens[name], attended[name], projected[name][0]
+        for (name, part), rows in zip(parts.items(), attended, strict=True):
+            if name not in read:
+                continue
+            own, vectors, samples = tokens[name], projected[name][0], read[name]
             if samples is not None:
                 own, rows, vectors = own[samples], rows[samples], Modulated(*(vector[samples] for vector in vectors))
-            finished[name] = parts[name].finish(own, rows, vectors, placings[name])
+            finished[name] = part.finish(own, rows, vectors, placings[name])
         return finished
 
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megadiff.config.errors import ConfigError, UserError
@@ -66,30 +66,22 @@ class MMDiT(nn.Module):
             UserError: a modality has no head.
         """
         embed, *layers, heads = self.layers(readout)
-        stream = embed(noised)._replace(read=self._read(noised, readout))
-        prediction: Prediction = heads(run_layers(layers, stream, recompute=self.activation_checkpointing), readout)
+        stream = run_layers(layers, self.reading(embed(noised), readout), recompute=self.activation_checkpointing)
+        prediction: Prediction = heads(stream, readout)
         return prediction
 
-    def _read(self, noised: Noised, readout: Mapping[str, Readout]) -> dict[str, Tensor | None] | None:
-        """`Stream.read`, if there are joint blocks."""
+    def reading(self, stream: Stream, readout: Mapping[str, Readout | None]) -> Stream:
+        """The stream, with what is read of it after the joint blocks, if there are any; None: all samples are."""
         if not self.joint:
-            return None
-        read = self.leading(readout)
-        for name in read:
-            wanted = readout.get(name)
-            if isinstance(wanted, Dense | SampledRows) and name not in noised.ragged and name != self._aligned_last(readout):
-                read[name] = wanted.samples
-        return read
-
-    def leading(self, read: Collection[str]) -> dict[str, Tensor | None]:
-        """The modalities whose tokens lead from the last joint block to what is read, in all samples (`Stream.read`)."""
-        aligned = self._aligned_last(read)
-        return {name: None for name in self.embed.states if name == aligned or (name in self.predicted and name in read)}
-
-    def _aligned_last(self, read: Collection[str]) -> str | None:
-        """The modality that is aligned after the last joint block, if that is read."""
-        rule = self.alignment
-        return rule.modality if rule is not None and ALIGNMENT in read and rule.block == len(self.joint) - 1 else None
+            return stream
+        samples = {
+            name: wanted.samples if isinstance(wanted, Dense | SampledRows) and name not in stream.ragged else None
+            for name, wanted in readout.items()
+            if name != ALIGNMENT
+        }
+        if self.alignment is not None and ALIGNMENT in readout and self.alignment.block == len(self.joint) - 1:
+            samples[self.alignment.modality] = None
+        return stream._replace(read=samples)
 
     @property
     def device(self) -> torch.device:
