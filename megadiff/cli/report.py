@@ -28,7 +28,7 @@ COMPARE_EXAMPLES = """\
   megadiff compare runs/quickstart runs/before
   megadiff compare runs/a runs/b runs/c --out comparison.html
   megadiff compare runs/quickstart runs/rerun --keep quickstart.jsonl
-  megadiff compare runs/later quickstart.jsonl
+  megadiff compare runs/quickstart examples/curves/quickstart.jsonl
 """
 
 

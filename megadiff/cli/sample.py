@@ -92,7 +92,7 @@ def add_flags(parser: argparse.ArgumentParser, what: Any, *, needs_task: bool) -
     how.add_argument(
         "--compile",
         action="store_true",
-        help="compile the network first (torch.compile, on a GPU CUDA graphs): minutes at its first use, no faster on a CPU",
+        help="compile the network first (torch.compile, on a GPU CUDA graphs); takes minutes at its first use",
     )
     how.add_argument("--processes", metavar="N", type=positive, default=1, help="processes on this machine (default: 1)")
 

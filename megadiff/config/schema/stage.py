@@ -165,8 +165,8 @@ class Stage(Section):
     """auto: bf16 on an accelerator, fp32 on a CPU."""
     activation_checkpointing: bool = False
     compile: bool = False
-    """Compile blocks for training (torch.compile). The first start takes minutes longer, later ones find the result in a cache.
-    On a CPU steps are no faster."""
+    """Compile blocks for training (torch.compile; on a CPU that needs a C++ compiler). The first start takes minutes longer,
+    later ones find the result in a cache."""
     antithetic_times: bool = True
     """Spread the times of a global batch evenly (low discrepancy)."""
     alignment: Alignment | None = None
