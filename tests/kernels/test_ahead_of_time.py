@@ -42,6 +42,7 @@ def test_the_usual_defaults_have_no_spills_and_use_tensor_cores_and_tma_on_hoppe
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_every_configuration_has_no_spills_and_uses_tensor_cores_and_tma():
     lines = reports()
     assert {report["architecture"] for report in lines} == {80, 90}
