@@ -40,7 +40,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
     ("forward", "d64"): {**_BY_QUERIES, 80: _tiles(64, 64, 8, 3), 90: _tiles(64, 64, 4, 3, 1)},
     ("forward", "d128"): {**_BY_QUERIES, 80: _tiles(64, 64, 8, 2), 90: _tiles(128, 128, 8, 2, 1)},
     ("key_gradients", "d64"): {**_BY_KEYS, 80: {**_tiles(64, 32, 8, 2), "maxnreg": 168}, 90: _tiles(64, 64, 8, 2, 1)},
-    ("key_gradients", "d128"): {**_BY_KEYS, 80: _tiles(32, 64, 8, 2), 90: _tiles(64, 32, 8, 2, 1)},
+    ("key_gradients", "d128"): {**_BY_KEYS, 80: _tiles(32, 64, 8, 2), 90: _tiles(16, 64, 8, 2, 1)},
     ("query_gradients", "d64"): {**_BY_QUERIES, 80: _tiles(32, 64, 8, 2), 90: _tiles(64, 64, 8, 2, 1)},
     ("query_gradients", "d128"): {**_BY_QUERIES, 80: _tiles(64, 32, 8, 2), 90: _tiles(64, 32, 8, 2, 1)},
     **{
