@@ -61,7 +61,7 @@ def _joined(parts: tuple[Tensor, ...]) -> Tensor:
 
 def _heads(stream: Projected) -> tuple[Tensor, Tensor]:
     """Query and key [B, longest, 2, H, d], normalised and rotated, and value [B, longest, H, d]."""
-    pair, value = torch.split(dense(stream), [2, 1], dim=-3)
+    pair, value = torch.split(_dense(stream), [2, 1], dim=-3)
     if stream.gains is not None:
         pair = rms_normalise(pair, stream.gains)
     if stream.rotary is not None:
@@ -76,7 +76,7 @@ def finite(stream: Projected) -> Tensor:
     return stream.qkv.masked_fill(~stream.span.there(stream.qkv.device)[..., None, None, None], 0.0)
 
 
-def dense(stream: Projected) -> Tensor:
+def _dense(stream: Projected) -> Tensor:
     """[B, longest, 3, H, d]; finite at places without a token."""
     if stream.span.starts is None:
         return finite(stream)

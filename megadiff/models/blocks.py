@@ -81,6 +81,25 @@ class Placing(NamedTuple):
     grid: tuple[int, int] | None
 
 
+class Given(NamedTuple):
+    """What a block takes of a modality.
+
+    Attributes:
+        tokens: [B, S, D], or packed [R, D].
+        conditioning: [B, D].
+        placing: of the tokens.
+    """
+
+    tokens: Tensor
+    conditioning: Tensor
+    placing: Placing
+
+
+def given_of(stream: Stream, name: str) -> Given:
+    """What a block takes of a modality of a stream."""
+    return Given(stream.tokens[name], _kept(stream, name, stream.conditioning[name]), placing_of(stream, name))
+
+
 def placing_of(stream: Stream, name: str) -> Placing:
     """The layout of a modality's tokens in a stream."""
     rows, tokens = stream.rows.get(name), stream.tokens[name]
@@ -113,39 +132,31 @@ class Block(nn.Module):
         self.parts = nn.ModuleDict({name: BlockPart(config, name) for name in names})
 
     def forward(self, stream: Stream) -> Stream:
-        own = {name: stream.tokens[name] for name in self.parts}
-        conditioning = {name: _kept(stream, name, stream.conditioning[name]) for name in own}
-        read = stream.read if self.last and stream.read is not None else dict.fromkeys(own)
-        tokens = self.compute(own, conditioning, {name: placing_of(stream, name) for name in own}, read)
-        return stream._replace(tokens={**stream.tokens, **tokens})
+        given = {name: given_of(stream, name) for name in self.parts}
+        read = stream.read if self.last and stream.read is not None else dict.fromkeys(given)
+        return stream._replace(tokens={**stream.tokens, **self.compute(given, read)})
 
-    def compute(
-        self,
-        tokens: Mapping[str, Tensor],
-        conditioning: Mapping[str, Tensor],
-        placings: Mapping[str, Placing],
-        read: Mapping[str, Tensor | None],
-    ) -> dict[str, Tensor]:
+    def compute(self, given: Mapping[str, Given], read: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         """What torch.compile makes a graph of (compiling.py).
 
         Args:
-            tokens, conditioning, placings: of each of the block's modalities.
+            given: of each of the block's modalities.
             read: the modalities whose tokens lead on, and int64 [b], the samples of which; None: all.
 
         Returns:
             The tokens of those after the block.
         """
         parts: dict[str, BlockPart] = dict(self.parts.items())  # type: ignore[arg-type]
-        projected = {name: part.project(tokens[name], conditioning[name], placings[name]) for name, part in parts.items()}
+        projected = {name: part.project(*given[name]) for name, part in parts.items()}
         attended = joint_attention([projection for _, projection in projected.values()])
         finished = {}
         for (name, part), rows in zip(parts.items(), attended, strict=True):
             if name not in read:
                 continue
-            own, vectors, samples = tokens[name], projected[name][0], read[name]
+            tokens, vectors, samples = given[name].tokens, projected[name][0], read[name]
             if samples is not None:
-                own, rows, vectors = own[samples], rows[samples], Modulated(*(vector[samples] for vector in vectors))
-            finished[name] = part.finish(own, rows, vectors, placings[name])
+                tokens, rows, vectors = tokens[samples], rows[samples], Modulated(*(vector[samples] for vector in vectors))
+            finished[name] = part.finish(tokens, rows, vectors, given[name].placing)
         return finished
 
 

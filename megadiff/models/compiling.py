@@ -20,7 +20,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from megadiff.config.errors import UserError
 from megadiff.models.attention import Projection
-from megadiff.models.blocks import Block, Placing
+from megadiff.models.blocks import Block, Given
 from megadiff.models.mmdit import MMDiT
 
 MOST_GRAPHS = 32
@@ -87,34 +87,29 @@ class CompiledCompute:
         self.plain = block.compute
         self.compiled = torch.compile(self.plain, backend=graphs, dynamic=False, fullgraph=True)
 
-    def __call__(
-        self,
-        tokens: Mapping[str, Tensor],
-        conditioning: Mapping[str, Tensor],
-        placings: Mapping[str, Placing],
-        read: Mapping[str, Tensor | None],
-    ) -> dict[str, Tensor]:
+    def __call__(self, given: Mapping[str, Given], read: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         if self.training_only and not self.block.training:
-            return self.plain(tokens, conditioning, placings, read)
-        bounded = {name: self._bounded(name, tokens[name], placing) for name, placing in placings.items()}
+            return self.plain(given, read)
+        bounded = {name: self._bounded(name, own) for name, own in given.items()}
         try:
             if self.graphs.made < MOST_GRAPHS:
-                return self.compiled(tokens, conditioning, bounded, read)
+                return self.compiled(bounded, read)
             with torch.compiler.set_stance("eager_on_recompile"):
-                return self.compiled(tokens, conditioning, bounded, read)
+                return self.compiled(bounded, read)
         except BackendCompilerFailed as error:
             why = str(error.inner_exception).strip().partition("\n")[0]
             raise UserError(f"compile: blocks cannot be compiled here ({why}); leave compile out") from error
 
-    def _bounded(self, name: str, tokens: Tensor, placing: Placing) -> Placing:
-        """The placing with a bound in place of the longest sample's rows, and the number of rows marked as a dynamic size."""
+    def _bounded(self, name: str, given: Given) -> Given:
+        """The same with a bound in place of the longest sample's rows, and the number of rows marked as a dynamic size."""
+        tokens, _, placing = given
         projection: Projection = self.block.parts[name].projection  # type: ignore[assignment]
         projection.table(tokens.device, placing.grid)  # a graph would compute it at every call
         if placing.samples is None:
-            return placing
+            return given
         for rows in (tokens, placing.samples):
             maybe_mark_dynamic(rows, 0)
-        return placing._replace(span=placing.span._replace(longest=projection.length))
+        return given._replace(placing=placing._replace(span=placing.span._replace(longest=projection.length)))
 
 
 def _compile(model: MMDiT, graphs: Graphs, *, training_only: bool) -> None:
