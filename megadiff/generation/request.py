@@ -41,8 +41,8 @@ class GenerateRequest:
     format: str = "folder"
 
     def record(self) -> dict[str, Any]:
-        """All that the samples depend on, as JSON. A folder of samples is continued only if it is equal."""
+        """All that samples depend on, apart from rounding, as JSON. A folder of samples is continued only if it is equal."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields["sampling"] = self.sampling.model_dump(mode="json")
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
-        return {name: value for name, value in values.items() if name != "out"}
+        return {name: value for name, value in values.items() if name not in ("out", "compile")}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,6 +11,11 @@ from PIL import Image
 from megadiff.config.schema import Sampling
 from megadiff.generation.generate import generate
 from megadiff.generation.request import GenerateRequest
+
+
+def test_samples_are_not_others_for_it():
+    plain = GenerateRequest("runs/one", "joint", "out")
+    assert replace(plain, compile=True).record() == plain.record() != replace(plain, seed=1).record()
 
 
 @pytest.mark.slow
