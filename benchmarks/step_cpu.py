@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -90,7 +91,9 @@ def main() -> None:
 
 
 def compared(work: str, sides: dict[str, Side], pairs: int) -> dict[str, float | str]:
-    """Medians over pairs; the ratio is other / this: above 1, this is faster."""
+    """Medians over pairs; the ratio is other / this: above 1, this is faster. `first_s` is by the clock."""
+    sides["this"].once()
+    first = sides["this"].wall
     ratios, seconds = [], []
     for number in range(WARM_UP + pairs):
         taken = {name: sides[name].once() for name in (sides if number % 2 else reversed(sides))}
@@ -100,13 +103,19 @@ def compared(work: str, sides: dict[str, Side], pairs: int) -> dict[str, float |
     for side in sides.values():
         side.close()
     low, middle, high = statistics.quantiles(ratios, n=4)
-    return {"what": work, "ratio": middle, "quartile_1": low, "quartile_3": high, "cpu_ms": 1000 * statistics.median(seconds)}
+    spread = {"ratio": middle, "quartile_1": low, "quartile_3": high}
+    return {"what": work, **spread, "cpu_ms": 1000 * statistics.median(seconds), "first_s": first}
 
 
 class Side:
-    """A process that does one piece of work with the code of one tree, as often as it is asked."""
+    """A process that does one piece of work with the code of one tree, as often as it is asked.
+
+    Attributes:
+        wall: seconds that the last time took by the clock.
+    """
 
     def __init__(self, work: str, tree: Path, threads: int, *, compiled: bool = False) -> None:
+        self.wall = math.nan
         environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--work", work, *(["--compiled"] if compiled else [])],
@@ -126,7 +135,8 @@ class Side:
         self.process.stdin.flush()
         for line in self.process.stdout:
             if line.startswith("seconds "):
-                return float(line.split()[1])
+                taken, self.wall = map(float, line.split()[1:])
+                return taken
         raise RuntimeError(f"{self.process.args} ended with {self.process.wait()}")
 
     def close(self) -> None:
@@ -142,9 +152,9 @@ def answer(work: str, *, compiled: bool) -> None:
     overrides = ["stages.*.compile=true"] if compiled else []
     once = training(read(runs[shape], overrides), layout) if shape in runs else sampling(read(RUN), work)
     for _ in sys.stdin:
-        began = time.process_time()
+        began, clock = time.process_time(), time.monotonic()
         once()
-        print(f"seconds {time.process_time() - began}", flush=True)
+        print(f"seconds {time.process_time() - began} {time.monotonic() - clock}", flush=True)
 
 
 def read(text: str, overrides: Sequence[str] = ()) -> Run:
