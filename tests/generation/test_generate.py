@@ -22,7 +22,6 @@ from megadiff.data.shards.shard import Shard, read_manifest
 from megadiff.generation import generate as module
 from megadiff.generation import loading
 from megadiff.generation.generate import generate
-from megadiff.generation.inputs import read_prompts
 from megadiff.generation.loading import codecs_of
 from megadiff.generation.planner import Planner, keys_of
 from megadiff.generation.request import GenerateRequest
@@ -220,14 +219,6 @@ def test_captions_of_a_data_set_are_repeated_as_asked(exported, tmp_path):
         assert (pixels(tmp_path / "plain" / name) != pixels(tmp_path / "repeated" / name)).any()
 
 
-def test_16_bit_pictures_are_read_as_in_training(tmp_path):
-    from megadiff.generation.inputs import open_picture
-
-    Image.fromarray(np.full((4, 4), 40000, dtype=np.uint16)).save(tmp_path / "deep.png")
-    assert open_picture(str(tmp_path / "deep.png")).convert("RGB").getpixel((0, 0))[0] == 156
-    assert open_picture(Image.open(tmp_path / "deep.png")).convert("RGB").getpixel((0, 0))[0] == 156
-
-
 @pytest.mark.parametrize("last", ["request.json", "000002.image.png", "000000.json", "samples.jsonl", "sheet.png"])
 def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on_once_there_is_room(exported, tmp_path, monkeypatch, last):
     write = Path.write_bytes
@@ -269,16 +260,6 @@ def test_a_mask_is_turned_like_the_picture_that_it_belongs_to(exported, tmp_path
     kept = pixels(next((tmp_path / "out").glob("*.image.png")))
     assert (kept[:16] == pixels(Path(image))[:16]).all()
     assert (kept[16:] != pixels(Path(image))[16:]).any()
-
-
-def test_one_white_pixel_of_a_large_mask_is_a_hole():
-    from megadiff.config.schema import GridSpace
-    from megadiff.data.codecs.pictures import unknown_region
-
-    mask = Image.new("L", (2048, 2048), 0)
-    mask.putpixel((5, 2000), 255)
-    unknown = unknown_region(mask, GridSpace(channels=3, height=32, width=32))
-    assert unknown.nonzero().tolist() == [[channel, 31, 0] for channel in range(3)]
 
 
 @pytest.mark.slow
@@ -429,45 +410,6 @@ def test_what_a_run_names_and_is_nowhere_is_one_sentence_without_flags_that_are_
 def naming(run: Run, tokenizer: str) -> Data:
     text = run.data.fields["text"].model_copy(update={"tokenizer": tokenizer})
     return run.data.model_copy(update={"fields": {**run.data.fields, "text": text}})
-
-
-def prompts_of(path: Path, text: str | bytes) -> list[tuple[str, str]]:
-    path.write_bytes(text.encode() if isinstance(text, str) else text)
-    return read_prompts(str(path))
-
-
-@pytest.mark.parametrize("mark", ["", "\ufeff"])
-@pytest.mark.parametrize(
-    ("text", "pairs"),
-    [
-        ('["a", "b"]', [("0", "a"), ("1", "b")]),
-        ('{"x": "a", "y": "a"}', [("x", "a"), ("y", "a")]),
-        ('{"text": ["a"]}', [("0", "a")]),
-    ],
-)
-def test_prompts_come_in_three_forms_with_or_without_a_byte_order_mark(tmp_path, text, pairs, mark):
-    assert prompts_of(tmp_path / "p.json", mark + text) == pairs
-
-
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        ("[" * 100_000, "is not JSON: maximum recursion depth"),
-        ("[" + "9" * 5000 + "]", "is not JSON: Exceeds the limit"),
-        ('{"a": "one", "b": "two", "a": "three"}', 'has the key "a" twice; name each caption differently'),
-        ('{"text": ["one"], "text": ["two"]}', 'has the key "text" twice'),
-        ('[{"a": 1, "a": 2}]', 'has the key "a" twice'),
-        ("[", "is not JSON"),
-        (b"\xff[]", "is not JSON"),
-        ("[1]", "must be a list of captions"),
-        ("[]", "must be a list of captions"),
-        ("7", "must be a list of captions"),
-    ],
-)
-def test_prompts_that_cannot_be_taken_are_one_sentence(tmp_path, text, sentence):
-    with pytest.raises(UserError) as error:
-        prompts_of(tmp_path / "p.json", text)
-    assert sentence in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from megadiff.types import Dense, Noised
 from megadiff.weights.checkpoint import CheckpointReader
 from megadiff.weights.loading import export_run, load
 from tests.data.clip_reference import merges, vocabulary
-from tests.weights.test_official import PROJECTING, SMALL, UNEQUAL, released_state
+from tests.weights.released import PROJECTING, SMALL, UNEQUAL, released_state
 
 pytestmark = pytest.mark.thorough
 

@@ -20,7 +20,7 @@ from megadiff.weights.loading import load
 from megadiff.weights.official import from_official
 from megadiff.weights.official_config import model_from_config
 from tests.interfaces.test_paper import CONFIG, same_network, words
-from tests.weights.test_official import PROJECTING, UNEQUAL, released_state
+from tests.weights.released import PROJECTING, UNEQUAL, released_state
 
 pytestmark = pytest.mark.thorough
 
