@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import ctypes
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Parameters of mallopt(3)."""
-KEPT_BYTES = 2**30
-LARGEST_KEPT_BYTES = 2**25
-"""Of one allocation: the most that every glibc takes."""
+NEVER = -1
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep up to `KEPT_BYTES` at its heap's end, instead of returning them to the system.
+    """Let glibc keep what is freed for later, instead of returning it to the system.
 
-    Otherwise a network's activations may be mapped anew in every step on a CPU, and page faults take up to a fifth of its time.
+    Otherwise a step's activations, flat gradients and buffers may be mapped anew in every step on a CPU, and page faults take
+    up to half of its time. Allocations above 32 MiB are mapped each on its own whatever the threshold, unless none is.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
-        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES)
+        libc.mallopt(M_TRIM_THRESHOLD, NEVER)
+        libc.mallopt(M_MMAP_MAX, 0)
