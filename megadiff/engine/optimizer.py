@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -47,26 +46,6 @@ def gradient_norm(parameters: Iterable[nn.Parameter], layout: Layout, group: dis
     square = norm.square()
     dist.all_reduce(square, group=group)
     return square.sqrt()
-
-
-def norm_at_once(wrapper: Any, layout: Layout) -> None:
-    """Let DeepSpeed's optimizer of ZeRO-1 and 2 take the norm of its gradients' norms: its own takes some operations for each.
-
-    Args:
-        wrapper: a DeepSpeedZeroOptimizer.
-    """
-    norm_of: Callable[..., Tensor] = wrapper.get_grad_norm_direct
-
-    def norm(gradients: Iterable[Tensor], parameters: Iterable[nn.Parameter]) -> Tensor:
-        whole = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
-        pairs = zip(whole, parameters, strict=False)
-        own = [pair for pair in pairs if layout.tensor_rank == 0 or getattr(pair[1], SPLIT, False)]
-        if not own:
-            return norm_of([], [])
-        norms = torch._foreach_norm([gradient for gradient, _ in own], dtype=torch.float32)
-        return norm_of([torch.stack(list(norms))], [own[0][1]])
-
-    wrapper.get_grad_norm_direct = norm
 
 
 def clip_and_skip(optimizer: torch.optim.Optimizer, norm: Tensor, largest: float) -> None:

@@ -13,7 +13,8 @@ from torch.profiler import record_function
 from megadiff.engine.api import BACKWARD, FORWARD, OPTIMIZER, REDUCE, Outcome, PreparedBatch, Score
 from megadiff.engine.blueprint import Blueprint, materialise, split_if_tensor_parallel
 from megadiff.engine.gathered import drop_idle_hooks, gathered_whole, release_linear_weights
-from megadiff.engine.optimizer import build_optimizer, clip_and_skip, gradient_norm, norm_at_once
+from megadiff.engine.optimizer import build_optimizer, clip_and_skip, gradient_norm
+from megadiff.engine.zero_gradients import pass_less_often
 from megadiff.engine.zero_pieces import zero_pieces
 from megadiff.models.blocks import Block
 from megadiff.models.names import decayed_names
@@ -51,7 +52,7 @@ class ZeroBackend:
             # It would copy all gradients into one tensor and back, to add up those of one rank.
             self.engine.allreduce_gradients = lambda *_, **__: None
         if blueprint.zero in (1, 2) and hasattr(self.engine.optimizer, "get_grad_norm_direct"):
-            norm_at_once(self.engine.optimizer, self.layout)
+            pass_less_often(self.engine.optimizer, self.layout)
         if blueprint.zero == 3:
             drop_idle_hooks(self.engine)
             if config["zero_optimization"].get("memory_efficient_linear", True):

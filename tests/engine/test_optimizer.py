@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from megadiff.config.derived import learning_rate
-from megadiff.config.layout import Layout
 from megadiff.config.schema import ConstantEma, Optimizer, PowerEma
-from megadiff.engine.optimizer import SPLIT, build_optimizer, clip_and_skip, hold_still, norm_at_once
+from megadiff.engine.optimizer import build_optimizer, clip_and_skip, hold_still
 from megadiff.engine.pieces import Piece
 from megadiff.weights.boxes import Extent
 from megadiff.weights.posthoc import decay, power_exponent
@@ -58,20 +55,6 @@ def test_clipping_within_the_optimizer_equals_clipping_before_it(largest: float)
         optimizer.step()
     for own, other in zip(modules[0].parameters(), modules[1].parameters(), strict=True):
         torch.testing.assert_close(own, other)
-
-
-@pytest.mark.parametrize(("tensor_rank", "counted"), [(0, [0, 1, 2]), (1, [1])])
-def test_a_norm_of_norms_counts_the_gradients_that_deepspeed_counts(tensor_rank: int, counted: list[int]) -> None:
-    gradients, padding = [torch.randn(3, 2), torch.randn(4), torch.randn(5)], torch.randn(1)
-    padding._zero_padding = True  # type: ignore[attr-defined]
-    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in gradients]
-    setattr(parameters[1], SPLIT, True)
-    wrapper = SimpleNamespace(
-        get_grad_norm_direct=lambda gradients, parameters: sum(gradient.square().sum() for gradient in gradients) ** 0.5
-    )
-    norm_at_once(wrapper, Layout(rank=tensor_rank, world=2, tensor=2))
-    expected = torch.cat([gradients[index].flatten() for index in counted]).norm()
-    torch.testing.assert_close(wrapper.get_grad_norm_direct([*gradients, padding], parameters), expected)
 
 
 def test_a_norm_that_is_not_finite_leaves_weights_and_moments_as_they_are() -> None:
