@@ -22,6 +22,7 @@ from megadiff.engine.optimizer import build_optimizer, clip_and_skip, gradient_n
 from megadiff.engine.pieces import Pieces
 from megadiff.engine.section import Section
 from megadiff.engine.wire import Wire, pack, unpack
+from megadiff.engine.zero_gradients import pass_less_often
 from megadiff.engine.zero_pieces import zero_pieces
 from megadiff.models.names import decayed_names
 from megadiff.types import ALIGNMENT, Denoiser, Noised, Prediction, Readout
@@ -97,6 +98,7 @@ class PipelineBackend:
                 config["gradient_clipping"] = 0.0
                 optimizer.register_step_pre_hook(lambda *_: self._clip_gradients())
             self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        pass_less_often(self.engine.optimizer, layout)
         self.module: SectionModule = self.engine.module
         self.section = self.module.section
         self.pieces = _without_placeholders(zero_pieces(self.engine, layout, splits))

@@ -51,8 +51,7 @@ class ZeroBackend:
         if blueprint.zero == 0 and self.layout.data_ranks == 1:
             # It would copy all gradients into one tensor and back, to add up those of one rank.
             self.engine.allreduce_gradients = lambda *_, **__: None
-        if blueprint.zero in (1, 2) and hasattr(self.engine.optimizer, "get_grad_norm_direct"):
-            pass_less_often(self.engine.optimizer, self.layout)
+        pass_less_often(self.engine.optimizer, self.layout)
         if blueprint.zero == 3:
             drop_idle_hooks(self.engine)
             if config["zero_optimization"].get("memory_efficient_linear", True):

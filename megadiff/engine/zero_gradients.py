@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, GradPartitionBufferGroup
 from torch import Tensor, nn
 
 from megadiff.config.layout import Layout
@@ -17,8 +17,10 @@ def pass_less_often(wrapper: Any, layout: Layout) -> None:
     """Let DeepSpeed's optimizer of ZeRO-1 and 2 reach the same step with fewer passes over the gradients.
 
     Args:
-        wrapper: a DeepSpeedZeroOptimizer.
+        wrapper: DeepSpeed's optimizer; one of another stage stays as it is.
     """
+    if not isinstance(wrapper, DeepSpeedZeroOptimizer):
+        return
     clip_on_the_way(wrapper)
     if wrapper.cpu_offload:
         return
