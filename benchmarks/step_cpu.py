@@ -2,14 +2,15 @@
 
     git worktree add --detach /tmp/before COMMIT
     python -m benchmarks.step_cpu --against /tmp/before [--pairs N] [--threads T]
-    python -m benchmarks.step_cpu --compiled        training with compiled blocks, against this tree without
+    python -m benchmarks.step_cpu --compiled        with compiled blocks, against this tree without
 
 A process of each tree does the same work in turn, one after the other, and which comes first alternates. The figures are ratios
 of processor time, medians over pairs: other work on the machine slows both sides alike.
 
 Both sides take the network and data of this tree's configs/model/emoji32.yaml and configs/data/emoji32.yaml.
 Training: a step of both modalities, 32 samples, on one rank. "quickstart": 16 samples in micro-batches of 8, and
-patches of 8, as in the quickstart.
+patches of 8, as in the quickstart. "wide": 2 samples through 53 M parameters, so that the optimizer's share is large; bf16 is
+ten times as slow on a CPU without units for it, and the results say whether this one has them.
 Sampling: 8 samples in 5 steps, guidance 2; one modality given the other, or both.
 """
 
@@ -31,8 +32,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from megadiff.config.schema import Run
 
-TRAINING = ("train zero0", "train zero1", "train zero3", "quickstart zero0", "quickstart zero2")
-WORK = (*TRAINING, "text to image", "image to text", "joint")
+COMPILED = ("train zero0", "quickstart zero0", "quickstart zero2")
+TRAINING = (*COMPILED, "train zero1", "train zero3", "wide zero1", "wide zero1 bf16")
+SAMPLING = ("text to image", "image to text", "joint")
+WORK = (*TRAINING, *SAMPLING)
 RESULTS = Path(__file__).parent / "results/step_cpu.json"
 COMPILED_RESULTS = RESULTS.with_name("step_cpu_compiled.json")
 WARM_UP = 2
@@ -58,6 +61,18 @@ QUICKSTART = (
 model: {modalities: {image: {space: {patch: 8}, process: {target: clean}}}}
 """
 )
+WIDE = (
+    RUN.replace("{global_samples: 32, micro_batch: 32}", "{global_samples: 2, micro_batch: 2}")
+    + """
+data: {lanes: 1}
+model:
+  width: 512
+  heads: 8
+  head_dim: 64
+  modalities: {text: {tower_depth: 2}, image: {tower_depth: 2}}
+"""
+)
+SHAPES = {"train": RUN, "quickstart": QUICKSTART, "wide": WIDE}
 
 
 def main() -> None:
@@ -78,7 +93,7 @@ def main() -> None:
     this = Path(__file__).resolve().parents[1]
     other, results = (this, COMPILED_RESULTS) if arguments.compiled else (arguments.against.resolve(), RESULTS)
     rows = []
-    for work in arguments.only or (TRAINING if arguments.compiled else WORK):
+    for work in arguments.only or ((*COMPILED, *SAMPLING) if arguments.compiled else WORK):
         sides = {
             "this": Side(work, this, arguments.threads, compiled=arguments.compiled),
             "other": Side(work, other, arguments.threads),
@@ -86,8 +101,13 @@ def main() -> None:
         rows.append(compared(work, sides, arguments.pairs))
         print("  ".join(f"{name} {value:.3g}" if isinstance(value, float) else str(value) for name, value in rows[-1].items()))
     (arguments.json or results).write_text(
-        json.dumps({"threads": arguments.threads, "work": rows}, indent=1) + "\n", encoding="utf-8"
+        json.dumps({"threads": arguments.threads, "bf16_units": bf16_units(), "work": rows}, indent=1) + "\n", encoding="utf-8"
     )
+
+
+def bf16_units() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware."""
+    return any(flag in Path("/proc/cpuinfo").read_text(encoding="utf-8") for flag in ("avx512_bf16", "amx_bf16"))
 
 
 def compared(work: str, sides: dict[str, Side], pairs: int) -> dict[str, float | str]:
@@ -147,10 +167,12 @@ class Side:
 
 def answer(work: str, *, compiled: bool) -> None:
     """Do the work once for every line of the standard input, and say how long it took."""
-    shape, _, layout = work.partition(" ")
-    runs = {"train": RUN, "quickstart": QUICKSTART}
-    overrides = ["stages.*.compile=true"] if compiled else []
-    once = training(read(runs[shape], overrides), layout) if shape in runs else sampling(read(RUN), work)
+    if work in SAMPLING:
+        once = sampling(read(RUN), work, compiled=compiled)
+    else:
+        shape, layout, *precision = work.split()
+        overrides = [*(f"stages.*.precision={each}" for each in precision), *(["stages.*.compile=true"] if compiled else [])]
+        once = training(read(SHAPES[shape], overrides), layout)
     for _ in sys.stdin:
         began, clock = time.process_time(), time.monotonic()
         once()
@@ -182,7 +204,7 @@ def training(run: Run, layout: str) -> Callable[[], object]:
     return lambda: engine.step(batches, objective)
 
 
-def sampling(run: Run, task: str) -> Callable[[], object]:
+def sampling(run: Run, task: str, *, compiled: bool) -> Callable[[], object]:
     import torch
 
     from megadiff import rng
@@ -195,6 +217,10 @@ def sampling(run: Run, task: str) -> Callable[[], object]:
     generate = {"text to image": ["image"], "image to text": ["text"], "joint": ["text", "image"]}[task]
     conditions = Conditions(given={name: state for name, state in states.items() if name not in generate})
     sampler, model = Sampler(run.model, Sampling(steps=5, guidance=2.0)), build_model(run.model, ["text", "image"]).eval()
+    if compiled:
+        from megadiff.models.compiling import compile_for_sampling
+
+        compile_for_sampling(model)
     keys = rng.sample_keys(0, torch.arange(SAMPLES))
 
     def once() -> object:
