@@ -5,8 +5,11 @@ Legend: D width, V vocabulary, R rows.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from megadiff.kernels.products import multiply
 
 
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
@@ -19,4 +22,8 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tenso
         rows: int64 [R], indices into the flattened positions.
     """
     chosen = hidden.flatten(0, -2).index_select(0, rows)
-    return F.linear(chosen.float(), weight.float(), None if bias is None else bias.float())
+    if torch.is_grad_enabled() or chosen.dtype != weight.dtype or chosen.dtype not in (torch.bfloat16, torch.float16):
+        return F.linear(chosen.float(), weight.float(), None if bias is None else bias.float())
+    logits = chosen.new_empty(len(chosen), len(weight), dtype=torch.float32)
+    multiply(chosen, weight.T, logits)
+    return logits if bias is None else logits.add_(bias)

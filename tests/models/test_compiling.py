@@ -54,8 +54,9 @@ def outcome(model, noised, readout=READOUT):
 
 
 def assert_equal(found, expected):
+    """Within float32's rounding of the largest numbers: small ones may be differences of those."""
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+        assert (one - other).norm() <= 1e-5 * other.norm() + 1e-6
 
 
 @pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.slow)])
