@@ -31,12 +31,14 @@ def draw_times(stage: Stage, batch: Batch, seed: int) -> Times:
     not scored: a fixed time teaches nothing and would bias the loss over times. All other times follow the modality's
     distribution. Times are a function of (seed, data step, slot) or of the sample's key, so the same on any rank.
     """
-    role = _uniforms(stage, batch, seed, "role")
+    # Of the step, for numbers that are spread over its global batch.
+    key = rng.sample_keys(seed, batch.data_step, device=batch.keys.device) if stage.antithetic_times else None
+    role = _uniforms(batch, "role", key)
     times: dict[str, Tensor] = {}
     free: dict[str, Tensor] = {}
     below = 0.0
     for name, modality in stage.modalities.items():
-        own = quantile(modality.times, _uniforms(stage, batch, seed, f"{name} time"))
+        own = quantile(modality.times, _uniforms(batch, f"{name} time", key))
         clean = (role >= below) & (role < below + modality.conditioning.clean)
         below += modality.conditioning.clean
         absent = (role >= below) & (role < below + modality.conditioning.absent)
@@ -60,11 +62,10 @@ def quantile(distribution: UniformTimes | LogitNormalTimes, uniforms: Tensor) ->
     return uniforms.clamp(SMALLEST_TIME, 1.0)
 
 
-def _uniforms(stage: Stage, batch: Batch, seed: int, purpose: str) -> Tensor:
-    """Float32 [B], spread evenly over the global batch if the stage has `antithetic_times`."""
-    if not stage.antithetic_times:
+def _uniforms(batch: Batch, purpose: str, key: Tensor | None) -> Tensor:
+    """Float32 [B]; with a key, int64 [1], spread evenly over the global batch."""
+    if key is None:
         return rng.uniform(batch.keys, purpose)
-    key = rng.sample_keys(seed, batch.data_step, device=batch.keys.device)
     shift = rng.uniform(key, f"{purpose} shift", dtype=torch.float64)
     # No two float64 numbers are equal, so the order is the same on every device.
     places = rng.uniform(key, f"{purpose} order", (batch.global_samples,), dtype=torch.float64)[0].argsort()
