@@ -12,7 +12,7 @@ import sys
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -169,9 +169,18 @@ class Held:
             return result
 
         self.deepspeed.backward = backward_and_look
+        flatten = self._flatten = getattr(self.wrapper, "get_flat_partition", None)
+
+        def flatten_and_look(*arguments: Any, **keywords: Any) -> Any:
+            result = flatten(*arguments, **keywords)
+            self.look(result)
+            return result
+
+        if flatten is not None:
+            self.wrapper.get_flat_partition = flatten_and_look
         for parameter in self.module.parameters():
             if parameter.requires_grad:
-                self._hooks.append(parameter.register_hook(lambda _: self._look_around()))
+                self._hooks.append(parameter.register_hook(lambda _: self._look_around(backward=True)))
         for child in self.module.modules():
             self._hooks.append(child.register_forward_hook(lambda *_: self._look_around()))
 
@@ -180,20 +189,24 @@ class Held:
         for hook in self._hooks:
             hook.remove()
         self.deepspeed.backward = self._backward
+        if self._flatten is not None:
+            self.wrapper.get_flat_partition = self._flatten
 
-    def look(self) -> None:
-        """Count gradients now; the largest number stays."""
+    def look(self, flattened: Sequence[Tensor] = ()) -> None:
+        """Count gradients now, among them those just flattened; the largest number stays."""
         buffers = self._bucket_storages()
         parameters = [*self.module.parameters(), *(p for group in self.optimizer.param_groups for p in group["params"])]
         averaged = getattr(self.wrapper, "averaged_gradients", {})
-        partitions = [tensor for group in averaged.values() for tensor in group or []]
+        partitions = [*flattened, *(tensor for group in averaged.values() for tensor in group or [])]
         partitions += [getattr(self.wrapper, "grad_partitions_flat_buffer", None)]
         partitions += [getattr(parameter, "grad_accum", None) for parameter in parameters]
         gradients = storages([*(parameter.grad for parameter in parameters), *partitions], but=buffers)
         self.gradients = max(self.gradients, sum(gradients.values()))
 
-    def _look_around(self) -> None:
-        """Count buffers and gathered weights within a forward or backward pass."""
+    def _look_around(self, *, backward: bool = False) -> None:
+        """Count buffers and gathered weights within a forward or backward pass, and in the latter gradients."""
+        if backward:
+            self.look()
         self.buffers = max(self.buffers, sum(self._bucket_storages().values()))
         whole = storages(parameter.data for parameter in self.module.parameters() if hasattr(parameter, "ds_tensor"))
         self.gathered = max(self.gathered, sum(whole.values()))

@@ -95,13 +95,14 @@ def bytes_per_rank(plan: Plan) -> list[Bytes]:
     """What a rank of each pipeline stage holds at the peak of each kind.
 
     weights: between steps; ZeRO-3 divides them over the data ranks. gathered: the whole weights that ZeRO-3 has at once: by
-    stage3_max_reuse_distance, those of the last layers stay from their forward to their backward, and others are fetched ahead.
-    gradients: ZeRO-0 and 1 have them whole after the backward pass, 2 and 3 this rank's part; from ZeRO-1 on the optimizer
-    steps with a float32 copy of the part, when whole ones are gone. master: float32 copies of all parameters, or of the frozen
-    ones only with ZeRO-0 and ZeRO-3 in fp32, which step the weights themselves. adam: two float32 moments of trained ones. ema:
-    float32 per profile. These three are divided from ZeRO-1 on, and copies of frozen parameters always, over tensor ranks too
-    where these have them alike. activations: of the micro-batches that are in flight at once, at most min(P - stage, micro-
-    batches). buffers: of reduce_bucket_size, in which ZeRO joins gradients.
+    stage3_max_reuse_distance, those of the last layers stay from their forward to their backward, and others are fetched
+    ahead. gradients: ZeRO-0 and 1 have them whole after the backward pass, 2 and 3 this rank's part; from ZeRO-1 on the
+    optimizer steps with a float32 copy of the part, and of several ranks ZeRO-2 keeps nothing else. master: float32 copies of
+    all parameters, or of the frozen ones only with ZeRO-0 and ZeRO-3 in fp32, which step the weights themselves. adam: two
+    float32 moments of trained ones. ema: float32 per profile. These three are divided from ZeRO-1 on, and copies of frozen
+    parameters always, over tensor ranks too where these have them alike. activations: of the micro-batches that are in flight
+    at once, at most min(P - stage, micro- batches). buffers: of reduce_bucket_size, in which ZeRO joins gradients; of one data
+    rank in ZeRO-3 and offloading only.
 
     Idle parameters count as trained in tensors that are otherwise trained, else as frozen. What allocators and collectives
     take on top is not in it; neither are the small weights of stage3_param_persistence_threshold, which stay gathered.
@@ -123,7 +124,7 @@ def _stage_bytes(plan: Plan, index: int) -> Bytes:
         {
             "weights": size * _ceil(held, ranks if zero == 3 else 1),
             "gathered": size * _gathered(plan) if zero == 3 and ranks > 1 else 0,
-            "gradients": _gradients(zero, size, trained, part),
+            "gradients": _gradients(plan, trained, part),
             "master": WIDE * (frozen if steps_weights else part + frozen),
             "adam": 2 * WIDE * part,
             "ema": WIDE * len(plan.stage.ema) * part,
@@ -133,11 +134,16 @@ def _stage_bytes(plan: Plan, index: int) -> Bytes:
     )
 
 
-def _gradients(zero: int, size: int, trained: int, part: int) -> int:
+def _gradients(plan: Plan, trained: int, part: int) -> int:
+    zero, size = plan.effective_zero, plan.size
     if zero == 0:
         return size * trained
-    stepping = (size + WIDE) * part
-    return max(size * trained, stepping) if zero == 1 else stepping
+    if zero == 3 or plan.layout.data_ranks == 1:
+        return (size + WIDE) * part
+    if zero == 2:
+        return WIDE * part
+    bucket = int(plan.options.get("reduce_bucket_size", DEFAULT_BUCKET))
+    return max(size * trained, size * max(0, trained - bucket) + WIDE * part)
 
 
 def _activations(plan: Plan, index: int) -> int:
@@ -150,7 +156,8 @@ def _activations(plan: Plan, index: int) -> int:
 
 def _buffers(plan: Plan) -> int:
     zero, pipelined = plan.effective_zero, plan.layout.pipeline > 1
-    if zero == 0 or not plan.options.get("contiguous_gradients", True):
+    alone = zero < 3 and plan.layout.data_ranks == 1 and "master" not in plan.offloaded
+    if zero == 0 or alone or not plan.options.get("contiguous_gradients", True):
         return 0
     double = zero < 3 and not pipelined and plan.options.get("overlap_comm", False)
     return plan.size * int(plan.options.get("reduce_bucket_size", DEFAULT_BUCKET)) * (2 if double else 1)

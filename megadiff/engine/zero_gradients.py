@@ -21,19 +21,23 @@ def pass_less_often(wrapper: Any, layout: Layout) -> None:
     """
     if not isinstance(wrapper, DeepSpeedZeroOptimizer):
         return
-    clip_on_the_way(wrapper)
+    wrapper.report_ipg_memory_usage = lambda *_, **__: None  # to a log that nobody reads, for each gradient
     if wrapper.cpu_offload:
         return
+    clip_on_the_way(wrapper)
     norm_at_once(wrapper, layout)
     # The norm, which is taken anyway, is not finite either if a gradient is not, and then the step is left out.
     wrapper.check_overflow = lambda *_, **__: None
-    if wrapper.gradient_accumulation_dtype != wrapper.dtype:
-        return  # gradients are added up in the one tensor from the first on
-    flatten_once(wrapper)
-    if layout.data_ranks == 1:
+    if layout.data_ranks == 1 and wrapper.gradient_accumulation_dtype == wrapper.dtype:
         # They would be copied into a bucket and back, to add up those of one rank.
         wrapper.reduce_independent_p_g_buckets_and_remove_grads = lambda *_: None
-        wrapper.reduce_bucket_size = 1
+        wrapper.reduce_bucket_size = 0
+        flatten_once(wrapper)
+    elif not wrapper.use_grad_accum_attribute:
+        # From the bucket each gradient is added to the one tensor that the optimizer steps with. DeepSpeed's default is another
+        # copy in the dtype of the weights, in which micro-batches are added up, to be flattened and converted at the end.
+        wrapper.gradient_accumulation_dtype = torch.float32
+        wrapper._use_compact_grad_partition_buffer = lambda _: True
 
 
 def flatten_once(wrapper: Any) -> None:
@@ -45,10 +49,12 @@ def flatten_once(wrapper: Any) -> None:
 
     def flat(*arguments: Any, **options: Any) -> Any:
         parts = parts_of(*arguments, **options)
-        whole = wrapper.flatten(parts).float()
-        views = list(whole.split([part.numel() for part in parts]))
+        sizes = [part.numel() for part in parts]
+        whole = torch.empty(sum(sizes), dtype=torch.float32, device=parts[0].device)
+        views = [view.view_as(part) for view, part in zip(torch.split(whole, sizes), parts, strict=True)]
+        torch._foreach_copy_(views, parts)
         for view, part in zip(views, parts, strict=True):
-            view._zero_padding = getattr(part, "_zero_padding", False)
+            view._zero_padding = getattr(part, "_zero_padding", False)  # type: ignore[attr-defined]
         return GradPartitionBufferGroup(views, whole)
 
     wrapper.get_flat_partition = flat
