@@ -101,7 +101,7 @@ def bytes_per_rank(plan: Plan) -> list[Bytes]:
     all parameters, or of the frozen ones only with ZeRO-0 and ZeRO-3 in fp32, which step the weights themselves. adam: two
     float32 moments of trained ones. ema: float32 per profile. These three are divided from ZeRO-1 on, and copies of frozen
     parameters always, over tensor ranks too where these have them alike. activations: of the micro-batches that are in flight
-    at once, at most min(P - stage, micro- batches). buffers: of reduce_bucket_size, in which ZeRO joins gradients; of one data
+    at once, at most min(P - stage, micro-batches). buffers: of reduce_bucket_size, in which ZeRO joins gradients; of one data
     rank in ZeRO-3 and offloading only.
 
     Idle parameters count as trained in tensors that are otherwise trained, else as frozen. What allocators and collectives
@@ -138,7 +138,7 @@ def _gradients(plan: Plan, trained: int, part: int) -> int:
     zero, size = plan.effective_zero, plan.size
     if zero == 0:
         return size * trained
-    if zero == 3 or plan.layout.data_ranks == 1:
+    if zero == 3 or plan.layout.data_ranks == 1 or "master" in plan.offloaded:
         return (size + WIDE) * part
     if zero == 2:
         return WIDE * part

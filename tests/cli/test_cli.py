@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
 import re
@@ -16,35 +15,12 @@ import pytest
 
 from megadiff.cli import check_config
 from megadiff.cli import main as cli
-from megadiff.cli.errors import enough_memory
-from megadiff.config.errors import UserError
 from megadiff.config.schema import Sampling
-from tests.minimal import ZERO3, minimal_run, tree, write_json, write_yaml
+from tests.cli.mistakes import mistake
+from tests.minimal import ZERO3, tree, write_json, write_yaml
 from tests.ranks import run_megadiff
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    minimal_run(tmp_path)
-    return str(tmp_path / "minimal.yaml")
-
-
-@pytest.fixture
-def json_file(tmp_path: Path) -> str:
-    return str(write_json(tmp_path / "zero3.json", ZERO3))
-
-
-def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What a command line that must fail says: one line, exit code 2, nothing on stdout."""
-    assert cli.main(arguments) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("megadiff: error: ")
-    assert len(err.splitlines()) == 1
-    return err
 
 
 def test_check_config_prints_a_column_per_stage(run_file: str, json_file: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,18 +137,6 @@ def test_an_unknown_stage_is_named_before_torch_is_imported(
     assert "no stage third; its stages: first, second" in said
 
 
-def test_a_rank_leaves_its_sentence_to_the_launcher_and_the_first_wins(
-    run_file: str, json_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    error = tmp_path / "error.txt"
-    monkeypatch.setenv("MEGADIFF_ERROR_FILE", str(error))
-    for stage in ("third", "fourth"):
-        assert cli.main(["train", run_file, "--stage", stage, "--deepspeed", json_file]) == 2
-    assert capsys.readouterr().err == ""
-    assert "third" in error.read_text()
-    assert "fourth" not in error.read_text()
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -265,26 +229,6 @@ def test_the_flags_of_sample_are_the_fields_of_the_request(monkeypatch: pytest.M
     assert (sampling.order, sampling.grid, sampling.steps) == ("tau_leaping", "paper", 50)
 
 
-def test_an_interruption_exits_with_130_and_no_traceback(
-    run_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("megadiff.cli.check_config.load_run", interrupted)
-    assert cli.main(["check-config", run_file]) == 130
-    assert capsys.readouterr().err == "megadiff: interrupted\n"
-
-
-def test_a_fault_of_the_program_keeps_its_traceback(run_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
-        raise RuntimeError("a bug")
-
-    monkeypatch.setattr("megadiff.cli.check_config.load_run", broken)
-    with pytest.raises(RuntimeError, match="a bug"):
-        cli.main(["check-config", run_file])
-
-
 def test_python_m_megadiff_is_the_same_command_and_a_closed_pipe_is_quiet(run_file: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "megadiff", "check-config", run_file, "--json"]
@@ -354,56 +298,7 @@ def test_alignment_over_buckets_of_other_sizes_is_one_mistake_before_anything_is
 # ------------------------------------------------------------------------------------------------------------ a full disk
 
 
-@pytest.mark.parametrize("path", [None, "/there/file"])
-def test_a_full_disk_is_one_sentence_whatever_was_written(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, path: str | None
-) -> None:
-    def run(_: object) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *([path] if path else []))
-
-    monkeypatch.setattr(check_config, "run", run)
-    said = mistake(capsys, "check-config", "a.yaml")
-    assert f"no room for {path or 'what it writes'}" in said
-    assert "(No space left on device); make some, and give the command again" in said
-
-
-def test_other_errors_of_files_are_not_taken_for_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(_: object) -> int:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(check_config, "run", run)
-    with pytest.raises(OSError, match="Input/output error"):
-        cli.main(["check-config", "a.yaml"])
-
-
-def test_output_to_a_full_disk_is_one_sentence(run_file: str) -> None:
-    with Path("/dev/full").open("w") as full:
-        command = [sys.executable, "-m", "megadiff", "check-config", run_file]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert "No space left on device" in done.stderr
-
-
 # ---------------------------------------------------------------------------------------------------------- no memory
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        MemoryError(),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
-        RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB."),
-    ],
-)
-def test_what_takes_more_memory_than_there_is_is_one_sentence(error: Exception) -> None:
-    with pytest.raises(UserError, match="not enough memory for this; take a smaller --batch"), enough_memory("--batch"):
-        raise error
-
-
-def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
-    with pytest.raises(RuntimeError, match="shapes"), enough_memory("--batch"):
-        raise RuntimeError("shapes do not fit")
 
 
 # ------------------------------------------------------------------------------------------------------------- examples

@@ -19,6 +19,7 @@ from megadiff.data.inspection.pictures import channels_picture, decoder, sample_
 from megadiff.data.inspection.show import ShownSample, find_samples
 from megadiff.data.inspection.stats import Seen, Stats, measure
 from megadiff.data.shards.shard import Manifest, Members, read_manifest, write_manifest
+from tests.cli.mistakes import mistake
 from tests.data.small import TOKENIZER, TRAIN, make_autoencoder, sample, write_source
 
 pytestmark = pytest.mark.thorough
@@ -44,16 +45,6 @@ def said(capsys: pytest.CaptureFixture[str], code: int, *arguments: str | Path) 
     out, err = capsys.readouterr()
     assert err == ""
     return out
-
-
-def mistake(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    """What a command line that must fail says: one line, exit code 2, nothing on stdout."""
-    assert cli.main([str(argument) for argument in arguments]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("megadiff: error: ")
-    assert len(err.splitlines()) == 1
-    return err
 
 
 # ------------------------------------------------------------------------------------------------------------------ verify

@@ -11,6 +11,7 @@ import yaml
 from megadiff.cli import main as cli
 from megadiff.config.schema import Data, Model
 from megadiff.data.recipes import table
+from tests.cli.mistakes import mistake
 
 ROWS = "Size,Colour,Code\n" + "".join(f"{i % 5 / 2},{'red' if i % 2 else 'green'},{i % 3}\n" for i in range(40))
 
@@ -19,16 +20,6 @@ ROWS = "Size,Colour,Code\n" + "".join(f"{i % 5 / 2},{'red' if i % 2 else 'green'
 def source(tmp_path: Path) -> str:
     (tmp_path / "things.csv").write_text(ROWS)
     return str(tmp_path / "things.csv")
-
-
-def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What a command line that must fail says: one line, exit code 2, nothing on stdout."""
-    assert cli.main(arguments) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("megadiff: error: ")
-    assert len(err.splitlines()) == 1
-    return err
 
 
 def test_table_prints_sections_that_the_schema_takes(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

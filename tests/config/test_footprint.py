@@ -40,15 +40,17 @@ def test_bytes_are_divided_over_the_ranks_as_far_as_the_zero_stage_says():
     assert sizes[1] == {
         "weights": 2 * COUNT,
         "gathered": 0,
-        "gradients": 2 * COUNT,
+        "gradients": 2 * (COUNT - 100) + 4 * COUNT / 4,  # all but those of the bucket, beside the part that is stepped
         "master": COUNT,
         "adam": 2 * COUNT,
         "ema": COUNT,
         "activations": kept,
         "buffers": 200,
-        "total": 8 * COUNT + kept + 200,
+        "total": 9 * COUNT + kept,
     }
-    assert sizes[2]["gradients"] == 6 * COUNT / 4
+    assert sizes[2]["gradients"] == 4 * COUNT / 4
+    alone = bytes_per_rank(plan(2, layout=Layout()))[0]
+    assert (alone["gradients"], alone["buffers"]) == (6 * COUNT, 0)
     assert (sizes[3]["weights"], sizes[3]["gathered"]) == (COUNT / 2, 2 * COUNT)
 
 
