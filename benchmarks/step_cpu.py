@@ -9,7 +9,7 @@ of processor time, medians over pairs: other work on the machine slows both side
 
 Both sides take the network and data of this tree's configs/model/emoji32.yaml and configs/data/emoji32.yaml.
 Training: a step of both modalities, 32 samples, on one rank. "quickstart": 16 samples in micro-batches of 8, and
-patches of 8, as in the quickstart. "wide": 2 samples through 53 M parameters, so that the optimizer's share is large; bf16 is
+patches of 8, as in the quickstart. "wide": 2 samples through 61 M parameters, so that the optimizer's share is large; bf16 is
 ten times as slow on a CPU without units for it, and the results say whether this one has them.
 Sampling: 8 samples in 5 steps, guidance 2; one modality given the other, or both.
 """

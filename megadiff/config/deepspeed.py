@@ -178,6 +178,9 @@ KNOWN_ZERO: Mapping[str, str] = {
 """Keys of zero_optimization and what they hold."""
 
 
+FLOAT32_NAMES = ("fp32", "float32", "float", "torch.float32")
+"""What DeepSpeed calls float32."""
+
 KNOWN_BF16 = (
     "enabled",
     "immediate_grad_update",
@@ -222,7 +225,7 @@ def check(tree: Tree) -> None:
     """
     faults = [f"{key}: {reason}" for key, reason in REFUSED.items() if key in tree]
     faults += [_unknown(key, KNOWN) for key in tree if key not in KNOWN and key not in REFUSED]
-    for block in ("bf16", "fp16", "zero_optimization"):
+    for block in ("bf16", "fp16", "zero_optimization", "data_types"):
         if not isinstance(tree.get(block, {}), dict):
             faults.append(f"{block} must be a block {{...}}, not {json.dumps(tree[block])}")
     if not faults:
@@ -236,6 +239,12 @@ def check(tree: Tree) -> None:
             for block, key in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm"))
             if tree.get(block, {}).get(key) is False
         ]
+        summed = tree.get("data_types", {}).get("grad_accum_dtype")
+        if summed not in (None, *FLOAT32_NAMES):
+            faults.append(
+                f"data_types.grad_accum_dtype is {json.dumps(summed)}; it must be fp32, or be left out: ZeRO-2 over several "
+                "ranks adds gradients up in fp32 in any case, and others do so in the precision of the stage YAML"
+            )
         if tree.get("zero_force_ds_cpu_optimizer") and "offload_optimizer" in tree.get("zero_optimization", {}):
             faults.append(
                 "zero_force_ds_cpu_optimizer must be false: the optimizer is torch's AdamW, built from the stage YAML"

@@ -12,8 +12,9 @@ NEVER = -1
 def keep_freed_memory() -> None:
     """Let glibc keep what is freed for later, instead of returning it to the system.
 
-    Otherwise a step's activations, flat gradients and buffers may be mapped anew in every step on a CPU, and page faults take
-    up to half of its time. Allocations above 32 MiB are mapped each on its own whatever the threshold, unless none is.
+    Otherwise a step's activations, flat gradients and buffers may be mapped anew in every step on a CPU, and page faults take a
+    large part of its time. Allocations above 32 MiB are mapped each on its own whatever the threshold, unless none is. A
+    process's peak is somewhat higher so.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):

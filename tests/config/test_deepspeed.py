@@ -133,6 +133,8 @@ def test_fp16_is_refused_unless_it_is_off(stage: Stage) -> None:
         ("zero_optimization.stage", True, "must be"),
         ("zero_optimization.overlap_comm", "yes", 'zero_optimization.overlap_comm is "yes"; it must be true or false'),
         ("zero_optimization.reduce_bucket_size", "big", "must be a number"),
+        ("data_types.grad_accum_dtype", "bf16", 'data_types.grad_accum_dtype is "bf16"; it must be fp32, or be left out'),
+        ("data_types", "fp32", 'data_types must be a block {...}, not "fp32"'),
         ("zero_optimization.offload_optimizer", "cpu", "must be a block {...}"),
         ("zero_optimization.reduce_bucket_size", "auto", 'zero_optimization.reduce_bucket_size is "auto", which only'),
         ("bf16", True, "bf16 must be a block {...}, not true"),

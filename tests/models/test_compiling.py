@@ -54,9 +54,9 @@ def outcome(model, noised, readout=READOUT):
 
 
 def assert_equal(found, expected):
-    """Within float32's rounding of the largest numbers: small ones may be differences of those."""
+    """Within float32's rounding of the whole: small numbers may be differences of large ones."""
     for one, other in zip(found, expected, strict=True):
-        assert (one - other).norm() <= 1e-5 * other.norm() + 1e-6
+        assert (one - other).norm() <= 5e-6 * other.norm() + 1e-6
 
 
 @pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.slow)])
