@@ -53,10 +53,14 @@ def clip_and_skip(optimizer: torch.optim.Optimizer, norm: Tensor, largest: float
     included, if the norm is not finite.
 
     AdamW's fused kernels look at these two attributes, which exist for AMP: nothing waits for the device, and clipping is no
-    pass over the gradients of its own. DeepSpeed does both by itself wherever it wraps the optimizer: in ZeRO-1 to 3, and in
-    bf16.
+    pass over the gradients of its own. DeepSpeed skips by itself wherever it wraps the optimizer: in ZeRO-1 to 3, and in bf16.
     """
     optimizer.found_inf = (~norm.isfinite()).to(torch.float32)  # type: ignore[attr-defined]
+    clip(optimizer, norm, largest)
+
+
+def clip(optimizer: torch.optim.Optimizer, norm: Tensor, largest: float) -> None:
+    """The part of `clip_and_skip` that scales gradients down."""
     if largest:
         optimizer.grad_scale = ((norm + 1e-6) / largest).clamp_min(1).to(torch.float32)  # type: ignore[attr-defined]
 

@@ -10,7 +10,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, GradPar
 from torch import Tensor, nn
 
 from megadiff.config.layout import Layout
-from megadiff.engine.optimizer import SPLIT
+from megadiff.engine.optimizer import SPLIT, clip
 
 
 def pass_less_often(wrapper: Any, layout: Layout) -> None:
@@ -24,7 +24,7 @@ def pass_less_often(wrapper: Any, layout: Layout) -> None:
     wrapper.report_ipg_memory_usage = lambda *_, **__: None  # to a log that nobody reads, for each gradient
     if wrapper.cpu_offload:
         return
-    clip_on_the_way(wrapper)
+    wrapper.unscale_and_clip_grads = lambda _, norm: clip(wrapper.optimizer, norm, wrapper.clip_grad)
     norm_at_once(wrapper, layout)
     # The norm, which is taken anyway, is not finite either if a gradient is not, and then the step is left out.
     wrapper.check_overflow = lambda *_, **__: None
@@ -58,16 +58,6 @@ def flatten_once(wrapper: Any) -> None:
         return GradPartitionBufferGroup(views, whole)
 
     wrapper.get_flat_partition = flat
-
-
-def clip_on_the_way(wrapper: Any) -> None:
-    """Scale gradients down to the clipping norm in AdamW's fused kernel."""
-
-    def clip(_: object, norm: Tensor) -> None:
-        if wrapper.clip_grad:
-            wrapper.optimizer.grad_scale = ((norm + 1e-6) / wrapper.clip_grad).clamp_min(1).to(torch.float32)
-
-    wrapper.unscale_and_clip_grads = clip
 
 
 def norm_at_once(wrapper: Any, layout: Layout) -> None:

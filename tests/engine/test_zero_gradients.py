@@ -10,7 +10,7 @@ import torch
 
 from megadiff.config.layout import Layout
 from megadiff.engine.optimizer import SPLIT
-from megadiff.engine.zero_gradients import clip_on_the_way, flatten_once, norm_at_once
+from megadiff.engine.zero_gradients import flatten_once, norm_at_once
 
 pytestmark = pytest.mark.thorough
 
@@ -38,21 +38,3 @@ def test_gradients_become_one_float32_tensor_that_keeps_their_padding_apart() ->
     assert group.flat_partition.dtype == torch.float32
     assert torch.equal(group.flat_partition, torch.cat([part.flatten() for part in parts]).float())
     assert [(view.numel(), view._zero_padding) for view in group] == [(6, False), (5, False), (3, True)]
-
-
-@pytest.mark.parametrize("largest", [0.0, 0.5, 100.0])
-def test_clipping_in_the_optimizer_equals_clipping_before_it(largest: float) -> None:
-    gradient, stepped = torch.randn(7), []
-    for clipped in (False, True):
-        parameter = torch.nn.Parameter(torch.ones(7))
-        optimizer = torch.optim.AdamW([parameter], lr=0.1, eps=1e-2, fused=True)
-        parameter.grad = gradient.clone()
-        if clipped:
-            wrapper: Any = SimpleNamespace(clip_grad=largest, optimizer=optimizer)
-            clip_on_the_way(wrapper)
-            wrapper.unscale_and_clip_grads([parameter.grad], gradient.norm())
-        elif largest:
-            torch.nn.utils.clip_grad_norm_([parameter], largest)
-        optimizer.step()
-        stepped.append(parameter.detach())
-    torch.testing.assert_close(*stepped)
